@@ -1,0 +1,244 @@
+"""`GPTConfig`: what a GPT is, as a frozen, hashable, validated dataclass; and the published presets."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.errors import ConfigError, did_you_mean
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
+DTYPES = ("float32", "bfloat16")
+TOKENIZERS = ("gpt2", "bytes")
+REMAT_POLICIES = ("none", "block", "dots")
+
+# Far above anything published, far below what would exhaust memory by a typo or a hostile file.
+_SIZE_LIMITS = {
+    "vocab_size": 2**24,
+    "context_length": 2**22,
+    "emb_dim": 2**17,
+    "n_heads": 2**12,
+    "n_layers": 2**12,
+    "ffn_dim": 2**20,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """The shape and the switches of a GPT. Field names are the book's where the book has them.
+
+    Attributes:
+        vocab_size: number of token ids, V.
+        context_length: most positions the model can see at once, C.
+        emb_dim: width of the residual stream, D.
+        n_heads: attention heads, H; must divide `emb_dim`.
+        n_layers: transformer blocks, L.
+        drop_rate: default of the three dropout rates below.
+        qkv_bias: whether the query, key and value projections have biases. (GPT-2: yes; the book: no.)
+        tie_embeddings: whether the output head is the token embedding. (GPT-2: yes; the book: no.)
+        bias: whether all other linear layers and the LayerNorms have biases. (nanoGPT can switch them off.)
+        activation: "gelu_tanh" (GPT-2), "gelu" (exact, by erf) or "relu".
+        layer_norm_eps: added to the variance inside the root.
+        ffn_dim: width of the feed-forward layer, F; by default 4 * `emb_dim`.
+        drop_rate_emb: dropout after the embedding sum.
+        drop_rate_attn: dropout on the attention weights.
+        drop_rate_shortcut: dropout on each residual branch.
+        param_dtype: type the parameters are initialised and stored in.
+        dtype: type of the operands of matrix products. Everything else, the residual stream, LayerNorm,
+            softmax, logits and loss, is float32 always, and products accumulate in float32.
+        tokenizer: name for `jaxgpt.get_tokenizer`; it travels with a checkpoint.
+        scan_layers: one scanned block with parameters stacked on a leading axis [L, ...] instead of L
+            blocks: compile time no longer grows with depth.
+        remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
+            everything but the matrix products ("dots").
+    """
+
+    vocab_size: int = 50257
+    context_length: int = 1024
+    emb_dim: int = 768
+    n_heads: int = 12
+    n_layers: int = 12
+    drop_rate: float = 0.1
+    qkv_bias: bool = True
+    tie_embeddings: bool = True
+    bias: bool = True
+    activation: str = "gelu_tanh"
+    layer_norm_eps: float = 1e-5
+    # The None defaults are resolved in __post_init__, so a reader always finds a number.
+    ffn_dim: int = None  # type: ignore[assignment]
+    drop_rate_emb: float = None  # type: ignore[assignment]
+    drop_rate_attn: float = None  # type: ignore[assignment]
+    drop_rate_shortcut: float = None  # type: ignore[assignment]
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    tokenizer: str = "gpt2"
+    scan_layers: bool = False
+    remat: str = "none"
+
+    def __post_init__(self):
+        derived = {"ffn_dim": lambda: 4 * self.emb_dim} | dict.fromkeys(_BRANCH_RATES, lambda: self.drop_rate)
+        for name in ("emb_dim", "drop_rate"):
+            self._check_type(name)  # before anything is derived from it
+        for name, default in derived.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, default())
+        self._validate()
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head, K."""
+        return self.emb_dim // self.n_heads
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> GPTConfig:
+        """A published configuration by name, with any field overridden; see `PRESETS` for the names.
+
+        Raises:
+            ConfigError: for an unknown name or an invalid override.
+        """
+        if name not in PRESETS:
+            raise ConfigError(f"no preset {name!r}{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
+        return cls.from_dict({**PRESETS[name], **overrides}, source=f"preset {name}")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> GPTConfig:
+        """Builds a config from plain values, refusing keys that are not fields.
+
+        Raises:
+            ConfigError: naming `source`, and the unknown key or the invalid field.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {key!r}{did_you_mean(str(key), known)}")
+        try:
+            return cls(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> GPTConfig:
+        """Reads a config from the `[model]` table of a TOML file, or from a JSON object.
+
+        A `preset` key in the table starts from that preset; the other keys override it.
+
+        Raises:
+            ConfigError: if the file is missing, does not parse, or holds an unknown key or invalid field.
+        """
+        fields = read_toml(path).get("model") if Path(path).suffix != ".json" else read_json(path)
+        if not isinstance(fields, dict):
+            raise ConfigError(f"{path}: expected a [model] table (TOML) or one object (JSON)")
+        return cls.from_fields(fields, source=str(path))
+
+    @classmethod
+    def from_fields(cls, fields: Mapping[str, Any], source: str) -> GPTConfig:
+        """Like `from_dict`, but a `preset` key names the preset that the other keys override."""
+        fields = dict(fields)
+        preset = fields.pop("preset", None)
+        return cls.preset(preset, **fields) if preset is not None else cls.from_dict(fields, source=source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, ready for JSON or TOML."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> GPTConfig:
+        """A copy with fields changed; `ffn_dim` and the branch dropout rates that stood at their
+        defaults follow `emb_dim` and `drop_rate`."""
+        fields = self.to_dict()
+        if self.ffn_dim == 4 * self.emb_dim:
+            fields["ffn_dim"] = None
+        for name in _BRANCH_RATES:
+            if fields[name] == self.drop_rate:
+                fields[name] = None
+        return type(self).from_dict({**fields, **changes})
+
+    def _check_type(self, name: str) -> None:
+        value, kind = getattr(self, name), _FIELD_TYPES[name]
+        if kind == "float":
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        else:
+            good = type(value).__name__ == kind  # exact: bool is an int to isinstance
+        if not good:
+            raise ConfigError(f"{name} must be a{'n' if kind == 'int' else ''} {kind}, not {value!r}")
+
+    def _validate(self) -> None:
+        for name in _FIELD_TYPES:
+            self._check_type(name)
+        for name, limit in _SIZE_LIMITS.items():
+            if not 1 <= getattr(self, name) <= limit:
+                raise ConfigError(f"{name} must be from 1 to {limit}, not {getattr(self, name)}")
+        for name in ("drop_rate", *_BRANCH_RATES):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if not 0 < self.layer_norm_eps < 1:
+            raise ConfigError(f"layer_norm_eps must lie between 0 and 1, not {self.layer_norm_eps}")
+        if self.emb_dim % self.n_heads:
+            raise ConfigError(f"emb_dim must be a multiple of n_heads: {self.emb_dim} is not one of {self.n_heads}")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                hint = did_you_mean(value, allowed)
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {value!r}{hint}")
+
+
+_FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig)}
+_BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
+_CHOICES = {
+    "activation": ACTIVATIONS,
+    "param_dtype": DTYPES,
+    "dtype": DTYPES,
+    "tokenizer": TOKENIZERS,
+    "remat": REMAT_POLICIES,
+}
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parses a TOML file; a missing or malformed one is a ConfigError that names it."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
+
+
+def read_json(path: str | Path) -> Any:
+    """Parses a JSON file; a missing or malformed one is a ConfigError that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, Any]:
+    return {"n_layers": n_layers, "emb_dim": emb_dim, "n_heads": n_heads, **more}
+
+
+_BOOK = {"qkv_bias": False, "tie_embeddings": False}
+_GPT3 = {"context_length": 2048, "drop_rate": 0.0}
+
+# GPT-2: Radford et al. 2019, table 2 (the paper's parameter counts there, 117M to 1542M, are its own early
+# miscount). The book's variants untie the head and drop the Q/K/V biases.
+# GPT-3: Brown et al. 2020, table 2.1, except where its row does not divide: 13B has d_model 5120 (the table
+# says 5140) and 1.3B has 16 heads of 128 (the table says 24).
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2": _sizes(12, 768, 12),
+    "gpt2-medium": _sizes(24, 1024, 16),
+    "gpt2-large": _sizes(36, 1280, 20),
+    "gpt2-xl": _sizes(48, 1600, 25),
+    "book-124m": _sizes(12, 768, 12, **_BOOK),
+    "book-355m": _sizes(24, 1024, 16, **_BOOK),
+    "book-774m": _sizes(36, 1280, 20, **_BOOK),
+    "book-1558m": _sizes(48, 1600, 25, **_BOOK),
+    "gpt3-125m": _sizes(12, 768, 12, **_GPT3),
+    "gpt3-350m": _sizes(24, 1024, 16, **_GPT3),
+    "gpt3-760m": _sizes(24, 1536, 16, **_GPT3),
+    "gpt3-1.3b": _sizes(24, 2048, 16, **_GPT3),
+    "gpt3-2.7b": _sizes(32, 2560, 32, **_GPT3),
+    "gpt3-6.7b": _sizes(32, 4096, 32, **_GPT3),
+    "gpt3-13b": _sizes(40, 5120, 40, **_GPT3),
+    "gpt3-175b": _sizes(96, 12288, 96, **_GPT3),
+}

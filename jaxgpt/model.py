@@ -1,0 +1,257 @@
+"""The GPT, as small `flax.linen` modules over a plain dict of parameters.
+
+Module and parameter names are the book's where the book has them. All weights are [out, in]. Sizes:
+
+    B batch    T sequence    D emb_dim    H heads    K head_dim    F ffn_dim    V vocabulary    C context
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt import ops
+from jaxgpt.cache import Cache, write
+from jaxgpt.config import GPTConfig
+
+# GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code.
+WEIGHT_STD = 0.02
+POSITION_STD = 0.01
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with W [*out, in] in the config's `param_dtype`. Returns float32.
+
+    Attributes:
+        config: types.
+        out: output sizes; more than one gives as many output axes.
+        use_bias: whether there is a b.
+        std: standard deviation of the initial weights.
+    """
+
+    config: GPTConfig
+    out: tuple[int, ...]
+    use_bias: bool
+    std: float = WEIGHT_STD
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kind = jnp.dtype(self.config.param_dtype)
+        weight = self.param("weight", nn.initializers.normal(self.std), (*self.out, x.shape[-1]), kind)
+        outs = "OP"[: len(self.out)]
+        y = ops.dot(f"BTD,{outs}D->BT{outs}", x, weight, self.config.dtype)
+        if self.use_bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.out, kind).astype(jnp.float32)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of `rows` vectors [rows, D]. Ids outside the table are the caller's error: XLA does not raise."""
+
+    config: GPTConfig
+    rows: int
+    std: float
+
+    def setup(self):
+        kind = jnp.dtype(self.config.param_dtype)
+        self.weight = self.param("weight", nn.initializers.normal(self.std), (self.rows, self.config.emb_dim), kind)
+
+    def __call__(self, ids: Array) -> Array:
+        return self.weight[ids].astype(jnp.float32)
+
+
+class LayerNorm(nn.Module):
+    """`ops.layer_norm` with a learned scale and shift, both [D]."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kind = jnp.dtype(self.config.param_dtype)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], kind)
+        shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], kind) if self.config.bias else None
+        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps)
+
+
+class Dropout(nn.Module):
+    """`ops.dropout` from the "dropout" rng."""
+
+    rate: float
+
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        return ops.dropout(x, self.rate, None if deterministic or not self.rate else self.make_rng("dropout"))
+
+
+class FeedForward(nn.Module):
+    """fc_out(activation(fc_in(x))): D -> F -> D."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        cfg = self.config
+        h_BxTxF = Linear(cfg, (cfg.ffn_dim,), cfg.bias, name="fc_in")(x_BxTxD)
+        h_BxTxF = ops.activation(cfg.activation)(h_BxTxF)
+        return Linear(cfg, (cfg.emb_dim,), cfg.bias, residual_std(cfg), name="fc_out")(h_BxTxF)
+
+
+class MultiHeadAttention(nn.Module):
+    """Causal self-attention. Query, key and value weights are one array [3, D, D], in that order."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: Array, cache: Cache | None = None, layer: Any = None, deterministic: bool = True
+    ) -> tuple[Array, Any]:
+        """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) in it, and comes back written."""
+        cfg = self.config
+        B, T, D = x_BxTxD.shape
+        qkv_BxTx3xD = Linear(cfg, (3, D), cfg.qkv_bias, name="qkv")(x_BxTxD)
+        q, k, v = (qkv_BxTx3xD[:, :, i].reshape(B, T, cfg.n_heads, cfg.head_dim) for i in range(3))
+        slot, start_B = 0, None
+        if cache is not None:
+            layer = write(layer, k, v, cache.length)
+            slot, start_B = cache.length, cache.start_B
+            # At a slot known to be 0 there is nothing in the cache but these tokens: attend to them as they are.
+            k, v = (k, v) if isinstance(slot, int) and slot == 0 else layer
+        drop = not deterministic and cfg.drop_rate_attn > 0
+        inspected = self.is_mutable_collection("intermediates")
+        context_BxTxHxK = ops.attention(
+            q,
+            k,
+            v,
+            dtype=cfg.dtype,
+            query_slot=slot,
+            start_B=start_B,
+            drop_rate=cfg.drop_rate_attn,
+            dropout_key=self.make_rng("dropout") if drop else None,
+            inspect=(lambda weights: self.sow("intermediates", "weights", weights)) if inspected else None,
+        )
+        y = Linear(cfg, (D,), cfg.bias, residual_std(cfg), name="out_proj")(context_BxTxHxK.reshape(B, T, D))
+        return y, layer
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm block: x + drop(att(norm1(x))), then x + drop(ff(norm2(x)))."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BxTxD: Array, cache: Cache | None = None, layer: Any = None, deterministic: bool = True
+    ) -> tuple[Array, Any]:
+        """Returns (x_BxTxD, layer), as `MultiHeadAttention` does."""
+        cfg = self.config
+        drop_shortcut = Dropout(cfg.drop_rate_shortcut)
+        with jax.named_scope("attention"):
+            x = LayerNorm(cfg, name="norm1")(x_BxTxD)
+            x, layer = MultiHeadAttention(cfg, name="att")(x, cache, layer, deterministic)
+            x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
+        with jax.named_scope("feed_forward"):
+            x = FeedForward(cfg, name="ff")(LayerNorm(cfg, name="norm2")(x_BxTxD))
+            x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
+        self.sow("intermediates", "output", x_BxTxD)
+        return x_BxTxD, layer
+
+
+class GPT(nn.Module):
+    """Token ids [B, T] to float32 logits [B, T, V].
+
+        model = GPT(config)
+        params = model.init(jax.random.key(0), ids)["params"]        # a plain nested dict
+        logits = model.apply({"params": params}, ids)
+
+    Dropout needs `deterministic=False` and `rngs={"dropout": key}`. With `mutable=["intermediates"]`, `apply`
+    also returns every intermediate: the embeddings, each block's attention weights and output, the final norm.
+
+    Ids must lie in [0, V) and T within the context: on device nothing checks that. `jaxgpt.generate` and the
+    trainer check on the host.
+    """
+
+    config: GPTConfig
+
+    def setup(self):
+        cfg = self.config
+        self.tok_emb = Embedding(cfg, cfg.vocab_size, WEIGHT_STD)
+        self.pos_emb = Embedding(cfg, cfg.context_length, POSITION_STD)
+        self.drop_emb = Dropout(cfg.drop_rate_emb)
+        Block = _block(cfg)
+        self.trf_blocks: Any = Block(cfg) if cfg.scan_layers else [Block(cfg) for _ in range(cfg.n_layers)]
+        self.final_norm = LayerNorm(cfg)
+        if not cfg.tie_embeddings:
+            self.out_head = Embedding(cfg, cfg.vocab_size, WEIGHT_STD)
+
+    def __call__(self, ids_BxT: Array, *, deterministic: bool = True) -> Array:
+        x_BxTxD, _ = self.features(ids_BxT, deterministic=deterministic)
+        return self.logits(x_BxTxD)
+
+    def features(
+        self, ids_BxT: Array, *, cache: Cache | None = None, deterministic: bool = True
+    ) -> tuple[Array, Cache | None]:
+        """All of the model but the output head.
+
+        Returns:
+            (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
+        """
+        T = ids_BxT.shape[1]
+        if T > self.config.context_length:
+            raise ValueError(
+                f"{T} tokens do not fit context_length={self.config.context_length}: crop them to the last "
+                f"{self.config.context_length}, as jaxgpt.generate does"
+            )
+        positions = jnp.arange(T) if cache is None else cache.positions_BxT(T)
+        with jax.named_scope("embed"):
+            x_BxTxD = self.drop_emb(self.tok_emb(ids_BxT) + self.pos_emb(positions), deterministic)
+        self.sow("intermediates", "embedded", x_BxTxD)
+        layers = None if cache is None else cache.layers
+        if self.config.scan_layers:
+            x_BxTxD, layers = self.trf_blocks(x_BxTxD, cache, layers, deterministic)
+        else:
+            written = []
+            for i, block in enumerate(self.trf_blocks):
+                layer = None if layers is None else layers[i]
+                x_BxTxD, layer = block(x_BxTxD, cache, layer, deterministic)
+                written.append(layer)
+            layers = written
+        x_BxTxD = self.final_norm(x_BxTxD)
+        self.sow("intermediates", "normed", x_BxTxD)
+        return x_BxTxD, None if cache is None else cache.replace(layers=layers, length=cache.length + T)
+
+    def logits(self, x_BxTxD: Array) -> Array:
+        """The output head: [B, T, D] to float32 logits [B, T, V]."""
+        with jax.named_scope("out_head"):
+            return ops.dot("BTD,VD->BTV", x_BxTxD, self.head_weight(), self.config.dtype)
+
+    def head_weight(self) -> Array:
+        """The output head's matrix [V, D]: the token embedding's own when they are tied."""
+        return (self.tok_emb if self.config.tie_embeddings else self.out_head).weight
+
+
+def residual_std(config: GPTConfig) -> float:
+    """Initial deviation of the two projections into the residual stream, 0.02 / sqrt(2 L): L blocks add 2 L
+    terms, and this keeps their sum's variance independent of depth."""
+    return WEIGHT_STD / math.sqrt(2 * config.n_layers)
+
+
+def _block(config: GPTConfig) -> type[nn.Module]:
+    """`TransformerBlock` with the config's rematerialisation, and scanned over L if it says so."""
+    Block: Any = TransformerBlock
+    if config.remat != "none":
+        policy = jax.checkpoint_policies.checkpoint_dots if config.remat == "dots" else None
+        # Argument 4 is `deterministic` (0 is self). A scan cannot be undone by common subexpression elimination.
+        Block = nn.remat(Block, policy=policy, static_argnums=(4,), prevent_cse=not config.scan_layers)
+    if config.scan_layers:
+        Block = nn.scan(
+            Block,
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, 0, nn.broadcast),
+            length=config.n_layers,
+        )
+    return Block
