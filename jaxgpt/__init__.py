@@ -2,4 +2,73 @@
 
 from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+# What is imported at the first use of its name, so that what needs no arrays does not wait for JAX. The block
+# below says the same to type checkers and editors.
+_MODULES = {
+    "cache": ("Cache",),
+    "config": ("GPTConfig",),
+    "decode": ("scan_generate",),
+    "errors": ("CheckpointError", "ConfigError", "DataError"),
+    "generate": ("GenerationResult", "generate"),
+    "model": ("GPT", "FeedForward", "LayerNorm", "MultiHeadAttention", "TransformerBlock"),
+    "sampling": ("Greedy", "MinP", "Temperature", "TopK", "TopP"),
+    "text": ("generate_text", "stream"),
+    "tokenizer": ("get_tokenizer",),
+    "weights": ("load", "save"),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+if TYPE_CHECKING:
+    from jaxgpt.cache import Cache as Cache
+    from jaxgpt.config import GPTConfig as GPTConfig
+    from jaxgpt.decode import scan_generate as scan_generate
+    from jaxgpt.errors import CheckpointError as CheckpointError
+    from jaxgpt.errors import ConfigError as ConfigError
+    from jaxgpt.errors import DataError as DataError
+    from jaxgpt.generate import GenerationResult as GenerationResult
+    from jaxgpt.generate import generate as generate
+    from jaxgpt.model import GPT as GPT
+    from jaxgpt.model import FeedForward as FeedForward
+    from jaxgpt.model import LayerNorm as LayerNorm
+    from jaxgpt.model import MultiHeadAttention as MultiHeadAttention
+    from jaxgpt.model import TransformerBlock as TransformerBlock
+    from jaxgpt.sampling import Greedy as Greedy
+    from jaxgpt.sampling import MinP as MinP
+    from jaxgpt.sampling import Temperature as Temperature
+    from jaxgpt.sampling import TopK as TopK
+    from jaxgpt.sampling import TopP as TopP
+    from jaxgpt.text import generate_text as generate_text
+    from jaxgpt.text import stream as stream
+    from jaxgpt.tokenizer import get_tokenizer as get_tokenizer
+    from jaxgpt.weights import load as load
+    from jaxgpt.weights import save as save
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module 'jaxgpt' has no attribute {name!r}")
+        value = getattr(import_module(f"jaxgpt.{_MODULE_OF[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULE_OF})
+
+
+class _Package(ModuleType):
+    """`jaxgpt.generate` is the function: importing the submodule of that name does not replace it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

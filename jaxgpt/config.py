@@ -101,9 +101,7 @@ class GPTConfig:
         Raises:
             ConfigError: for an unknown name or an invalid override.
         """
-        if name not in PRESETS:
-            raise ConfigError(f"no preset {name!r}{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
-        return cls.from_dict({**PRESETS[name], **overrides}, source=f"preset {name}")
+        return cls.from_fields({**overrides, "preset": name}, source=f"preset {name}")
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> GPTConfig:
@@ -138,9 +136,14 @@ class GPTConfig:
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], source: str) -> GPTConfig:
         """Like `from_dict`, but a `preset` key names the preset that the other keys override."""
-        fields = dict(fields)
-        preset = fields.pop("preset", None)
-        return cls.preset(preset, **fields) if preset is not None else cls.from_dict(fields, source=source)
+        if "preset" not in fields:
+            return cls.from_dict(fields, source=source)
+        name = fields["preset"]
+        if not isinstance(name, str) or name not in PRESETS:
+            hint = did_you_mean(str(name), PRESETS)
+            raise ConfigError(f"{source}: no preset {name!r}{hint} (known: {', '.join(PRESETS)})")
+        overrides = {key: value for key, value in fields.items() if key != "preset"}
+        return cls.from_dict({**PRESETS[name], **overrides}, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON or TOML."""
@@ -160,7 +163,8 @@ class GPTConfig:
     def _check_type(self, name: str) -> None:
         value, kind = getattr(self, name), _FIELD_TYPES[name]
         if kind == "float":
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            # An int can be too large for isfinite.
+            good = type(value).__name__ == "int" or (isinstance(value, float) and math.isfinite(value))
         else:
             good = type(value).__name__ == kind  # exact: bool is an int to isinstance
         if not good:
@@ -201,7 +205,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """Parses a TOML file; a missing or malformed one is a ConfigError that names it."""
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as TOML: {error}") from None
 
 

@@ -1,4 +1,4 @@
-"""The errors this package raises on purpose; all are ValueErrors, so one `except` catches them."""
+"""The errors this package raises on purpose. Bad input is always a ValueError, so one `except` catches it."""
 
 from __future__ import annotations
 
@@ -43,3 +43,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns '; did you mean X?' for the known word nearest to `word`, or ''."""
     match = difflib.get_close_matches(word, list(known), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on. What it had saved is good."""

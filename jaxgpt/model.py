@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from jaxgpt import ops
-from jaxgpt.cache import Cache, write
+from jaxgpt.attention import attention
+from jaxgpt.cache import Cache, read, write
 from jaxgpt.config import GPTConfig
 
 # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code.
@@ -113,27 +114,33 @@ class MultiHeadAttention(nn.Module):
         cfg = self.config
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear(cfg, (3, D), cfg.qkv_bias, name="qkv")(x_BxTxD)
-        q, k, v = (qkv_BxTx3xD[:, :, i].reshape(B, T, cfg.n_heads, cfg.head_dim) for i in range(3))
-        slot, start_B = 0, None
+        q, k, v = (
+            qkv_BxTx3xD[:, :, i].reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2)  # [B, H, T, K]
+            for i in range(3)
+        )
+        slot, start_B, dtype = 0, None, cfg.dtype
         if cache is not None:
             layer = write(layer, k, v, cache.length)
             slot, start_B = cache.length, cache.start_B
             # At a slot known to be 0 there is nothing in the cache but these tokens: attend to them as they are.
-            k, v = (k, v) if isinstance(slot, int) and slot == 0 else layer
+            if not (isinstance(slot, int) and slot == 0):
+                k, v = read(layer)
+                dtype = k.dtype.name  # converting a cache would cost more than the products with it
         drop = not deterministic and cfg.drop_rate_attn > 0
         inspected = self.is_mutable_collection("intermediates")
-        context_BxTxHxK = ops.attention(
+        context_BxHxTxK = attention(
             q,
             k,
             v,
-            dtype=cfg.dtype,
+            dtype=dtype,
             query_slot=slot,
             start_B=start_B,
             drop_rate=cfg.drop_rate_attn,
             dropout_key=self.make_rng("dropout") if drop else None,
             inspect=(lambda weights: self.sow("intermediates", "weights", weights)) if inspected else None,
         )
-        y = Linear(cfg, (D,), cfg.bias, residual_std(cfg), name="out_proj")(context_BxTxHxK.reshape(B, T, D))
+        context_BxTxD = context_BxHxTxK.swapaxes(1, 2).reshape(B, T, D)
+        y = Linear(cfg, (D,), cfg.bias, residual_std(cfg), name="out_proj")(context_BxTxD)
         return y, layer
 
 

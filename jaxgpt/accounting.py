@@ -1,0 +1,186 @@
+"""What a GPT costs: parameters, bytes and floating-point operations, exactly, from its config alone.
+
+No arrays and no JAX: a 175-billion-parameter model is counted as quickly as a small one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import ConfigError
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+
+MIB = 1024**2
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters, by component.
+
+    Attributes:
+        tok_emb: the token embedding, V D; also the output head where the two are tied.
+        pos_emb: the position embedding, C D.
+        attention: the four projections of all blocks.
+        feed_forward: the two layers of all blocks.
+        norms: two LayerNorms a block, and the final one.
+        out_head: the output head, V D, where it is a matrix of its own; else 0.
+    """
+
+    tok_emb: int = 0
+    pos_emb: int = 0
+    attention: int = 0
+    feed_forward: int = 0
+    norms: int = 0
+    out_head: int = 0
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return sum(dataclasses.astuple(self))
+
+    @property
+    def without_embeddings(self) -> int:
+        """What is left without the two embeddings and the output head: N of Kaplan et al. 2020."""
+        return self.attention + self.feed_forward + self.norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of the matrix products; a multiplication and an addition are two.
+
+    Attributes:
+        linear: of the linear layers and the output head.
+        attention: of the scores, q k^T, and of the sums of values that they weight. Counted in full, as is the
+            custom; causality needs only about half.
+    """
+
+    linear: int
+    attention: int
+
+    @property
+    def total(self) -> int:
+        """Both together."""
+        return self.linear + self.attention
+
+
+def parameter_shapes(config: GPTConfig) -> Shapes:
+    """Shape of every parameter by its path ("trf_blocks_0/att/qkv/weight"), in the order of the data's way through.
+
+    This is the tree with one subtree a block, whatever `scan_layers` says: scanned, the same leaves are
+    stacked on a leading axis [L, ...] under `trf_blocks`.
+    """
+    D, F, V, C = config.emb_dim, config.ffn_dim, config.vocab_size, config.context_length
+
+    def norm(name: str) -> Shapes:
+        return {f"{name}/scale": (D,), **({f"{name}/shift": (D,)} if config.bias else {})}
+
+    def linear(name: str, weight: tuple[int, ...], bias: bool) -> Shapes:
+        return {f"{name}/weight": weight, **({f"{name}/bias": weight[:-1]} if bias else {})}
+
+    block = {
+        **norm("norm1"),
+        **linear("att/qkv", (3, D, D), config.qkv_bias),
+        **linear("att/out_proj", (D, D), config.bias),
+        **norm("norm2"),
+        **linear("ff/fc_in", (F, D), config.bias),
+        **linear("ff/fc_out", (D, F), config.bias),
+    }
+    shapes: Shapes = {"tok_emb/weight": (V, D), "pos_emb/weight": (C, D)}
+    for i in range(config.n_layers):
+        shapes |= {f"trf_blocks_{i}/{name}": shape for name, shape in block.items()}
+    shapes |= norm("final_norm")
+    if not config.tie_embeddings:
+        shapes["out_head/weight"] = (V, D)
+    return shapes
+
+
+def count_parameters(config: GPTConfig) -> Counts:
+    """Numbers of parameters by component; arrays that are used twice (a tied head) count once."""
+    counts = dict.fromkeys((field.name for field in dataclasses.fields(Counts)), 0)
+    for path, shape in parameter_shapes(config).items():
+        counts[_component(path)] += math.prod(shape)
+    return Counts(**counts)
+
+
+def _component(path: str) -> str:
+    parts = path.split("/")
+    name = parts[1] if parts[0].startswith("trf_blocks") else parts[0]
+    return {"att": "attention", "ff": "feed_forward", "norm1": "norms", "norm2": "norms", "final_norm": "norms"}.get(
+        name, name
+    )
+
+
+def parameter_bytes(config: GPTConfig, dtype: str | None = None) -> int:
+    """Bytes of all parameters stored in `dtype` (default: the config's `param_dtype`).
+
+    Raises:
+        ConfigError: for a dtype that is not one of `DTYPE_BYTES`.
+    """
+    return count_parameters(config).total * _itemsize(dtype or config.param_dtype)
+
+
+def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:
+    """Operations of one forward pass over [B, T] ids, logits at every position included.
+
+    linear = 2 B T (L (4 D^2 + 2 D F) + V D), which is 2 B T (12 L D^2 + V D) for F = 4 D;
+    attention = 4 B T^2 D L. Source: Kaplan et al. 2020, table 1, with attention over all T positions.
+
+    Raises:
+        ValueError: if `batch` or `length` is not positive, or `length` is beyond the context.
+    """
+    body, head = _linear_flops(config, batch, length)
+    return Flops(linear=body + head, attention=_attention_flops(config, batch, length))
+
+
+def training_flops(config: GPTConfig, batch: int, length: int) -> Flops:
+    """Operations of one training step over [B, T] ids: the forward pass, and twice it for the backward pass.
+
+    With `remat="block"` the backward pass computes the blocks' forward again: four times in all for the blocks
+    and three for the output head. ("dots" keeps the results of the matrix products, so it adds nothing here.)
+    Rows of scores that attention itself recomputes to save memory are not counted. For the utilisation of a
+    machine as usually quoted, recomputation is left out: use three times `forward_flops`.
+    """
+    body, head = _linear_flops(config, batch, length)
+    passes = 4 if config.remat == "block" else 3
+    return Flops(linear=passes * body + 3 * head, attention=passes * _attention_flops(config, batch, length))
+
+
+def cache_bytes(config: GPTConfig, batch: int, slots: int, dtype: str) -> int:
+    """Bytes of the keys and values of a cache, 2 L B S D elements of `dtype`. `Cache.empty` says which type it takes.
+
+    Raises:
+        ValueError: if `batch` or `slots` is not positive.
+        ConfigError: for a dtype that is not one of `DTYPE_BYTES`.
+    """
+    _check_positive(batch=batch, slots=slots)
+    return 2 * config.n_layers * batch * slots * config.emb_dim * _itemsize(dtype)
+
+
+def _linear_flops(config: GPTConfig, batch: int, length: int) -> tuple[int, int]:
+    """(the blocks', the output head's)."""
+    _check_positive(batch=batch, length=length)
+    if length > config.context_length:
+        raise ValueError(f"length {length} is beyond context_length={config.context_length}")
+    L, D, F, V = config.n_layers, config.emb_dim, config.ffn_dim, config.vocab_size
+    return 2 * batch * length * L * (4 * D**2 + 2 * D * F), 2 * batch * length * V * D
+
+
+def _attention_flops(config: GPTConfig, batch: int, length: int) -> int:
+    return 4 * batch * length**2 * config.emb_dim * config.n_layers
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1, not {size}")
+
+
+def _itemsize(dtype: str) -> int:
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPE_BYTES)}, not {dtype!r}")
+    return DTYPE_BYTES[dtype]

@@ -1,0 +1,89 @@
+"""The `jaxgpt` command: one module a subcommand, imported only when it is called."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from jaxgpt import __version__
+from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
+
+# name: (module with `add_arguments(parser)` and `run(args) -> int`, help). JAX may be imported only within `run`.
+COMMANDS = {
+    "generate": ("jaxgpt.cli.generate", "continue a text"),
+    "inspect": ("jaxgpt.cli.inspect", "show a model's parameters, memory and operations"),
+    "convert": ("jaxgpt.cli.convert", "write a checkpoint in another layout"),
+    "tokenize": ("jaxgpt.cli.tokenize", "turn text into a token file to train on"),
+    "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
+    "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
+    "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
+}
+
+# What shells report for a command that a closed pipe, or Ctrl-C, ended.
+_CLOSED_PIPE, _INTERRUPTED = 141, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line `argv` (default: the process's own) and returns the exit code.
+
+    0 is success. 2 is the user's error, told in one line on stderr. 130 is Ctrl-C, and 141 a reader of stdout
+    that left. A fault in the program itself is raised as it is.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding cannot
+    try:
+        try:
+            return _run(argv)
+        finally:
+            # Here, where a closed pipe can still be handled, and not at exit.
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return _CLOSED_PIPE
+    except (ValueError, FloatingPointError, OSError, MissingExtraError, TrainingError) as error:
+        if not _is_users(error):
+            raise
+        print(f"jaxgpt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def _run(argv: list[str]) -> int:
+    # Options before the subcommand end the program, so if there is a subcommand it comes first.
+    chosen = argv[0] if argv else None
+    parser = argparse.ArgumentParser(prog="jaxgpt", description="GPT-2 in JAX: generate, train, convert, inspect.")
+    parser.add_argument("--version", action="version", version=f"jaxgpt {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, (path, summary) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        if name == chosen:
+            module = import_module(path)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    return args.run(args)
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether `error` tells the user what to change: the package's own errors, those it raises as a check of what
+    it was given, and those of the file system. Any other is a fault, and its traceback is wanted."""
+    if isinstance(error, (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, OSError)):
+        return True
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "jaxgpt"
+
+
+def _discard_stdout() -> None:
+    # Otherwise the interpreter's own flush at exit complains of the closed pipe once more.
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)

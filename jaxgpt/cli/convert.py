@@ -1,0 +1,42 @@
+"""`jaxgpt convert SRC DST`: a checkpoint of any format to the project's own or Hugging Face's."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments."""
+    parser.add_argument("src", metavar="SRC", help="checkpoint file or directory, bundled name, or hub name")
+    parser.add_argument("dst", metavar="DST", type=Path, help="directory to write")
+    parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), help="type to convert the parameters to")
+    parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where SRC does not say")
+    parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite values")
+    parser.add_argument("--force", action="store_true", help="replace DST if it is a checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Converts, and says on stderr what was written.
+
+    Raises:
+        CheckpointError, ConfigError, MissingExtraError: as `jaxgpt.load` and `jaxgpt.save` do; and if DST exists
+            without --force.
+    """
+    from jaxgpt.errors import CheckpointError
+
+    if args.dst.exists() and not args.force:
+        raise CheckpointError(args.dst, "exists: choose another name, or pass --force to replace it")
+
+    import jax
+
+    from jaxgpt.weights import load, save
+
+    overrides = {} if args.n_heads is None else {"n_heads": args.n_heads}
+    model, params = load(args.src, param_dtype=args.param_dtype, check_finite=args.check_finite, **overrides)
+    save(args.dst, model, params, format=args.format)
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    print(f"{args.dst}: {args.format}, {count:,} parameters", file=sys.stderr)
+    return 0

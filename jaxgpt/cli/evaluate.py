@@ -1,0 +1,43 @@
+"""`jaxgpt evaluate`: a model's loss on a whole text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("--model", default="shakespeare", help="anything that loads (default: the bundled model)")
+    parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
+    parser.add_argument(
+        "--stride", type=int, default=0, help="tokens between windows (default: the context, so none overlap)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="windows a call (default: 8)")
+    parser.add_argument(
+        "--last-fraction", type=float, metavar="F", help="only the last part of the tokens, such as a validation split"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the figures and returns the exit code."""
+    from jaxgpt.data import open_tokens
+    from jaxgpt.evaluation import evaluate
+    from jaxgpt.weights import load
+
+    model, params = load(args.model)
+    tokens = open_tokens(args.data, model.config)
+    if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
+        raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
+    ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
+    result = evaluate(model, params, ids_N, stride=args.stride, batch_size=args.batch_size)
+    if args.json:
+        print(json.dumps(dataclasses.asdict(result)))
+    else:
+        print(
+            f"loss {result.loss:.4f} nats a token   perplexity {result.perplexity:.3f}   "
+            f"{result.bits_per_byte:.4f} bits a byte   over {result.tokens:,} tokens"
+        )
+    return 0

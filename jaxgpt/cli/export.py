@@ -1,0 +1,37 @@
+"""`jaxgpt export`: a training run as a loadable model."""
+
+from __future__ import annotations
+
+import argparse
+
+from jaxgpt.errors import CheckpointError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("run_directory", metavar="DIR", help="what --out was in training")
+    parser.add_argument("out", metavar="OUT", help="the directory to write")
+    parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: jaxgpt")
+    parser.add_argument(
+        "--step", default="best", help="a step that has a checkpoint, 'best' (lowest validation loss, default) or 'latest'"
+    )
+    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes the model and returns the exit code."""
+    from jaxgpt.trainer import load_run
+    from jaxgpt.weights import save
+
+    step, model, params = load_run(args.run_directory, _step(args), param_dtype=args.param_dtype)
+    save(args.out, model, params, format=args.format)
+    print(f"{args.out}: step {step} of {args.run_directory}, as {args.format}")
+    return 0
+
+
+def _step(args: argparse.Namespace) -> str | int:
+    if args.step in ("best", "latest"):
+        return args.step
+    if not args.step.isdigit():
+        raise CheckpointError(args.run_directory, f"--step takes a number, 'best' or 'latest', not {args.step!r}")
+    return int(args.step)

@@ -1,0 +1,139 @@
+"""`jaxgpt generate`: text from a model, on stdout; everything else on stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments; sampling options have transformers' names."""
+    parser.add_argument(
+        "--model", default="shakespeare", help="checkpoint file or directory, bundled name, or hub name (%(default)s)"
+    )
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated: all are continued at once"
+    )
+    parser.add_argument(
+        "--prompt-file", action="append", default=[], metavar="FILE", help='one prompt, the whole file; "-" is stdin'
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=200, metavar="N", help="keep the N likeliest (default: %(default)s)"
+    )
+    parser.add_argument("--top-p", type=float, metavar="X", help="keep the likeliest that make up this probability")
+    parser.add_argument("--min-p", type=float, metavar="X", help="keep those with this share of the likeliest's")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token, as --temperature 0")
+    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="texts a prompt (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
+    parser.add_argument("--stream", action="store_true", help="print as it is drawn; several texts one by one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a line and text")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of parameters and products (default: as saved)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generates, and prints each prompt with its continuation; a line `---` stands between texts.
+
+    Raises:
+        ValueError: for an argument out of its range; without a prompt; for --stream with --json.
+        CheckpointError, ConfigError, MissingExtraError, OSError: if the model or a file cannot be read.
+        FloatingPointError: if the model gives NaN or infinite logits.
+    """
+    if args.stream and args.json:
+        raise ValueError("--stream and --json exclude each other: JSON is printed when a text is whole")
+    if args.num_return_sequences < 1:
+        raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
+    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
+
+    import jax
+
+    from jaxgpt import sampling
+    from jaxgpt.text import encode_prompt
+    from jaxgpt.tokenizer import get_tokenizer
+    from jaxgpt.weights import load
+
+    temperature = 0.0 if args.greedy else args.temperature
+    sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
+    key = jax.random.key(args.seed) if sampler.draws else None
+    dtypes = {} if args.dtype is None else {"param_dtype": args.dtype, "dtype": args.dtype}
+    model, params = load(args.model, **dtypes)
+    tokenizer = get_tokenizer(model.config.tokenizer)
+    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    context = model.config.context_length
+    if max(map(len, rows)) + args.max_new_tokens > context:
+        print(f"beyond {context} tokens, the model's context, every token takes a pass over all of it", file=sys.stderr)
+    options: dict[str, Any] = {"sampler": sampler, "stop_ids": (tokenizer.end_of_text,)}
+    show = _stream if args.stream else _print
+    show(args, model, params, prompts, rows, key, options)
+    return 0
+
+
+def read_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of the command line, in the order --prompt, --prompt-file; with neither, stdin unless it is a
+    terminal. Bytes that are not UTF-8 become U+FFFD."""
+    files = args.prompt_file
+    if not args.prompt and not files:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE, or write to stdin")
+        files = ["-"]
+    texts = [sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes() for name in files]
+    return args.prompt + [text.decode("utf-8", errors="replace") for text in texts]
+
+
+def _print(args, model, params, prompts, rows, key, options) -> None:
+    from jaxgpt.generate import generate
+    from jaxgpt.text import without_stop
+    from jaxgpt.tokenizer import get_tokenizer
+
+    result = generate(model, params, rows, args.max_new_tokens, key=key, **options)
+    tokenizer = get_tokenizer(model.config.tokenizer)
+    for i, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
+        text = prompt + tokenizer.decode(without_stop(new, options["stop_ids"]))
+        if args.json:
+            fields = {
+                "prompt": prompt,
+                "text": text,
+                "prompt_tokens": result.prompt_lengths[i],
+                "new_tokens": new.tolist(),
+                "stopped": bool(new.size) and int(new[-1]) in options["stop_ids"],
+            }
+            print(json.dumps(fields))
+        else:
+            print("---\n" * bool(i) + text)
+    _report([result])
+
+
+def _stream(args, model, params, prompts, rows, key, options) -> None:
+    import jax
+
+    from jaxgpt.generate import Run
+    from jaxgpt.text import STREAM_CHUNK, text_pieces
+
+    results = []
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        # The key that this row has where all are drawn at once.
+        row_key = None if key is None else jax.random.fold_in(key, i)[None]
+        session = Run(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
+        print("---\n" * bool(i) + prompt, end="", flush=True)
+        for piece in text_pieces(session):
+            print(piece, end="", flush=True)
+        print()
+        results.append(session.result())
+    _report(results)
+
+
+def _report(results) -> None:
+    count = sum(len(new) for result in results for new in result.new_tokens)
+    line = f"{count} tokens in {sum(result.seconds for result in results):.1f} s"
+    rates = [result.tokens_per_second for result in results if result.tokens_per_second]
+    if rates:
+        line += f", compilation included; {sum(rates) / len(rates):,.0f} tokens/s without"
+    print(line, file=sys.stderr)

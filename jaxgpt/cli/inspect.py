@@ -1,0 +1,174 @@
+"""`jaxgpt inspect`: a model's parameter tree and what it costs, from its config alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import accounting
+from jaxgpt.accounting import MIB
+from jaxgpt.config import PRESETS, GPTConfig
+
+# Table 2 of Radford et al. 2019, by (n_layers, emb_dim).
+_PAPER_NAMES = {(12, 768): "117M", (24, 1024): "345M", (36, 1280): "762M", (48, 1600): "1542M"}
+
+# Wide enough for every row of the largest preset, where no terminal says what fits.
+_PIPED_WIDTH = 120
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument(
+        "model", metavar="MODEL", help="a preset's name, a .toml or .json config file, or a checkpoint to load"
+    )
+    parser.add_argument("--all", action="store_true", help="list every block, not one for all")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--batch", type=int, default=1, help="rows, for operations and cache (default: 1)")
+    parser.add_argument("--length", type=int, help="tokens a row, for operations and cache (default: the context)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report and returns the exit code."""
+    config = resolve_config(args.model)
+    report = make_report(config, args.batch, config.context_length if args.length is None else args.length)
+    if args.json:
+        print(json.dumps({"model": args.model, **report}, indent=2))
+    else:
+        print(_render(args.model, config, report, expand=args.all), end="")
+    return 0
+
+
+def resolve_config(name: str) -> GPTConfig:
+    """The config of a preset, of a config file, or of anything that `jaxgpt.load` takes; no weights are read.
+
+    Raises:
+        ConfigError: if a config file is not good, or `name` is nothing of the kind.
+        CheckpointError: if a checkpoint is not good.
+    """
+    if name in PRESETS:
+        return GPTConfig.preset(name)
+    if Path(name).suffix in (".toml", ".json"):
+        return GPTConfig.from_file(name)
+    from jaxgpt.weights import load_config  # imports JAX, which presets and files do without
+
+    return load_config(name)
+
+
+def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
+    """All numbers, as plain values ready for JSON. Bytes are bytes, operations are single operations.
+
+    Raises:
+        ValueError: if `batch` or `length` is not positive, or `length` is beyond the context.
+    """
+    counts = accounting.count_parameters(config)
+    forward = accounting.forward_flops(config, batch, length)
+    training = accounting.training_flops(config, batch, length)
+    return {
+        "config": config.to_dict(),
+        "parameters": {
+            "total": counts.total,
+            "without_embeddings": counts.without_embeddings,
+            "by_component": vars(counts),
+        },
+        "parameter_bytes": {dtype: accounting.parameter_bytes(config, dtype) for dtype in accounting.DTYPE_BYTES},
+        "batch": batch,
+        "length": length,
+        "forward_flops": {**vars(forward), "total": forward.total},
+        "training_flops": {**vars(training), "total": training.total},
+        "cache_bytes": {
+            dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in accounting.DTYPE_BYTES
+        },
+        "tree": [
+            {"path": path, "shape": list(shape), "parameters": math.prod(shape)}
+            for path, shape in accounting.parameter_shapes(config).items()
+        ],
+    }
+
+
+def notes(config: GPTConfig) -> Iterator[str]:
+    """What explains a count other than the one a reader expects."""
+    counts = accounting.count_parameters(config)
+    if config.tie_embeddings:
+        head = config.vocab_size * config.emb_dim
+        yield (
+            f"The output head is tok_emb itself, and counts once. With a matrix of its own, as in the book-* presets, "
+            f"it would add {head:,}: {counts.total + head:,} in all."
+        )
+    else:
+        yield (
+            f"The output head is a matrix of its own. Tied to tok_emb, as in OpenAI's GPT-2, the count would be "
+            f"{counts.total - counts.out_head:,}; names such as 124M mean that one."
+        )
+    paper = _PAPER_NAMES.get((config.n_layers, config.emb_dim))
+    if paper and (config.vocab_size, config.context_length) == (50257, 1024):
+        yield f"The GPT-2 paper calls this size {paper}: an early miscount by its authors."
+
+
+def _render(name: str, config: GPTConfig, report: dict[str, Any], expand: bool) -> str:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
+    # Captured, so that one plain `print` meets a closed pipe.
+    with console.capture() as capture:
+        console.print(
+            f"{name}: n_layers {config.n_layers}, emb_dim {config.emb_dim:,}, n_heads {config.n_heads}, "
+            f"context_length {config.context_length:,}, vocab_size {config.vocab_size:,}",
+            markup=False,
+        )
+        console.print(_tree_table(config, report, expand))
+        console.print(_totals_table(report))
+        for note in notes(config):
+            console.print(f"\n{note}")
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _tree_table(config: GPTConfig, report: dict[str, Any], expand: bool) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("component", no_wrap=True)
+    for header in ("shape", "parameters", "share"):
+        table.add_column(header, justify="right", no_wrap=True)
+    total = report["parameters"]["total"]
+    L = config.n_layers
+    in_blocks = sum(leaf["parameters"] for leaf in report["tree"] if leaf["path"].startswith("trf_blocks_"))
+    for leaf in report["tree"]:
+        block, _, rest = leaf["path"].partition("/")
+        shape, size = " x ".join(f"{n:,}" for n in leaf["shape"]), leaf["parameters"]
+        if expand or not block.startswith("trf_blocks_"):
+            table.add_row(leaf["path"], shape, f"{size:,}", f"{size / total:.2%}")
+        elif block == "trf_blocks_0":
+            if rest == "norm1/scale":
+                blocks = f"trf_blocks_0 to {L - 1}, each:" if L > 1 else "trf_blocks_0:"
+                table.add_row(blocks, "", f"{in_blocks:,}", f"{in_blocks / total:.2%}")
+            table.add_row(f"  {rest}", shape, f"{L} x {size:,}", f"{L * size / total:.2%}")
+    table.add_section()
+    table.add_row("total", "", f"{total:,}", "100.00%")
+    return table
+
+
+def _totals_table(report: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    for component, size in report["parameters"]["by_component"].items():
+        grid.add_row(component, f"{size:,}")
+    grid.add_row("all but embeddings and head", f"{report['parameters']['without_embeddings']:,}")
+    for dtype, size in report["parameter_bytes"].items():
+        grid.add_row(f"parameters in {dtype}", f"{size / MIB:,.2f} MB")
+    rows = f"{report['batch']} x {report['length']:,}"
+    for title, key in (("forward pass", "forward_flops"), ("training step", "training_flops")):
+        flops = report[key]
+        grid.add_row(f"{title}, {rows}, linear layers", f"{flops['linear']:,} FLOPs")
+        grid.add_row(f"{title}, {rows}, attention", f"{flops['attention']:,} FLOPs")
+    for dtype, size in report["cache_bytes"].items():
+        grid.add_row(f"key/value cache, {rows}, {dtype}", f"{size / MIB:,.2f} MB")
+    return grid

@@ -1,0 +1,106 @@
+"""Next-token cross-entropy in float32, whole or in chunks, and the figures derived from it."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxgpt.ops import dot
+
+# Label of a position that does not count. Negative, so that it can never be a token id.
+IGNORE = -1
+
+
+def cross_entropy(logits_xV: Array, labels_x: Array) -> tuple[Array, Array]:
+    """Sum of -log softmax(logits)[label] over the positions that count, and their number.
+
+    Args:
+        logits_xV: float32, [..., V].
+        labels_x: ids, [...]; `IGNORE` leaves a position out. Any other id outside [0, V) makes the sum NaN, which
+            no run survives unseen; without that, XLA would clamp it into the vocabulary.
+
+    Returns:
+        (sum in nats, count), float32 scalars. Their quotient is the mean loss.
+    """
+    logits_xV = logits_xV.astype(jnp.float32)
+    V = logits_xV.shape[-1]
+    counts_x = labels_x != IGNORE
+    chosen_x = jnp.take_along_axis(logits_xV, jnp.clip(labels_x, 0, V - 1)[..., None], axis=-1)[..., 0]
+    losses_x = jax.nn.logsumexp(logits_xV, axis=-1) - chosen_x
+    legal_x = (labels_x >= 0) & (labels_x < V)
+    losses_x = jnp.where(counts_x, jnp.where(legal_x, losses_x, jnp.nan), 0.0)
+    return jnp.sum(losses_x), jnp.sum(counts_x, dtype=jnp.float32)
+
+
+def head_cross_entropy(
+    x_BxTxD: Array, head_VxD: Array, labels_BxT: Array, *, dtype: str, chunk: int = 0
+) -> tuple[Array, Array]:
+    """`cross_entropy` of the logits x head^T, without holding them all when `chunk` is given.
+
+    Args:
+        x_BxTxD: the final norm's output, `GPT.features`.
+        head_VxD: the output head, `GPT.head_weight`.
+        labels_BxT: as in `cross_entropy`.
+        dtype: type of the product's operands.
+        chunk: positions a chunk: at most chunk * V logits exist at a time, in the backward pass too. 0: all.
+
+    Returns:
+        (sum in nats, count), as `cross_entropy`.
+    """
+    D = x_BxTxD.shape[-1]
+    x_NxD, labels_N = x_BxTxD.reshape(-1, D), labels_BxT.reshape(-1)
+    N = len(labels_N)
+    if chunk == 0 or chunk >= N:
+        return _chunk_loss(x_NxD, head_VxD, labels_N, dtype)
+    padding = -N % chunk
+    x_xCxD = jnp.pad(x_NxD, ((0, padding), (0, 0))).reshape(-1, chunk, D)
+    labels_xC = jnp.pad(labels_N, (0, padding), constant_values=IGNORE).reshape(-1, chunk)
+    return _scan_chunks(dtype, x_xCxD, head_VxD, labels_xC)
+
+
+def _chunk_loss(x_NxD, head_VxD, labels_N, dtype):
+    return cross_entropy(dot("ND,VD->NV", x_NxD, head_VxD, dtype), labels_N)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan_chunks(dtype, x_xCxD, head_VxD, labels_xC):
+    def add_chunk(totals, chunk):
+        losses, count = _chunk_loss(chunk[0], head_VxD, chunk[1], dtype)
+        return (totals[0] + losses, totals[1] + count), None
+
+    return lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (x_xCxD, labels_xC))[0]
+
+
+def _scan_chunks_forward(dtype, x_xCxD, head_VxD, labels_xC):
+    """Takes each chunk's gradients while its logits are there, so that the backward pass need not make them again."""
+
+    def add_chunk(totals, chunk):
+        losses, pull, count = jax.vjp(lambda x, h: _chunk_loss(x, h, chunk[1], dtype), chunk[0], head_VxD, has_aux=True)
+        dx, dhead = pull(jnp.ones_like(losses))
+        return (totals[0] + losses, totals[1] + count, totals[2] + dhead), dx
+
+    start = jnp.float32(0), jnp.float32(0), jnp.zeros(head_VxD.shape, jnp.float32)
+    (losses, count, dhead_VxD), dx_xCxD = lax.scan(add_chunk, start, (x_xCxD, labels_xC))
+    return (losses, count), (dx_xCxD, dhead_VxD.astype(head_VxD.dtype))
+
+
+def _scan_chunks_backward(dtype, residuals, g):
+    dx_xCxD, dhead_VxD = residuals
+    return dx_xCxD * g[0], (dhead_VxD * g[0]).astype(dhead_VxD.dtype), None
+
+
+_scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
+
+
+def perplexity(loss: float) -> float:
+    """exp of the mean loss in nats; inf where that overflows."""
+    return math.exp(loss) if loss < 709 else math.inf
+
+
+def bits_per_byte(total_nats: float, n_bytes: int) -> float:
+    """Bits the model needs for each byte of the text: comparable between tokenizers, unlike the loss."""
+    return total_nats / math.log(2) / n_bytes

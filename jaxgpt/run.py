@@ -1,0 +1,143 @@
+"""A run's directory: what was run, on what, and what it measured. One trainer at a time.
+
+    DIR/run.json        the resolved config, the data's hash, versions
+    DIR/metrics.jsonl   one line a logged step or evaluation
+    DIR/checkpoints/    see checkpoint.py
+    DIR/loss.png        the curves, with the extra [plot]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import read_json
+from jaxgpt.data import Tokens
+from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.train_config import TrainConfig
+
+# Not part of what a run computes, so they may differ when it resumes.
+_FREE_FIELDS = ("log_interval", "keep")
+
+
+class Run:
+    """A run's directory. See the module's docstring for what is in it."""
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        self.checkpoints = self.directory / "checkpoints"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.description = self.directory / "run.json"
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the directory for one trainer; the lock goes with the process, however it ends.
+
+        Raises:
+            CheckpointError: if another process holds it.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise CheckpointError(self.directory, "another trainer is running in this directory") from None
+            yield
+
+    def start(self, config: TrainConfig, tokens: Tokens) -> None:
+        """Writes run.json into a directory that has no run yet.
+
+        Raises:
+            CheckpointError: if there is one.
+        """
+        if self.description.exists():
+            raise CheckpointError(self.directory, "holds a run already: --resume continues it, or choose another --out")
+        packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+        self._write_description(
+            {
+                "config": config.to_dict(),
+                "data": {"sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
+                "versions": {name: importlib.metadata.version(name) for name in packages},
+                "python": platform.python_version(),
+            }
+        )
+
+    def config(self) -> TrainConfig:
+        """The config that the run was started with."""
+        return TrainConfig.from_dict(self._read_description()["config"], source=str(self.description))
+
+    def check_resume(self, config: TrainConfig, tokens: Tokens, force: bool) -> None:
+        """Compares a config and data with the run's own.
+
+        Raises:
+            ConfigError: naming every difference, unless `force`, which writes the new config down.
+        """
+        described = self._read_description()
+        was, now = described["config"], config.to_dict()
+        differences = [
+            f"{table}.{name}: {was[table].get(name)!r} before, {value!r} now"
+            for table in ("model", "train")
+            for name, value in now[table].items()
+            if was[table].get(name) != value and name not in _FREE_FIELDS
+        ]
+        if described["data"]["sha256"] != tokens.sha256:
+            differences.append(f"data: sha256 {described['data']['sha256'][:12]}… before, {tokens.sha256[:12]}… now")
+        if differences and not force:
+            raise ConfigError(f"{self.directory} was run with another setting (--force accepts): {'; '.join(differences)}")
+        described["config"], described["data"]["sha256"] = now, tokens.sha256
+        self._write_description(described)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        with self.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run writes anew, and a last line that a kill cut short."""
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        partial = self.metrics.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        partial.replace(self.metrics)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole."""
+        lines = []
+        if self.metrics.exists():
+            for text in self.metrics.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(json.JSONDecodeError):
+                    lines.append(json.loads(text))
+        return lines
+
+    def plot_losses(self) -> None:
+        """Writes loss.png, if the extra [plot] is there."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        for key, label in (("loss", "training"), ("val_loss", "validation")):
+            points = [(line["step"], line[key]) for line in self.read_metrics() if key in line]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5 if key == "val_loss" else 0.8)
+        axes.set(xlabel="step", ylabel="loss, nats a token")
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(self.directory / "loss.png", dpi=120)
+
+    def _write_description(self, description: dict[str, Any]) -> None:
+        partial = self.description.with_name("run.json.partial")
+        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, self.description)
+
+    def _read_description(self) -> dict[str, Any]:
+        if not self.description.exists():
+            raise CheckpointError(self.directory, "holds no run (no run.json)")
+        return read_json(self.description)

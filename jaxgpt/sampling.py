@@ -1,0 +1,206 @@
+"""Samplers: from logits to a token id. Tiny frozen dataclasses, hashable, so a compiled loop can be specialised
+for one.
+
+    Greedy()
+    Temperature(0.8)
+    Temperature(0.8) | TopK(50) | TopP(0.95)          # applied from left to right
+
+Sizes: B batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+# Finite, as every mask here, so that no arithmetic on it gives NaN.
+REMOVED = -1e30
+
+
+class Sampler:
+    """Draws an id from softmax(filter(logits)). A subclass says what its `filter` does to the logits."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the result is random: if so a key is needed, if not it is the arg-max."""
+        return True
+
+    def filter(self, logits: Array) -> Array:
+        """Float32 logits [..., V] to float32 logits [..., V]. Removed ids get `REMOVED`; the likeliest id is
+        never removed."""
+        return logits
+
+    def __call__(self, logits: Array, key: Array | None = None) -> Array:
+        """Ids [B] from logits [B, V] and keys [B], each row by its own; or one id from logits [V] and a key.
+
+        Equal largest logits: the arg-max is the lowest id.
+        """
+        logits = logits.astype(jnp.float32)
+        if not self.draws:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        draw: Callable[..., Array] = jax.random.categorical
+        if logits.ndim > 1:
+            draw = jax.vmap(draw)
+        return draw(key, self.filter(logits)).astype(jnp.int32)
+
+    def __or__(self, then: Sampler) -> Sampler:
+        return Chain((self, then))
+
+
+@dataclasses.dataclass(frozen=True)
+class Chain(Sampler):
+    """Filters applied one after the other; normally written with `|`."""
+
+    parts: tuple[Sampler, ...]
+
+    @property
+    def draws(self) -> bool:
+        return all(part.draws for part in self.parts)
+
+    def filter(self, logits: Array) -> Array:
+        for part in self.parts:
+            logits = part.filter(logits)
+        return logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Greedy(Sampler):
+    """The likeliest id; the lowest of equals."""
+
+    @property
+    def draws(self) -> bool:
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Temperature(Sampler):
+    """Divides logits by `value`: below 1 sharper, above 1 flatter. 0 is greedy.
+
+    Raises:
+        ValueError: if `value` is negative, NaN or infinite.
+    """
+
+    value: float
+
+    def __post_init__(self):
+        _check_number("temperature", self.value, "0 or more", lambda value: value >= 0)
+
+    @property
+    def draws(self) -> bool:
+        return self.value > 0
+
+    def filter(self, logits: Array) -> Array:
+        # Relative to the largest, and with bounds, a tiny temperature neither overflows nor divides by zero.
+        scale = min(1 / self.value, 1e30) if self.draws else 1e30
+        relative = logits - jnp.max(logits, axis=-1, keepdims=True)
+        return jnp.maximum(relative * scale, REMOVED)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopK(Sampler):
+    """Keeps the `k` likeliest ids, and any that equal the k-th. More than V means all.
+
+    Source: Fan et al. 2018.
+
+    Raises:
+        ValueError: if `k` is not an integer of 1 or more.
+    """
+
+    k: int
+
+    def __post_init__(self):
+        if isinstance(self.k, bool) or not hasattr(self.k, "__index__") or operator.index(self.k) < 1:
+            raise ValueError(f"top_k must be an integer of 1 or more, not {self.k!r}")
+
+    def filter(self, logits: Array) -> Array:
+        if self.k >= logits.shape[-1]:
+            return logits
+        values, _ = lax.top_k(logits, self.k)
+        return jnp.where(logits >= values[..., -1:], logits, REMOVED)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopP(Sampler):
+    """Keeps the nucleus: the fewest likeliest ids with total probability of at least `p`, and any that equal
+    the least likely of them.
+
+    Source: Holtzman et al. 2020.
+
+    Raises:
+        ValueError: if `p` is outside (0, 1].
+    """
+
+    p: float
+
+    def __post_init__(self):
+        _check_number("top_p", self.p, "above 0 and at most 1", lambda p: 0 < p <= 1)
+
+    def filter(self, logits: Array) -> Array:
+        if self.p == 1:
+            return logits
+        # The nucleus is {probability >= t} for the largest t that leaves a mass of p. Non-negative floats are
+        # ordered as their bits are, so t is found exactly, bit by bit, without sorting the vocabulary.
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        bits = lax.bitcast_convert_type(probabilities, jnp.int32)
+        p = max(self.p, 1e-37)  # still above 0 in float32
+
+        def refine(i, threshold):
+            candidate = threshold | jnp.left_shift(1, 29 - i)  # 1.0 is below 2^30 in bits
+            mass = jnp.sum(jnp.where(bits >= candidate, probabilities, 0.0), axis=-1, keepdims=True)
+            return jnp.where(mass >= p, candidate, threshold)
+
+        threshold = lax.fori_loop(0, 30, refine, jnp.zeros_like(bits[..., :1]))
+        return jnp.where(bits >= threshold, logits, REMOVED)
+
+
+@dataclasses.dataclass(frozen=True)
+class MinP(Sampler):
+    """Keeps the ids with at least `p` times the probability of the likeliest. 0 keeps all.
+
+    Source: Nguyen et al. 2024.
+
+    Raises:
+        ValueError: if `p` is outside [0, 1].
+    """
+
+    p: float
+
+    def __post_init__(self):
+        _check_number("min_p", self.p, "from 0 to 1", lambda p: 0 <= p <= 1)
+
+    def filter(self, logits: Array) -> Array:
+        if self.p == 0:
+            return logits
+        floor = jnp.max(logits, axis=-1, keepdims=True) + math.log(self.p)
+        return jnp.where(logits >= floor, logits, REMOVED)
+
+
+def from_options(
+    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
+) -> Sampler:
+    """The sampler for options named as transformers names them, applied in its order: temperature, top_k, top_p,
+    min_p. `None` leaves one out; temperature 0 is greedy.
+
+    Raises:
+        ValueError: naming the option that is out of its range.
+    """
+    sampler: Sampler = Temperature(temperature)
+    options: tuple[tuple[Any, Any], ...] = ((TopK, top_k), (TopP, top_p), (MinP, min_p))
+    for kind, value in options:
+        if value is not None:
+            sampler = sampler | kind(value)
+    return sampler if sampler.draws else Greedy()
+
+
+def _check_number(name: str, value: float, expected: str, good: Callable[[float], bool]) -> None:
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not good(value):
+        raise ValueError(f"{name} must be {expected}, not {value!r}")

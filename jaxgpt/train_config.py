@@ -1,0 +1,184 @@
+"""`TrainConfig`: everything a training run depends on besides its data, in one frozen dataclass and one TOML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import GPTConfig, read_toml
+from jaxgpt.errors import ConfigError, did_you_mean
+
+OPTIMIZERS = ("adamw", "muon")
+WINDOWS = ("random", "sliding")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        model: the model.
+        steps: optimiser steps.
+        batch_size: windows an optimiser step.
+        accumulate: micro-batches that `batch_size` is processed in; the result equals the one big batch.
+        length: tokens a window; 0 means the model's context.
+        windows: "random" windows, or the book's "sliding" ones: every `stride`-th window once an epoch, shuffled.
+        stride: distance between sliding windows; 0 means `length`.
+        val_fraction: the last part of the tokens, kept for validation.
+        seed: of the initial parameters, the batches, dropout and samples.
+        optimizer: "adamw", or "muon" for the blocks' matrices with AdamW for all else.
+        learning_rate: peak of AdamW's.
+        matrix_learning_rate: peak of Muon's, in units of AdamW's (updates scaled to an RMS of 0.2).
+        warmup_steps: linear warm-up from 0.
+        final_learning_rate: fraction of the peak left at the last step, after a cosine.
+        beta1, beta2, weight_decay: AdamW's; decay acts on matrices only.
+        clip_norm: gradients are scaled down to this global norm; 0 switches that off.
+        average_decay: decay of the exponential moving average of the parameters, which evaluation, samples and
+            exports then use; 0 switches it off.
+        loss_chunk: positions a chunk of the loss, so that logits [B, T, V] never exist; 0 for one chunk.
+        log_interval, eval_interval, checkpoint_interval: in steps; evaluation and a checkpoint come with the last
+            step too.
+        eval_windows: validation windows an evaluation; 0 means the whole validation split.
+        sample_tokens: length of the text sampled at each evaluation; 0 for none.
+        sample_prompt: what it starts with.
+        keep: how many of the latest checkpoints stay, besides the best.
+        bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
+    """
+
+    model: GPTConfig
+    steps: int = 1000
+    batch_size: int = 8
+    accumulate: int = 1
+    length: int = 0
+    windows: str = "random"
+    stride: int = 0
+    val_fraction: float = 0.1
+    seed: int = 0
+    optimizer: str = "adamw"
+    learning_rate: float = 6e-4
+    matrix_learning_rate: float = 6e-4
+    warmup_steps: int = 100
+    final_learning_rate: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+    average_decay: float = 0.0
+    loss_chunk: int = 0
+    log_interval: int = 10
+    eval_interval: int = 250
+    eval_windows: int = 0
+    sample_tokens: int = 0
+    sample_prompt: str = ""
+    checkpoint_interval: int = 250
+    keep: int = 2
+    bad_steps: int = 3
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            if field.name != "model":
+                self._check(field)
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"accumulate must divide batch_size: {self.batch_size} / {self.accumulate}")
+        if self.length > self.model.context_length:
+            raise ConfigError(f"length {self.length} is beyond model.context_length {self.model.context_length}")
+        if self.warmup_steps >= self.steps:
+            raise ConfigError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")
+
+    def _check(self, field: dataclasses.Field) -> None:
+        name, value = field.name, getattr(self, field.name)
+        if field.type == "float":
+            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        else:
+            good = type(value).__name__ == field.type
+        if not good:
+            raise ConfigError(f"{name} must be of type {field.type}, not {value!r}")
+        low, high = _RANGES.get(name, (0, math.inf))
+        if field.type != "str" and not low <= value <= high:
+            raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
+        if value not in _CHOICES.get(name, (value,)):
+            choices = _CHOICES[name]
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}")
+
+    @property
+    def window(self) -> int:
+        """Tokens a window, T."""
+        return self.length or self.model.context_length
+
+    @classmethod
+    def from_dict(cls, tables: Mapping[str, Any], source: str = "config") -> TrainConfig:
+        """Builds a config from `{"model": {...}, "train": {...}}`; unknown keys are errors.
+
+        Raises:
+            ConfigError: naming `source` and the unknown key or the invalid field.
+        """
+        tables = dict(tables)
+        model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
+        train = tables.pop("train", {})
+        known = [field.name for field in dataclasses.fields(cls) if field.name != "model"]
+        for key in tables:
+            raise ConfigError(f"{source}: unknown table {key!r}{did_you_mean(key, ['model', 'train'])}")
+        for key in train:
+            if key not in known:
+                raise ConfigError(f"{source} [train]: unknown key {key!r}{did_you_mean(key, known)}")
+        try:
+            return cls(model=model, **train)
+        except ConfigError as error:
+            raise ConfigError(f"{source} [train]: {error}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads the `[model]` and `[train]` tables of a TOML file.
+
+        Args:
+            path: the file.
+            overrides: "key=value" strings, as given to `--set`; keys of the model are written "model.key".
+
+        Raises:
+            ConfigError: if the file or an override cannot be used.
+        """
+        tables = {"model": {}, "train": {}} | read_toml(path)
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ConfigError(f"--set takes key=value, not {override!r}")
+            table, _, name = key.strip().rpartition(".")
+            if table not in ("", "model", "train"):
+                raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
+            tables[table or "train"][name] = _parse_value(text.strip())
+        return cls.from_dict(tables, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, in the form that `from_dict` takes."""
+        train = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
+        return {"model": self.model.to_dict(), "train": train}
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # a bare word is a string: --set optimizer=muon
+
+
+_CHOICES = {"optimizer": OPTIMIZERS, "windows": WINDOWS}
+_RANGES = {
+    "steps": (1, 10**9),
+    "batch_size": (1, 10**6),
+    "accumulate": (1, 10**6),
+    "val_fraction": (0, 0.9),
+    "seed": (0, 2**32 - 1),
+    "final_learning_rate": (0, 1),
+    "beta1": (0, 0.99999),
+    "beta2": (0, 0.99999),
+    "average_decay": (0, 0.99999),
+    "log_interval": (1, 10**9),
+    "eval_interval": (1, 10**9),
+    "checkpoint_interval": (1, 10**9),
+    "keep": (1, 1000),
+    "bad_steps": (1, 1000),
+}

@@ -1,0 +1,88 @@
+"""The state dict of "Build a Large Language Model (From Scratch)", as `.pth` or `.safetensors`. Read only.
+
+A state dict has no configuration: the sizes follow from the shapes, and the number of heads, which does not,
+from the book's four sizes, all with heads of width 64.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.weights.files import Tensor, without_prefix
+from jaxgpt.weights.layout import Checkpoint, Row
+
+HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
+
+ROWS = (
+    Row("tok_emb/weight", "tok_emb.weight"),
+    Row("pos_emb/weight", "pos_emb.weight"),
+    Row("trf_blocks/norm1/scale", "trf_blocks.{i}.norm1.scale"),
+    Row("trf_blocks/norm1/shift", "trf_blocks.{i}.norm1.shift"),
+    Row("trf_blocks/att/qkv/weight", tuple(f"trf_blocks.{{i}}.att.W_{x}.weight" for x in ("query", "key", "value"))),
+    Row("trf_blocks/att/qkv/bias", tuple(f"trf_blocks.{{i}}.att.W_{x}.bias" for x in ("query", "key", "value"))),
+    Row("trf_blocks/att/out_proj/weight", "trf_blocks.{i}.att.out_proj.weight"),
+    Row("trf_blocks/att/out_proj/bias", "trf_blocks.{i}.att.out_proj.bias"),
+    Row("trf_blocks/norm2/scale", "trf_blocks.{i}.norm2.scale"),
+    Row("trf_blocks/norm2/shift", "trf_blocks.{i}.norm2.shift"),
+    Row("trf_blocks/ff/fc_in/weight", "trf_blocks.{i}.ff.layers.0.weight"),
+    Row("trf_blocks/ff/fc_in/bias", "trf_blocks.{i}.ff.layers.0.bias"),
+    Row("trf_blocks/ff/fc_out/weight", "trf_blocks.{i}.ff.layers.2.weight"),
+    Row("trf_blocks/ff/fc_out/bias", "trf_blocks.{i}.ff.layers.2.bias"),
+    Row("final_norm/scale", "final_norm.scale"),
+    Row("final_norm/shift", "final_norm.shift"),
+    Row("out_head/weight", "out_head.weight"),
+)
+
+
+def recognises(tensors: Mapping[str, object]) -> bool:
+    """Whether a state dict is this layout's."""
+    return "tok_emb.weight" in tensors or "_orig_mod.tok_emb.weight" in tensors
+
+
+def read(path: Path, tensors: Mapping[str, Tensor], n_heads: int | None) -> Checkpoint:
+    """The checkpoint whose state dict is `tensors`.
+
+    Raises:
+        CheckpointError: if the tensors from which the sizes are read are not there.
+        ConfigError: if the number of heads is neither given nor known.
+    """
+    tensors = without_prefix(path, tensors, "_orig_mod.")  # from torch.compile
+    layers = [int(m[1]) for name in tensors if (m := re.match(r"trf_blocks\.(\d{1,9})\.", name))]
+    vocab_size, emb_dim = _matrix(path, tensors, "tok_emb.weight")
+    if n_heads is None and emb_dim not in HEADS:
+        raise ConfigError(
+            f"{path}: a state dict does not say n_heads, and emb_dim={emb_dim} is none of the book's sizes: "
+            "pass n_heads=... (jaxgpt convert: --n-heads)"
+        )
+    config = GPTConfig.from_dict(
+        {
+            "vocab_size": vocab_size,
+            "context_length": _matrix(path, tensors, "pos_emb.weight")[0],
+            "emb_dim": emb_dim,
+            "n_heads": HEADS[emb_dim] if n_heads is None else n_heads,
+            "n_layers": max(layers, default=-1) + 1,
+            "ffn_dim": _matrix(path, tensors, "trf_blocks.0.ff.layers.0.weight")[0],
+            "qkv_bias": "trf_blocks.0.att.W_query.bias" in tensors,
+            "tie_embeddings": False,
+        },
+        source=str(path),
+    )
+    return Checkpoint(
+        path,
+        config,
+        ROWS,
+        tensors=lambda: dict(tensors),
+        skip=r"trf_blocks\.\d+\.att\.mask",
+        tied=("out_head.weight", "tok_emb.weight"),
+    )
+
+
+def _matrix(path: Path, tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
+    shape = tensors[name].shape if name in tensors else None
+    if shape is None or len(shape) != 2:
+        raise CheckpointError(path, f"expected a matrix {name!r}, not {'nothing' if shape is None else list(shape)}")
+    return shape

@@ -1,0 +1,205 @@
+"""Tensor files: opened without trusting them, read and written one tensor at a time.
+
+The safetensors library validates a file; the bytes are then read here, straight into one array a tensor. Its
+own readers would map the whole file into memory beside the arrays, and its NumPy reader has no bfloat16.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxgpt.errors import CheckpointError, MissingExtraError
+
+# NumPy's name to safetensors' name of each type that a parameter may have in a file.
+FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class Tensor(NamedTuple):
+    """A tensor that has not been read yet.
+
+    Attributes:
+        shape: its shape.
+        dtype: NumPy's name of its type; for types that are not in `FLOATS`, the file's own name.
+        read: returns it, as an array that shares no memory with the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; only its header is read.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated or malformed.
+    """
+    if not path.is_file():
+        raise CheckpointError(path, "no such file")
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # opening validates: header length, offsets that overlap, leave gaps or run out of the file
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(path, f"not a readable safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    names = {code: name for name, code in FLOATS.items()}
+    tensors = {}
+    for name, entry in header.items():
+        shape, dtype = tuple(entry["shape"]), names.get(entry["dtype"], entry["dtype"])
+        begin, end = entry["data_offsets"]
+        read = functools.partial(_read, path, 8 + size + begin, end - begin, dtype, shape)
+        tensors[name] = Tensor(shape, dtype, read)
+    return tensors
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+    return result
+
+
+def _read(path: Path, offset: int, size: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        data = np.fromfile(path, np.uint8, size, offset=offset)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from None
+    if data.size != size:
+        raise CheckpointError(path, "has become shorter while it was being read")
+    return data.view(jnp.dtype(dtype)).reshape(shape)
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file, holding one tensor at a time in memory."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    begin = 0
+    for name, tensor in tensors.items():
+        end = begin + math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
+        header[name] = {"dtype": FLOATS[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(np.ascontiguousarray(tensor.read()).reshape(-1).view(np.uint8))
+
+
+def load_torch(path: Path) -> Any:
+    """What `torch.save` wrote to `path`, its tensors mapped and not read. Executes nothing from the file.
+
+    Raises:
+        CheckpointError: if torch refuses the file, which it does if it holds anything but plain data.
+        MissingExtraError: without PyTorch.
+    """
+    try:
+        import torch
+    except ImportError:
+        raise MissingExtraError("torch", "torch", f"reading {path}") from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch lets through whatever its parsers raise
+        reason = str(error).strip().partition("\n")[0]
+        raise CheckpointError(
+            path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {reason}"
+        ) from None
+
+
+def torch_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict that `load_torch` returned.
+
+    Raises:
+        CheckpointError: if a value is not a plain dense tensor, or claims more elements than the file can hold.
+    """
+    import torch
+
+    def read(tensor: torch.Tensor) -> np.ndarray:
+        tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
+        if tensor.dtype == torch.bfloat16:  # unknown to NumPy, and so to torch's bridge to it
+            return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+        return tensor.numpy()
+
+    limit = path.stat().st_size
+    tensors = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+            raise CheckpointError(path, f"the state dict's entry {name!r} is not a dense tensor")
+        if value.device.type != "cpu" or value.numel() * value.element_size() > limit:
+            raise CheckpointError(path, f"the tensor {name!r} {tuple(value.shape)} has no data in the file")
+        dtype = str(value.dtype).removeprefix("torch.")
+        tensors[name] = Tensor(tuple(value.shape), dtype, functools.partial(read, value))
+    return tensors
+
+
+def without_prefix(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The same tensors, with `prefix` taken off the names that have it.
+
+    Raises:
+        CheckpointError: if a name exists both with and without it.
+    """
+    result: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix(prefix)
+        if short in result:
+            raise CheckpointError(path, f"the tensor {short!r} appears twice, with and without the prefix {prefix!r}")
+        result[short] = tensor
+    return result
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new directory to write into, which takes the place of `path` once the block ends without an error.
+
+    Until then `path` stays as it was. (A process killed between the two renames leaves the old directory,
+    complete, beside it under a name that ends in ".old".)
+
+    Raises:
+        CheckpointError: if writing fails; what `path` held before is then still there.
+    """
+    path = path.resolve()
+    token = secrets.token_hex(4)
+    fresh, old = (path.with_name(f".{path.name}.{token}.{kind}") for kind in ("new", "old"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh.mkdir()
+        yield fresh
+        for written in (*fresh.iterdir(), fresh):
+            _sync(written)
+        if path.exists():
+            path.rename(old)
+        fresh.rename(path)
+        _sync(path.parent)
+    except OSError as error:
+        raise CheckpointError(path, f"could not be written ({error}); what was there before is unchanged") from error
+    finally:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        for leftover in (fresh, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name != "posix":
+        return  # other systems cannot open a directory
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

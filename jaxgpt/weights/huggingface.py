@@ -1,0 +1,183 @@
+"""Hugging Face's GPT-2: a directory with config.json and model.safetensors, or shards and their index.
+
+`Conv1D` weights are [in, out], with query, key and value side by side along out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import GPTConfig, read_json
+from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer
+from jaxgpt.weights.files import Tensor, open_safetensors, without_prefix, write_safetensors
+from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
+
+INDEX = "model.safetensors.index.json"
+FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json")
+MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"
+TIED = ("lm_head.weight", "wte.weight")
+
+ROWS = (
+    Row("tok_emb/weight", "wte.weight"),
+    Row("pos_emb/weight", "wpe.weight"),
+    Row("trf_blocks/norm1/scale", "h.{i}.ln_1.weight"),
+    Row("trf_blocks/norm1/shift", "h.{i}.ln_1.bias"),
+    Row("trf_blocks/att/qkv/weight", "h.{i}.attn.c_attn.weight", "columns"),
+    Row("trf_blocks/att/qkv/bias", "h.{i}.attn.c_attn.bias", "flat"),
+    Row("trf_blocks/att/out_proj/weight", "h.{i}.attn.c_proj.weight", "columns"),
+    Row("trf_blocks/att/out_proj/bias", "h.{i}.attn.c_proj.bias"),
+    Row("trf_blocks/norm2/scale", "h.{i}.ln_2.weight"),
+    Row("trf_blocks/norm2/shift", "h.{i}.ln_2.bias"),
+    Row("trf_blocks/ff/fc_in/weight", "h.{i}.mlp.c_fc.weight", "columns"),
+    Row("trf_blocks/ff/fc_in/bias", "h.{i}.mlp.c_fc.bias"),
+    Row("trf_blocks/ff/fc_out/weight", "h.{i}.mlp.c_proj.weight", "columns"),
+    Row("trf_blocks/ff/fc_out/bias", "h.{i}.mlp.c_proj.bias"),
+    Row("final_norm/scale", "ln_f.weight"),
+    Row("final_norm/shift", "ln_f.bias"),
+    Row("out_head/weight", "lm_head.weight"),
+)
+
+# Our field, their keys (the second is transformers' alias of the first), the value where neither is given.
+_FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
+    ("vocab_size", ("vocab_size",), 50257),
+    ("context_length", ("n_positions", "max_position_embeddings"), 1024),
+    ("emb_dim", ("n_embd", "hidden_size"), 768),
+    ("n_heads", ("n_head", "num_attention_heads"), 12),
+    ("n_layers", ("n_layer", "num_hidden_layers"), 12),
+    ("ffn_dim", ("n_inner",), None),
+    ("layer_norm_eps", ("layer_norm_epsilon",), 1e-5),
+    ("drop_rate_emb", ("embd_pdrop",), 0.1),
+    ("drop_rate_attn", ("attn_pdrop",), 0.1),
+    ("drop_rate_shortcut", ("resid_pdrop",), 0.1),
+    ("tie_embeddings", ("tie_word_embeddings",), True),
+    ("activation", ("activation_function",), "gelu_new"),
+    ("tokenizer", ("jaxgpt_tokenizer",), "gpt2"),  # our own key, which transformers carries along
+)
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+
+# Switches that change the mathematics: our values of them, and transformers' own defaults.
+# reorder_and_upcast_attn is not among them: either way it is the same function, computed in float32 as here.
+_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "quantization_config": None,
+}
+
+
+def recognises(fields: Mapping[str, Any]) -> bool:
+    """Whether a config.json is this layout's."""
+    return "model_type" in fields or "architectures" in fields
+
+
+def read(directory: Path, fields: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in `directory`, whose config.json holds `fields`.
+
+    Raises:
+        CheckpointError: if it is not a GPT-2.
+        ConfigError: for a switch that this model does not implement, or an invalid value.
+    """
+    architectures = fields.get("architectures") or []
+    if fields.get("model_type", "gpt2" if "GPT2" in str(architectures) else None) != "gpt2":
+        found = fields.get("model_type") or architectures
+        raise CheckpointError(directory / "config.json", f"expected model_type 'gpt2', not {found!r}")
+    return Checkpoint(
+        directory,
+        read_config(fields, source=str(directory / "config.json")),
+        ROWS,
+        tensors=lambda: without_prefix(directory, _open(directory), "transformer."),
+        skip=MASKS,
+        tied=TIED,
+    )
+
+
+def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
+    """The `GPTConfig` of a config.json of model_type "gpt2"; raises ConfigError as `read` does."""
+    for name, value in _FIXED.items():
+        if fields.get(name, value) is not value:
+            raise ConfigError(f"{source}: {name} must be {json.dumps(value)}, not {fields[name]!r}: not implemented")
+    ours = {name: next((fields[key] for key in keys if key in fields), default) for name, keys, default in _FIELDS}
+    if ours["activation"] not in tuple(_ACTIVATIONS):
+        known = ", ".join(_ACTIVATIONS)
+        raise ConfigError(f"{source}: activation_function must be one of {known}, not {ours['activation']!r}")
+    ours["activation"] = _ACTIVATIONS[ours["activation"]]
+    ours["drop_rate"] = ours["drop_rate_shortcut"]
+    return GPTConfig.from_dict(ours, source=source)
+
+
+def _open(directory: Path) -> dict[str, Tensor]:
+    if (directory / "model.safetensors").is_file():
+        return open_safetensors(directory / "model.safetensors")
+    index = directory / INDEX
+    if not index.is_file():
+        raise CheckpointError(directory, f"expected model.safetensors, or {INDEX} and its shards")
+    content = read_json(index)
+    names = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+        raise CheckpointError(index, "expected an object 'weight_map' from tensor names to file names")
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(set(names.values())):
+        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+            raise CheckpointError(index, f"names the file {file!r}: expected a .safetensors file beside the index")
+        for name, tensor in open_safetensors(directory / file).items():
+            if names.get(name) != file:
+                raise CheckpointError(index, f"{file} holds the tensor {name!r}, which the index does not place there")
+            tensors[name] = tensor
+    if lost := [name for name in names if name not in tensors]:
+        raise CheckpointError(index, f"places {len(lost)} tensors in files that lack them, the first {lost[0]!r}")
+    return tensors
+
+
+def write(directory: Path, config: GPTConfig, params: Any) -> None:
+    """Writes a directory that transformers loads as it is, with the tokenizer's files if that is GPT-2's.
+
+    transformers' GPT-2 always has biases: those that the config leaves out are written as zeros.
+    """
+    full = config.replace(bias=True, qkv_bias=True)
+    tensors = outside_tensors(directory, config, params, ROWS, full)
+    # Without this prefix, transformers would take the file for a model that has no head of its own.
+    named = {name if name == TIED[0] else f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    write_safetensors(directory / "model.safetensors", named, {"format": "pt"})
+    _write_json(directory / "config.json", config_fields(config))
+    if config.tokenizer == "gpt2" and config.vocab_size == get_tokenizer("gpt2").vocab_size:
+        _write_tokenizer(directory, config)
+
+
+def config_fields(config: GPTConfig) -> dict[str, Any]:
+    """The content of config.json for a config."""
+    end_of_text = get_tokenizer(config.tokenizer).end_of_text
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **{keys[0]: getattr(config, name) for name, keys, _ in _FIELDS},
+        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
+        **{name: value for name, value in _FIXED.items() if value is not None},
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text if end_of_text < config.vocab_size else None),
+        "torch_dtype": config.param_dtype,
+    }
+
+
+def _write_tokenizer(directory: Path, config: GPTConfig) -> None:
+    """GPT-2's tokenizer as transformers keeps it: the merge table, and the vocabulary that follows from it."""
+    table = files("jaxgpt").joinpath("assets", "gpt2", "vocab.bpe").read_text(encoding="utf-8")
+    # The 256 bytes as the table writes them: themselves where they print, else the characters from U+0100 on.
+    printable = [character for character in map(chr, range(ord("!"), 256)) if character.isprintable()]
+    others = [chr(256 + i) for i in range(256 - len(printable))]
+    merged = [merge.replace(" ", "") for merge in table.split("\n")[1:] if merge]
+    tokens = [*printable, *others, *merged, END_OF_TEXT]
+    (directory / "merges.txt").write_text(table, encoding="utf-8")
+    _write_json(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    _write_json(
+        directory / "tokenizer_config.json",
+        {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.context_length},
+    )
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

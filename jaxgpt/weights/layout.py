@@ -1,0 +1,279 @@
+"""Tables of names between our parameters and an outside layout, and what reads and writes by such a table.
+
+Everything here thinks of the tree with its blocks stacked (`trf_blocks/att/qkv/weight` [L, 3, D, D]), because
+the shapes of that tree follow from a config without tracing L blocks.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError
+from jaxgpt.model import GPT
+from jaxgpt.weights.files import FLOATS, Tensor
+
+BLOCKS = "trf_blocks/"
+_LISTED = 20
+
+
+class Row(NamedTuple):
+    """One line of a layout's table.
+
+    Attributes:
+        ours: path in the stacked tree.
+        theirs: the outside name, with "{i}" for the layer; or several, the parts along our first axis.
+        form: how the outside tensor lies: "same" as ours (the default); "flat", all axes in one; "rows",
+            [out, in] with our output axes in one; "columns", [in, out] likewise.
+        padding: rows at the end of the outside tensor that are not ours.
+    """
+
+    ours: str
+    theirs: str | tuple[str, ...]
+    form: str = "same"
+    padding: int = 0
+
+
+class Slot(NamedTuple):
+    """One of our arrays, a layer's own where there are layers, and the outside names of its parts."""
+
+    row: Row
+    layer: int | None
+    shape: tuple[int, ...]
+    names: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """Its path in the unstacked tree."""
+        return self.row.ours if self.layer is None else self.row.ours.replace(BLOCKS, f"trf_blocks_{self.layer}/")
+
+    @property
+    def outside_shape(self) -> tuple[int, ...]:
+        """The shape of each of its outside tensors."""
+        shape = self.shape[1:] if len(self.names) > 1 else self.shape
+        if self.row.form == "flat":
+            return (math.prod(shape),)
+        if self.row.form in ("rows", "columns"):
+            shape = (math.prod(shape[:-1]), shape[-1])
+        shape = (shape[0] + self.row.padding, *shape[1:])
+        return shape[::-1] if self.row.form == "columns" else shape
+
+    def inward(self, tensors: Mapping[str, Tensor]) -> np.ndarray:
+        """Reads our array from the outside tensors."""
+        parts = [tensors[name].read() for name in self.names]
+        if len(parts) > 1:
+            return np.stack(parts)
+        part = parts[0].T if self.row.form == "columns" else parts[0]
+        return part[: len(part) - self.row.padding].reshape(self.shape)
+
+    def outward(self, array: np.ndarray) -> np.ndarray:
+        """The one outside tensor that holds our array."""
+        shape = self.outside_shape
+        return array.reshape(shape[::-1]).T if self.row.form == "columns" else array.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a format found at a path, its tensors not read yet.
+
+    Attributes:
+        path: the file or directory.
+        config: the model's configuration.
+        rows: the format's table.
+        tensors: opens the files and returns their tensors by name.
+        skip: pattern of the names that are known and not parameters.
+        tied: (head, embedding): a name for the output head that may appear though it is tied to the embedding.
+    """
+
+    path: Path
+    config: GPTConfig
+    rows: tuple[Row, ...]
+    tensors: Callable[[], dict[str, Tensor]]
+    skip: str = r"(?!)"
+    tied: tuple[str, str] | None = None
+
+
+@functools.lru_cache(maxsize=64)
+def leaf_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
+    """Path to shape of every parameter, with the blocks stacked. Allocates no array."""
+    model = GPT(config.replace(scan_layers=True))
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    return {path: leaf.shape for path, leaf in leaves(shapes).items()}
+
+
+def leaves(tree: Any) -> dict[str, Any]:
+    """Path, such as "trf_blocks_0/att/qkv/weight", to leaf of a tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def slots(config: GPTConfig, rows: tuple[Row, ...]) -> Iterator[Slot]:
+    """Every array of a model by a table, leaf by leaf and within a leaf layer by layer."""
+    shapes = leaf_shapes(config)
+    for row in rows:
+        if row.ours not in shapes:
+            continue  # a bias or a head that this config does not have
+        stacked = row.ours.startswith(BLOCKS)
+        names = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
+        for i in range(config.n_layers) if stacked else [None]:
+            shape = shapes[row.ours][1:] if stacked else shapes[row.ours]
+            yield Slot(row, i, shape, tuple(name.format(i=i) for name in names))
+
+
+def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = False) -> dict[str, Any]:
+    """Reads a checkpoint's parameters, as `config` lays them out and in its `param_dtype`.
+
+    Beside the result, memory holds one leaf at a time.
+
+    Raises:
+        CheckpointError: listing every tensor that is missing, unexpected, of the wrong shape or not of a
+            floating-point type; or if the tied head differs from the embedding; or, with `check_finite`, naming
+            every parameter that holds NaN or infinite values.
+    """
+    tensors = checkpoint.tensors()
+    expected = {name: slot.outside_shape for slot in slots(config, checkpoint.rows) for name in slot.names}
+    optional = {name for name in tensors if re.fullmatch(checkpoint.skip, name)}
+    if checkpoint.tied and config.tie_embeddings and checkpoint.tied[0] in tensors:
+        expected[checkpoint.tied[0]] = expected[checkpoint.tied[1]]
+    check_tensors(checkpoint.path, expected, {name: t for name, t in tensors.items() if name not in optional})
+    if checkpoint.tied and checkpoint.tied[0] in expected and config.tie_embeddings:
+        _check_tied(checkpoint, tensors)
+
+    damaged = []
+    params: dict[str, jax.Array] = {}
+    for ours, group in itertools.groupby(slots(config, checkpoint.rows), key=lambda slot: slot.row.ours):
+        stacked = config.scan_layers and ours.startswith(BLOCKS)
+        # What a leaf of the result holds: all the layers' slots, or one slot.
+        for parts in [list(group)] if stacked else [[slot] for slot in group]:
+            leaf = _adoptable(leaf_shapes(config)[ours] if stacked else parts[0].shape, config.param_dtype)
+            for slot, array in zip(parts, leaf if stacked else [leaf], strict=True):
+                array[...] = slot.inward(tensors)
+                if check_finite and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
+                    damaged.append(f"{slot.path} ({bad} of {array.size})")
+            # Waiting lets the host's array go, where it is not adopted, before the next one is read.
+            params[ours if stacked else parts[0].path] = jax.block_until_ready(jax.device_put(leaf))
+    if damaged:
+        raise CheckpointError(checkpoint.path, "values that are NaN or infinite in" + _listing("parameters", damaged))
+    return unflatten_dict(params, sep="/")
+
+
+def _adoptable(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """An uninitialised array at a multiple of 64 bytes, which jax on a CPU takes over instead of copying."""
+    kind = jnp.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(kind).reshape(shape)
+
+
+def _check_tied(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    assert checkpoint.tied is not None
+    head, embedding = (tensors[name] for name in checkpoint.tied)
+    # As bytes: a NaN must equal itself here, and the types must agree too.
+    if head.dtype != embedding.dtype or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
+        raise CheckpointError(
+            checkpoint.path,
+            f"the config ties the output head to the embedding, but {checkpoint.tied[0]!r} differs from "
+            f"{checkpoint.tied[1]!r}: pass tie_embeddings=False to load both",
+        )
+
+
+def outside_tensors(
+    path: Path, config: GPTConfig, params: Any, rows: tuple[Row, ...], outside: GPTConfig
+) -> dict[str, Tensor]:
+    """The parameters of a model of `config` as the tensors by which a layout holds a model of `outside`.
+
+    Arrays that `outside` has and `config` has not are zeros: right for biases, the only difference it is for.
+
+    Raises:
+        CheckpointError: listing what does not fit, if `params` are not those of a model of this config.
+    """
+    found = {
+        name: Tensor(np.shape(leaf), str(leaf.dtype), functools.partial(np.asarray, leaf))
+        for name, leaf in leaves(params).items()
+    }
+    unstacked = {slot.path: slot.shape for slot in slots(config, identity_rows(config))}
+    check_tensors(path, leaf_shapes(config) if config.scan_layers else unstacked, found)
+
+    def outward(slot: Slot) -> Tensor:
+        if slot.path not in unstacked:
+            kind = config.param_dtype
+            return Tensor(slot.outside_shape, kind, lambda: np.zeros(slot.outside_shape, jnp.dtype(kind)))
+        leaf = found[slot.row.ours if config.scan_layers else slot.path]
+        layer = slot.layer if config.scan_layers and slot.layer is not None else ...
+        return Tensor(slot.outside_shape, leaf.dtype, lambda: slot.outward(leaf.read()[layer]))
+
+    return {slot.names[0]: outward(slot) for slot in slots(outside, rows)}
+
+
+@functools.lru_cache(maxsize=64)
+def identity_rows(config: GPTConfig) -> tuple[Row, ...]:
+    """The table of our own layout: paths as names, one array a layer."""
+    return tuple(Row(path, path.replace(BLOCKS, "trf_blocks_{i}/")) for path in leaf_shapes(config))
+
+
+def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
+    """Raises one CheckpointError that lists every tensor which is missing, unexpected or unfit."""
+    both = [name for name in expected if name in found]
+    problems = {
+        "missing": [repr(name) for name in expected if name not in found],
+        "unexpected": [repr(name[:100]) for name in found if name not in expected],
+        "of the wrong shape": [
+            f"{name!r} is {list(found[name].shape)} and should be {list(expected[name])}"
+            for name in both
+            if found[name].shape != expected[name]
+        ],
+        "not of a floating-point type": [
+            f"{name!r} is {found[name].dtype}" for name in both if found[name].dtype not in FLOATS
+        ],
+    }
+    text = "".join(_listing(kind, items) for kind, items in problems.items() if items)
+    if text:
+        raise CheckpointError(path, "the tensors are not those of the configured model" + text)
+
+
+def _listing(kind: str, items: list[str]) -> str:
+    more = f", and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
+    return f"\n  {len(items)} {kind}: {', '.join(items[:_LISTED])}{more}"
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parameters for `scan_layers=True`: trf_blocks_0, trf_blocks_1, ... become one `trf_blocks` [L, ...].
+
+    Raises:
+        ValueError: if the blocks are not numbered 0 to L - 1.
+    """
+    blocks = {name: child for name, child in params.items() if re.fullmatch(r"trf_blocks_\d+", name)}
+    names = [f"trf_blocks_{i}" for i in range(len(blocks))]
+    if not blocks or set(names) != set(blocks):
+        raise ValueError(f"expected blocks trf_blocks_0, trf_blocks_1, ..., not {sorted(blocks) or 'none'}")
+    rest = {name: child for name, child in params.items() if name not in blocks}
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(blocks[name] for name in names))
+    return {**rest, "trf_blocks": stacked}
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `stack_layers`.
+
+    Raises:
+        ValueError: if there is no subtree `trf_blocks`.
+    """
+    if "trf_blocks" not in params:
+        raise ValueError("expected stacked parameters, with a subtree 'trf_blocks'")
+    stacked = params["trf_blocks"]
+    L = jax.tree.leaves(stacked)[0].shape[0]
+    blocks = {f"trf_blocks_{i}": jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(L)}
+    return {**{name: child for name, child in params.items() if name != "trf_blocks"}, **blocks}

@@ -1,0 +1,75 @@
+"""nanoGPT's `ckpt.pt`: {"model": state dict, "model_args": {...}, ...}. Read only.
+
+The names are those of transformers' GPT-2, with `nn.Linear` [out, in] in place of `Conv1D`. nanoGPT's GELU is the
+exact one (`nn.GELU()`, by erf); checkpoints from before April 2023 used the tanh form, which the file does not
+say: load those with `activation="gelu_tanh"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError, ConfigError, did_you_mean
+from jaxgpt.weights import huggingface
+from jaxgpt.weights.files import torch_tensors, without_prefix
+from jaxgpt.weights.layout import Checkpoint
+
+# nanoGPT rounds GPT-2's vocabulary up to a multiple of 64 for speed. No text contains the ids above it.
+PADDED_VOCAB, VOCAB = 50304, 50257
+
+_ARGS = {
+    "vocab_size": "vocab_size",
+    "block_size": "context_length",
+    "n_embd": "emb_dim",
+    "n_head": "n_heads",
+    "n_layer": "n_layers",
+    "dropout": "drop_rate",
+    "bias": "bias",
+}
+
+
+def recognises(state: Mapping[str, Any]) -> bool:
+    """Whether what `torch.save` wrote is this layout's."""
+    return isinstance(state.get("model"), dict) and isinstance(state.get("model_args"), dict)
+
+
+def read(path: Path, state: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in `state`. Of a vocabulary padded to 50,304 the first 50,257 rows are kept, so that ids
+    which no tokenizer knows cannot be sampled.
+
+    Raises:
+        ConfigError: for a key of `model_args` that nanoGPT does not have (forks use such keys to change the
+            mathematics), or an invalid value.
+    """
+    fields: dict[str, Any] = {"activation": "gelu"}
+    for name, value in state["model_args"].items():
+        if name not in _ARGS:
+            raise ConfigError(f"{path}: model_args: unknown key {name!r}{did_you_mean(str(name), _ARGS)}")
+        fields[_ARGS[name]] = value
+    fields["qkv_bias"] = fields.setdefault("bias", True)
+    missing = [name for name, ours in _ARGS.items() if ours not in fields and name != "dropout"]
+    if missing:
+        raise CheckpointError(path, f"model_args lacks {', '.join(missing)}")
+    config = GPTConfig.from_dict(fields, source=f"{path}: model_args")
+    padding = 0
+    if config.vocab_size == PADDED_VOCAB:
+        config, padding = config.replace(vocab_size=VOCAB), PADDED_VOCAB - VOCAB
+    tensors = without_prefix(path, torch_tensors(path, state["model"]), "_orig_mod.")  # from torch.compile
+    rows = tuple(
+        row._replace(
+            form="rows" if row.form == "columns" else row.form,
+            padding=padding if row.ours in ("tok_emb/weight", "out_head/weight") else 0,
+        )
+        for row in huggingface.ROWS
+    )
+    return Checkpoint(
+        path,
+        config,
+        rows,
+        tensors=lambda: without_prefix(path, tensors, "transformer."),
+        skip=huggingface.MASKS,
+        tied=huggingface.TIED,
+    )

@@ -1,0 +1,8 @@
+"""`jaxgpt train`, as a script."""
+
+import sys
+
+from jaxgpt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

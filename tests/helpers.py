@@ -1,0 +1,91 @@
+"""Plain functions that several test modules share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import reference
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.model import GPT
+
+TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
+
+
+def make_model(config: GPTConfig = TINY, seed: int = 0) -> tuple[GPT, dict[str, Any]]:
+    """A model and random parameters in which every leaf matters: biases and shifts are not 0, scales not 1.
+
+    The weights are larger than at initialisation, so that attention is not uniform, activations leave their
+    linear region, and greedy choices are not ties.
+    """
+    model = GPT(config)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    rng = np.random.default_rng(seed)
+
+    def leaf(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        noise = rng.normal(size=shape.shape)
+        if name == "scale":
+            value = 1 + 0.2 * noise
+        elif name in ("bias", "shift"):
+            value = 0.2 * noise
+        elif path[0].key in ("tok_emb", "pos_emb", "out_head"):
+            value = 0.3 * noise
+        else:
+            value = noise / np.sqrt(shape.shape[-1])
+        return jnp.asarray(value, shape.dtype)
+
+    return model, jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def random_ids(config: GPTConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    """Uniform ids [batch, length], int32."""
+    return np.random.default_rng(seed).integers(0, config.vocab_size, (batch, length), dtype=np.int32)
+
+
+def to_numpy(tree: Any) -> Any:
+    """The tree as float64 NumPy arrays, for the reference."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def cross_entropy(model: GPT, params: dict[str, Any], ids: jax.Array | np.ndarray) -> jax.Array:
+    """Mean next-token cross-entropy of ids [B, T], from `apply` alone, so that it can be differentiated."""
+    log_probs_BxTxV = jax.nn.log_softmax(model.apply({"params": params}, ids[:, :-1]))
+    return -jnp.mean(jnp.take_along_axis(log_probs_BxTxV, jnp.asarray(ids)[:, 1:, None], axis=-1))
+
+
+def logits_error(model: GPT, params: dict[str, Any], ids: np.ndarray) -> float:
+    """Largest absolute difference between the model's logits and the reference's."""
+    # A function of its own, so that nothing compiled for an equal model is used again.
+    got = np.asarray(jax.jit(lambda params, ids: model.apply({"params": params}, ids))(params, ids))
+    return float(np.abs(got - reference.gpt(to_numpy(params), model.config, ids)).max())
+
+
+def stack_blocks(params: dict[str, Any], n_layers: int) -> dict[str, Any]:
+    """The same parameters in the layout of `scan_layers=True`: one subtree with a leading axis [L, ...]."""
+    blocks = [params[f"trf_blocks_{i}"] for i in range(n_layers)]
+    rest = {name: child for name, child in params.items() if not name.startswith("trf_blocks_")}
+    return {**rest, "trf_blocks": jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)}
+
+
+def gradient_errors(model: GPT, params: dict[str, Any], ids: np.ndarray) -> dict[str, float]:
+    """Per parameter, how far the loss's slope along a random direction is from a finite difference of the
+    reference's loss, relative to the larger of that slope and 0.02."""
+    gradients = jax.jit(jax.grad(lambda params: cross_entropy(model, params, ids)))(params)
+    exact = to_numpy(params)
+    leaves, treedef = jax.tree.flatten(exact)
+    rng, step, errors = np.random.default_rng(1), 1e-5, {}
+    for i, (path, gradient) in enumerate(jax.tree_util.tree_leaves_with_path(gradients)):
+        direction = rng.normal(size=leaves[i].shape)
+
+        def loss_at(distance: float, i: int = i, direction: np.ndarray = direction) -> float:
+            leaf = leaves[i] + distance * direction
+            return reference.loss(jax.tree.unflatten(treedef, [*leaves[:i], leaf, *leaves[i + 1 :]]), model.config, ids)
+
+        slope = (loss_at(step) - loss_at(-step)) / (2 * step)
+        got = float(np.sum(np.asarray(gradient, np.float64) * direction))
+        errors["/".join(key.key for key in path)] = abs(got - slope) / max(abs(slope), 0.02)
+    return errors

@@ -1,0 +1,121 @@
+"""Attention alone: against the reference, in blocks, with padding, with dropout."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+from jaxgpt.attention import attention
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def attention_inputs(T, S):
+    return normal(0, 2, 3, T, 4), normal(1, 2, 3, S, 4), normal(2, 2, 3, S, 4)
+
+
+def test_attention_equals_the_reference_head_by_head():
+    q, k, v = attention_inputs(9, 9)
+    got = attention(q, k, v, dtype="float32")
+    for b in range(2):
+        for h in range(3):
+            weights = reference.attention_weights(np.asarray(q[b, h], np.float64), np.asarray(k[b, h], np.float64))
+            np.testing.assert_allclose(got[b, h], weights @ np.asarray(v[b, h], np.float64), atol=1e-6)
+
+
+def plain_attention(q, k, v, kept):
+    """The formula, for JAX to differentiate; `kept` is what dropout multiplies the weights by."""
+    scores = q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5
+    scores = jnp.where(jnp.tri(q.shape[2], dtype=bool), scores, -jnp.inf)
+    return jax.nn.softmax(scores) * kept @ v
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, 0.4])
+def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate):
+    T = 9
+    q, k, v = attention_inputs(T, T)
+    run = functools.partial(
+        attention, dtype="float32", drop_rate=drop_rate, dropout_key=jax.random.key(0) if drop_rate else None
+    )
+    # The same mask as it acts on the weights, read off with no scores and the identity for values.
+    zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
+    kept = run(zeros, zeros, values) * jnp.arange(1, T + 1)[:, None]
+    assert bool((kept[..., 0] == 0).any()) == (drop_rate > 0)  # the first column is visible to all
+    got, pull_back = jax.vjp(run, q, k, v)
+    want, pull_back_formula = jax.vjp(lambda q, k, v: plain_attention(q, k, v, kept), q, k, v)
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    g = normal(3, *got.shape)
+    for mine, theirs in zip(pull_back(g), pull_back_formula(g), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=5e-6)
+
+
+@pytest.mark.parametrize("start_B", [None, [0, 3]])
+@pytest.mark.parametrize("query_slot", [0, 4])
+@pytest.mark.parametrize("query_block", [3, 4])
+def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(query_block, query_slot, start_B):
+    T = 7
+    q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots beyond the last query: a cache not yet full
+    start = None if start_B is None else jnp.asarray(start_B, jnp.int32)
+    # A query before its row's start sees nothing; what comes out there is unspecified and never used.
+    used = jnp.ones((2, T), bool) if start is None else query_slot + jnp.arange(T) >= start[:, None]
+
+    def weighted(block, q, k, v):
+        y = attention(q, k, v, dtype="float32", query_slot=query_slot, start_B=start, query_block=block)
+        y = jnp.where(used[:, None, :, None], y, 0)
+        return jnp.sum(jnp.sin(y)), y
+
+    differentiated = jax.jit(jax.value_and_grad(weighted, (1, 2, 3), has_aux=True), static_argnums=0)
+    (_, want), want_grads = differentiated(64, q, k, v)
+    (_, got), got_grads = differentiated(query_block, q, k, v)
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    for mine, theirs in zip(got_grads, want_grads, strict=True):
+        assert float(jnp.abs(theirs).max()) > 0.1
+        np.testing.assert_allclose(mine, theirs, atol=2e-6)
+
+
+def test_attention_with_a_traced_query_slot_equals_the_static_one():
+    q, k, v = attention_inputs(2, 9)
+    start = jnp.asarray([0, 3], jnp.int32)
+    traced = jax.jit(lambda slot: attention(q, k, v, dtype="float32", query_slot=slot, start_B=start))(5)
+    np.testing.assert_allclose(traced, attention(q, k, v, dtype="float32", query_slot=5, start_B=start), atol=1e-6)
+
+
+def test_attention_ignores_slots_before_a_rows_start():
+    q, k, v = attention_inputs(8, 8)
+    start = jnp.asarray([0, 3], jnp.int32)
+    got = attention(q, k, v, dtype="float32", start_B=start)
+    alone = attention(q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:], dtype="float32")
+    np.testing.assert_allclose(got[1:, :, 3:], alone, atol=1e-6)
+    assert bool(jnp.isfinite(got).all())  # rows with nothing to see as well
+
+
+def test_attention_softmax_is_float32_in_bfloat16():
+    q, k, v = attention_inputs(9, 9)
+    sums = []
+    y = attention(q, k, v, dtype="bfloat16", inspect=lambda weights: sums.append(weights))
+    assert y.dtype == sums[0].dtype == jnp.float32
+    np.testing.assert_allclose(sums[0].sum(-1), 1, atol=1e-6)
+
+
+def test_attention_dropout_acts_on_the_weights_differently_in_each_block():
+    T, rate = 64, 0.25
+    zeros = jnp.zeros((4, 1, T, T))
+    values = jnp.broadcast_to(jnp.eye(T), (4, 1, T, T))  # so the output is the weights
+    y = attention(zeros, zeros, values, dtype="float32", drop_rate=rate, dropout_key=jax.random.key(0), query_block=16)
+    weights = np.asarray(y)[:, 0]
+    visible = np.broadcast_to(np.tril(np.ones((T, T), bool)), weights.shape)
+    assert not weights[~visible].any()
+    kept = weights != 0
+    assert 1 - kept[visible].mean() == pytest.approx(rate, abs=5 * (rate * (1 - rate) / visible.sum()) ** 0.5)
+    uniform = 1 / np.arange(1, T + 1)[None, :, None] / (1 - rate)
+    np.testing.assert_allclose(weights[kept], np.broadcast_to(uniform, weights.shape)[kept], rtol=1e-4)
+    masks = [kept[:, start : start + 16, :16] for start in (16, 32, 48)]  # all visible in each
+    assert not np.array_equal(masks[0], masks[1])
+    assert not np.array_equal(masks[1], masks[2])

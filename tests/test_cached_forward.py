@@ -1,0 +1,91 @@
+"""The forward with a key/value cache equals the forward without one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, make_model, random_ids
+
+from jaxgpt.cache import Cache
+from jaxgpt.model import GPT
+
+ATOL = 1e-5
+
+
+def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16):
+    """Logits of ids [B, T], fed in the given chunk lengths; the cache's length is a Python int throughout, or
+    from the second chunk on an array that was traced."""
+
+    def step(params, cache, ids):
+        x, cache = model.apply({"params": params}, ids, cache=cache, method=GPT.features)
+        return model.apply({"params": params}, x, method=GPT.logits), cache
+
+    def run(params, ids):
+        cache = Cache.empty(model.config, jnp.asarray(start_B, jnp.int32), slots)
+        pieces, done = [], 0
+        for chunk in chunks:
+            logits, cache = one(params, cache, ids[:, done : done + chunk])
+            pieces.append(logits)
+            done += chunk
+        return jnp.concatenate(pieces, axis=1), cache.length
+
+    one = jax.jit(step) if traced else step
+    logits, length = (run if traced else jax.jit(run))(params, ids)
+    assert int(length) == ids.shape[1]
+    return np.asarray(logits)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("chunks", [(12,), (7, 1, 1, 1, 1, 1), (1,) * 12, (3, 4, 5)])
+def test_cached_equals_uncached(chunks, scan_layers, traced):
+    model, params = make_model(TINY.replace(scan_layers=scan_layers))
+    ids = random_ids(TINY, 2, 12)
+    want = jax.jit(model.apply)({"params": params}, ids)
+    np.testing.assert_allclose(cached_logits(model, params, ids, [0, 0], chunks, traced=traced), want, atol=ATOL)
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("chunks", [(8, 1, 1, 1, 1), (5, 7)])
+def test_each_row_of_a_left_padded_batch_equals_itself_alone(chunks, traced):
+    model, params = make_model(TINY)
+    ids, starts = random_ids(TINY, 3, 12), [0, 3, 7]
+    got = cached_logits(model, params, ids, starts, chunks, traced=traced)
+    assert np.isfinite(got).all()
+    for row, start in enumerate(starts):
+        alone = jax.jit(model.apply)({"params": params}, ids[row : row + 1, start:])[0]
+        np.testing.assert_allclose(got[row, start:], alone, atol=ATOL)
+
+
+def test_what_stands_in_the_padding_is_never_seen():
+    model, params = make_model(TINY)
+    ids = random_ids(TINY, 2, 12)
+    other = ids.copy()
+    other[:, :5] = (other[:, :5] + 1) % TINY.vocab_size
+    first, second = (cached_logits(model, params, each, [5, 5], (8, 2, 2)) for each in (ids, other))
+    assert np.array_equal(first[:, 5:], second[:, 5:])
+
+
+def test_slots_beyond_the_length_are_never_seen():
+    model, params = make_model(TINY)
+    ids = random_ids(TINY, 2, 6)
+    small, large = (cached_logits(model, params, ids, [0, 2], (4, 1, 1), slots=slots, traced=True) for slots in (6, 16))
+    np.testing.assert_allclose(small[0], large[0], atol=1e-6)
+    np.testing.assert_allclose(small[1, 2:], large[1, 2:], atol=1e-6)
+
+
+def test_the_last_slot_of_a_full_cache_is_right():
+    model, params = make_model(TINY)
+    ids = random_ids(TINY, 1, 16)
+    want = jax.jit(model.apply)({"params": params}, ids)
+    np.testing.assert_allclose(cached_logits(model, params, ids, [0], (15, 1)), want, atol=ATOL)
+
+
+def test_a_bfloat16_cache_costs_less_than_three_percent():
+    model, params = make_model(TINY.replace(dtype="bfloat16"))
+    ids = random_ids(TINY, 2, 12)
+    want = np.asarray(jax.jit(model.apply)({"params": params}, ids))
+    got = cached_logits(model, params, ids, [0, 0], (6,) + (1,) * 6)
+    assert np.abs(got - want).max() < 0.03 * np.abs(want).max()

@@ -1,0 +1,345 @@
+"""The generator against the plain loop: a full forward pass for every token, in float64 NumPy."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import TINY, make_model, stack_blocks, to_numpy
+
+from jaxgpt import decode
+from jaxgpt.decode import scan_generate
+from jaxgpt.generate import bucket, generate
+from jaxgpt.model import GPT
+from jaxgpt.sampling import Greedy, Temperature, TopK, TopP
+from jaxgpt.text import generate_text, stream, text_pieces
+from jaxgpt.tokenizer import get_tokenizer
+
+RAGGED = [[5, 9, 2], [17, 3, 88, 41, 6, 0, 12], [33], list(range(40, 60))]
+BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
+SAMPLER = Temperature(1.5) | TopK(40) | TopP(0.95)
+KEY = jax.random.key(7)
+
+
+def naive(model, params, prompt, n, sampler=None, key=None):
+    """Each id from the last `context_length` ids alone."""
+    sampler, params, ids = sampler or Greedy(), to_numpy(params), list(prompt)
+    for i in range(n):
+        logits = reference.gpt(params, model.config, [ids[-model.config.context_length :]])[0, -1]
+        ids.append(int(draw(sampler, np.float32(logits), key, i)))
+    return ids
+
+
+@functools.partial(jax.jit, static_argnames=("sampler",))
+def draw(sampler, logits, key, i):
+    return sampler(logits, None if key is None else jax.random.fold_in(key, i))
+
+
+def rows(result):
+    return [row.tolist() for row in result.tokens]
+
+
+@pytest.fixture(scope="module")
+def bytes_model():
+    return make_model(BYTES, seed=3)
+
+
+@pytest.mark.parametrize("variant", ["as is", "scan_layers", "untied, no biases"])
+def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
+    config = TINY if variant != "untied, no biases" else TINY.replace(tie_embeddings=False, bias=False, qkv_bias=False)
+    model, params = make_model(config, seed=1)
+    expected = [naive(model, params, row, 64, SAMPLER, jax.random.fold_in(KEY, r)) for r, row in enumerate(RAGGED)]
+    if variant == "scan_layers":
+        model, params = GPT(config.replace(scan_layers=True)), stack_blocks(params, config.n_layers)
+    got = generate(model, params, RAGGED, 64, sampler=SAMPLER, key=KEY)
+    assert rows(got) == expected
+    assert len({tuple(row[-30:]) for row in expected}) == len(RAGGED)  # the rows are different texts
+
+
+def test_greedy_equals_the_plain_loop(tiny):
+    assert rows(generate(*tiny, RAGGED[:2], 24)) == [naive(*tiny, row, 24) for row in RAGGED[:2]]
+
+
+def test_a_row_does_not_depend_on_its_neighbours(tiny):
+    together = rows(generate(*tiny, RAGGED[:3], 20, sampler=SAMPLER, key=KEY))
+    for r, row in enumerate(RAGGED[:3]):
+        row_key = jax.random.fold_in(KEY, r)[None]
+        assert rows(generate(*tiny, [row], 20, sampler=SAMPLER, key=row_key)) == [together[r]]
+    keys = jnp.stack([jax.random.fold_in(KEY, r) for r in (2, 0, 1)])
+    shuffled = rows(generate(*tiny, [RAGGED[r] for r in (2, 0, 1)], 20, sampler=SAMPLER, key=keys))
+    assert shuffled == [together[r] for r in (2, 0, 1)]
+    assert not keys.is_deleted()
+
+
+def test_draws_are_a_function_of_the_key(tiny):
+    run = functools.partial(generate, *tiny, [[1, 2, 3]], 12, sampler=SAMPLER)
+    assert rows(run(key=jax.random.key(1))) == rows(run(key=jax.random.key(1)))
+    assert rows(run(key=jax.random.key(1))) != rows(run(key=jax.random.key(2)))
+    assert rows(run(key=jax.random.PRNGKey(1))) == rows(run(key=jax.random.key(1)))
+
+
+def test_lengths_of_one_bucket_compile_once(caplog):
+    model, params = make_model(TINY.replace(context_length=64), seed=2)
+
+    def compiled(lengths, counts):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            for length, n in zip(lengths, counts, strict=True):
+                generate(model, params, [list(range(length)), [1]], n)
+        return re.findall(r"Compiling jit\((\w+)\)", caplog.text)
+
+    first = compiled([10], [40])
+    assert first.count("prefill") == 1
+    assert first.count("decode") == 1
+    assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54]) == []
+
+
+def test_buckets_double_up_to_the_largest():
+    assert [bucket(n, 16, 100) for n in (1, 16, 17, 33, 64, 65, 100)] == [16, 16, 32, 64, 64, 100, 100]
+
+
+def test_a_stop_id_ends_its_row_only(tiny):
+    free = rows(generate(*tiny, RAGGED[:3], 30, sampler=SAMPLER, key=KEY))
+    new = [row[len(prompt) :] for row, prompt in zip(free, RAGGED, strict=False)]
+    for stop in (new[0][0], new[1][5], new[2][20]):  # drawn with the prompt, from the cache, past the context
+        stopped = generate(*tiny, RAGGED[:3], 30, sampler=SAMPLER, key=KEY, stop_ids=[stop, 96])
+        for r, ids in enumerate(stopped.new_tokens):
+            ends = [i for i, token in enumerate(new[r]) if token in (stop, 96)]
+            assert ids.tolist() == (new[r][: ends[0] + 1] if ends else new[r])
+
+
+def test_nothing_is_drawn_once_every_row_has_ended(tiny, monkeypatch):
+    stop = generate(*tiny, [[1, 2]], 3).new_tokens[0][0]
+    monkeypatch.setattr(decode, "decode", lambda *args, **kwargs: pytest.fail("decoded after the end"))
+    assert generate(*tiny, [[1, 2]], 30, stop_ids=[stop]).new_tokens[0].tolist() == [stop]
+
+
+def test_steps_past_the_last_one_change_nothing(tiny):
+    model, params = tiny
+    read = functools.partial(
+        decode.prefill, model, params, np.ones((2, 4), np.int32), np.array([4, 2], np.int32), np.int32(4), None
+    )
+    none = np.zeros(0, np.int32)
+    state, ids = decode.decode(
+        model, params, read(none, slots=16, sampler=Greedy()), 3, None, none, chunk=8, sampler=Greedy()
+    )
+    assert int(state.drawn) == 4
+    assert int(state.memory.length) == 4 + 3
+    assert ids.shape == (2, 8)
+
+
+def test_parameters_survive(tiny):
+    model, params = tiny
+    generate(model, params, [[1]], 20)
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize("n", [30, 4])
+def test_logits_that_are_not_finite_are_an_error_that_names_the_step(n):
+    model, params = make_model(TINY.replace(tie_embeddings=False), seed=1)
+    options = {"sampler": Temperature(2.0), "key": KEY}
+    draws = [new.tolist() for new in generate(model, params, [[9], [1, 2]], 30, **options).new_tokens]
+    # An id that row 1 draws first, and that makes NaN when it is read.
+    step = next(i for i, token in enumerate(draws[1]) if i > 4 and token not in draws[0] + draws[1][:i] + [0, 1, 2, 9])
+    poisoned = {**params, "tok_emb": {"weight": params["tok_emb"]["weight"].at[draws[1][step]].set(np.nan)}}
+    if n <= step:
+        assert [new.tolist() for new in generate(model, poisoned, [[9], [1, 2]], n, **options).new_tokens] == [
+            row[:n] for row in draws
+        ]
+    else:
+        with pytest.raises(FloatingPointError, match=f"new token {step + 1} of prompt 1 are NaN or infinite"):
+            generate(model, poisoned, [[9], [1, 2]], n, **options)
+
+
+def test_infinite_logits_alone_are_an_error(tiny):
+    model, params = tiny
+    norm = {**params["final_norm"], "scale": params["final_norm"]["scale"] * 1e38}
+    with pytest.raises(FloatingPointError, match="new token 0 of prompt 0"):
+        generate(model, {**params, "final_norm": norm}, [[1]], 2)
+
+
+def test_bfloat16_model_and_cache():
+    model, params = make_model(TINY.replace(dtype="bfloat16"), seed=1)
+    result = generate(model, params, RAGGED[:2], 12, cache_dtype="bfloat16")
+    assert [len(new) for new in result.new_tokens] == [12, 12]
+    again = generate(model, params, RAGGED[:2], 12, cache_dtype="bfloat16")
+    assert rows(result) == rows(again)
+
+
+def test_result_counts_and_times(tiny):
+    result = generate(*tiny, [[1, 2], [3]], 8)
+    assert result.prompt_lengths == [2, 1]
+    assert [row.dtype for row in result.tokens] == [np.int32, np.int32]
+    assert result.seconds > 0
+    assert result.tokens_per_second is None  # one piece of each kind of work
+
+
+# --- as one pure function
+
+
+@pytest.mark.parametrize("n", [1, 9, 30])
+def test_scan_generate_equals_generate(tiny, n):
+    model, params = tiny
+    prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])
+    run = jax.jit(functools.partial(scan_generate, model, sampler=SAMPLER), static_argnames=("max_new_tokens",))
+    expected = generate(model, params, prompts, n, sampler=SAMPLER, key=KEY).new_tokens
+    assert run(params, prompts, max_new_tokens=n, key=KEY).tolist() == [row.tolist() for row in expected]
+
+
+def test_scan_generate_crops_prompts_beyond_the_context(tiny):
+    prompt = np.arange(20)[None]
+    expected = generate(*tiny, prompt, 3).new_tokens[0].tolist()
+    assert scan_generate(*tiny, prompt, 3)[0].tolist() == expected
+
+
+def test_generator_exports_for_every_platform(tiny):
+    model, params = tiny
+    run = jax.jit(lambda params, ids: scan_generate(model, params, ids, 20))
+    ids = jnp.ones((2, 5), jnp.int32)
+    exported = jax.export.export(run, platforms=["cpu", "cuda", "tpu"])(params, ids)
+    restored = jax.export.deserialize(exported.serialize())
+    assert restored.call(params, ids).tolist() == scan_generate(model, params, ids, 20).tolist()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_step_copies_neither_cache_nor_converts_it(batch, dtype):
+    model, params = make_model(TINY.replace(context_length=128, emb_dim=64, n_heads=4, dtype=dtype))
+    none = np.zeros(0, np.int32)
+    args = (model, params, np.ones((batch, 16), np.int32), np.full(batch, 5, np.int32), np.int32(5), None, none)
+    state = jax.eval_shape(functools.partial(decode.prefill, slots=128, sampler=Greedy()), *args[:0], *args)
+    text = (
+        decode.decode.lower(model, params, state, np.int32(9), None, none, chunk=32, sampler=Greedy())
+        .compile()
+        .as_text()
+    )
+    writes, others = 0, []
+    for shape, op in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text):
+        if np.prod([int(n) for n in shape.split(",")]) == batch * 4 * 128 * 16:
+            writes += op == "dynamic-update-slice"
+            others += [op] if op in ("copy", "convert", "transpose") else []
+    assert writes == 2 * model.config.n_layers
+    assert others == []
+
+
+# --- text
+
+
+def test_stream_gives_the_text_of_generate(bytes_model):
+    model, params = bytes_model
+    options = {"sampler": Temperature(1.0), "key": KEY}
+    pieces = list(stream(model, params, "Ab", 30, **options))
+    assert len(pieces) > 3
+    assert "Ab" + "".join(pieces) == generate_text(model, params, "Ab", 30, **options)[0]
+
+
+def test_stream_never_splits_a_character():
+    class Script:
+        model, stop_ids = GPT(BYTES), (256,)
+
+        def __iter__(self):
+            for ids in ([0xE2, 0x82], [0xAC, 0x41], [0xF0], [0x9F], [0x98], [0x80, 256]):
+                yield [np.array(ids)]
+
+    assert list(text_pieces(Script())) == ["€A", "😀"]
+
+
+def test_stream_ends_an_unfinished_character():
+    class Script:
+        model, stop_ids = GPT(BYTES), ()
+
+        def __iter__(self):
+            yield [np.array([0x41, 0xE2, 0x82])]
+
+    assert list(text_pieces(Script())) == ["A", "\ufffd"]
+
+
+def test_empty_text_starts_from_end_of_text_and_stops_at_it(bytes_model):
+    model, params = bytes_model
+    end = get_tokenizer("bytes").end_of_text
+    ids = generate(model, params, [[end]], 6, stop_ids=[end]).new_tokens[0].tolist()
+    assert generate_text(model, params, ["", "Ab"], 6)[0] == get_tokenizer("bytes").decode([i for i in ids if i != end])
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([[1, 2], [3, 97]], r"prompts\[1\]\[1\] is 97, outside the vocabulary: 0 to 96"),
+        ([[-1]], r"prompts\[0\]\[0\] is -1"),
+        ([[2**70]], r"prompts\[0\]\[0\] is 1180591620717411303424"),
+        (np.array([[1, 2], [99, 0]]), r"prompts\[1\]\[0\] is 99"),
+        (np.array([[1, 2**33 + 5]]), r"prompts\[0\]\[1\] is 8589934597"),
+        (np.array([[1.0, 2.0]]), r"prompts\[0\] must hold integers in one dimension, not float64"),
+        (np.array([[True, False]]), "not bool"),
+        (jnp.array([[1.0]]), "not float32"),
+        ([[1, 2.0]], r"prompts\[0\]\[1\] is 2.0 \(float\)"),
+        ([[1, True]], r"prompts\[0\]\[1\] is True \(bool\)"),
+        ([[1, "a"]], r"prompts\[0\]\[1\] is 'a' \(str\)"),
+        ([[1], []], r"prompts\[1\] is empty"),
+        (np.zeros((1, 0), np.int32), r"prompts\[0\] is empty"),
+        ([], "no prompts"),
+        ([1, 2], r"prompts\[0\] is 1, not a list of ids"),
+        (np.array([1, 2]), r"\[B, T\], not \[2\]"),
+        ("text", "not 'text'"),
+        (["text"], r"prompts\[0\] is 'text'"),
+        ([[[1]]], r"prompts\[0\]\[0\] is \[1\] \(list\)"),
+        (None, "not None"),
+    ],
+)
+def test_bad_prompts_are_refused_before_any_compute(tiny, monkeypatch, prompts, message):
+    monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
+    with pytest.raises(ValueError, match=message):
+        generate(*tiny, prompts, 4)
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, "3", None, True])
+def test_bad_max_new_tokens_is_refused(tiny, n):
+    with pytest.raises(ValueError, match="max_new_tokens must be an integer of 0 or more"):
+        generate(*tiny, [[1]], n)
+
+
+def test_zero_new_tokens_give_the_prompts_back(tiny, monkeypatch):
+    monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
+    assert rows(generate(*tiny, RAGGED, 0)) == RAGGED
+    assert list(stream(GPT(BYTES), None, "Ab", 0)) == []
+
+
+def test_integers_of_any_kind_are_ids(tiny):
+    expected = rows(generate(*tiny, [[1, 2, 3]], np.int64(4)))
+    for prompts in (np.array([[1, 2, 3]], np.uint8), jnp.array([[1, 2, 3]]), [(1, 2, np.int16(3))], [np.arange(1, 4)]):
+        assert rows(generate(*tiny, prompts, 4)) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sampler": TopK(5)}, r"TopK\(k=5\) draws at random and needs a key"),
+        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one a prompt \(2\), not keys of shape \[3\]"),
+        ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
+        ({"stop_ids": [1.5]}, r"stop_ids\[0\] is 1.5"),
+        ({"beyond_context": "crop"}, "beyond_context"),
+        ({"cache_dtype": "int8"}, "cache_dtype"),
+        ({"beyond_context": "error", "max_new_tokens": 15}, "2 ids and max_new_tokens=15 exceed context_length=16"),
+    ],
+)
+def test_bad_options_are_refused(tiny, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(*tiny, [[1, 2], [3]], **{"max_new_tokens": 4, **options})
+
+
+def test_strictness_allows_what_fits(tiny):
+    assert len(generate(*tiny, [[1, 2]], 14, beyond_context="error").tokens[0]) == 16
+
+
+def test_stream_refuses_bad_arguments_at_the_call(bytes_model):
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        stream(*bytes_model, "a", -1)

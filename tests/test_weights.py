@@ -1,0 +1,627 @@
+"""Checkpoints of every format, both ways where both exist. Bad files are in test_weights_bad_input.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, make_model, random_ids
+from safetensors.numpy import load_file, save_file
+
+from jaxgpt import weights
+from jaxgpt.cli import convert
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
+from jaxgpt.model import GPT
+from jaxgpt.weights import book, huggingface, layout, nanogpt
+
+UNTIED = TINY.replace(tie_embeddings=False)
+BOOK = TINY.replace(tie_embeddings=False, qkv_bias=False)
+NANOGPT_BARE = TINY.replace(bias=False, qkv_bias=False, activation="gelu")
+
+
+def assert_same(got, expected):
+    assert jax.tree.structure(got) == jax.tree.structure(expected)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
+        assert isinstance(a, jax.Array), path
+        assert a.dtype == b.dtype, path
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=str(path))
+
+
+def logits(model, params, seed=1):
+    return np.asarray(model.apply({"params": params}, random_ids(model.config, 2, 9, seed)))
+
+
+# The three layouts, written out by hand: these share nothing with the tables they test.
+
+
+def hf_tensors(params, prefix="transformer.", head=False):
+    p = jax.tree.map(np.asarray, params)
+    D = p["tok_emb"]["weight"].shape[1]
+    out = {"wte.weight": p["tok_emb"]["weight"], "wpe.weight": p["pos_emb"]["weight"]}
+    for i in range(len([name for name in p if name.startswith("trf_blocks_")])):
+        b, h = p[f"trf_blocks_{i}"], f"h.{i}."
+        q, k, v = b["att"]["qkv"]["weight"]
+        out[h + "ln_1.weight"], out[h + "ln_1.bias"] = b["norm1"]["scale"], b["norm1"]["shift"]
+        out[h + "attn.c_attn.weight"] = np.concatenate([q.T, k.T, v.T], axis=1)
+        out[h + "attn.c_attn.bias"] = np.concatenate(list(b["att"]["qkv"]["bias"]))
+        out[h + "attn.c_proj.weight"] = b["att"]["out_proj"]["weight"].T
+        out[h + "attn.c_proj.bias"] = b["att"]["out_proj"]["bias"]
+        out[h + "ln_2.weight"], out[h + "ln_2.bias"] = b["norm2"]["scale"], b["norm2"]["shift"]
+        out[h + "mlp.c_fc.weight"], out[h + "mlp.c_fc.bias"] = b["ff"]["fc_in"]["weight"].T, b["ff"]["fc_in"]["bias"]
+        out[h + "mlp.c_proj.weight"] = b["ff"]["fc_out"]["weight"].T
+        out[h + "mlp.c_proj.bias"] = b["ff"]["fc_out"]["bias"]
+    out["ln_f.weight"], out["ln_f.bias"] = p["final_norm"]["scale"], p["final_norm"]["shift"]
+    out = {prefix + name: np.ascontiguousarray(array) for name, array in out.items()}
+    assert out[f"{prefix}h.0.attn.c_attn.weight"].shape == (D, 3 * D)
+    if head:
+        out["lm_head.weight"] = p.get("out_head", p["tok_emb"])["weight"]
+    return out
+
+
+def hf_config(config, **changes):
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.context_length,
+        "n_embd": config.emb_dim,
+        "n_head": config.n_heads,
+        "n_layer": config.n_layers,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "tie_word_embeddings": config.tie_embeddings,
+        **changes,
+    }
+
+
+def write_hf(directory, config, tensors, **changes):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(config, **changes)))
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+def book_tensors(params):
+    p = jax.tree.map(np.asarray, params)
+    out = {"tok_emb.weight": p["tok_emb"]["weight"], "pos_emb.weight": p["pos_emb"]["weight"]}
+    for i in range(TINY.n_layers):
+        b, t = p[f"trf_blocks_{i}"], f"trf_blocks.{i}."
+        for j, name in enumerate(("W_query", "W_key", "W_value")):
+            for kind, array in b["att"]["qkv"].items():
+                out[f"{t}att.{name}.{kind}"] = array[j]
+        out[t + "att.mask"] = np.triu(np.ones((TINY.context_length,) * 2, np.float32), 1)
+        for kind in ("weight", "bias"):
+            out[f"{t}att.out_proj.{kind}"] = b["att"]["out_proj"][kind]
+            out[f"{t}ff.layers.0.{kind}"] = b["ff"]["fc_in"][kind]
+            out[f"{t}ff.layers.2.{kind}"] = b["ff"]["fc_out"][kind]
+        for norm in ("norm1", "norm2"):
+            out[f"{t}{norm}.scale"], out[f"{t}{norm}.shift"] = b[norm]["scale"], b[norm]["shift"]
+    out["final_norm.scale"], out["final_norm.shift"] = p["final_norm"]["scale"], p["final_norm"]["shift"]
+    out["out_head.weight"] = p["out_head"]["weight"]
+    return {name: np.array(array) for name, array in out.items()}
+
+
+def nanogpt_checkpoint(config, params, prefix="", padded=0):
+    torch = pytest.importorskip("torch")
+    p = jax.tree.map(np.asarray, params)
+    wte = np.concatenate([p["tok_emb"]["weight"], np.full((padded, config.emb_dim), 9, np.float32)])
+    state = {"transformer.wte.weight": wte, "transformer.wpe.weight": p["pos_emb"]["weight"]}
+    for i in range(config.n_layers):
+        b, h = p[f"trf_blocks_{i}"], f"transformer.h.{i}."
+        state[h + "ln_1.weight"], state[h + "ln_2.weight"] = b["norm1"]["scale"], b["norm2"]["scale"]
+        state[h + "attn.bias"] = np.ones((1, 1, 4, 4), np.float32)
+        state[h + "attn.c_attn.weight"] = np.concatenate(list(b["att"]["qkv"]["weight"]))
+        state[h + "attn.c_proj.weight"] = b["att"]["out_proj"]["weight"]
+        state[h + "mlp.c_fc.weight"] = b["ff"]["fc_in"]["weight"]
+        state[h + "mlp.c_proj.weight"] = b["ff"]["fc_out"]["weight"]
+        if config.bias:
+            state[h + "ln_1.bias"], state[h + "ln_2.bias"] = b["norm1"]["shift"], b["norm2"]["shift"]
+            state[h + "attn.c_attn.bias"] = np.concatenate(list(b["att"]["qkv"]["bias"]))
+            state[h + "attn.c_proj.bias"] = b["att"]["out_proj"]["bias"]
+            state[h + "mlp.c_fc.bias"] = b["ff"]["fc_in"]["bias"]
+            state[h + "mlp.c_proj.bias"] = b["ff"]["fc_out"]["bias"]
+    state["transformer.ln_f.weight"] = p["final_norm"]["scale"]
+    if config.bias:
+        state["transformer.ln_f.bias"] = p["final_norm"]["shift"]
+    state = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    state["lm_head.weight"] = state["transformer.wte.weight"]
+    return {
+        "model": {prefix + name: tensor for name, tensor in state.items()},
+        "model_args": {
+            "n_layer": config.n_layers,
+            "n_head": config.n_heads,
+            "n_embd": config.emb_dim,
+            "block_size": config.context_length,
+            "bias": config.bias,
+            "vocab_size": config.vocab_size + padded,
+            "dropout": 0.0,
+        },
+        "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
+        "iter_num": 7,
+        "config": {"dataset": "shakespeare"},
+    }
+
+
+@pytest.mark.parametrize(
+    "config",
+    [TINY, UNTIED, BOOK, NANOGPT_BARE, TINY.replace(scan_layers=True), TINY.replace(param_dtype="bfloat16")],
+    ids=["tied", "untied", "book", "no-bias", "scan", "bfloat16"],
+)
+def test_own_directory_comes_back_identical(config, tmp_path):
+    model, params = make_model(config)
+    weights.save(tmp_path / "model", model, params)
+    loaded, got = weights.load(tmp_path / "model", check_finite=True)
+    assert loaded.config == config
+    assert type(got) is dict
+    assert_same(got, params)
+
+
+def test_own_directory_is_plain_safetensors_named_by_paths(tiny, tmp_path):
+    model, params = tiny
+    weights.save(tmp_path / "model", model, params)
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert set(tensors) == set(layout.leaves(params))
+    np.testing.assert_array_equal(
+        tensors["trf_blocks_1/att/qkv/weight"], params["trf_blocks_1"]["att"]["qkv"]["weight"]
+    )
+    fields = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (fields["format"], fields["version"]) == ("jaxgpt", 1)
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+@pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
+@pytest.mark.parametrize("masks", [False, True])
+def test_hugging_face_directory_loads(config, prefix, masks, tmp_path):
+    _, params = make_model(config)
+    tensors = hf_tensors(params, prefix, head=not config.tie_embeddings)
+    if masks:
+        tensors[f"{prefix}h.1.attn.bias"] = np.ones((1, 1, 16, 16), np.uint8)
+        tensors[f"{prefix}h.1.attn.masked_bias"] = np.float32([-1e4])
+    loaded, got = weights.load(write_hf(tmp_path / "hf", config, tensors))
+    assert loaded.config == config
+    assert_same(got, params)
+
+
+def test_tied_head_may_be_there_if_it_is_the_embedding(tiny, tmp_path):
+    _, params = tiny
+    tensors = hf_tensors(params, head=True)
+    assert_same(weights.load(write_hf(tmp_path, TINY, tensors))[1], params)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"] + 1
+    write_hf(tmp_path, TINY, tensors)
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs .* tie_embeddings=False"):
+        weights.load(tmp_path)
+    model, got = weights.load(tmp_path, tie_embeddings=False)
+    assert not model.config.tie_embeddings
+    np.testing.assert_array_equal(got["out_head"]["weight"], tensors["lm_head.weight"])
+
+
+def test_untied_head_must_be_there(tmp_path):
+    _, params = make_model(UNTIED)
+    write_hf(tmp_path, UNTIED, hf_tensors(params, head=False))
+    with pytest.raises(CheckpointError, match=r"1 missing: 'lm_head.weight'"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("switches", "fields"),
+    [
+        ({"activation_function": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),
+        ({"activation_function": "gelu"}, {"activation": "gelu"}),
+        ({"activation_function": "relu"}, {"activation": "relu"}),
+        ({"layer_norm_epsilon": 1e-3}, {"layer_norm_eps": 1e-3}),
+        ({"n_inner": 40}, {"ffn_dim": 40}),
+        ({"n_inner": None}, {"ffn_dim": 96}),
+        ({"reorder_and_upcast_attn": True}, {}),
+        ({"scale_attn_weights": True, "add_cross_attention": False}, {}),
+        ({"attn_pdrop": 0.3, "embd_pdrop": 0.2}, {"drop_rate_attn": 0.3, "drop_rate_emb": 0.2, "drop_rate": 0.0}),
+        ({"tie_word_embeddings": False}, {"tie_embeddings": False}),
+    ],
+)
+def test_hugging_face_switches_are_honoured(switches, fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY, **switches)))
+    assert weights.load_config(tmp_path) == TINY.replace(**fields)
+
+
+def test_hugging_face_aliases_of_sizes_are_honoured(tmp_path):
+    fields = hf_config(TINY)
+    fields["hidden_size"] = fields.pop("n_embd")
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert weights.load_config(tmp_path) == TINY
+
+
+@pytest.mark.parametrize("config", [TINY, UNTIED, BOOK, NANOGPT_BARE, TINY.replace(scan_layers=True)])
+def test_hugging_face_export_is_the_same_function(config, tmp_path):
+    model, params = make_model(config)
+    weights.save(tmp_path / "hf", model, params, format="huggingface")
+    loaded, got = weights.load(tmp_path / "hf")
+    assert loaded.config == config.replace(bias=True, qkv_bias=True, scan_layers=False)
+    np.testing.assert_allclose(logits(loaded, got), logits(model, params), rtol=0, atol=1e-5)
+    if config in (TINY, UNTIED):
+        assert_same(got, params)
+
+
+def test_hugging_face_export_has_the_expected_tensors(tmp_path):
+    model, params = make_model(UNTIED)
+    weights.save(tmp_path / "hf", model, params, format="huggingface")
+    tensors, expected = load_file(tmp_path / "hf" / "model.safetensors"), hf_tensors(params, head=True)
+    assert tensors.keys() == expected.keys()
+    for name, array in expected.items():
+        np.testing.assert_array_equal(tensors[name], array, err_msg=name)
+
+
+def test_export_keeps_the_tokenizer_and_every_other_switch(tmp_path):
+    config = TINY.replace(
+        vocab_size=257, tokenizer="bytes", activation="relu", layer_norm_eps=1e-3, ffn_dim=40, drop_rate_attn=0.25
+    )
+    weights.save(tmp_path / "hf", *make_model(config), format="huggingface")
+    assert weights.load_config(tmp_path / "hf") == config
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("config", [TINY, UNTIED, NANOGPT_BARE, TINY.replace(activation="relu", ffn_dim=40)])
+def test_transformers_loads_the_export_as_it_is(config, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model, params = make_model(config)
+    weights.save(tmp_path / "hf", model, params, format="huggingface")
+    theirs, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    ids = random_ids(config, 2, 9, 1)
+    with torch.no_grad():
+        expected = theirs.eval()(torch.from_numpy(ids).long()).logits.numpy()
+    np.testing.assert_allclose(logits(model, params), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parity
+def test_exported_tokenizer_is_gpt2s(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig(emb_dim=4, n_heads=1, n_layers=1, context_length=8)
+    weights.save(tmp_path / "hf", *make_model(config), format="huggingface")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer.encode("Every effort moves you") == [6109, 3626, 6100, 345]
+    assert tokenizer.encode("Akwirw ier é\n<|endoftext|>") == [33901, 86, 343, 86, 220, 959, 38251, 198, 50256]
+    assert tokenizer.eos_token_id == 50256
+
+
+@pytest.mark.parity
+def test_directory_that_transformers_wrote_loads(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert (tmp_path / huggingface.INDEX).exists()
+    model, params = weights.load(tmp_path)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(model, params), expected, rtol=0, atol=1e-5)
+
+
+def write_shards(directory, config, params):
+    tensors = list(hf_tensors(params).items())
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(hf_config(config)))
+    index = {}
+    for i, part in enumerate((tensors[:5], tensors[5:]), 1):
+        file = f"model-0000{i}-of-00002.safetensors"
+        save_file(dict(part), directory / file)
+        index |= dict.fromkeys(dict(part), file)
+    (directory / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    return index
+
+
+def test_sharded_directory_loads(tiny, tmp_path):
+    write_shards(tmp_path, TINY, tiny[1])
+    assert_same(weights.load(tmp_path)[1], tiny[1])
+
+
+def test_symlinks_of_the_hub_cache_are_followed(tiny, tmp_path):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
+    write_shards(blobs, TINY, tiny[1])
+    snapshot.mkdir(parents=True)
+    for i, file in enumerate(blobs.iterdir()):
+        blob = file.rename(blobs / f"blob{i}")
+        (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
+    assert_same(weights.load(snapshot)[1], tiny[1])
+
+
+@pytest.mark.parametrize("config", [BOOK, UNTIED], ids=["no-qkv-bias", "qkv-bias"])
+def test_book_safetensors_loads_with_the_config_from_its_shapes(config, tmp_path):
+    model, params = make_model(config)
+    save_file(book_tensors(params), tmp_path / "book.bin")
+    loaded, got = weights.load(tmp_path / "book.bin", n_heads=3, drop_rate=0.0)
+    assert loaded.config == config
+    assert_same(got, params)
+    np.testing.assert_array_equal(logits(loaded, got), logits(model, params))
+
+
+@pytest.mark.parametrize("wrap", [False, True])
+def test_book_pth_loads(wrap, tmp_path):
+    torch = pytest.importorskip("torch")
+    _, params = make_model(BOOK)
+    state = {name: torch.from_numpy(array) for name, array in book_tensors(params).items()}
+    torch.save({"model_state_dict": state, "optimizer_state_dict": {}} if wrap else state, tmp_path / "model.pth")
+    assert_same(weights.load(tmp_path / "model.pth", n_heads=3)[1], params)
+
+
+def test_book_heads_are_known_for_its_sizes_and_asked_for_otherwise(tmp_path):
+    save_file(book_tensors(make_model(BOOK)[1]), tmp_path / "book.safetensors")
+    with pytest.raises(ConfigError, match=r"n_heads.*emb_dim=24.*pass n_heads="):
+        weights.load(tmp_path / "book.safetensors")
+    for name in ("book-124m", "book-355m", "book-774m", "book-1558m"):
+        preset = GPTConfig.preset(name)
+        assert book.HEADS[preset.emb_dim] == preset.n_heads
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+def test_nanogpt_checkpoint_loads(bias, prefix, tmp_path):
+    torch = pytest.importorskip("torch")
+    config = TINY.replace(bias=bias, qkv_bias=bias, activation="gelu")
+    _, params = make_model(config)
+    torch.save(nanogpt_checkpoint(config, params, prefix), tmp_path / "ckpt.pt")
+    model, got = weights.load(tmp_path / "ckpt.pt")
+    assert model.config == config
+    assert_same(got, params)
+
+
+def test_nanogpt_padded_vocabulary_is_dropped(tmp_path):
+    torch = pytest.importorskip("torch")
+    config = TINY.replace(vocab_size=nanogpt.VOCAB, emb_dim=6, activation="gelu")
+    _, params = make_model(config)
+    torch.save(nanogpt_checkpoint(config, params, padded=47), tmp_path / "ckpt.pt")
+    model, got = weights.load(tmp_path / "ckpt.pt")
+    assert model.config == config
+    assert_same(got, params)
+    untied = weights.load(tmp_path / "ckpt.pt", tie_embeddings=False)[1]
+    np.testing.assert_array_equal(untied["out_head"]["weight"], params["tok_emb"]["weight"])
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
+def test_other_types_are_converted_to_param_dtype(kind, tmp_path):
+    _, params = make_model(TINY)
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16).astype(jnp.float32), params)  # exact in every type
+    narrow = {name: array.astype(jnp.dtype(kind)) for name, array in hf_tensors(params).items()}
+    if kind == "float16":  # bfloat16's small numbers are float16's subnormals
+        params = jax.tree.map(lambda x: jnp.asarray(np.asarray(x, np.float16).astype(np.float32)), params)
+    write_hf(tmp_path, TINY, narrow)
+    assert_same(weights.load(tmp_path)[1], params)
+    model, got = weights.load(tmp_path, param_dtype="bfloat16")
+    assert model.config.param_dtype == "bfloat16"
+    assert_same(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
+
+
+def test_torch_bfloat16_is_read_exactly(tmp_path):
+    torch = pytest.importorskip("torch")
+    _, params = make_model(BOOK.replace(param_dtype="bfloat16"))
+    state = {
+        name: torch.from_numpy(array.astype(np.float32)).bfloat16() for name, array in book_tensors(params).items()
+    }
+    torch.save(state, tmp_path / "model.pth")
+    assert_same(weights.load(tmp_path / "model.pth", n_heads=3, param_dtype="bfloat16")[1], params)
+
+
+def test_scan_layers_override_stacks_the_blocks(tiny, tmp_path):
+    model, params = tiny
+    weights.save(tmp_path / "model", model, params)
+    scanned, stacked = weights.load(tmp_path / "model", scan_layers=True)
+    assert stacked["trf_blocks"]["att"]["qkv"]["weight"].shape == (2, 3, 24, 24)
+    assert_same(stacked, weights.stack_layers(params))
+    assert_same(weights.unstack_layers(stacked), params)
+    np.testing.assert_allclose(logits(scanned, stacked), logits(model, params), rtol=0, atol=1e-5)
+
+
+def test_stacking_refuses_trees_that_are_not_a_models(tiny):
+    _, params = tiny
+    with pytest.raises(ValueError, match="trf_blocks_1"):
+        weights.stack_layers({name: child for name, child in params.items() if name != "trf_blocks_0"})
+    with pytest.raises(ValueError, match="stacked"):
+        weights.unstack_layers(params)
+
+
+def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp_path):
+    weights.save(tmp_path / "model", *tiny)
+    model, _ = weights.load(tmp_path / "model", drop_rate=0.2, dtype="bfloat16")
+    assert model.config == TINY.replace(drop_rate=0.2, dtype="bfloat16")
+    assert model.config.drop_rate_attn == 0.2
+    assert weights.load_config(tmp_path / "model", drop_rate=0.2) == TINY.replace(drop_rate=0.2)
+    with pytest.raises(CheckpointError, match=r"'pos_emb/weight' is \[16, 24\] and should be \[8, 24\]"):
+        weights.load(tmp_path / "model", context_length=8)
+    with pytest.raises(ConfigError, match="did you mean 'drop_rate'"):
+        weights.load(tmp_path / "model", droprate=0.2)
+
+
+@pytest.mark.parametrize("rows", [huggingface.ROWS, book.ROWS], ids=["huggingface", "book"])
+def test_tables_name_every_parameter_once(rows):
+    full = TINY.replace(tie_embeddings=False, bias=True, qkv_bias=True)
+    assert sorted(row.ours for row in rows) == sorted(layout.leaf_shapes(full))
+
+
+def test_load_config_reads_no_tensors(tiny, tmp_path):
+    weights.save(tmp_path / "own", *tiny)
+    (tmp_path / "own" / "model.safetensors").unlink()
+    assert weights.load_config(tmp_path / "own") == TINY
+
+
+def test_hub_name_goes_through_the_library(tiny, tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    write_hf(tmp_path, TINY, hf_tensors(tiny[1]))
+    calls = []
+
+    def snapshot_download(name, allow_patterns):
+        calls.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    assert_same(weights.load("openai-community/gpt2-xl")[1], tiny[1])
+    assert weights.load_config("gpt2") == TINY
+    assert [name for name, _ in calls] == ["openai-community/gpt2-xl", "gpt2"]
+    assert "model.safetensors" in calls[0][1]
+    assert calls[1][1] == ["config.json"]
+    assert not any(pattern.endswith((".bin", "*")) for _, patterns in calls for pattern in patterns)
+
+
+def test_hub_without_network_says_which_file_to_put_where(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError) as caught:
+        weights.load("gpt2")
+    for part in ("gpt2: ", "config.json and model.safetensors", "huggingface.co/gpt2", "pass its path"):
+        assert part in str(caught.value)
+
+
+def test_missing_extras_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(MissingExtraError, match=r"jaxgpt\[hub\]"):
+        weights.load("gpt2")
+    (tmp_path / "model.pth").write_bytes(b"PK\x03\x04")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(MissingExtraError, match=r"jaxgpt\[torch\]"):
+        weights.load("model.pth")
+
+
+def test_a_local_directory_comes_before_the_hub(tiny, tmp_path, monkeypatch):
+    weights.save(tmp_path / "gpt2", *tiny)
+    monkeypatch.chdir(tmp_path)
+    assert_same(weights.load("gpt2")[1], tiny[1])
+
+
+def test_bundled_name_without_its_model_says_how_to_get_one(monkeypatch):
+    monkeypatch.setitem(weights.BUNDLED, "shakespeare", "no-such-directory")
+    with pytest.raises(CheckpointError, match=r"shakespeare: .*jaxgpt train") as caught:
+        weights.load("shakespeare")
+    assert "\n" not in str(caught.value)
+
+
+def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_beside_it(tiny, tmp_path):
+    weights.save(tmp_path / "model", *tiny, format="huggingface")
+    other, params = make_model(UNTIED, seed=1)
+    weights.save(tmp_path / "model", other, params)
+    loaded, got = weights.load(tmp_path / "model")
+    assert loaded.config == UNTIED
+    assert_same(got, params)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("failing", ["write_safetensors", "_sync", "rename"])
+def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, monkeypatch):
+    weights.save(tmp_path / "model", *tiny)
+    rename = Path.rename
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    def rename_old_only(self, target):
+        return fail() if self.suffix == ".new" else rename(self, target)
+
+    if failing == "rename":
+        monkeypatch.setattr(Path, "rename", rename_old_only)
+    else:
+        module = weights.native if failing == "write_safetensors" else weights.files
+        monkeypatch.setattr(module, failing, fail)
+    other, params = make_model(UNTIED, seed=1)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        weights.save(tmp_path / "model", other, params)
+    monkeypatch.undo()
+    assert_same(weights.load(tmp_path / "model")[1], tiny[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_refuses_to_replace_what_is_not_a_checkpoint(tiny, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"holds 'thesis\.tex'"):
+        weights.save(tmp_path, *tiny)
+    with pytest.raises(CheckpointError, match="not a directory"):
+        weights.save(tmp_path / "thesis.tex", *tiny)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_saving_refuses_parameters_of_another_model(tiny, tmp_path):
+    model, params = tiny
+    wrong = {**params, "extra": {"weight": jnp.zeros(3)}, "pos_emb": {"weight": jnp.zeros((3, 24))}}
+    del wrong["final_norm"]
+    with pytest.raises(CheckpointError) as caught:
+        weights.save(tmp_path / "model", model, wrong)
+    for name in ("final_norm/scale", "extra/weight", "pos_emb/weight"):
+        assert name in str(caught.value)
+    with pytest.raises(CheckpointError, match="missing"):
+        weights.save(tmp_path / "model", GPT(TINY.replace(scan_layers=True)), params)
+    with pytest.raises(ValueError, match="did you mean 'huggingface'"):
+        weights.save(tmp_path / "model", model, params, format="hugingface")
+    assert not list(tmp_path.iterdir())
+
+
+def run_convert(*argv):
+    parser = argparse.ArgumentParser()
+    convert.add_arguments(parser)
+    return convert.run(parser.parse_args([str(arg) for arg in argv]))
+
+
+def test_convert_there_and_back_is_identical(tiny, tmp_path, capsys):
+    weights.save(tmp_path / "own", *tiny)
+    assert run_convert(tmp_path / "own", tmp_path / "hf", "--format", "huggingface") == 0
+    assert run_convert(tmp_path / "hf", tmp_path / "back", "--check-finite") == 0
+    assert_same(weights.load(tmp_path / "back")[1], tiny[1])
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert f"{sum(leaf.size for leaf in jax.tree.leaves(tiny[1])):,} parameters" in output.err
+
+
+def test_convert_passes_its_flags_on_and_overwrites_only_with_force(tmp_path):
+    _, params = make_model(BOOK)
+    save_file(book_tensors(params), tmp_path / "book.safetensors")
+    argv = (tmp_path / "book.safetensors", tmp_path / "own", "--n-heads", 3, "--param-dtype", "bfloat16")
+    run_convert(*argv)
+    config = weights.load_config(tmp_path / "own")
+    assert (config.n_heads, config.param_dtype) == (3, "bfloat16")
+    with pytest.raises(CheckpointError, match="--force"):
+        run_convert(*argv)
+    assert run_convert(*argv[:2], "--n-heads", 4, "--force") == 0
+    assert weights.load_config(tmp_path / "own").n_heads == 4
+
+
+_PEAK = r"""
+    import re, sys
+    from pathlib import Path
+    import jax.numpy as jnp
+    from jaxgpt import weights
+    from jaxgpt.weights import layout
+
+    path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
+    layout.leaf_shapes(weights.load_config(path))  # tracing is not what is measured
+    jnp.ones((512, 512)).block_until_ready()
+    def peak():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    before = peak()
+    model, params = weights.load(path, scan_layers=scan)
+    print((peak() - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+@pytest.mark.parametrize("scan", [False, True], ids=["blocks", "scan"])
+def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
+    config = GPTConfig(vocab_size=8192, context_length=64, emb_dim=640, n_heads=10, n_layers=9)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
+    slots = layout.slots(config, huggingface.ROWS)
+    tensors = {slot.names[0]: np.full(slot.outside_shape, 0.5, np.float32) for slot in slots}
+    save_file(tensors, tmp_path / "model.safetensors")
+    size = sum(array.nbytes for array in tensors.values())
+    assert 150e6 < size < 250e6
+    command = [sys.executable, "-c", textwrap.dedent(_PEAK), str(tmp_path), str(int(scan)), str(size)]
+    growth = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert 0.9 < growth < 1.2

@@ -1,0 +1,382 @@
+"""Damaged, hostile and mismatched checkpoints: each is refused with an error that says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import struct
+import tracemalloc
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY, make_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
+from test_weights import BOOK, book_tensors, hf_config, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
+
+from jaxgpt import weights
+from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.weights import files, huggingface
+
+F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+def write_raw(path, header, data, length=None):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "length"),
+    [
+        pytest.param({"a": F32}, 7, None, id="truncated"),
+        pytest.param({"a": F32}, 9, None, id="trailing-bytes"),
+        pytest.param({"a": F32}, 8, 10**6, id="header-longer-than-file"),
+        pytest.param({"a": F32}, 8, 2**63, id="header-length-absurd"),
+        pytest.param({"a": F32, "b": {**F32, "data_offsets": [4, 12]}}, 12, None, id="overlap"),
+        pytest.param({"a": F32, "b": {**F32, "data_offsets": [12, 20]}}, 20, None, id="gap"),
+        pytest.param({"a": {**F32, "data_offsets": [0, 800]}}, 8, None, id="out-of-range"),
+        pytest.param({"a": {**F32, "data_offsets": [8, 0]}}, 8, None, id="backwards"),
+        pytest.param({"a": {**F32, "shape": [2**40, 2**40]}}, 8, None, id="absurd-shape"),
+        pytest.param({"a": {**F32, "shape": [-2]}}, 8, None, id="negative-shape"),
+        pytest.param({"a": {**F32, "dtype": "F31"}}, 8, None, id="unknown-type"),
+        pytest.param(b"{nope", 8, None, id="not-json"),
+        pytest.param(b"[" * 5000, 0, None, id="deeply-nested"),
+        pytest.param(b'{"a":%b,"a":%b}' % ((json.dumps(F32).encode(),) * 2), 8, None, id="duplicate-key"),
+        pytest.param(b"\xff\xfe{}", 0, None, id="not-utf8"),
+        pytest.param([], 0, None, id="not-an-object"),
+    ],
+)
+def test_malformed_safetensors_is_refused_before_anything_is_allocated(header, size, length, tmp_path):
+    path = write_raw(tmp_path / "model.safetensors", header, bytes(size), length)
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match="not a readable safetensors file") as caught:
+        weights.load(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.path == path
+    assert peak < 1e6
+
+
+@pytest.mark.parametrize("content", [b"", b"abc", b"To be, or not to be, that is the question."])
+def test_files_of_another_kind_are_refused(content, tmp_path):
+    (tmp_path / "model").write_bytes(content)
+    with pytest.raises(CheckpointError, match="not a readable safetensors file"):
+        weights.load(tmp_path / "model")
+
+
+def test_truncated_model_is_refused(tiny, tmp_path):
+    weights.save(tmp_path / "model", *tiny)
+    path = tmp_path / "model" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="not a readable safetensors file") as caught:
+        weights.load(tmp_path / "model")
+    assert caught.value.path == path
+
+
+def test_file_that_shrinks_between_opening_and_reading_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": np.ones(4, np.float32)}, path)
+    tensor = files.open_safetensors(path)["a"]
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match="shorter"):
+        tensor.read()
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_damaged_header_never_gets_further_than_a_clear_error(data, tiny, tmp_path):
+    path = tmp_path / "model" / "model.safetensors"
+    if not path.exists():
+        weights.save(tmp_path / "model", *tiny)
+        (tmp_path / "good").write_bytes(path.read_bytes())
+    content = bytearray((tmp_path / "good").read_bytes())
+    header = 8 + int.from_bytes(content[:8], "little")
+    for at in data.draw(st.lists(st.integers(0, header - 1), min_size=1, max_size=3)):
+        content[at] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        _, params = weights.load(tmp_path / "model")
+    except CheckpointError:
+        return
+    assert jax.tree.structure(params) == jax.tree.structure(tiny[1])
+
+
+def test_every_unfit_tensor_is_in_one_error(tiny, tmp_path):
+    tensors = hf_tensors(tiny[1], prefix="")
+    del tensors["ln_f.bias"], tensors["h.1.mlp.c_fc.weight"]
+    tensors["h.2.ln_1.weight"] = tensors["score"] = np.ones(24, np.float32)
+    tensors["wpe.weight"] = np.ones((24, 16), np.float32)
+    tensors["h.0.attn.c_attn.weight"] = tensors["h.0.attn.c_attn.weight"].T.copy()
+    tensors["ln_f.weight"] = np.ones(24, np.int64)
+    with pytest.raises(CheckpointError) as caught:
+        weights.load(write_hf(tmp_path, TINY, tensors))
+    assert caught.value.reason.splitlines()[1:] == [
+        "  2 missing: 'h.1.mlp.c_fc.weight', 'ln_f.bias'",
+        "  2 unexpected: 'h.2.ln_1.weight', 'score'",
+        "  2 of the wrong shape: 'wpe.weight' is [24, 16] and should be [16, 24], "
+        "'h.0.attn.c_attn.weight' is [72, 24] and should be [24, 72]",
+        "  1 not of a floating-point type: 'ln_f.weight' is I64",
+    ]
+
+
+def test_a_long_list_is_cut_and_counted(tmp_path):
+    tensors = {f"junk.{i}": np.ones(1, np.float32) for i in range(1000)}
+    with pytest.raises(CheckpointError) as caught:
+        weights.load(write_hf(tmp_path, TINY, tensors))
+    assert "1000 unexpected" in caught.value.reason
+    assert "and 980 more" in caught.value.reason
+    assert len(caught.value.reason) < 2000
+
+
+def test_a_layer_too_few_or_too_many_is_refused(tmp_path):
+    params = make_model(TINY)[1]
+    for n_layers, kind in ((1, "12 unexpected: 'transformer.h.1|12 unexpected: 'h.1"), (3, "12 missing: 'h.2")):
+        write_hf(tmp_path, TINY.replace(n_layers=n_layers), hf_tensors(params))
+        with pytest.raises(CheckpointError, match=kind):
+            weights.load(tmp_path)
+
+
+def test_a_name_with_and_without_its_prefix_is_refused(tiny, tmp_path):
+    tensors = hf_tensors(tiny[1], prefix="")
+    tensors["transformer.wte.weight"] = tensors["wte.weight"]
+    with pytest.raises(CheckpointError, match=r"'wte.weight' appears twice"):
+        weights.load(write_hf(tmp_path, TINY, tensors))
+
+
+@pytest.mark.parametrize(
+    ("switches", "name"),
+    [
+        ({"n_layer": 10**9}, "n_layers"),
+        ({"n_embd": 10**9}, "emb_dim"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"n_head": 5}, "emb_dim must be a multiple of n_heads"),
+        ({"n_head": 0}, "n_heads"),
+        ({"n_positions": -1}, "context_length"),
+        ({"n_embd": 24.0}, "emb_dim"),
+        ({"n_embd": None}, "emb_dim"),
+        ({"activation_function": "swish"}, "activation_function"),
+        ({"activation_function": ["gelu"]}, "activation_function"),
+        ({"scale_attn_weights": False}, "scale_attn_weights"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ({"add_cross_attention": True}, "add_cross_attention"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"layer_norm_epsilon": "1e-5"}, "layer_norm_eps"),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_eps"),
+        ({"attn_pdrop": 2}, "drop_rate_attn"),
+        ({"tie_word_embeddings": "yes"}, "tie_embeddings"),
+    ],
+)
+def test_hugging_face_switches_not_honoured_are_refused_by_name(switches, name, tiny, tmp_path):
+    write_hf(tmp_path, TINY, hf_tensors(tiny[1]), **switches)
+    with pytest.raises(ConfigError, match=name) as caught:
+        weights.load(tmp_path)
+    assert "config.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "match"),
+    [
+        ("{", ConfigError, "cannot be read as JSON"),
+        ("[]", CheckpointError, "'format': 'jaxgpt'"),
+        ("{}", CheckpointError, "'model_type': 'gpt2'"),
+        ('{"model_type": "llama"}', CheckpointError, "'gpt2', not 'llama'"),
+        ('{"architectures": ["LlamaForCausalLM"]}', CheckpointError, "LlamaForCausalLM"),
+        ('{"format": "jaxgpt", "version": 2, "config": {}}', CheckpointError, "version 1"),
+        ('{"format": "jaxgpt", "version": 1}', CheckpointError, "'config' object"),
+        ('{"format": "jaxgpt", "version": 1, "config": {"n_layer": 2}}', ConfigError, "did you mean 'n_layers'"),
+        ('{"format": "jaxgpt", "version": 1, "config": {"n_layers": 1000000000}}', ConfigError, "n_layers"),
+    ],
+)
+def test_bad_config_json_is_refused(content, error, match, tmp_path):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(error, match=match):
+        weights.load(tmp_path)
+
+
+def test_largest_allowed_depth_with_a_small_file_allocates_nothing(tiny, tmp_path):
+    write_hf(tmp_path, TINY.replace(n_layers=4096, emb_dim=2**16, n_heads=64), hf_tensors(tiny[1]))
+    with pytest.raises(CheckpointError, match="missing"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "../../elsewhere.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..",
+        "",
+        "a\\b.safetensors",
+        "x\0.safetensors",
+    ],
+)
+def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
+    index = write_shards(tmp_path, TINY, tiny[1])
+    index["wte.weight"] = file
+    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(CheckpointError, match="beside the index"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
+def test_malformed_index_is_refused(content, tiny, tmp_path):
+    write_shards(tmp_path, TINY, tiny[1])
+    (tmp_path / huggingface.INDEX).write_text(content)
+    with pytest.raises(CheckpointError, match="weight_map"):
+        weights.load(tmp_path)
+
+
+def test_index_that_disagrees_with_its_shards_is_refused(tiny, tmp_path):
+    index = write_shards(tmp_path, TINY, tiny[1])
+    first, second = sorted(set(index.values()))
+    save_file({**load_file(tmp_path / second), "transformer.wte.weight": np.ones(1)}, tmp_path / second)
+    with pytest.raises(CheckpointError, match=f"{second} holds the tensor 'transformer.wte.weight'"):
+        weights.load(tmp_path)
+    index = write_shards(tmp_path, TINY, tiny[1])
+    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {**index, "lost": first}}))
+    with pytest.raises(CheckpointError, match="'lost'"):
+        weights.load(tmp_path)
+    (tmp_path / first).unlink()
+    with pytest.raises(CheckpointError, match=f"{first}: no such file"):
+        weights.load(tmp_path)
+
+
+def test_paths_that_lead_nowhere_are_refused_without_asking_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights.hub, "download", lambda *_, **__: pytest.fail("asked the hub"))
+    for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./gpt2", "runs/a/b", "model.pth", "x.safetensors"):
+        with pytest.raises(CheckpointError, match="no such file or directory"):
+            weights.load(path)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        weights.load(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors, or"):
+        weights.load(tmp_path)
+
+
+def test_tensor_file_of_a_directory_given_alone_says_to_give_the_directory(tiny, tmp_path):
+    weights.save(tmp_path / "model", *tiny)
+    with pytest.raises(CheckpointError, match="give the directory"):
+        weights.load(tmp_path / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_check_finite_names_every_bad_parameter(value, tiny, tmp_path):
+    tensors = {name: np.array(array) for name, array in hf_tensors(tiny[1]).items()}
+    tensors["transformer.h.1.attn.c_attn.weight"][3, 5:8] = value
+    tensors["transformer.ln_f.bias"][0] = value
+    write_hf(tmp_path, TINY, tensors)
+    weights.load(tmp_path)
+    for options in ({}, {"scan_layers": True}, {"param_dtype": "bfloat16"}):
+        with pytest.raises(CheckpointError) as caught:
+            weights.load(tmp_path, check_finite=True, **options)
+        assert "2 parameters: trf_blocks_1/att/qkv/weight (3 of 1728), final_norm/shift (1 of 24)" in str(caught.value)
+
+
+def test_book_file_with_missing_parts_is_refused(tmp_path):
+    tensors = book_tensors(make_model(BOOK)[1])
+    path = tmp_path / "book.safetensors"
+    for name, match in (
+        ("pos_emb.weight", "pos_emb.weight"),
+        ("out_head.weight", "1 missing: 'out_head.weight'"),
+        ("trf_blocks.1.att.W_key.weight", "1 missing: 'trf_blocks.1.att.W_key.weight'"),
+    ):
+        save_file({key: array for key, array in tensors.items() if key != name}, path)
+        with pytest.raises(CheckpointError, match=match):
+            weights.load(path, n_heads=3)
+    save_file({**tensors, "trf_blocks.999999999.norm1.scale": np.ones(24, np.float32)}, path)
+    with pytest.raises(ConfigError, match="n_layers"):
+        weights.load(path, n_heads=3)
+    save_file(tensors, path)
+    with pytest.raises(ConfigError, match="multiple of n_heads"):
+        weights.load(path, n_heads=5)
+
+
+class Canary:
+    """Unpickling this creates a directory."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_bare_pickle_is_refused_and_not_executed(tmp_path):
+    canary = tmp_path / "canary"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "model.pth").write_bytes(pickle.dumps(Canary(canary), protocol=protocol))
+        with pytest.raises(CheckpointError, match=r"bare pickle|not a readable"):
+            weights.load(tmp_path / "model.pth")
+        assert not canary.exists()
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"model": {"a": x}, "model_args": {}}])
+def test_malicious_torch_file_is_refused_and_not_executed(wrap, tmp_path):
+    torch = pytest.importorskip("torch")
+    canary = tmp_path / "canary"
+    torch.save(wrap(Canary(canary)), tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="weights_only=True"):
+        weights.load(tmp_path / "ckpt.pt")
+    assert not canary.exists()
+    torch.load(tmp_path / "ckpt.pt", weights_only=False)
+    assert canary.exists()  # the file was dangerous indeed
+
+
+def test_malicious_pickle_in_the_old_torch_format_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(Canary(tmp_path / "canary"), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match="bare pickle"):
+        weights.load(tmp_path / "old.pt")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_torch_files_that_are_no_checkpoint_are_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "model.pth"
+    for content, match in (
+        ([1, 2], "it holds list"),
+        ({"weights": torch.ones(2)}, "it holds 'weights'"),
+        ({"tok_emb.weight": 3}, "'tok_emb.weight' is not a dense tensor"),
+        ({"tok_emb.weight": torch.ones(1).expand(10**6, 10**6)}, "has no data in the file"),
+        ({"tok_emb.weight": torch.eye(3).to_sparse()}, "not a dense tensor"),
+        ({"tok_emb.weight": torch.ones(2)}, "expected a matrix 'tok_emb.weight'"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=match):
+            weights.load(path, n_heads=3)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="refused it"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "match"),
+    [
+        ({"use_rmsnorm": True}, ConfigError, "unknown key 'use_rmsnorm'"),
+        ({"n_layer": 10**9}, ConfigError, "n_layers"),
+        ({"n_head": None}, ConfigError, "n_heads"),
+        ({"bias": 1}, ConfigError, "bias"),
+    ],
+)
+def test_nanogpt_arguments_not_honoured_are_refused(args, error, match, tmp_path):
+    torch = pytest.importorskip("torch")
+    content = nanogpt_checkpoint(TINY, make_model(TINY)[1])
+    content["model_args"] |= args
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(error, match=match):
+        weights.load(tmp_path / "ckpt.pt")
+
+
+def test_nanogpt_without_its_arguments_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    content = nanogpt_checkpoint(TINY, make_model(TINY)[1])
+    del content["model_args"]["n_head"]
+    torch.save(content, tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="lacks n_head"):
+        weights.load(tmp_path / "ckpt.pt")
