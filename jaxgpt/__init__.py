@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -15,12 +13,15 @@ _MODULES = {
     "cache": ("Cache",),
     "config": ("GPTConfig",),
     "decode": ("scan_generate",),
-    "errors": ("CheckpointError", "ConfigError", "DataError"),
-    "generate": ("GenerationResult", "generate"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "MissingExtraError", "TrainingError"),
+    "evaluation": ("Evaluation", "evaluate"),
+    "generation": ("GenerationResult", "generate"),
     "model": ("GPT", "FeedForward", "LayerNorm", "MultiHeadAttention", "TransformerBlock"),
     "sampling": ("Greedy", "MinP", "Temperature", "TopK", "TopP"),
     "text": ("generate_text", "stream"),
     "tokenizer": ("get_tokenizer",),
+    "train_config": ("TrainConfig",),
+    "trainer": ("TrainResult", "load_run", "train"),
     "weights": ("load", "save"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
@@ -32,8 +33,12 @@ if TYPE_CHECKING:
     from jaxgpt.errors import CheckpointError as CheckpointError
     from jaxgpt.errors import ConfigError as ConfigError
     from jaxgpt.errors import DataError as DataError
-    from jaxgpt.generate import GenerationResult as GenerationResult
-    from jaxgpt.generate import generate as generate
+    from jaxgpt.errors import MissingExtraError as MissingExtraError
+    from jaxgpt.errors import TrainingError as TrainingError
+    from jaxgpt.evaluation import Evaluation as Evaluation
+    from jaxgpt.evaluation import evaluate as evaluate
+    from jaxgpt.generation import GenerationResult as GenerationResult
+    from jaxgpt.generation import generate as generate
     from jaxgpt.model import GPT as GPT
     from jaxgpt.model import FeedForward as FeedForward
     from jaxgpt.model import LayerNorm as LayerNorm
@@ -47,6 +52,10 @@ if TYPE_CHECKING:
     from jaxgpt.text import generate_text as generate_text
     from jaxgpt.text import stream as stream
     from jaxgpt.tokenizer import get_tokenizer as get_tokenizer
+    from jaxgpt.train_config import TrainConfig as TrainConfig
+    from jaxgpt.trainer import TrainResult as TrainResult
+    from jaxgpt.trainer import load_run as load_run
+    from jaxgpt.trainer import train as train
     from jaxgpt.weights import load as load
     from jaxgpt.weights import save as save
 else:
@@ -61,14 +70,3 @@ else:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_MODULE_OF})
-
-
-class _Package(ModuleType):
-    """`jaxgpt.generate` is the function: importing the submodule of that name does not replace it."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,7 +1,7 @@
 """Causal scaled dot-product attention, forward and backward, without ever holding a [T, T] array.
 
-Source: Vaswani et al. 2017, section 3.2.1; the backward pass, which recomputes the weights from the scores'
-log-sum-exp instead of storing them, is that of Dao et al. 2022 (FlashAttention), section 3.
+Source: Vaswani et al. 2017, section 3.2.1; the backward pass, which recomputes the weights
+instead of storing them, is that of Dao et al. 2022 (FlashAttention), section 3.
 
 Sizes: B batch, H heads, T queries, S keys, K head_dim.
 """
@@ -55,8 +55,7 @@ def attention(
         inspect: called at trace time with the whole weights [B, H, T, S]; costs their memory.
     """
     T, S = q_BxHxTxK.shape[2], k_BxHxSxK.shape[2]
-    static = isinstance(query_slot, int)
-    if not static or inspect is not None:
+    if not isinstance(query_slot, int) or inspect is not None:
         query_block = T
     firsts = range(0, T, query_block)
     keys = [None] * len(firsts) if dropout_key is None else list(jax.random.split(dropout_key, len(firsts)))
@@ -65,7 +64,7 @@ def attention(
     for first, key in zip(firsts, keys, strict=True):
         q = q_BxHxTxK[:, :, first : first + query_block]
         slot = query_slot + first
-        seen = min(S, slot + q.shape[2]) if static else S
+        seen = min(S, slot + q.shape[2]) if isinstance(slot, int) else S
         visible = _visible(slot, q.shape[2], seen, start_B)
         kept = None if key is None else dropout_scale(key, drop_rate, (*q.shape[:3], seen))
         k, v = k_BxHxSxK[:, :, :seen], v_BxHxSxK[:, :, :seen]
@@ -82,14 +81,17 @@ def _visible(query_slot: int | Array, T: int, S: int, start_B: Array | None) -> 
     return visible_TxS if start_B is None else visible_TxS & (slot_S >= start_B[:, None, None, None])
 
 
-def _weights(q_BxHxTxK, k_BxHxSxK, visible, dtype) -> tuple[Array, Array]:
-    """The attention weights [B, H, T, S], and the scores' log-sum-exp [B, H, T, 1]."""
-    scores = dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype)
-    scores = jnp.where(visible, scores, MASKED_SCORE)
+def _scores(q_BxHxTxK, k_BxHxSxK, visible, dtype) -> Array:
+    return jnp.where(visible, dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype), MASKED_SCORE)
+
+
+def _weights(q_BxHxTxK, k_BxHxSxK, visible, dtype) -> tuple[Array, Array, Array]:
+    """The attention weights [B, H, T, S], and per row the highest score and the sum of exp(score - highest)."""
+    scores = _scores(q_BxHxTxK, k_BxHxSxK, visible, dtype)
     highest = jnp.max(scores, axis=-1, keepdims=True)
     exponentials = jnp.exp(scores - highest)
     total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials / total, highest + jnp.log(total)
+    return exponentials / total, highest, total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -98,22 +100,22 @@ def _attend(dtype, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept):
 
 
 def _attend_forward(dtype, q, k, v, visible, kept):
-    weights, log_total = _weights(q, k, visible, dtype)
+    weights, highest, total = _weights(q, k, visible, dtype)
     dropped = weights if kept is None else weights * kept
     out = dot("BHTS,BHSK->BHTK", dropped, v, dtype)
-    return out, (q, k, v, visible, kept, out, log_total)
+    return out, (q, k, v, visible, kept, out, highest, total)
 
 
 def _attend_backward(dtype, residuals, g_BxHxTxK):
-    q, k, v, visible, kept, out, log_total = residuals
-    scores = jnp.where(visible, dot("BHTK,BHSK->BHTS", q, k, dtype), MASKED_SCORE)
-    weights = jnp.exp(scores - log_total)
+    q, k, v, visible, kept, out, highest, total = residuals
+    # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
+    weights = jnp.exp(_scores(q, k, visible, dtype) - highest) / total
     d_weights = dot("BHTK,BHSK->BHTS", g_BxHxTxK, v, dtype)
     if kept is not None:
         d_weights = d_weights * kept
     # sum_S weights * d_weights, without a pass over them.
     inner_BxHxTx1 = jnp.sum(g_BxHxTxK * out, axis=-1, keepdims=True)
-    d_scores = weights * (d_weights - inner_BxHxTx1)
+    d_scores = jnp.where(visible, weights * (d_weights - inner_BxHxTx1), 0)
     dropped = weights if kept is None else weights * kept
     dq = dot("BHTS,BHSK->BHTK", d_scores, k, dtype)
     dk = _transposed_dot(q, d_scores, dtype)

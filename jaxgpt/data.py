@@ -43,7 +43,7 @@ class Tokens:
         """Encodes a text."""
         encoding = get_tokenizer(tokenizer)
         kind = np.uint16 if encoding.vocab_size <= 2**16 else np.uint32
-        ids_N = np.array(encoding.encode(text), dtype=kind)
+        ids_N: Ids = np.array(encoding.encode(text)).astype(kind)
         return cls(ids_N, tokenizer, encoding.vocab_size, _hash(ids_N))
 
     def save(self, path: str | Path) -> None:
@@ -166,7 +166,8 @@ def _starts(n_tokens: int, config: TrainConfig, step: int) -> NDArray[np.int64]:
         generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
         return generator.integers(0, n_tokens - config.window, config.batch_size)
     starts = window_starts(n_tokens, config.window, config.stride or config.window)
-    epoch, index = divmod(step, len(starts) // config.batch_size)  # windows that fill no batch are left out, as drop_last
+    # Windows that fill no batch are left out, as by the book's drop_last.
+    epoch, index = divmod(step, len(starts) // config.batch_size)
     order = np.random.Generator(np.random.Philox(key=[config.seed, epoch])).permutation(starts)
     return order[index * config.batch_size :][: config.batch_size]
 
@@ -178,4 +179,6 @@ def check_enough(n_tokens: int, config: TrainConfig, split: str) -> None:
     if split == "training" and config.windows == "sliding":
         windows = len(window_starts(n_tokens, config.window, config.stride or config.window))
         if windows < config.batch_size:
-            raise DataError(f"the training split has {windows} sliding windows, too few for batch_size={config.batch_size}")
+            raise DataError(
+                f"the {split} split has {windows} sliding windows, too few for batch_size={config.batch_size}"
+            )

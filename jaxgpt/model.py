@@ -7,6 +7,7 @@ Module and parameter names are the book's where the book has them. All weights a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -43,9 +44,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kind = jnp.dtype(self.config.param_dtype)
-        weight = self.param("weight", nn.initializers.normal(self.std), (*self.out, x.shape[-1]), kind)
-        outs = "OP"[: len(self.out)]
-        y = ops.dot(f"BTD,{outs}D->BT{outs}", x, weight, self.config.dtype)
+        weight = self.param("weight", normal(self.std), (*self.out, x.shape[-1]), kind)
+        # One product whatever the number of output axes: XLA on CPU transposes the weight otherwise.
+        y = ops.dot("BTD,OD->BTO", x, weight.reshape(-1, x.shape[-1]), self.config.dtype)
+        y = y.reshape(*x.shape[:2], *self.out)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.out, kind).astype(jnp.float32)
         return y
@@ -60,7 +62,7 @@ class Embedding(nn.Module):
 
     def setup(self):
         kind = jnp.dtype(self.config.param_dtype)
-        self.weight = self.param("weight", nn.initializers.normal(self.std), (self.rows, self.config.emb_dim), kind)
+        self.weight = self.param("weight", normal(self.std), (self.rows, self.config.emb_dim), kind)
 
     def __call__(self, ids: Array) -> Array:
         return self.weight[ids].astype(jnp.float32)
@@ -207,7 +209,7 @@ class GPT(nn.Module):
             (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
         """
         T = ids_BxT.shape[1]
-        if T > self.config.context_length:
+        if self.config.context_length < T:
             raise ValueError(
                 f"{T} tokens do not fit context_length={self.config.context_length}: crop them to the last "
                 f"{self.config.context_length}, as jaxgpt.generate does"
@@ -228,7 +230,7 @@ class GPT(nn.Module):
             layers = written
         x_BxTxD = self.final_norm(x_BxTxD)
         self.sow("intermediates", "normed", x_BxTxD)
-        return x_BxTxD, None if cache is None else cache.replace(layers=layers, length=cache.length + T)
+        return x_BxTxD, None if cache is None else dataclasses.replace(cache, layers=layers, length=cache.length + T)
 
     def logits(self, x_BxTxD: Array) -> Array:
         """The output head: [B, T, D] to float32 logits [B, T, V]."""
@@ -238,6 +240,11 @@ class GPT(nn.Module):
     def head_weight(self) -> Array:
         """The output head's matrix [V, D]: the token embedding's own when they are tied."""
         return (self.tok_emb if self.config.tie_embeddings else self.out_head).weight
+
+
+def normal(std: float) -> nn.initializers.Initializer:
+    """N(0, std), drawn in float32 whatever the parameters' type: drawn in bfloat16 it has 128 distinct values."""
+    return lambda key, shape, kind: (std * jax.random.normal(key, shape, jnp.float32)).astype(kind)
 
 
 def residual_std(config: GPTConfig) -> float:

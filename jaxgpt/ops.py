@@ -69,9 +69,12 @@ def activation(name: str) -> Callable[[Array], Array]:
     "gelu_tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form GPT-2 was trained with; "gelu" is
     x times the normal distribution function, by erf (Hendrycks & Gimpel 2016).
     """
-    return {"gelu_tanh": jax.nn.gelu, "gelu": functools.partial(jax.nn.gelu, approximate=False), "relu": jax.nn.relu}[
-        name
-    ]
+    functions: dict[str, Callable[[Array], Array]] = {
+        "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+        "gelu": functools.partial(jax.nn.gelu, approximate=False),
+        "relu": jax.nn.relu,
+    }
+    return functions[name]
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:

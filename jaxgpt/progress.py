@@ -24,7 +24,7 @@ class TrainProgress:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("train", total=steps, completed=done, loss="–", rate="–")
+            self._task = self._bar.add_task("train", total=steps, completed=done, loss="?", rate="?")
 
     def __enter__(self) -> TrainProgress:
         if self._bar:

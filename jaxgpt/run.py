@@ -1,9 +1,9 @@
 """A run's directory: what was run, on what, and what it measured. One trainer at a time.
 
-    DIR/run.json        the resolved config, the data's hash, versions
-    DIR/metrics.jsonl   one line a logged step or evaluation
-    DIR/checkpoints/    see checkpoint.py
-    DIR/loss.png        the curves, with the extra [plot]
+DIR/run.json        the resolved config, the data's hash, versions
+DIR/metrics.jsonl   one line a logged step or evaluation
+DIR/checkpoints/    see checkpoint.py
+DIR/loss.png        the curves, with the extra [plot]
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Run:
         if described["data"]["sha256"] != tokens.sha256:
             differences.append(f"data: sha256 {described['data']['sha256'][:12]}… before, {tokens.sha256[:12]}… now")
         if differences and not force:
-            raise ConfigError(f"{self.directory} was run with another setting (--force accepts): {'; '.join(differences)}")
+            raise ConfigError(f"{self.directory} was run with other settings (--force): {'; '.join(differences)}")
         described["config"], described["data"]["sha256"] = now, tokens.sha256
         self._write_description(described)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.generate import Run, generate
+from jaxgpt.generation import Generation, generate
 from jaxgpt.model import GPT
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
@@ -74,10 +74,12 @@ def stream(
     tokenizer = get_tokenizer(model.config.tokenizer)
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids
-    return text_pieces(Run(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options))
+    return text_pieces(
+        Generation(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options)
+    )
 
 
-def text_pieces(run: Run) -> Iterator[str]:
+def text_pieces(run: Generation) -> Iterator[str]:
     """The new text of a run's only row, as it is drawn."""
     decoder = StreamDecoder(get_tokenizer(run.model.config.tokenizer))
     for (new,) in run:

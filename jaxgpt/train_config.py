@@ -101,8 +101,8 @@ class TrainConfig:
         if field.type != "str" and not low <= value <= high:
             raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
         if value not in _CHOICES.get(name, (value,)):
-            choices = _CHOICES[name]
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}{did_you_mean(value, choices)}")
+            choices, hint = _CHOICES[name], did_you_mean(value, _CHOICES[name])
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}{hint}")
 
     @property
     def window(self) -> int:

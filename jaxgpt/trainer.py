@@ -65,7 +65,9 @@ def eval_params(state: State) -> Any:
     return state.get("average", state["params"])
 
 
-def batch_loss(model: GPT, params: Any, ids_BxT1: Array, *, dropout_key: Array | None, chunk: int) -> tuple[Array, Array]:
+def batch_loss(
+    model: GPT, params: Any, ids_BxT1: Array, *, dropout_key: Array | None, chunk: int
+) -> tuple[Array, Array]:
     """(sum of losses in nats, count) of predicting ids[:, 1:] from ids[:, :-1]."""
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
@@ -110,7 +112,7 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
         losses, count, grads = accumulated(params, ids_BxT1, key)
         loss = losses / count
         grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state["opt_state"], params)
         new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
         if config.average_decay:
@@ -227,9 +229,7 @@ class _Loop:
                 self.checkpoints.save(done, state)
                 self.progress.say(f"stopped by {received[0].name}: saved step {done}, --resume continues")
         self.out.plot_losses()
-        return TrainResult(
-            done, eval_params(state), config.model, self.val_loss, received[0] if received else None
-        )
+        return TrainResult(done, eval_params(state), config.model, self.val_loss, received[0] if received else None)
 
     def due(self, interval: int, step: int) -> bool:
         return step % interval == 0 or step == self.config.steps
@@ -244,8 +244,8 @@ class _Loop:
             self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was left out")
             if self.bad_steps >= self.config.bad_steps:
                 raise TrainingError(
-                    f"{self.bad_steps} steps in a row, up to {step}, had a loss or gradient that is not finite; the last "
-                    f"checkpoint in {self.out.checkpoints} is good. Lower the learning rate, or look at the data"
+                    f"{self.bad_steps} steps in a row, up to {step}, had a loss or gradient that is not finite; the "
+                    f"last checkpoint in {self.out.checkpoints} is good. Lower the learning rate, or look at the data"
                 )
         if not self.due(self.config.log_interval, step):
             return
@@ -298,8 +298,7 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         steps = checkpoints.steps()
         if not steps:
             raise CheckpointError(run.checkpoints, "no checkpoint yet")
-        named = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}
-        chosen = named.get(step, step)
+        chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
         if chosen not in steps:
             raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
         params = eval_params(checkpoints.restore(chosen, abstract_state(config)))
@@ -323,7 +322,7 @@ def _key(config: TrainConfig, stream: int) -> Array:
 def _signals() -> Iterator[list[signal.Signals]]:
     """Collects the first SIGINT or SIGTERM, so that the loop can save; a second one acts as it usually does."""
     received: list[signal.Signals] = []
-    usual = {}
+    usual: dict[signal.Signals, Any] = {}
 
     def receive(number, _frame):
         received.append(signal.Signals(number))

@@ -71,6 +71,12 @@ def test_equal_logits_are_kept_or_removed_together():
         assert kept(sampler, flat) == {0, 1, 2, 3, 4}
 
 
+def test_top_k_is_exact_over_a_large_vocabulary():
+    logits = np.random.default_rng(0).normal(size=50257).astype(np.float32) * 3
+    for k in (1, 50, 200, 30_000, 50_256):
+        assert kept(TopK(k), logits) == set(np.argsort(-logits)[:k].tolist())
+
+
 def test_limits_keep_everything():
     for sampler in (TopK(9), TopK(10**9), TopP(1.0), TopP(1), MinP(0.0)):
         assert kept(sampler, LOGITS) == set(range(9))

@@ -13,7 +13,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: jaxgpt")
     parser.add_argument(
-        "--step", default="best", help="a step that has a checkpoint, 'best' (lowest validation loss, default) or 'latest'"
+        "--step",
+        default="best",
+        help="a step that has a checkpoint, 'best' (lowest validation loss, the default) or 'latest'",
     )
     parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
 

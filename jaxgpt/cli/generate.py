@@ -89,7 +89,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generate import generate
+    from jaxgpt.generation import generate
     from jaxgpt.text import without_stop
     from jaxgpt.tokenizer import get_tokenizer
 
@@ -114,14 +114,14 @@ def _print(args, model, params, prompts, rows, key, options) -> None:
 def _stream(args, model, params, prompts, rows, key, options) -> None:
     import jax
 
-    from jaxgpt.generate import Run
+    from jaxgpt.generation import Generation
     from jaxgpt.text import STREAM_CHUNK, text_pieces
 
     results = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
         # The key that this row has where all are drawn at once.
         row_key = None if key is None else jax.random.fold_in(key, i)[None]
-        session = Run(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
+        session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
         print("---\n" * bool(i) + prompt, end="", flush=True)
         for piece in text_pieces(session):
             print(piece, end="", flush=True)

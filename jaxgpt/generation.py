@@ -85,7 +85,7 @@ def generate(
             empty prompt; for arguments out of their range; for a sampler that draws without a key.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
     """
-    run = Run(
+    run = Generation(
         model,
         params,
         prompts,
@@ -101,7 +101,7 @@ def generate(
     return run.result()
 
 
-class Run:
+class Generation:
     """One generation, checked when made. Iterating draws, and yields each row's new ids as a list of arrays.
 
     The arguments are `generate`'s; `chunk` is the number of tokens drawn between two yields.

@@ -1,0 +1,147 @@
+"""`jaxgpt generate`: what goes to stdout and stderr, and what it refuses."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+from helpers import TINY, make_model
+
+from jaxgpt import weights
+from jaxgpt.cli import main
+from jaxgpt.sampling import from_options
+from jaxgpt.text import generate_text
+
+CONFIG = TINY.replace(vocab_size=257, tokenizer="bytes", context_length=32)
+N = ["--max-new-tokens", "8"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(CONFIG, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def loaded(model, monkeypatch):
+    """Replaces `load`, and collects what it was asked for."""
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        return model
+
+    monkeypatch.setattr(weights, "load", load)
+    return asked
+
+
+def sampled(model, prompts, n=8, seed=0, **options):
+    options = {"temperature": 0.8, "top_k": 200, **options}
+    return generate_text(*model, prompts, n, sampler=from_options(**options), key=jax.random.key(seed))
+
+
+def set_stdin(monkeypatch, data, terminal=False):
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(data), isatty=lambda: terminal))
+
+
+def test_prints_text_on_stdout_and_speed_on_stderr(model, capsys, loaded):
+    assert main(["generate", "--prompt", "Ab", *N]) == 0
+    out, err = capsys.readouterr()
+    assert out == sampled(model, "Ab")[0] + "\n"
+    assert "8 tokens in" in err
+    assert loaded == [("shakespeare", {})]
+
+
+def test_sampling_options_reach_the_sampler(model, capsys, loaded):
+    options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
+    assert main(["generate", "--model", "m", "--prompt", "Ab", *N, *options, "--dtype", "bfloat16"]) == 0
+    assert capsys.readouterr().out == sampled(model, "Ab", 8, 5, temperature=1.5, top_k=50, top_p=0.9, min_p=0.01)[
+        0
+    ] + ("\n")
+    assert loaded == [("m", {"param_dtype": "bfloat16", "dtype": "bfloat16"})]
+
+
+def test_greedy_is_temperature_0(model, capsys):
+    main(["generate", "--prompt", "Ab", *N, "--greedy"])
+    greedy = capsys.readouterr().out
+    assert greedy == generate_text(*model, "Ab", 8)[0] + "\n"
+    main(["generate", "--prompt", "Ab", *N, "--temperature", "0", "--seed", "9"])
+    assert capsys.readouterr().out == greedy
+
+
+def test_several_prompts_and_sequences_are_one_batch(model, capsys):
+    assert main(["generate", "--prompt", "Ab", "--prompt", "xyz", "--num-return-sequences", "2", *N]) == 0
+    texts = sampled(model, ["Ab", "Ab", "xyz", "xyz"])
+    assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
+    assert len(set(texts)) == 4
+
+
+def test_stream_prints_the_same_text(model, capsys):
+    main(["generate", "--prompt", "Ab", "--prompt", "xyz", *N])
+    whole = capsys.readouterr().out
+    main(["generate", "--prompt", "Ab", "--prompt", "xyz", *N, "--stream"])
+    assert capsys.readouterr().out == whole
+
+
+def test_json_is_one_object_a_line(model, capsys):
+    main(["generate", "--prompt", "Ab", "--prompt", "é", *N, "--json"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["text"] for line in lines] == sampled(model, ["Ab", "é"])
+    assert [line["prompt"] for line in lines] == ["Ab", "é"]
+    assert [line["prompt_tokens"] for line in lines] == [2, 2]
+    assert all(line["stopped"] or len(line["new_tokens"]) == 8 for line in lines)
+
+
+def test_prompts_from_files_and_stdin(model, capsys, tmp_path, monkeypatch):
+    (tmp_path / "prompt.txt").write_bytes(b"one\ntwo\n")
+    set_stdin(monkeypatch, b"three")
+    options = ["--prompt-file", str(tmp_path / "prompt.txt"), "--prompt-file", "-", "--prompt", "zero", *N]
+    assert main(["generate", *options]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(sampled(model, ["zero", "one\ntwo\n", "three"])) + "\n"
+
+
+def test_stdin_is_the_prompt_where_none_is_given(model, capsys, monkeypatch):
+    set_stdin(monkeypatch, b"A\xff\xfe")
+    assert main(["generate", *N]) == 0
+    assert capsys.readouterr().out == sampled(model, "A\ufffd\ufffd")[0] + "\n"
+
+
+def test_says_when_the_text_outgrows_the_context(capsys):
+    main(["generate", "--prompt", "Ab", "--max-new-tokens", "31"])
+    assert "beyond 32 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "-1"], "temperature"),
+        (["--temperature", "nan"], "temperature"),
+        (["--top-k", "0"], "top_k"),
+        (["--top-p", "1.5"], "top_p"),
+        (["--min-p", "-0.1"], "min_p"),
+        (["--max-new-tokens", "-1"], "max_new_tokens"),
+        (["--num-return-sequences", "0"], "--num-return-sequences"),
+        (["--stream", "--json"], "exclude"),
+        (["--prompt-file", "/nonexistent/file"], "/nonexistent/file"),
+    ],
+)
+def test_bad_options_are_one_line_and_code_2(options, message, capsys):
+    assert main(["generate", "--prompt", "Ab", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert message in err.splitlines()[-1]
+
+
+def test_a_terminal_without_a_prompt_is_told_what_to_give(capsys, monkeypatch):
+    set_stdin(monkeypatch, b"", terminal=True)
+    assert main(["generate"]) == 2
+    assert "--prompt" in capsys.readouterr().err
+
+
+def test_a_missing_model_is_one_line(capsys, monkeypatch):
+    monkeypatch.undo()
+    assert main(["generate", "--model", "no/such/model", "--prompt", "x"]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

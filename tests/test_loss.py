@@ -1,0 +1,152 @@
+"""The loss against float64 arithmetic, and the chunked loss against the plain one."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from helpers import TINY, make_model, random_ids, to_numpy
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.data import Tokens
+from jaxgpt.errors import DataError
+from jaxgpt.evaluation import evaluate
+from jaxgpt.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, perplexity
+from jaxgpt.trainer import batch_loss
+
+RNG = np.random.default_rng(0)
+X_BxTxD = RNG.normal(size=(3, 7, 5)).astype(np.float32)
+HEAD_VxD = RNG.normal(size=(11, 5)).astype(np.float32)
+LABELS_BxT = RNG.integers(0, 11, (3, 7)).astype(np.int32)
+LABELS_BxT[0, :3] = IGNORE
+
+
+def by_hand(x_BxTxD, head_VxD, labels_BxT):
+    logits = x_BxTxD.astype(np.float64) @ head_VxD.astype(np.float64).T
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    counted = [(b, t) for b in range(3) for t in range(7) if labels_BxT[b, t] != IGNORE]
+    return -sum(log_probs[b, t, labels_BxT[b, t]] for b, t in counted), len(counted)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 4, 7, 20, 21, 100])
+def test_sum_and_count_are_float64_arithmetics(chunk):
+    losses, count = head_cross_entropy(X_BxTxD, HEAD_VxD, LABELS_BxT, dtype="float32", chunk=chunk)
+    want, n = by_hand(X_BxTxD, HEAD_VxD, LABELS_BxT)
+    assert count == n == 18
+    assert float(losses) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 20])
+def test_chunked_gradients_equal_the_plain_ones(chunk):
+    def mean(x, head, chunk):
+        losses, count = head_cross_entropy(x, head, LABELS_BxT, dtype="float32", chunk=chunk)
+        return 3 * losses / count
+
+    plain = jax.grad(mean, argnums=(0, 1))(X_BxTxD, HEAD_VxD, 0)
+    chunked = jax.grad(mean, argnums=(0, 1))(X_BxTxD, HEAD_VxD, chunk)
+    for want, got in zip(plain, chunked, strict=True):
+        assert float(jnp.abs(want).max()) > 0.01
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
+
+
+def test_chunked_loss_never_holds_all_logits():
+    x, head = jnp.ones((1, 64, 8)), jnp.ones((1000, 8))
+    labels = jnp.zeros((1, 64), jnp.int32)
+
+    def largest(chunk):
+        def loss(x, head):
+            return head_cross_entropy(x, head, labels, dtype="float32", chunk=chunk)[0]
+
+        memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, head).compile().memory_analysis()
+        return memory.temp_size_in_bytes
+
+    logits = 64 * 1000 * 4
+    assert largest(0) >= logits
+    assert largest(8) < logits
+
+
+@pytest.mark.parametrize("label", [11, 12345, -2])
+def test_label_outside_the_vocabulary_makes_the_loss_nan(label):
+    labels = LABELS_BxT.copy()
+    labels[1, 1] = label
+    for chunk in (0, 4):
+        assert math.isnan(head_cross_entropy(X_BxTxD, HEAD_VxD, labels, dtype="float32", chunk=chunk)[0])
+
+
+def test_bfloat16_logits_are_raised_to_float32():
+    logits = jnp.asarray(RNG.normal(size=(4, 50)) * 10, jnp.bfloat16)
+    labels = jnp.arange(4)
+    losses, _ = cross_entropy(logits, labels)
+    exact = np.asarray(logits, np.float64)
+    want = (np.log(np.exp(exact).sum(-1)) - exact[np.arange(4), np.arange(4)]).sum()
+    assert losses.dtype == jnp.float32
+    assert float(losses) == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_batch_loss_is_the_references(tiny, chunk):
+    model, params = tiny
+    ids = random_ids(TINY, 2, 12)
+    losses, count = batch_loss(model, params, ids, dropout_key=None, chunk=chunk)
+    assert float(losses / count) == pytest.approx(reference.loss(to_numpy(params), TINY, ids), abs=1e-5)
+
+
+def test_perplexity_and_bits_per_byte():
+    assert perplexity(math.log(50257)) == pytest.approx(50257)
+    assert perplexity(1000.0) == math.inf
+    assert bits_per_byte(80 * math.log(2), 10) == pytest.approx(8)
+
+
+BYTES = GPTConfig(
+    vocab_size=257, context_length=16, emb_dim=12, n_heads=2, n_layers=1, drop_rate=0.0, tokenizer="bytes"
+)
+
+
+@pytest.fixture(scope="module")
+def bytes_model():
+    return make_model(BYTES)
+
+
+def naive_evaluation(params, ids, stride):
+    """Every token but the first once, each with the most context that its window gives it."""
+    total, seen = 0.0, 1
+    for start in range(0, len(ids) - 1, stride):
+        window = ids[start : start + BYTES.context_length + 1]
+        logits = reference.gpt(params, BYTES, np.array([window[:-1]]))[0]
+        log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        for t in range(max(seen, start + 1), start + len(window)):
+            total -= log_probs[t - start - 1, ids[t]]
+            seen += 1
+    assert seen == len(ids)
+    return total
+
+
+@pytest.mark.parametrize(("n", "stride"), [(2, 0), (16, 0), (17, 0), (18, 0), (70, 0), (70, 5), (70, 1), (65, 16)])
+def test_evaluation_predicts_every_token_once(bytes_model, n, stride):
+    model, params = bytes_model
+    ids = np.frombuffer(b"It was a dark and stormy night; the rain fell in torrents -- except at", np.uint8)[:n]
+    result = evaluate(model, params, ids, stride=stride, batch_size=3)
+    want = naive_evaluation(to_numpy(params), ids, stride or 16)
+    assert result.tokens == n - 1
+    assert result.loss == pytest.approx(want / (n - 1), rel=1e-5)
+    assert result.perplexity == pytest.approx(math.exp(want / (n - 1)), rel=1e-4)
+    assert result.bits_per_byte == pytest.approx(want / (n - 1) / math.log(2), rel=1e-5)
+
+
+def test_evaluation_of_part_of_a_text(bytes_model):
+    model, params = bytes_model
+    ids = Tokens.from_text("abcdefgh" * 20, "bytes").ids_N
+    assert evaluate(model, params, ids, max_windows=2).tokens == 32
+    assert evaluate(model, params, ids, max_windows=2).loss == pytest.approx(evaluate(model, params, ids[:33]).loss)
+
+
+def test_evaluation_refuses_what_it_cannot_do(bytes_model):
+    model, params = bytes_model
+    with pytest.raises(DataError, match="at least 2"):
+        evaluate(model, params, np.array([1]))
+    with pytest.raises(ValueError, match="stride"):
+        evaluate(model, params, np.arange(40), stride=17)
