@@ -30,10 +30,14 @@ class Checkpoints:
             raise MissingExtraError("orbax-checkpoint", "train", "saving and reading training checkpoints") from None
         logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
         policies = ocp.checkpoint_managers
-        best = policies.BestN(
-            get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1, keep_checkpoints_without_metrics=False
-        )
+
+        def loss(metrics):
+            return metrics["loss"]
+
+        best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
+            best_fn=loss,  # without it, metrics are not written
+            best_mode="min",
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
             enable_async_checkpointing=False,  # a save that has returned is on disk
             cleanup_tmp_directories=not read_only,  # what a killed save left

@@ -48,7 +48,7 @@ def init_state(config: TrainConfig, params: Any = None) -> State:
     """
     if params is None:
         ids_BxT = jnp.zeros((1, 1), jnp.int32)
-        params = GPT(config.model).init(_key(config, _INIT), ids_BxT)["params"]
+        params = jax.jit(GPT(config.model).init)(_key(config, _INIT), ids_BxT)["params"]
     state = {"params": params, "opt_state": optimizer(config).init(params), "step": jnp.int32(0)}
     if config.average_decay:
         state["average"] = jax.tree.map(jnp.copy, params)  # a copy, because the step donates its state

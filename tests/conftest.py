@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import jax
 import pytest
 from helpers import TINY, make_model
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_once(tmp_path_factory):
+    """Most of the tests' time is XLA's: what one test has compiled, another may use. For this session only."""
+    base = tmp_path_factory.getbasetemp()
+    jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,388 @@
+"""Training runs: what they write, exact resume, and what a bad run gets."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import reference
+from helpers import make_model, random_ids, to_numpy
+
+import jaxgpt
+from jaxgpt import trainer
+from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.cli import main
+from jaxgpt.config import GPTConfig
+from jaxgpt.data import Tokens
+from jaxgpt.errors import CheckpointError, ConfigError, DataError, TrainingError
+from jaxgpt.evaluation import evaluate
+from jaxgpt.run import Run
+from jaxgpt.train_config import TrainConfig
+from jaxgpt.trainer import load_run, train
+
+TEXT = "The cat sat on the mat. The dog sat on the log. The cat saw the dog. " * 12
+MODEL = GPTConfig(
+    vocab_size=257, context_length=16, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.1, tokenizer="bytes"
+)
+CONFIG = TrainConfig(
+    model=MODEL,
+    steps=8,
+    batch_size=4,
+    warmup_steps=2,
+    learning_rate=1e-2,
+    average_decay=0.9,
+    log_interval=1,
+    eval_interval=4,
+    checkpoint_interval=2,
+    sample_tokens=4,
+    sample_prompt="The",
+    seed=5,
+)
+TOML = """
+[model]
+vocab_size = 257
+context_length = 16
+emb_dim = 16
+n_heads = 2
+n_layers = 1
+drop_rate = 0.1
+tokenizer = "bytes"
+
+[train]
+steps = 8
+batch_size = 4
+warmup_steps = 2
+learning_rate = 1e-2
+average_decay = 0.9
+log_interval = 1
+eval_interval = 4
+checkpoint_interval = 2
+seed = 5
+"""
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return Tokens.from_text(TEXT, "bytes")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tokens):
+    """(directory, result) of the run that never stopped."""
+    directory = tmp_path_factory.mktemp("undisturbed")
+    return directory, train(CONFIG, tokens, directory)
+
+
+def final_state(directory, config=CONFIG):
+    with contextlib.closing(Checkpoints(Run(directory).checkpoints, read_only=True)) as checkpoints:
+        return checkpoints.restore(checkpoints.steps()[-1], trainer.abstract_state(config))
+
+
+def metrics(directory):
+    """The run's metrics without what the clock decides."""
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in Run(directory).read_metrics()]
+
+
+def assert_same_run(directory, other, config=CONFIG):
+    mine, theirs = final_state(directory, config), final_state(other, config)
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(mine), jax.tree.leaves(theirs), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+    assert metrics(directory) == metrics(other)
+
+
+@contextlib.contextmanager
+def stopping_after(monkeypatch, step, number=signal.SIGTERM):
+    """Sends the process a signal once `step` steps have been asked for."""
+    make_batch = trainer.batch
+
+    def stop(ids, config, at, *rest):
+        if at == step - 1:
+            os.kill(os.getpid(), number)
+        return make_batch(ids, config, at, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "batch", stop)
+        yield
+
+
+def test_a_run_learns_and_writes_what_it_should(undisturbed, tokens):
+    directory, result = undisturbed
+    lines = metrics(directory)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
+    assert losses[-1] < losses[0] - 0.5
+    assert [line["step"] for line in lines if "val_loss" in line] == [4, 8]
+    assert result.step == 8
+    assert result.stopped_by is None
+    assert (directory / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    described = json.loads((directory / "run.json").read_text(encoding="utf-8"))
+    assert TrainConfig.from_dict(described["config"]) == CONFIG
+    assert described["data"]["sha256"] == tokens.sha256
+    assert described["versions"]["jax"] == jax.__version__
+
+
+def test_validation_loss_is_the_references_on_the_averaged_parameters(undisturbed, tokens):
+    directory, result = undisturbed
+    val_N = np.asarray(tokens.split(0.1)[1], np.int64)
+    state = final_state(directory)
+    total = 0.0
+    for start in range(0, len(val_N) - 1, 16):
+        window = val_N[None, start : start + 17]
+        total += reference.loss(to_numpy(state["average"]), MODEL, window) * (window.shape[1] - 1)
+    assert result.val_loss == pytest.approx(total / (len(val_N) - 1), rel=1e-5)
+    for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(state["average"]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed_one(
+    tmp_path, tokens, undisturbed, monkeypatch, number
+):
+    with stopping_after(monkeypatch, 3, number):
+        stopped = train(CONFIG, tokens, tmp_path)
+    assert stopped.stopped_by == number
+    assert stopped.step == 3  # between two checkpoint intervals: the signal saved it
+    assert train(CONFIG, tokens, tmp_path, resume=True).stopped_by is None
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+def test_resume_steps_over_a_damaged_checkpoint_and_says_so(tmp_path, tokens, undisturbed, monkeypatch, capsys):
+    with stopping_after(monkeypatch, 5):
+        train(CONFIG, tokens, tmp_path)
+    files = [path for path in (tmp_path / "checkpoints" / "5" / "state").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    raw = bytearray(largest.read_bytes())
+    raw[len(raw) // 2 : len(raw) // 2 + 64] = bytes(64)
+    largest.write_bytes(raw)
+    train(CONFIG, tokens, tmp_path, resume=True)
+    assert "falling back" in capsys.readouterr().err
+    assert_same_run(tmp_path, undisturbed[0])
+
+
+def test_checksums_find_damage_that_the_storage_does_not(tmp_path):
+    state = {"a": np.arange(6, dtype=np.float32), "b": {"c": np.ones(3, np.float32)}}
+    checkpoints = Checkpoints(tmp_path / "c")
+    checkpoints.save(1, state)
+    abstract = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state))
+    checkpoints.restore(1, abstract)
+    checksums = next((tmp_path / "c" / "1" / "checksums").glob("metadata"))
+    damaged = json.loads(checksums.read_text(encoding="utf-8"))
+    damaged["b/c"] ^= 1
+    checksums.write_text(json.dumps(damaged), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="damaged: b/c"):
+        checkpoints.restore(1, abstract)
+    checkpoints.close()
+
+
+def test_the_latest_few_and_the_best_checkpoint_stay(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, None), (5, None)]:
+        checkpoints.save(step, {"a": np.zeros(2)}, loss)
+    assert checkpoints.steps() == [2, 4, 5]
+    assert checkpoints.best_step() == 2
+    checkpoints.close()
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path / "c", keep=2)
+    state = {"a": np.arange(3, dtype=np.float32)}
+    checkpoints.save(1, state)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints._manager, "save", full)
+        with pytest.raises(CheckpointError, match=r"step 2 could not be written.*No space left"):
+            checkpoints.save(2, state)
+    assert checkpoints.steps() == [1]
+    abstract = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state))
+    np.testing.assert_array_equal(checkpoints.restore(1, abstract)["a"], state["a"])
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: dataclasses.replace(c, seed=6), r"train\.seed: 5 before, 6 now"),
+        (lambda c: dataclasses.replace(c, learning_rate=1e-3), r"train\.learning_rate"),
+        (lambda c: dataclasses.replace(c, model=c.model.replace(drop_rate=0.2)), r"model\.drop_rate"),
+    ],
+)
+def test_resume_with_another_config_is_refused_unless_forced(tmp_path, tokens, monkeypatch, change, message):
+    with stopping_after(monkeypatch, 2):
+        train(CONFIG, tokens, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        train(change(CONFIG), tokens, tmp_path, resume=True)
+    forced = train(change(CONFIG), tokens, tmp_path, resume=True, force=True)
+    assert forced.step == 8
+    assert Run(tmp_path).config() == change(CONFIG)
+
+
+def test_resume_with_other_data_is_refused(undisturbed):
+    with pytest.raises(ConfigError, match=r"data: sha256"):
+        train(CONFIG, Tokens.from_text(TEXT + "!", "bytes"), undisturbed[0], resume=True)
+
+
+def test_two_runs_in_one_directory_are_refused(undisturbed, tokens):
+    directory, _ = undisturbed
+    before = metrics(directory)
+    with pytest.raises(CheckpointError, match="--resume continues it"):
+        train(CONFIG, tokens, directory)
+    with Run(directory).locked(), pytest.raises(CheckpointError, match="another trainer is running"):
+        train(CONFIG, tokens, directory, resume=True)
+    assert metrics(directory) == before
+
+
+def test_resume_without_a_run_is_refused(tmp_path, tokens):
+    with pytest.raises(CheckpointError, match="holds no run"):
+        train(CONFIG, tokens, tmp_path, resume=True)
+
+
+def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, tokens, monkeypatch):
+    make_batch = trainer.batch
+
+    def poisoned(ids, config, step, *rest):
+        ids_BxT1 = make_batch(ids, config, step, *rest)
+        return ids_BxT1 + 10**6 if step >= 3 else ids_BxT1
+
+    monkeypatch.setattr(trainer, "batch", poisoned)
+    config = dataclasses.replace(CONFIG, steps=50, sample_tokens=0)
+    with pytest.raises(TrainingError, match=r"3 steps in a row, up to 6.*is good"):
+        train(config, tokens, tmp_path)
+    state = final_state(tmp_path, config)
+    assert int(state["step"]) == 2
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+
+
+def test_text_shorter_than_the_context_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(DataError, match="training split has 9 tokens"):
+        train(CONFIG, Tokens.from_text("0123456789", "bytes"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, undisturbed):
+    config = dataclasses.replace(CONFIG, eval_interval=8, checkpoint_interval=8, sample_tokens=0, log_interval=3)
+    train(config, tokens, tmp_path)
+    quiet, full = final_state(tmp_path), final_state(undisturbed[0])
+    for a, b in zip(jax.tree.leaves(quiet), jax.tree.leaves(full), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("options", [{"scan_layers": True}, {"remat": "block"}, {"remat": "dots", "dtype": "bfloat16"}])
+def test_runs_with_the_models_options(tmp_path, tokens, options):
+    config = dataclasses.replace(CONFIG, model=MODEL.replace(**options), loss_chunk=13, accumulate=2)
+    result = train(config, tokens, tmp_path)
+    losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
+    assert losses[-1] < losses[0] - 0.5
+    assert result.config == config.model
+
+
+def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, tokens):
+    model, params = make_model(MODEL.replace(emb_dim=24, n_layers=2, tie_embeddings=False, drop_rate=0.0))
+    jaxgpt.save(tmp_path / "model", model, params)
+    config = dataclasses.replace(
+        CONFIG, steps=1, warmup_steps=0, learning_rate=1e-9, model=MODEL.replace(drop_rate=0.0)
+    )
+    result = train(config, tokens, tmp_path / "run", init_from=str(tmp_path / "model"))
+    assert result.config.emb_dim == 24
+    for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    start = evaluate(model, params, tokens.split(0.1)[1]).loss
+    assert result.val_loss == pytest.approx(start, rel=1e-4)
+
+
+def test_export_and_load_give_the_runs_model(undisturbed, tmp_path, tokens):
+    directory, result = undisturbed
+    step, model, params = load_run(directory, "latest")
+    assert step == 8
+    assert model.config.tokenizer == "bytes"
+    assert main(["export", str(directory), str(tmp_path / "out"), "--step", "latest"]) == 0
+    exported_model, exported = jaxgpt.load(tmp_path / "out")
+    ids = random_ids(MODEL, 1, 5)
+    np.testing.assert_array_equal(
+        exported_model.apply({"params": exported}, ids), model.apply({"params": result.params}, ids)
+    )
+    assert main(["export", str(directory), str(tmp_path / "hf"), "--format", "huggingface"]) == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))["model_type"] == "gpt2"
+    with pytest.raises(CheckpointError, match="no checkpoint of step 77"):
+        load_run(directory, 77)
+
+
+def test_command_line_trains_resumes_and_evaluates(tmp_path, undisturbed, capsys):
+    (tmp_path / "config.toml").write_text(TOML, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    config, run = str(tmp_path / "config.toml"), str(tmp_path / "run")
+    assert main(["tokenize", str(tmp_path / "text.txt"), str(tmp_path / "text.tokens"), "--tokenizer", "bytes"]) == 0
+    assert "828 tokens" in capsys.readouterr().out
+    assert main(["train", config, "--data", str(tmp_path / "text.tokens"), "--out", run]) == 0
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert "step 8/8  loss" in out.err
+    assert_same_run(run, undisturbed[0], dataclasses.replace(CONFIG, sample_tokens=0))
+    assert main(["train", config, "--data", str(tmp_path / "text.txt"), "--out", run]) == 2
+    assert "--resume continues it" in capsys.readouterr().err
+    assert main(["train", config, "--data", str(tmp_path / "text.txt"), "--out", run, "--set", "stepz=3"]) == 2
+    assert "did you mean 'steps'" in capsys.readouterr().err
+    assert main(["export", run, str(tmp_path / "model")]) == 0
+    capsys.readouterr()
+    arguments = ["evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "text.txt"), "--json"]
+    assert main([*arguments, "--last-fraction", "0.1"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["loss"] == pytest.approx([line for line in metrics(run) if "val_loss" in line][-1]["val_loss"])
+    assert figures["tokens"] == 82
+
+
+KILLED = """
+import sys
+from jaxgpt.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
+    """SIGKILL at random moments of training and saving. Start-up is most of such a process's life, so the
+    moments are counted from the first step it reports."""
+    (tmp_path / "config.toml").write_text(TOML, encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+
+    def command(out):
+        settings = ["--set", "steps=400", "--set", "checkpoint_interval=1", "--set", "eval_interval=100"]
+        data = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / out)]
+        return [sys.executable, "-c", KILLED, "train", str(tmp_path / "config.toml"), *data, *settings]
+
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    subprocess.run(command("whole"), env=environment, check=True, capture_output=True)
+    rng = np.random.default_rng(0)
+    killed = 0
+    while killed < 20:
+        resume = ["--resume"] if (tmp_path / "killed" / "run.json").exists() else []
+        process = subprocess.Popen([*command("killed"), *resume], env=environment, stderr=subprocess.PIPE, text=True)
+        for line in process.stderr:
+            if "loss" in line:
+                break
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        killed += 1
+    assert Path(tmp_path / "killed" / "checkpoints").exists()
+    before = len(metrics(tmp_path / "killed"))
+    subprocess.run([*command("killed"), "--resume"], env=environment, check=True, capture_output=True)
+    assert 0 < before < len(metrics(tmp_path / "killed"))
+    config = dataclasses.replace(CONFIG, steps=400, sample_tokens=0)
+    assert_same_run(tmp_path / "killed", tmp_path / "whole", config)
