@@ -20,7 +20,7 @@ from typing import Any
 
 from jaxgpt.config import read_json
 from jaxgpt.data import Tokens
-from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.train_config import TrainConfig
 
 # Not part of what a run computes, so they may differ when it resumes.
@@ -35,6 +35,7 @@ class Run:
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"
+        self._tensorboard: Any = None
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -94,10 +95,27 @@ class Run:
         described["config"], described["data"]["sha256"] = now, tokens.sha256
         self._write_description(described)
 
+    def write_tensorboard(self) -> None:
+        """From here on, `append` writes for TensorBoard too.
+
+        Raises:
+            MissingExtraError: without the extra [tensorboard].
+        """
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("tensorboardX", "tensorboard", "writing for TensorBoard") from None
+        self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl."""
+        """Adds a line to metrics.jsonl: "step" and its figures."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, line["step"])
+            self._tensorboard.flush()
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes anew, and a last line that a kill cut short."""

@@ -152,6 +152,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     init_from: str | None = None,
+    tensorboard: bool = False,
 ) -> TrainResult:
     """Trains a model into the directory `out` (see `run.py` for what is written there).
 
@@ -162,6 +163,7 @@ def train(
         resume: continue from the last good checkpoint in `out`; bit for bit what an uninterrupted run gives.
         force: resume even though config or data differ from the run's.
         init_from: anything `jaxgpt.load` takes, to fine-tune.
+        tensorboard: write the metrics for TensorBoard too.
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, for what cannot be used.
@@ -177,6 +179,8 @@ def train(
         check_enough(len(val_N), config, "validation")
     run = Run(out)
     with run.locked():
+        if tensorboard:
+            run.write_tensorboard()
         if resume:
             run.check_resume(config, tokens, force)
         else:

@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last good checkpoint in DIR")
     parser.add_argument("--force", action="store_true", help="resume though the config or the data differ")
+    parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     parser.add_argument("--init-from", metavar="MODEL", help="fine-tune: start from anything that loads")
 
 
@@ -24,5 +25,13 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.trainer import train
 
     config = TrainConfig.from_file(args.config, args.set)
-    result = train(config, args.data, args.out, resume=args.resume, force=args.force, init_from=args.init_from)
+    result = train(
+        config,
+        args.data,
+        args.out,
+        resume=args.resume,
+        force=args.force,
+        init_from=args.init_from,
+        tensorboard=args.tensorboard,
+    )
     return 128 + result.stopped_by if result.stopped_by else 0
