@@ -1,4 +1,5 @@
-"""Causal scaled dot-product attention, forward and backward, without ever holding a [T, T] array.
+"""Causal scaled dot-product attention, forward and backward, without ever holding all [T, T] weights. (With
+dropout, the backward pass keeps its mask, a byte a weight.)
 
 Source: Vaswani et al. 2017, section 3.2.1; the backward pass, which recomputes the weights
 instead of storing them, is that of Dao et al. 2022 (FlashAttention), section 3.
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxgpt.ops import dot, dropout_scale
+from jaxgpt.ops import dot, dropout_mask, keep
 
 # Finite, so that a row with every score masked gives a uniform row and not NaN.
 MASKED_SCORE = -1e30
@@ -66,11 +67,11 @@ def attention(
         slot = query_slot + first
         seen = min(S, slot + q.shape[2]) if isinstance(slot, int) else S
         visible = _visible(slot, q.shape[2], seen, start_B)
-        kept = None if key is None else dropout_scale(key, drop_rate, (*q.shape[:3], seen))
+        kept = None if key is None else dropout_mask(key, drop_rate, (*q.shape[:3], seen))
         k, v = k_BxHxSxK[:, :, :seen], v_BxHxSxK[:, :, :seen]
         if inspect is not None:
             inspect(_weights(q, k, visible, dtype)[0])
-        blocks.append(_attend(dtype, q, k, v, visible, kept))
+        blocks.append(_attend(dtype, drop_rate, q, k, v, visible, kept))
     return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 
@@ -94,34 +95,34 @@ def _weights(q_BxHxTxK, k_BxHxSxK, visible, dtype) -> tuple[Array, Array, Array]
     return exponentials / total, highest, total
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(dtype, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept):
-    return _attend_forward(dtype, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attend(dtype, drop_rate, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept):
+    return _attend_forward(dtype, drop_rate, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept)[0]
 
 
-def _attend_forward(dtype, q, k, v, visible, kept):
+def _attend_forward(dtype, drop_rate, q, k, v, visible, kept):
     weights, highest, total = _weights(q, k, visible, dtype)
-    dropped = weights if kept is None else weights * kept
+    dropped = weights if kept is None else keep(weights, kept, drop_rate)
     out = dot("BHTS,BHSK->BHTK", dropped, v, dtype)
     return out, (q, k, v, visible, kept, out, highest, total)
 
 
-def _attend_backward(dtype, residuals, g_BxHxTxK):
+def _attend_backward(dtype, drop_rate, residuals, g_BxHxTxK):
     q, k, v, visible, kept, out, highest, total = residuals
     # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
     weights = jnp.exp(_scores(q, k, visible, dtype) - highest) / total
     d_weights = dot("BHTK,BHSK->BHTS", g_BxHxTxK, v, dtype)
     if kept is not None:
-        d_weights = d_weights * kept
+        d_weights = keep(d_weights, kept, drop_rate)
     # sum_S weights * d_weights, without a pass over them.
     inner_BxHxTx1 = jnp.sum(g_BxHxTxK * out, axis=-1, keepdims=True)
     d_scores = jnp.where(visible, weights * (d_weights - inner_BxHxTx1), 0)
-    dropped = weights if kept is None else weights * kept
+    dropped = weights if kept is None else keep(weights, kept, drop_rate)
     dq = dot("BHTS,BHSK->BHTK", d_scores, k, dtype)
     dk = _transposed_dot(q, d_scores, dtype)
     dv = _transposed_dot(g_BxHxTxK, dropped, dtype)
-    zeros = jax.tree.map(lambda x: np.zeros(x.shape, jax.dtypes.float0), visible)
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), zeros, jax.tree.map(jnp.zeros_like, kept)
+    no_visible, no_kept = jax.tree.map(lambda mask: np.zeros(mask.shape, jax.dtypes.float0), (visible, kept))
+    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_visible, no_kept
 
 
 def _transposed_dot(x_BxHxTxK, y_BxHxTxS, dtype):

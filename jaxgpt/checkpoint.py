@@ -1,10 +1,12 @@
-"""Training checkpoints: orbax's, with a checksum of every array, so that damage is found and stepped over."""
+"""Training checkpoints: orbax's, with a manifest of every array, so that damage is found and stepped over."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,60 +22,64 @@ class Checkpoints:
     Args:
         directory: where they are; made if absent, unless `read_only`.
         keep: how many of the latest stay.
+        losses: validation losses of earlier steps; the checkpoint of the lowest stays too.
         read_only: for looking into a run that may be running.
     """
 
-    def __init__(self, directory: Path, keep: int = 1, read_only: bool = False):
+    def __init__(
+        self, directory: Path, keep: int = 1, losses: Mapping[int, float] | None = None, read_only: bool = False
+    ):
         try:
             import orbax.checkpoint as ocp
         except ImportError:
             raise MissingExtraError("orbax-checkpoint", "train", "saving and reading training checkpoints") from None
-        logging.getLogger("absl").setLevel(logging.ERROR)  # orbax narrates every save
-        policies = ocp.checkpoint_managers
-
-        def loss(metrics):
-            return metrics["loss"]
-
-        best = policies.BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates, at length
+        self._losses = dict(losses or {})
+        self._stale: list[int] = []
+        self._directory, self._ocp = directory, ocp
         options = ocp.CheckpointManagerOptions(
-            best_fn=loss,  # without it, metrics are not written
-            best_mode="min",
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            preservation_policy=_LatestAndBest(keep, self.best_of),
             enable_async_checkpointing=False,  # a save that has returned is on disk
             cleanup_tmp_directories=not read_only,  # what a killed save left
             read_only=read_only,
             create=not read_only,
         )
-        self._directory = directory
-        self._ocp = ocp
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
-        return sorted(self._manager.all_steps())
+        return sorted(set(self._manager.all_steps()) - set(self._stale))
 
     def best_step(self) -> int | None:
-        """The step with the lowest loss, if any was saved with one."""
-        losses = {}
-        for step in self.steps():
-            metrics = self._manager.metrics(step)
-            if metrics:
-                losses[step] = metrics["loss"]
-        return min(losses, key=losses.__getitem__, default=None)
+        """The step with the lowest validation loss, if any of those with a checkpoint has one."""
+        return self.best_of(self.steps())
+
+    def best_of(self, steps: Sequence[int]) -> int | None:
+        """The step with the lowest validation loss among `steps`."""
+        return min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
 
     def save(self, step: int, state: Any, loss: float | None = None) -> None:
         """Writes `state`, a pytree of arrays; returns when it is on disk.
 
+        Args:
+            step: its number.
+            state: what to save.
+            loss: the step's validation loss, by which the best is chosen; one that is not finite does not count.
+
         Raises:
             CheckpointError: if it cannot be written; the checkpoints before it stay.
         """
+        if loss is not None and math.isfinite(loss):
+            self._losses[step] = loss
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(state), checksums=self._ocp.args.JsonSave(_checksums(state))
+            state=self._ocp.args.StandardSave(state), manifest=self._ocp.args.JsonSave(_manifest(state))
         )
         try:
-            self._manager.save(step, args=args, metrics=None if loss is None else {"loss": loss}, force=True)
+            while self._stale:
+                self._manager.delete(self._stale.pop())
+            self._manager.save(step, args=args, force=True)
         except (OSError, ValueError) as error:  # a full disk reaches us as either
-            reason = f"the checkpoint of step {step} could not be written, earlier ones are untouched: {error}"
+            reason = f"step {step} could not be written, earlier checkpoints are untouched: {_first_line(error)}"
             raise CheckpointError(self._directory, reason) from error
 
     def restore(self, step: int, abstract_state: Any) -> Any:
@@ -86,40 +92,73 @@ class Checkpoints:
         Raises:
             CheckpointError: if it is damaged, or not of these shapes.
         """
-        args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardRestore(jax.tree.map(_on_device, abstract_state)),
-            checksums=self._ocp.args.JsonRestore(),
+        manifest = self._restore_item(step, "manifest", self._ocp.args.JsonRestore())
+        if not isinstance(manifest, dict):
+            raise CheckpointError(self._directory / str(step), "damaged: its manifest is not an object")
+        expected = {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _named_leaves(abstract_state)}
+        found = {name: entry[1:] for name, entry in manifest.items()}
+        if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+            reason = f"is not this run's: {differing[0]} and {len(differing) - 1} more are missing or of another shape"
+            raise CheckpointError(self._directory / str(step), reason)
+        state = self._restore_item(
+            step, "state", self._ocp.args.StandardRestore(jax.tree.map(_on_device, abstract_state))
         )
-        try:
-            restored = self._manager.restore(step, args=args)
-            damaged = [name for name, crc in _checksums(restored.state).items() if restored.checksums[name] != crc]
-        except Exception as error:  # whatever orbax and its storage raise at damaged files is open-ended
-            raise CheckpointError(self._directory / str(step), f"cannot be restored: {error}") from error
-        if damaged:
+        if damaged := [name for name, entry in _manifest(state).items() if entry != manifest[name]]:
             raise CheckpointError(self._directory / str(step), f"damaged: {', '.join(damaged[:5])}")
-        return restored.state
+        return state
+
+    def _restore_item(self, step: int, name: str, args: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(**{name: args}))[name]
+        except MemoryError:
+            raise  # says nothing of the files
+        except Exception as error:  # whatever orbax and its storage raise at damaged files is open-ended
+            reason = f"cannot be restored: {_first_line(error)}"
+            raise CheckpointError(self._directory / str(step), reason) from error
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
-        """(step, state) of the latest checkpoint that is whole; says so through `warn` when one had to be passed over.
+        """(step, state) of the latest checkpoint that is whole. Says so through `warn` when one had to be passed
+        over; those are deleted when the next one is saved.
 
         Raises:
             CheckpointError: if there is none.
         """
+        passed_over: list[int] = []
         for step in reversed(self.steps()):
             try:
-                return step, self.restore(step, abstract_state)
+                state = self.restore(step, abstract_state)
             except CheckpointError as error:
                 warn(f"{error}; falling back to the checkpoint before it")
-        raise CheckpointError(self._directory, "no checkpoint that can be restored")
-
-    def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints after `step`, which a resumed run writes anew."""
-        for later in self.steps():
-            if later > step:
-                self._manager.delete(later)
+                passed_over.append(step)
+            else:
+                self._stale = passed_over
+                return step, state
+        raise CheckpointError(
+            self._directory,
+            "no checkpoint fits: they are damaged, or the model, the optimizer or the averaging is not the run's own",
+        )
 
     def close(self) -> None:
         self._manager.close()
+
+
+@dataclasses.dataclass
+class _LatestAndBest:
+    """Orbax's preservation policy: which checkpoints stay. (Its own policy for the best keeps the losses in files of
+    their own, which, damaged, it cannot step over.)"""
+
+    keep: int
+    best_of: Callable[[Sequence[int]], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*sorted(steps)[-self.keep :], self.best_of(steps)}
+        return [step in kept for step in steps]
+
+
+def _first_line(error: Exception) -> str:
+    """Storage errors run to pages."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -127,9 +166,15 @@ def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
-def _checksums(state: Any) -> dict[str, int]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8))
-        for path, leaf in leaves
-    }
+def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+
+
+def _manifest(state: Any) -> dict[str, list]:
+    """By name, each array's CRC-32, sizes and type."""
+    entries = {}
+    for name, leaf in _named_leaves(state):
+        checksum = zlib.crc32(np.ascontiguousarray(leaf).view(np.uint8))
+        entries[name] = [checksum, *leaf.shape, str(leaf.dtype)]
+    return entries

@@ -161,14 +161,7 @@ class GPTConfig:
         return type(self).from_dict({**fields, **changes})
 
     def _check_type(self, name: str) -> None:
-        value, kind = getattr(self, name), _FIELD_TYPES[name]
-        if kind == "float":
-            # An int can be too large for isfinite.
-            good = type(value).__name__ == "int" or (isinstance(value, float) and math.isfinite(value))
-        else:
-            good = type(value).__name__ == kind  # exact: bool is an int to isinstance
-        if not good:
-            raise ConfigError(f"{name} must be a{'n' if kind == 'int' else ''} {kind}, not {value!r}")
+        check_type(name, getattr(self, name), _FIELD_TYPES[name])
 
     def _validate(self) -> None:
         for name in _FIELD_TYPES:
@@ -199,6 +192,18 @@ _CHOICES = {
     "tokenizer": TOKENIZERS,
     "remat": REMAT_POLICIES,
 }
+
+
+def check_type(name: str, value: Any, kind: str) -> None:
+    """Raises a ConfigError naming the field unless `value` is a finite "float" (or an int), or exactly an "int",
+    "bool" or "str"."""
+    if kind == "float":
+        # An int can be too large for isfinite.
+        good = type(value).__name__ == "int" or (isinstance(value, float) and math.isfinite(value))
+    else:
+        good = type(value).__name__ == kind  # exact: bool is an int to isinstance
+    if not good:
+        raise ConfigError(f"{name} must be a{'n' if kind == 'int' else ''} {kind}, not {value!r:.80}")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -47,7 +47,11 @@ class Tokens:
         return cls(ids_N, tokenizer, encoding.vocab_size, _hash(ids_N))
 
     def save(self, path: str | Path) -> None:
-        """Writes a token file: safetensors with one tensor, "ids", and the header's facts as its metadata."""
+        """Writes a token file: safetensors with one tensor, "ids", and the header's facts as its metadata.
+
+        Raises:
+            DataError: if it cannot be written.
+        """
         metadata = {
             "format": _FORMAT,
             "tokenizer": self.tokenizer,
@@ -56,8 +60,11 @@ class Tokens:
             "sha256": self.sha256,
         }
         partial = Path(path).with_name(Path(path).name + ".partial")
-        save_file({"ids": np.ascontiguousarray(self.ids_N)}, partial, metadata)
-        partial.replace(path)
+        try:
+            save_file({"ids": np.ascontiguousarray(self.ids_N)}, partial, metadata)
+            partial.replace(path)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: cannot be written: {error}") from None
 
     def split(self, val_fraction: float) -> tuple[Ids, Ids]:
         """(train, validation): the validation split is the last `val_fraction` of the tokens."""
@@ -80,16 +87,21 @@ def open_tokens(path: str | Path, config: GPTConfig) -> Tokens:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     # A safetensors file starts with the header's length (8 bytes, so its last bytes are zeros) and a brace.
     tokens = _open_token_file(path) if start[6:] == b"\0\0{" else read_text(path, config.tokenizer)
+    check_tokens(tokens, config, str(path))
+    return tokens
+
+
+def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
+    """Raises DataError, naming `source`, unless a model can read these tokens."""
     if tokens.tokenizer != config.tokenizer:
         raise DataError(
-            f"{path}: made by tokenizer {tokens.tokenizer!r}, but the model has {config.tokenizer!r}: "
+            f"{source}: made by tokenizer {tokens.tokenizer!r}, but the model has {config.tokenizer!r}: "
             "tokenize the text again with the model's"
         )
     highest = int(tokens.ids_N.max(initial=0))
     if highest >= config.vocab_size:
         where = int(np.argmax(tokens.ids_N >= config.vocab_size))
-        raise DataError(f"{path}: id {tokens.ids_N[where]} at {where} is not below vocab_size={config.vocab_size}")
-    return tokens
+        raise DataError(f"{source}: id {tokens.ids_N[where]} at {where} is not below vocab_size={config.vocab_size}")
 
 
 def read_text(path: str | Path, tokenizer: str) -> Tokens:
@@ -114,13 +126,14 @@ def _open_token_file(path: Path) -> Tokens:
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path}: damaged or not a token file: {error}") from None
-    if metadata.get("format") != _FORMAT or names != ["ids"]:
+    facts = {"format", "tokenizer", "vocab_size", "count", "sha256"}
+    if metadata.get("format") != _FORMAT or names != ["ids"] or not facts <= set(metadata):
         raise DataError(f"{path}: a safetensors file, but not a token file: make one with `jaxgpt tokenize`")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))["ids"]
     kinds = {"U16": np.uint16, "U32": np.uint32}
-    if header["dtype"] not in kinds or header["shape"] != [int(metadata["count"])]:
+    if header["dtype"] not in kinds or [str(size) for size in header["shape"]] != [metadata["count"]]:
         raise DataError(f"{path}: damaged: {header['dtype']}{header['shape']} is not {metadata['count']} ids")
     ids_N: Ids = np.memmap(
         path, kinds[header["dtype"]], "r", offset=8 + length + header["data_offsets"][0], shape=tuple(header["shape"])
@@ -156,7 +169,9 @@ def batch(ids_N: Ids, config: TrainConfig, step: int, shard: int = 0, shards: in
         shards: parts; must divide the batch size.
     """
     starts = _starts(len(ids_N), config, step)
-    rows = len(starts) // shards
+    rows, rest = divmod(len(starts), shards)
+    if rest:
+        raise ValueError(f"{shards} shards do not divide a batch of {len(starts)}")
     offsets_T = np.arange(config.window + 1)
     return ids_N[starts[shard * rows : (shard + 1) * rows, None] + offsets_T].astype(np.int32)
 

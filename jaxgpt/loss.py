@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt.model import GPT
 from jaxgpt.ops import dot
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
@@ -62,6 +64,27 @@ def head_cross_entropy(
     return _scan_chunks(dtype, x_xCxD, head_VxD, labels_xC)
 
 
+def model_loss(
+    model: GPT,
+    params: Any,
+    inputs_BxT: Array,
+    labels_BxT: Array,
+    *,
+    chunk: int = 0,
+    dropout_key: Array | None = None,
+) -> tuple[Array, Array]:
+    """`head_cross_entropy` of a model's predictions: (sum in nats, count). Dropout only with a key."""
+
+    def apply(method: str, *args: Any, **kwargs: Any) -> Any:
+        return model.apply({"params": params}, *args, method=method, **kwargs)
+
+    rngs = {} if dropout_key is None else {"dropout": dropout_key}
+    x_BxTxD, _ = apply("features", inputs_BxT, deterministic=dropout_key is None, rngs=rngs)
+    return head_cross_entropy(
+        x_BxTxD, apply("head_weight"), jnp.asarray(labels_BxT), dtype=model.config.dtype, chunk=chunk
+    )
+
+
 def _chunk_loss(x_NxD, head_VxD, labels_N, dtype):
     return cross_entropy(dot("ND,VD->NV", x_NxD, head_VxD, dtype), labels_N)
 
@@ -98,7 +121,7 @@ _scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)
 
 def perplexity(loss: float) -> float:
     """exp of the mean loss in nats; inf where that overflows."""
-    return math.exp(loss) if loss < 709 else math.inf
+    return math.inf if loss >= 709 else math.exp(loss)
 
 
 def bits_per_byte(total_nats: float, n_bytes: int) -> float:

@@ -79,16 +79,24 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Zeroes each element with probability `rate` and scales the others up to keep the mean; no key, no dropout."""
-    return x if key is None or rate == 0 else x * dropout_scale(key, rate, x.shape)
+    return x if key is None or rate == 0 else keep(x, dropout_mask(key, rate, x.shape), rate)
 
 
-def dropout_scale(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
-    """What dropout multiplies by: 0 with probability `rate`, else 1 / (1 - rate), float32.
+def keep(x: Array, mask: Array, rate: float) -> Array:
+    """x where the mask of `dropout_mask` keeps it, scaled up by 1 / (1 - rate); else 0."""
+    return jnp.where(mask, x * jnp.float32(2**16 / (2**16 - _dropped(rate))), jnp.float32(0))
+
+
+def _dropped(rate: float) -> int:
+    return min(max(1, round(rate * 2**16)), 2**16 - 1)
+
+
+def dropout_mask(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
+    """Which elements dropout keeps, bool: each with probability 1 - rate.
 
     Draws 16 random bits an element, not 32: on CPU the random bits are the cost. The rate is therefore
-    rounded to a multiple of 2^-16, and the scale uses the rounded one, so the mean is exact.
+    rounded to a multiple of 2^-16, and `keep` scales by the rounded one, so the mean is exact.
     """
-    dropped = max(1, round(rate * 2**16))
     words = jax.random.bits(key, (math.ceil(math.prod(shape) / 2),), jnp.uint32)
     bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: math.prod(shape)].reshape(shape)
-    return jnp.where(bits < dropped, jnp.float32(0), jnp.float32(2**16 / (2**16 - dropped)))
+    return bits >= _dropped(rate)

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainProgress:
     """A context manager; `update` once a logged step, `say` for anything else."""
 
-    def __init__(self, steps: int, done: int, console: Console | None = None):
+    def __init__(self, steps: int, console: Console | None = None):
         self._console = console or Console(stderr=True, highlight=False)
         self._steps = steps
         self._bar: Progress | None = None
@@ -24,7 +24,7 @@ class TrainProgress:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("train", total=steps, completed=done, loss="?", rate="?")
+            self._task = self._bar.add_task("train", total=steps, loss="?", rate="?")
 
     def __enter__(self) -> TrainProgress:
         if self._bar:
@@ -44,5 +44,7 @@ class TrainProgress:
             self.say(f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left")
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        """Prints a text, above the bar if there is one. Control characters, which an untrained model writes too, are
+        shown and not sent to the terminal."""
+        visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+        self._console.print(visible, markup=False, soft_wrap=True)

@@ -4,6 +4,7 @@ DIR/run.json        the resolved config, the data's hash, versions
 DIR/metrics.jsonl   one line a logged step or evaluation
 DIR/checkpoints/    see checkpoint.py
 DIR/loss.png        the curves, with the extra [plot]
+DIR/tensorboard/    the metrics again, if asked for
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import fcntl
 import importlib.metadata
 import json
-import os
+import math
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.train_config import TrainConfig
 
 # Not part of what a run computes, so they may differ when it resumes.
-_FREE_FIELDS = ("log_interval", "keep")
+_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
 
 
 class Run:
@@ -48,55 +49,57 @@ class Run:
         with (self.directory / ".lock").open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except BlockingIOError:
                 raise CheckpointError(self.directory, "another trainer is running in this directory") from None
             yield
 
-    def start(self, config: TrainConfig, tokens: Tokens) -> None:
-        """Writes run.json into a directory that has no run yet.
-
-        Raises:
-            CheckpointError: if there is one.
-        """
+    def check_new(self) -> None:
+        """Raises CheckpointError if the directory holds a run."""
         if self.description.exists():
             raise CheckpointError(self.directory, "holds a run already: --resume continues it, or choose another --out")
+
+    def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
+        """Writes run.json."""
         packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-        self._write_description(
-            {
-                "config": config.to_dict(),
-                "data": {"sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
-                "versions": {name: importlib.metadata.version(name) for name in packages},
-                "python": platform.python_version(),
-            }
-        )
+        description = {
+            "config": config.to_dict(),
+            "init_from": init_from,
+            "data": {"sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "python": platform.python_version(),
+        }
+        _replace_text(self.description, json.dumps(description, indent=2) + "\n")
 
     def config(self) -> TrainConfig:
         """The config that the run was started with."""
-        return TrainConfig.from_dict(self._read_description()["config"], source=str(self.description))
+        return TrainConfig.from_dict(self._described("config"), source=str(self.description))
 
-    def check_resume(self, config: TrainConfig, tokens: Tokens, force: bool) -> None:
-        """Compares a config and data with the run's own.
+    def init_from(self) -> str | None:
+        """What the run was fine-tuned from, if anything."""
+        return self._described("init_from")
+
+    def check_resume(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
+        """Compares config, data and starting point with the run's own.
 
         Raises:
-            ConfigError: naming every difference, unless `force`, which writes the new config down.
+            ConfigError: naming every difference.
         """
-        described = self._read_description()
-        was, now = described["config"], config.to_dict()
+        was, now, data = self._described("config"), config.to_dict(), self._described("data")
         differences = [
             f"{table}.{name}: {was[table].get(name)!r} before, {value!r} now"
             for table in ("model", "train")
             for name, value in now[table].items()
             if was[table].get(name) != value and name not in _FREE_FIELDS
         ]
-        if described["data"]["sha256"] != tokens.sha256:
-            differences.append(f"data: sha256 {described['data']['sha256'][:12]}… before, {tokens.sha256[:12]}… now")
-        if differences and not force:
+        if data["sha256"] != tokens.sha256:
+            differences.append(f"data: sha256 {data['sha256'][:12]}… before, {tokens.sha256[:12]}… now")
+        if self.init_from() != init_from:
+            differences.append(f"init-from: {self.init_from()!r} before, {init_from!r} now")
+        if differences:
             raise ConfigError(f"{self.directory} was run with other settings (--force): {'; '.join(differences)}")
-        described["config"], described["data"]["sha256"] = now, tokens.sha256
-        self._write_description(described)
 
-    def write_tensorboard(self) -> None:
-        """From here on, `append` writes for TensorBoard too.
+    def write_tensorboard(self, step: int) -> None:
+        """From here on, `append` writes for TensorBoard too, replacing what is there after `step`.
 
         Raises:
             MissingExtraError: without the extra [tensorboard].
@@ -105,12 +108,13 @@ class Run:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise MissingExtraError("tensorboardX", "tensorboard", "writing for TensorBoard") from None
-        self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"))
+        self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl: "step" and its figures."""
+        """Adds a line to metrics.jsonl: "step" and its figures; one that is not finite is null, as JSON has no NaN."""
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            figures = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            file.write(json.dumps(figures) + "\n")
         if self._tensorboard is not None:
             for name, value in line.items():
                 if name != "step":
@@ -120,9 +124,11 @@ class Run:
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes anew, and a last line that a kill cut short."""
         lines = [line for line in self.read_metrics() if line["step"] <= step]
-        partial = self.metrics.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        partial.replace(self.metrics)
+        _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def val_losses(self) -> dict[int, float]:
+        """The validation losses so far, by step."""
+        return {line["step"]: line["val_loss"] for line in self.read_metrics() if line.get("val_loss") is not None}
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl that are whole."""
@@ -142,7 +148,7 @@ class Run:
         figure = Figure(figsize=(7, 4), layout="constrained")
         axes = figure.subplots()
         for key, label in (("loss", "training"), ("val_loss", "validation")):
-            points = [(line["step"], line[key]) for line in self.read_metrics() if key in line]
+            points = [(line["step"], line[key]) for line in self.read_metrics() if line.get(key) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5 if key == "val_loss" else 0.8)
         axes.set(xlabel="step", ylabel="loss, nats a token")
@@ -150,12 +156,16 @@ class Run:
         axes.grid(alpha=0.3)
         figure.savefig(self.directory / "loss.png", dpi=120)
 
-    def _write_description(self, description: dict[str, Any]) -> None:
-        partial = self.description.with_name("run.json.partial")
-        partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.description)
-
-    def _read_description(self) -> dict[str, Any]:
+    def _described(self, key: str) -> Any:
         if not self.description.exists():
             raise CheckpointError(self.directory, "holds no run (no run.json)")
-        return read_json(self.description)
+        description = read_json(self.description)
+        if not isinstance(description, dict) or key not in description:
+            raise CheckpointError(self.description, f"damaged: it has no {key!r}")
+        return description[key]
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig, read_toml
+from jaxgpt.config import GPTConfig, check_type, read_toml
 from jaxgpt.errors import ConfigError, did_you_mean
 
 OPTIMIZERS = ("adamw", "muon")
@@ -45,7 +45,8 @@ class TrainConfig:
         eval_windows: validation windows an evaluation; 0 means the whole validation split.
         sample_tokens: length of the text sampled at each evaluation; 0 for none.
         sample_prompt: what it starts with.
-        keep: how many of the latest checkpoints stay, besides the best.
+        keep: how many of the latest checkpoints stay, besides the best: an evaluation that improves on all before
+            it is followed by a checkpoint, whatever the interval.
         bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
     """
 
@@ -86,17 +87,16 @@ class TrainConfig:
             raise ConfigError(f"accumulate must divide batch_size: {self.batch_size} / {self.accumulate}")
         if self.length > self.model.context_length:
             raise ConfigError(f"length {self.length} is beyond model.context_length {self.model.context_length}")
+        if self.model.param_dtype != "float32":
+            raise ConfigError(
+                "model.param_dtype must be float32 to train: in bfloat16 small updates are lost to rounding"
+            )
         if self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")
 
     def _check(self, field: dataclasses.Field) -> None:
         name, value = field.name, getattr(self, field.name)
-        if field.type == "float":
-            good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        else:
-            good = type(value).__name__ == field.type
-        if not good:
-            raise ConfigError(f"{name} must be of type {field.type}, not {value!r}")
+        check_type(name, value, str(field.type))
         low, high = _RANGES.get(name, (0, math.inf))
         if field.type != "str" and not low <= value <= high:
             raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
@@ -117,6 +117,9 @@ class TrainConfig:
             ConfigError: naming `source` and the unknown key or the invalid field.
         """
         tables = dict(tables)
+        for name, table in tables.items():
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"{source}: {name} must be a table, not {table!r:.80}")
         model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
         train = tables.pop("train", {})
         known = [field.name for field in dataclasses.fields(cls) if field.name != "model"]
@@ -141,7 +144,7 @@ class TrainConfig:
         Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        tables = {"model": {}, "train": {}} | read_toml(path)
+        tables: dict[str, Any] = {"model": {}, "train": {}} | read_toml(path)
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
@@ -149,7 +152,8 @@ class TrainConfig:
             table, _, name = key.strip().rpartition(".")
             if table not in ("", "model", "train"):
                 raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
-            tables[table or "train"][name] = _parse_value(text.strip())
+            if isinstance(tables[table or "train"], dict):  # if not, from_dict says so
+                tables[table or "train"][name] = _parse_value(text.strip())
         return cls.from_dict(tables, source=str(path))
 
     def to_dict(self) -> dict[str, Any]:

@@ -20,18 +20,19 @@ from jax import Array, lax
 
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Tokens, batch, check_enough, open_tokens
-from jaxgpt.errors import CheckpointError, TrainingError
-from jaxgpt.evaluation import evaluate
-from jaxgpt.loss import head_cross_entropy
+from jaxgpt.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
+from jaxgpt.errors import CheckpointError, ConfigError, TrainingError
+from jaxgpt.evaluation import Evaluation, evaluate
+from jaxgpt.loss import model_loss
 from jaxgpt.model import GPT
 from jaxgpt.optim import optimizer, schedule
 from jaxgpt.progress import TrainProgress
 from jaxgpt.run import Run
 from jaxgpt.sampling import Temperature
 from jaxgpt.text import generate_text
+from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.train_config import TrainConfig
-from jaxgpt.weights import load
+from jaxgpt.weights import load, load_config
 
 State = dict[str, Any]
 
@@ -40,7 +41,13 @@ _INIT, _DROPOUT, _SAMPLE = range(3)
 
 
 def init_state(config: TrainConfig, params: Any = None) -> State:
-    """The state before the first step: {"params", "opt_state", "step"} and, with averaging, "average".
+    """The state before the first step:
+
+        params, opt_state   the optimiser's
+        average             of the parameters, if the config asks for one
+        step                steps taken, int32
+        updates             those of them that changed the parameters
+        bad                 how many of the latest in a row did not
 
     Args:
         config: the run.
@@ -49,10 +56,10 @@ def init_state(config: TrainConfig, params: Any = None) -> State:
     if params is None:
         ids_BxT = jnp.zeros((1, 1), jnp.int32)
         params = jax.jit(GPT(config.model).init)(_key(config, _INIT), ids_BxT)["params"]
-    state = {"params": params, "opt_state": optimizer(config).init(params), "step": jnp.int32(0)}
+    state = {"params": params, "opt_state": optimizer(config).init(params)}
     if config.average_decay:
         state["average"] = jax.tree.map(jnp.copy, params)  # a copy, because the step donates its state
-    return state
+    return state | {name: jnp.int32(0) for name in ("step", "updates", "bad")}
 
 
 def abstract_state(config: TrainConfig) -> State:
@@ -65,34 +72,25 @@ def eval_params(state: State) -> Any:
     return state.get("average", state["params"])
 
 
-def batch_loss(
-    model: GPT, params: Any, ids_BxT1: Array, *, dropout_key: Array | None, chunk: int
-) -> tuple[Array, Array]:
-    """(sum of losses in nats, count) of predicting ids[:, 1:] from ids[:, :-1]."""
-
-    def apply(method: str, *args: Any, **kwargs: Any) -> Any:
-        return model.apply({"params": params}, *args, method=method, **kwargs)
-
-    rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    x_BxTxD, _ = apply("features", ids_BxT1[:, :-1], deterministic=dropout_key is None, rngs=rngs)
-    head_VxD = apply("head_weight")
-    return head_cross_entropy(x_BxTxD, head_VxD, ids_BxT1[:, 1:], dtype=model.config.dtype, chunk=chunk)
-
-
 def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
-    """The optimiser step, not yet jitted: (state, ids [B, T + 1]) -> (state, {"loss", "grad_norm"}).
+    """The optimiser step, not yet jitted: (state, ids [B, T + 1]) -> (state, figures).
 
-    Gradients are those of the mean loss over all tokens of the batch, however many micro-batches it is taken in.
-    A step whose loss or gradient is not finite leaves all but the step's number as it was.
+    Gradients are those of the mean loss over all labels that count, in however many micro-batches they are taken.
+    A step whose loss or gradient is not finite changes none of the parameters and the optimiser's state.
+
+    The figures are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
     """
     model, tx = GPT(config.model), optimizer(config)
     rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
 
     def losses_and_grads(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
-        dropout_key = key if any(rates) else None
-        loss = functools.partial(batch_loss, model, dropout_key=dropout_key, chunk=config.loss_chunk)
-        (losses, count), grads = jax.value_and_grad(lambda p: loss(p, ids_BxT1), has_aux=True)(params)
-        return losses, count, grads
+        def losses(params):
+            dropout_key = key if any(rates) else None
+            inputs_BxT, labels_BxT = ids_BxT1[:, :-1], ids_BxT1[:, 1:]
+            return model_loss(model, params, inputs_BxT, labels_BxT, chunk=config.loss_chunk, dropout_key=dropout_key)
+
+        (total, count), grads = jax.value_and_grad(losses, has_aux=True)(params)
+        return total, count, grads
 
     def accumulated(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
         if config.accumulate == 1:
@@ -109,9 +107,9 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
     def step(state: State, ids_BxT1: Array) -> tuple[State, dict[str, Array]]:
         params = state["params"]
         key = jax.random.fold_in(_key(config, _DROPOUT), state["step"])
-        losses, count, grads = accumulated(params, ids_BxT1, key)
-        loss = losses / count
-        grads = jax.tree.map(lambda g: g / count.astype(g.dtype), grads)
+        total, count, grads = accumulated(params, ids_BxT1, key)
+        loss = total / count
+        grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state["opt_state"], params)
         new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
@@ -120,7 +118,10 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
             new["average"] = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["average"], new["params"])
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {k: state[k] for k in new})
-        return {**new, "step": state["step"] + 1}, {"loss": loss, "grad_norm": grad_norm}
+        bad = jnp.where(finite, 0, state["bad"] + 1)
+        counters = {"step": state["step"] + 1, "updates": state["updates"] + finite, "bad": bad}
+        learning_rate = schedule(config, config.learning_rate)(state["updates"])
+        return new | counters, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
 
     return step
 
@@ -162,65 +163,73 @@ def train(
         out: the run's directory.
         resume: continue from the last good checkpoint in `out`; bit for bit what an uninterrupted run gives.
         force: resume even though config or data differ from the run's.
-        init_from: anything `jaxgpt.load` takes, to fine-tune.
+        init_from: anything `jaxgpt.load` takes, to fine-tune. A resumed run remembers it.
         tensorboard: write the metrics for TensorBoard too.
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, for what cannot be used.
         TrainingError: if the loss stays not finite. The last good checkpoint is kept.
     """
-    params = None
+    run = Run(out)
+    if resume and init_from is None:
+        init_from = run.init_from()
     if init_from is not None:
-        config, params = _fine_tune(config, init_from)
+        config = _fine_tuned(config, init_from)
     tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
+    check_tokens(tokens, config.model, "the tokens" if isinstance(data, Tokens) else str(data))
+    _check_samples(config)
     train_N, val_N = tokens.split(config.val_fraction)
     check_enough(len(train_N), config, "training")
     if config.val_fraction:
         check_enough(len(val_N), config, "validation")
-    run = Run(out)
     with run.locked():
-        if tensorboard:
-            run.write_tensorboard()
-        if resume:
-            run.check_resume(config, tokens, force)
-        else:
-            run.start(config, tokens)
-        checkpoints = Checkpoints(run.checkpoints, config.keep)
-        with contextlib.closing(checkpoints):
-            return _Loop(config, train_N, val_N, run, checkpoints, params).run(resume)
+        if resume and not force:
+            run.check_resume(config, tokens, init_from)
+        elif not resume:
+            run.check_new()
+        checkpoints = Checkpoints(run.checkpoints, config.keep, run.val_losses())
+        with contextlib.closing(checkpoints), TrainProgress(config.steps) as progress:
+            if resume and checkpoints.steps():
+                start, state = checkpoints.restore_latest(abstract_state(config), progress.say)
+            else:
+                params = None if init_from is None else _initial_params(config, init_from)
+                start, state = 0, init_state(config, params)
+                del params  # the state holds them
+            run.describe(config, tokens, init_from)
+            run.truncate_metrics(start)
+            if tensorboard:
+                run.write_tensorboard(start)
+            return _Loop(config, train_N, val_N, run, checkpoints, progress).train(start, state)
 
 
 class _Loop:
     """One call of `train`: what its steps share."""
 
-    def __init__(self, config, train_N, val_N, run, checkpoints, params):
+    def __init__(
+        self,
+        config: TrainConfig,
+        train_N: Ids,
+        val_N: Ids,
+        run: Run,
+        checkpoints: Checkpoints,
+        progress: TrainProgress,
+    ):
         self.config, self.train_N, self.val_N = config, train_N, val_N
-        self.out, self.checkpoints = run, checkpoints
+        self.run, self.checkpoints, self.progress = run, checkpoints, progress
         self.model = GPT(config.model.replace(remat="none"))
-        self.initial_params = params
-        self.val_loss: float | None = None
-        self.bad_steps = 0
+        self.val_losses = run.val_losses()
 
-    def run(self, resume: bool) -> TrainResult:
-        config = self.config
-        if resume and self.checkpoints.steps():
-            with TrainProgress(config.steps, 0) as progress:
-                start, state = self.checkpoints.restore_latest(abstract_state(config), progress.say)
-            self.checkpoints.discard_after(start)
-        else:
-            start, state = 0, init_state(config, self.initial_params)
-        self.initial_params = None
-        self.out.truncate_metrics(start)
+    def train(self, start: int, state: State) -> TrainResult:
+        config, done = self.config, start
         step_fn = jax.jit(make_step(config), donate_argnums=0)
-        done = start
-        running: collections.deque = collections.deque()  # (step, metrics) still on the device
-        with TrainProgress(config.steps, start) as self.progress, _signals() as received:
-            self.clock = time.perf_counter(), start
+        running: collections.deque = collections.deque()  # (step, figures) still on the device
+        self.clock = time.perf_counter(), start
+        with _signals() as received:
             while done < config.steps and not received:
                 ids_BxT1 = batch(self.train_N, config, done)  # made while the device works on the step before
-                state, metrics = step_fn(state, ids_BxT1)
+                state, figures = step_fn(state, ids_BxT1)
                 done += 1
-                running.append((done, metrics))
+                running.append((done, figures))
                 if len(running) > 1:
                     self.record(*running.popleft())
                 if self.due(config.eval_interval, done) or self.due(config.checkpoint_interval, done):
@@ -229,54 +238,64 @@ class _Loop:
                     self.pause(done, state)
             while running:
                 self.record(*running.popleft())
-            if received and done not in self.checkpoints.steps():
-                self.checkpoints.save(done, state)
-                self.progress.say(f"stopped by {received[0].name}: saved step {done}, --resume continues")
-        self.out.plot_losses()
-        return TrainResult(done, eval_params(state), config.model, self.val_loss, received[0] if received else None)
+            if received:
+                if done not in self.checkpoints.steps() and self.healthy(state):
+                    self.checkpoints.save(done, state)
+                self.progress.say(f"stopped by {received[0].name} at step {done}: --resume continues")
+        self.run.plot_losses()
+        last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
+        return TrainResult(done, eval_params(state), config.model, last_val_loss, received[0] if received else None)
 
     def due(self, interval: int, step: int) -> bool:
         return step % interval == 0 or step == self.config.steps
 
-    def record(self, step: int, metrics: dict[str, Array]) -> None:
+    def record(self, step: int, figures: dict[str, Array]) -> None:
         """Waits for a step to end; logs it; stops a run that has gone bad."""
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            self.bad_steps = 0
-        else:
-            self.bad_steps += 1
+        loss, grad_norm, rate, bad = (float(figures[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
+        if bad:
             self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was left out")
-            if self.bad_steps >= self.config.bad_steps:
-                raise TrainingError(
-                    f"{self.bad_steps} steps in a row, up to {step}, had a loss or gradient that is not finite; the "
-                    f"last checkpoint in {self.out.checkpoints} is good. Lower the learning rate, or look at the data"
-                )
+        if bad >= self.config.bad_steps:
+            raise TrainingError(
+                f"{bad:.0f} steps in a row, up to {step}, had a loss or gradient that is not finite; the checkpoints "
+                f"in {self.run.checkpoints} are good. Lower the learning rate, or look at the data"
+            )
         if not self.due(self.config.log_interval, step):
             return
         now = time.perf_counter()
         seconds = (now - self.clock[0]) / (step - self.clock[1])  # a step
         self.clock = now, step
-        rate = self.config.batch_size * self.config.window / seconds
-        # The schedule counts from 0: its value at step - 1 is what made this step.
-        learning_rate = float(schedule(self.config, self.config.learning_rate)(step - 1))
-        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
-        self.out.append({**line, "tokens_per_second": round(rate, 1)})
-        self.progress.update(step, loss, rate, seconds * (self.config.steps - step))
+        speed = self.config.batch_size * self.config.window / seconds
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+        self.run.append({**line, "tokens_per_second": round(speed, 1)})
+        self.progress.update(step, loss, speed, seconds * (self.config.steps - step))
 
     def pause(self, step: int, state: State) -> None:
-        """Evaluates, samples and saves, as the intervals say. None of it touches the training's random numbers."""
-        config, loss = self.config, None
-        params = eval_params(state)
-        if self.due(config.eval_interval, step) and config.val_fraction:
-            evaluation = evaluate(self.model, params, self.val_N, max_windows=config.eval_windows)
-            self.val_loss = loss = evaluation.loss
-            self.out.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
+        """Evaluates, saves and samples, as the intervals say. None of it touches the training's random numbers."""
+        config, loss, improved = self.config, None, False
+        evaluating = self.due(config.eval_interval, step)
+        if evaluating and config.val_fraction:
+            evaluation = self.evaluate(eval_params(state), config.eval_windows)
+            loss = evaluation.loss
+            improved = loss < min(self.val_losses.values(), default=math.inf)
+            self.run.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
             self.progress.say(f"step {step}  validation loss {loss:.4f}  ({evaluation.tokens:,} tokens)")
-        if self.due(config.eval_interval, step) and config.sample_tokens:
-            self.progress.say(self.sample(step, params))
-        if self.due(config.checkpoint_interval, step) and self.bad_steps == 0:
+            if math.isfinite(loss):
+                self.val_losses[step] = loss
+        if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
             self.checkpoints.save(step, state, loss)
+        if evaluating and config.sample_tokens and self.healthy(state):
+            self.progress.say(self.sample(step, eval_params(state)))
         self.clock = time.perf_counter(), step
+
+    def evaluate(self, params: Any, windows: int, batch_size: int = 8) -> Evaluation:
+        ids_N = self.val_N if self.config.val_fraction else self.train_N
+        window = self.config.window
+        return evaluate(self.model, params, ids_N, window=window, max_windows=windows, batch_size=batch_size)
+
+    def healthy(self, state: State) -> bool:
+        """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
+        it does not tell of an update that has just ruined them."""
+        return math.isfinite(self.evaluate(state["params"], windows=1, batch_size=1).loss)
 
     def sample(self, step: int, params: Any) -> str:
         config, key = self.config, jax.random.fold_in(_key(self.config, _SAMPLE), step)
@@ -298,7 +317,9 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
     """
     run = Run(directory)
     config = run.config()
-    with contextlib.closing(Checkpoints(run.checkpoints, read_only=True)) as checkpoints:
+    if not run.checkpoints.is_dir():
+        raise CheckpointError(run.checkpoints, "no checkpoint yet")
+    with contextlib.closing(Checkpoints(run.checkpoints, losses=run.val_losses(), read_only=True)) as checkpoints:
         steps = checkpoints.steps()
         if not steps:
             raise CheckpointError(run.checkpoints, "no checkpoint yet")
@@ -310,12 +331,27 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
     return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
 
 
-def _fine_tune(config: TrainConfig, source: str) -> tuple[TrainConfig, Any]:
-    """The run's config with the checkpoint's architecture, and the checkpoint's parameters."""
-    how = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut", "param_dtype", "dtype")
-    overrides = {name: getattr(config.model, name) for name in (*how, "scan_layers", "remat")}
-    model, params = load(source, **overrides)
-    return dataclasses.replace(config, model=model.config), params
+# What a run decides for itself when it starts from a checkpoint; the rest, the architecture, is the checkpoint's.
+_OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut", "dtype", "scan_layers", "remat")
+
+
+def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
+    own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+    return dataclasses.replace(config, model=load_config(source, param_dtype="float32", **own))
+
+
+def _initial_params(config: TrainConfig, source: str) -> Any:
+    own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+    return load(source, param_dtype="float32", **own)[1]
+
+
+def _check_samples(config: TrainConfig) -> None:
+    known = get_tokenizer(config.model.tokenizer).vocab_size
+    if config.sample_tokens and config.model.vocab_size != known:
+        raise ConfigError(
+            f"sample_tokens: the model has {config.model.vocab_size} ids and its tokenizer "
+            f"{config.model.tokenizer!r} {known}, so samples could not be shown as text; set it to 0"
+        )
 
 
 def _key(config: TrainConfig, stream: int) -> Array:

@@ -139,6 +139,6 @@ def test_sliding_windows_are_the_books():
 def test_split_shorter_than_a_window_is_refused():
     with pytest.raises(DataError, match="training split has 8 tokens"):
         check_enough(8, CONFIG, "training")
-    with pytest.raises(DataError, match="2 windows, too few for batch_size=4"):
+    with pytest.raises(DataError, match="2 sliding windows, too few for batch_size=4"):
         check_enough(20, dataclasses.replace(CONFIG, windows="sliding"), "training")
     check_enough(9, CONFIG, "training")

@@ -15,8 +15,7 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.data import Tokens
 from jaxgpt.errors import DataError
 from jaxgpt.evaluation import evaluate
-from jaxgpt.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, perplexity
-from jaxgpt.trainer import batch_loss
+from jaxgpt.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
 
 RNG = np.random.default_rng(0)
 X_BxTxD = RNG.normal(size=(3, 7, 5)).astype(np.float32)
@@ -88,10 +87,10 @@ def test_bfloat16_logits_are_raised_to_float32():
 
 
 @pytest.mark.parametrize("chunk", [0, 5])
-def test_batch_loss_is_the_references(tiny, chunk):
+def test_model_loss_is_the_references(tiny, chunk):
     model, params = tiny
     ids = random_ids(TINY, 2, 12)
-    losses, count = batch_loss(model, params, ids, dropout_key=None, chunk=chunk)
+    losses, count = model_loss(model, params, ids[:, :-1], ids[:, 1:], chunk=chunk)
     assert float(losses / count) == pytest.approx(reference.loss(to_numpy(params), TINY, ids), abs=1e-5)
 
 

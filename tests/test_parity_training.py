@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from helpers import TINY, random_ids
@@ -50,7 +51,7 @@ def test_ten_steps_of_losses_equal_torchs(tmp_path, options):
     batches = [random_ids(TINY, 8, TINY.context_length + 1, seed=step) for step in range(10)]
     state = init_state(config)
     jaxgpt.save(tmp_path / "start", jaxgpt.GPT(TINY), state["params"], format="huggingface")
-    step = make_step(config)
+    step = jax.jit(make_step(config))
     losses = []
     for ids in batches:
         state, metrics = step(state, ids)
