@@ -51,6 +51,8 @@ class GPTConfig:
         param_dtype: type the parameters are initialised and stored in.
         dtype: type of the operands of matrix products. Everything else, the residual stream, LayerNorm,
             softmax, logits and loss, is float32 always, and products accumulate in float32.
+        embedding_std: standard deviation that token embeddings are initialised with; position embeddings have
+            half of it. (GPT-2: 0.02; the book: PyTorch's 1.0, with which a tied head would start absurdly sure.)
         tokenizer: name for `jaxgpt.get_tokenizer`; it travels with a checkpoint.
         scan_layers: one scanned block with parameters stacked on a leading axis [L, ...] instead of L
             blocks: compile time no longer grows with depth.
@@ -76,6 +78,7 @@ class GPTConfig:
     drop_rate_shortcut: float = None  # type: ignore[assignment]
     param_dtype: str = "float32"
     dtype: str = "float32"
+    embedding_std: float = 0.02
     tokenizer: str = "gpt2"
     scan_layers: bool = False
     remat: str = "none"
@@ -174,6 +177,8 @@ class GPTConfig:
                 raise ConfigError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if not 0 < self.layer_norm_eps < 1:
             raise ConfigError(f"layer_norm_eps must lie between 0 and 1, not {self.layer_norm_eps}")
+        if not 0 < self.embedding_std <= 10:
+            raise ConfigError(f"embedding_std must be above 0 and at most 10, not {self.embedding_std}")
         if self.emb_dim % self.n_heads:
             raise ConfigError(f"emb_dim must be a multiple of n_heads: {self.emb_dim} is not one of {self.n_heads}")
         for name, allowed in _CHOICES.items():

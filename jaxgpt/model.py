@@ -21,9 +21,7 @@ from jaxgpt.attention import attention
 from jaxgpt.cache import Cache, read, write
 from jaxgpt.config import GPTConfig
 
-# GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code.
-WEIGHT_STD = 0.02
-POSITION_STD = 0.01
+WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 
 
 class Linear(nn.Module):
@@ -187,8 +185,8 @@ class GPT(nn.Module):
 
     def setup(self):
         cfg = self.config
-        self.tok_emb = Embedding(cfg, cfg.vocab_size, WEIGHT_STD)
-        self.pos_emb = Embedding(cfg, cfg.context_length, POSITION_STD)
+        self.tok_emb = Embedding(cfg, cfg.vocab_size, cfg.embedding_std)
+        self.pos_emb = Embedding(cfg, cfg.context_length, cfg.embedding_std / 2)
         self.drop_emb = Dropout(cfg.drop_rate_emb)
         Block = _block(cfg)
         self.trf_blocks: Any = Block(cfg) if cfg.scan_layers else [Block(cfg) for _ in range(cfg.n_layers)]

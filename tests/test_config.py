@@ -39,7 +39,7 @@ CHOICE_FIELDS = ("activation", "param_dtype", "dtype", "tokenizer", "remat")
 
 def test_the_fields_above_are_all_there_are():
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    assert {*INT_FIELDS, *RATE_FIELDS, *BOOL_FIELDS, *CHOICE_FIELDS, "layer_norm_eps"} == fields
+    assert {*INT_FIELDS, *RATE_FIELDS, *BOOL_FIELDS, *CHOICE_FIELDS, "layer_norm_eps", "embedding_std"} == fields
 
 
 def test_defaults_are_gpt2_small():
@@ -71,6 +71,12 @@ def test_dropout_rates_lie_from_0_to_below_1(name, value):
 def test_layer_norm_eps_lies_between_0_and_1(value):
     with pytest.raises(ConfigError, match=r"^layer_norm_eps must "):
         GPTConfig(layer_norm_eps=value)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, 11, float("nan"), "0.02", None])
+def test_embedding_std_is_positive_and_sane(value):
+    with pytest.raises(ConfigError, match=r"^embedding_std must "):
+        GPTConfig(embedding_std=value)
 
 
 @pytest.mark.parametrize("name", BOOL_FIELDS)

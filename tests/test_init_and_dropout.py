@@ -67,6 +67,14 @@ def test_no_two_weights_start_equal(scan_layers):
     assert len({row.tobytes() for row in rows}) == len(rows)
 
 
+def test_embedding_std_sets_both_embeddings_and_nothing_else():
+    wide = init(WIDE.replace(embedding_std=1.0))
+    usual = init(WIDE)
+    for (name, leaf), (_, plain) in zip(named_leaves(wide), named_leaves(usual), strict=True):
+        scale = 50 if name.startswith(("tok_emb", "pos_emb")) else 1
+        np.testing.assert_allclose(leaf, scale * plain, rtol=1e-6, err_msg=name)
+
+
 def test_init_is_reproducible_from_its_key():
     first, again, other = init(TINY, 1), init(TINY, 1), init(TINY, 2)
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), first, again))
