@@ -16,6 +16,7 @@ _MODULES = {
     "errors": ("CheckpointError", "ConfigError", "DataError", "MissingExtraError", "TrainingError"),
     "evaluation": ("Evaluation", "evaluate"),
     "generation": ("GenerationResult", "generate"),
+    "inference": ("prepare",),
     "model": ("GPT", "FeedForward", "LayerNorm", "MultiHeadAttention", "TransformerBlock"),
     "sampling": ("Greedy", "MinP", "Temperature", "TopK", "TopP"),
     "text": ("generate_text", "stream"),
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from jaxgpt.evaluation import evaluate as evaluate
     from jaxgpt.generation import GenerationResult as GenerationResult
     from jaxgpt.generation import generate as generate
+    from jaxgpt.inference import prepare as prepare
     from jaxgpt.model import GPT as GPT
     from jaxgpt.model import FeedForward as FeedForward
     from jaxgpt.model import LayerNorm as LayerNorm

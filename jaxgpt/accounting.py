@@ -11,7 +11,7 @@ import math
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 MIB = 1024**2
 
@@ -116,12 +116,20 @@ def _component(path: str) -> str:
 
 
 def parameter_bytes(config: GPTConfig, dtype: str | None = None) -> int:
-    """Bytes of all parameters stored in `dtype` (default: the config's `param_dtype`).
+    """Bytes of all parameters stored in `dtype` (default: the config's `param_dtype`). In int8 only matrices are, each
+    with a float32 scale a row, and the rest is float32.
 
     Raises:
         ConfigError: for a dtype that is not one of `DTYPE_BYTES`.
     """
-    return count_parameters(config).total * _itemsize(dtype or config.param_dtype)
+    size = _itemsize(dtype := dtype or config.param_dtype)
+    if dtype != "int8":
+        return count_parameters(config).total * size
+    shapes = parameter_shapes(config).items()
+    return sum(
+        math.prod(shape) + 4 * math.prod(shape[:-1]) if path.endswith("/weight") else 4 * math.prod(shape)
+        for path, shape in shapes
+    )
 
 
 def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:

@@ -10,18 +10,34 @@ Sizes: B batch, H heads, T queries, S keys, K head_dim.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from jaxgpt.ops import dot, dropout_mask, keep
 
 # Finite, so that a row with every score masked gives a uniform row and not NaN.
 MASKED_SCORE = -1e30
+# Scores that a CPU works on at a time: few enough to stay in a core's cache from their product to their use.
+CPU_SCORES = 3 * 2**16
+
+
+class _Plan(NamedTuple):
+    """What is static about a call."""
+
+    dtype: str
+    drop_rate: float
+    query_slot: int | Array
+    query_block: int
+
+    def blocks(self, T: int, S: int) -> Iterator[tuple[slice, int]]:
+        """Each block's queries, and how many of S keys it can see."""
+        for first in range(0, T, self.query_block):
+            last = min(T, first + self.query_block)
+            yield slice(first, last), min(S, self.query_slot + last) if isinstance(self.query_slot, int) else S
 
 
 def attention(
@@ -34,14 +50,16 @@ def attention(
     start_B: Array | None = None,
     drop_rate: float = 0.0,
     dropout_key: Array | None = None,
-    query_block: int = 128,
+    query_block: int | None = None,
+    group_scores: int | None = None,
     inspect: Callable[[Array], Any] | None = None,
 ) -> Array:
     """softmax(q k^T / sqrt(K)) v with causal masking, in float32. Returns [B, H, T, K].
 
     Query t stands at slot `query_slot` + t and sees the key slots from `start_B` (0 by default) up to and
     including its own. Where `query_slot` is a Python int, queries are taken in blocks of `query_block`, each
-    against only the keys it can see, so most of the masked half is never computed.
+    against only the keys it can see, so most of the masked half is never computed; and rows and heads are taken in
+    groups, one after another, so small that a block's scores stay in a core's cache.
 
     Args:
         q_BxHxTxK: queries.
@@ -52,85 +70,134 @@ def attention(
         start_B: first visible slot of each row, int32.
         drop_rate: dropout on the attention weights.
         dropout_key: its key; None for no dropout.
-        query_block: queries a block.
+        query_block: queries a block; default a quarter of T, but from 64 to 128.
+        group_scores: most scores a group and block; default `CPU_SCORES` on a CPU, and elsewhere no limit.
         inspect: called at trace time with the whole weights [B, H, T, S]; costs their memory.
     """
-    T, S = q_BxHxTxK.shape[2], k_BxHxSxK.shape[2]
-    if not isinstance(query_slot, int) or inspect is not None:
-        query_block = T
-    firsts = range(0, T, query_block)
-    keys = [None] * len(firsts) if dropout_key is None else list(jax.random.split(dropout_key, len(firsts)))
-    q_BxHxTxK = q_BxHxTxK * q_BxHxTxK.shape[3] ** -0.5
-    blocks = []
-    for first, key in zip(firsts, keys, strict=True):
-        q = q_BxHxTxK[:, :, first : first + query_block]
-        slot = query_slot + first
-        seen = min(S, slot + q.shape[2]) if isinstance(slot, int) else S
-        visible = _visible(slot, q.shape[2], seen, start_B)
-        kept = None if key is None else dropout_mask(key, drop_rate, (*q.shape[:3], seen))
-        k, v = k_BxHxSxK[:, :, :seen], v_BxHxSxK[:, :, :seen]
-        if inspect is not None:
-            inspect(_weights(q, k, visible, dtype)[0])
-        blocks.append(_attend(dtype, drop_rate, q, k, v, visible, kept))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
+    B, H, T, K = q_BxHxTxK.shape
+    S = k_BxHxSxK.shape[2]
+    q_BxHxTxK = q_BxHxTxK * K**-0.5
+    start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
+    if inspect is not None:
+        scores = _scores(q_BxHxTxK, k_BxHxSxK, _visible(query_slot, T, S, start_B), dtype)
+        inspect(jax.nn.softmax(scores))
+    if not isinstance(query_slot, int):
+        # While decoding T is 1: nothing to divide, and nothing to differentiate.
+        plan = _Plan(dtype, 0.0, query_slot, T)
+        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, None))[0]
+    query_block = query_block or min(128, max(64, T // 4))
+    if group_scores is None:
+        group_scores = CPU_SCORES if jax.default_backend() == "cpu" else B * H * T * S
+    rows, heads = _group(B, H, group_scores // (min(query_block, T) * S))
+
+    def split(x: Array) -> Array:
+        """[B, H, ...] to [groups, rows, heads, ...]; one of the two axes is always whole."""
+        return (
+            x.reshape(B // rows, rows, H // heads, heads, *x.shape[2:])
+            .swapaxes(1, 2)
+            .reshape(-1, rows, heads, *x.shape[2:])
+        )
+
+    plan = _Plan(dtype, drop_rate, query_slot, query_block)
+    groups = (B // rows) * (H // heads)
+    start_GxR = jnp.repeat(start_B.reshape(-1, rows), H // heads, axis=0)
+    keys_G = None if dropout_key is None else jax.random.split(dropout_key, groups)
+    context = _attend(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
+    return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
 
 
-def _visible(query_slot: int | Array, T: int, S: int, start_B: Array | None) -> Array:
-    """Which of S key slots each of T queries may see: [T, S], or [B, 1, T, S] with row starts."""
+def _group(B: int, H: int, most: int) -> tuple[int, int]:
+    """(rows, heads) of a group of at most `most` heads in all, and at least one: whole rows, or heads of one row."""
+    if most >= H:
+        return next(rows for rows in range(min(B, most // H), 0, -1) if B % rows == 0), H
+    return 1, next(heads for heads in range(max(1, most), 0, -1) if H % heads == 0)
+
+
+def _visible(query_slot: int | Array, T: int, S: int, start_B: Array) -> Array:
+    """Which of S key slots each of T queries may see: [B, 1, T, S]."""
     slot_S, query_slot_T = jnp.arange(S), query_slot + jnp.arange(T)
-    visible_TxS = slot_S <= query_slot_T[:, None]
-    return visible_TxS if start_B is None else visible_TxS & (slot_S >= start_B[:, None, None, None])
+    return (slot_S <= query_slot_T[:, None]) & (slot_S >= start_B[:, None, None, None])
 
 
-def _scores(q_BxHxTxK, k_BxHxSxK, visible, dtype) -> Array:
+def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str) -> Array:
     return jnp.where(visible, dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype), MASKED_SCORE)
 
 
-def _weights(q_BxHxTxK, k_BxHxSxK, visible, dtype) -> tuple[Array, Array, Array]:
-    """The attention weights [B, H, T, S], and per row the highest score and the sum of exp(score - highest)."""
-    scores = _scores(q_BxHxTxK, k_BxHxSxK, visible, dtype)
-    highest = jnp.max(scores, axis=-1, keepdims=True)
-    exponentials = jnp.exp(scores - highest)
-    total = jnp.sum(exponentials, axis=-1, keepdims=True)
-    return exponentials / total, highest, total
+def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """`function` over the leading axis, one group after another."""
+    if jax.tree.leaves(arrays)[0].shape[0] > 1:
+        return lax.map(function, arrays)
+    return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], arrays)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(dtype, drop_rate, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept):
-    return _attend_forward(dtype, drop_rate, q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, visible, kept)[0]
+# G groups, one after another, of which each is B rows by H heads; T is cut into blocks.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G):
+    return _attend_forward(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G)[0]
 
 
-def _attend_forward(dtype, drop_rate, q, k, v, visible, kept):
-    weights, highest, total = _weights(q, k, visible, dtype)
-    dropped = weights if kept is None else keep(weights, kept, drop_rate)
-    out = dot("BHTS,BHSK->BHTK", dropped, v, dtype)
-    return out, (q, k, v, visible, kept, out, highest, total)
+def _attend_forward(plan, *arrays):
+    out, kept = _over_groups(functools.partial(_forward, plan), arrays)
+    return out, (*arrays[:4], out, *kept)
 
 
-def _attend_backward(dtype, drop_rate, residuals, g_BxHxTxK):
-    q, k, v, visible, kept, out, highest, total = residuals
-    # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
-    weights = jnp.exp(_scores(q, k, visible, dtype) - highest) / total
-    d_weights = dot("BHTK,BHSK->BHTS", g_BxHxTxK, v, dtype)
-    if kept is not None:
-        d_weights = keep(d_weights, kept, drop_rate)
+def _attend_backward(plan, residuals, g_GxBxHxTxK):
+    return *_over_groups(functools.partial(_backward, plan), (*residuals, g_GxBxHxTxK)), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
+    """(out, (highest, total, masks)): per query the highest score and the sum of exp(score - highest), [B, H, T, 1];
+    per block the mask of dropout."""
+    q, k, v, start_B, key = arrays
+    T, S = q.shape[2], k.shape[2]
+    outs, highests, totals, masks = [], [], [], []
+    for i, (block, seen) in enumerate(plan.blocks(T, S)):
+        visible = _visible(plan.query_slot + block.start, block.stop - block.start, seen, start_B)
+        scores = _scores(q[:, :, block], k[:, :, :seen], visible, plan.dtype)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        if key is not None:
+            masks.append(dropout_mask(jax.random.fold_in(key, i), plan.drop_rate, scores.shape))
+            weights = keep(weights, masks[-1], plan.drop_rate)
+        outs.append(dot("BHTS,BHSK->BHTK", weights, v[:, :, :seen], plan.dtype) / total)
+        highests.append(highest)
+        totals.append(total)
+    return _joined(outs), (_joined(highests), _joined(totals), masks)
+
+
+def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
+    q, k, v, start_B, out, highest, total, masks, g = arrays
+    T, S = q.shape[2], k.shape[2]
     # sum_S weights * d_weights, without a pass over them.
-    inner_BxHxTx1 = jnp.sum(g_BxHxTxK * out, axis=-1, keepdims=True)
-    d_scores = jnp.where(visible, weights * (d_weights - inner_BxHxTx1), 0)
-    dropped = weights if kept is None else keep(weights, kept, drop_rate)
-    dq = dot("BHTS,BHSK->BHTK", d_scores, k, dtype)
-    dk = _transposed_dot(q, d_scores, dtype)
-    dv = _transposed_dot(g_BxHxTxK, dropped, dtype)
-    no_visible, no_kept = jax.tree.map(lambda mask: np.zeros(mask.shape, jax.dtypes.float0), (visible, kept))
-    return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), no_visible, no_kept
+    inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
+    dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for i, (block, seen) in enumerate(plan.blocks(T, S)):
+        visible = _visible(plan.query_slot + block.start, block.stop - block.start, seen, start_B)
+        # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
+        scores = _scores(q[:, :, block], k[:, :, :seen], visible, plan.dtype)
+        weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]
+        d_weights = dot("BHTK,BHSK->BHTS", g[:, :, block], v[:, :, :seen], plan.dtype)
+        dropped = weights
+        if masks:
+            dropped, d_weights = (keep(x, masks[i], plan.drop_rate) for x in (weights, d_weights))
+        d_scores = jnp.where(visible, weights * (d_weights - inner_BxHxTx1[:, :, block]), 0)
+        dqs.append(dot("BHTS,BHSK->BHTK", d_scores, k[:, :, :seen], plan.dtype))
+        dk = dk.at[:, :, :seen].add(_transposed_dot(q[:, :, block], d_scores, plan.dtype))
+        dv = dv.at[:, :, :seen].add(_transposed_dot(g[:, :, block], dropped, plan.dtype))
+    return _joined(dqs).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _joined(blocks: list[Array]) -> Array:
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
 
 
 def _transposed_dot(x_BxHxTxK, y_BxHxTxS, dtype):
     """y^T x as (x^T y)^T, [B, H, S, K], because x is the small one to transpose. The barriers keep XLA from folding
     the transposes into the product: on CPU a batched product with a transposed left side has no bfloat16 kernel."""
-    x_BxHxKxT = jax.lax.optimization_barrier(x_BxHxTxK.astype(dtype).swapaxes(2, 3))
+    x_BxHxKxT = lax.optimization_barrier(x_BxHxTxK.astype(dtype).swapaxes(2, 3))
     product_BxHxKxS = dot("BHKT,BHTS->BHKS", x_BxHxKxT, y_BxHxTxS, dtype)
-    return jax.lax.optimization_barrier(product_BxHxKxS).swapaxes(2, 3)
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    return lax.optimization_barrier(product_BxHxKxS).swapaxes(2, 3)

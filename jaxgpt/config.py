@@ -14,6 +14,7 @@ from jaxgpt.errors import ConfigError, did_you_mean
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
+PARAM_DTYPES = (*DTYPES, "int8")
 TOKENIZERS = ("gpt2", "bytes")
 REMAT_POLICIES = ("none", "block", "dots")
 
@@ -48,7 +49,8 @@ class GPTConfig:
         drop_rate_emb: dropout after the embedding sum.
         drop_rate_attn: dropout on the attention weights.
         drop_rate_shortcut: dropout on each residual branch.
-        param_dtype: type the parameters are initialised and stored in.
+        param_dtype: type the parameters are initialised and stored in. "int8", not for training, is that of the
+            matrices, each with a float32 `weight_scale` for every output; the other parameters are float32 then.
         dtype: type of the operands of matrix products. Everything else, the residual stream, LayerNorm,
             softmax, logits and loss, is float32 always, and products accumulate in float32.
         embedding_std: standard deviation that token embeddings are initialised with; position embeddings have
@@ -192,7 +194,7 @@ _FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(GPTC
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 _CHOICES = {
     "activation": ACTIVATIONS,
-    "param_dtype": DTYPES,
+    "param_dtype": PARAM_DTYPES,
     "dtype": DTYPES,
     "tokenizer": TOKENIZERS,
     "remat": REMAT_POLICIES,

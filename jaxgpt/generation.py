@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgpt import decode
 from jaxgpt.cache import Window
+from jaxgpt.inference import prepare
 from jaxgpt.model import GPT
 from jaxgpt.prompts import check_ids, check_key, check_prompts, whole_number
 from jaxgpt.sampling import Greedy, Sampler
@@ -121,6 +122,7 @@ class Generation:
         cache_dtype: str | None = None,
         chunk: int = CHUNK,
     ):
+        model, params = prepare(model, params)
         config = model.config
         self.model, self.params, self.sampler, self.key = model, params, sampler or Greedy(), key
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)

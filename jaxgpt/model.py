@@ -14,7 +14,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from jaxgpt import ops
 from jaxgpt.attention import attention
@@ -41,13 +41,13 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kind = jnp.dtype(self.config.param_dtype)
-        weight = self.param("weight", normal(self.std), (*self.out, x.shape[-1]), kind)
+        weight, scale = _matrix(self, (*self.out, x.shape[-1]), self.std)
         # One product whatever the number of output axes: XLA on CPU transposes the weight otherwise.
-        y = ops.dot("BTD,OD->BTO", x, weight.reshape(-1, x.shape[-1]), self.config.dtype)
+        flat_scale = None if scale is None else scale.reshape(-1)
+        y = ops.linear(x, weight.reshape(-1, x.shape[-1]), flat_scale, self.config.dtype)
         y = y.reshape(*x.shape[:2], *self.out)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, self.out, kind).astype(jnp.float32)
+            y = y + self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.config)).astype(jnp.float32)
         return y
 
 
@@ -59,11 +59,20 @@ class Embedding(nn.Module):
     std: float
 
     def setup(self):
-        kind = jnp.dtype(self.config.param_dtype)
-        self.weight = self.param("weight", normal(self.std), (self.rows, self.config.emb_dim), kind)
+        self.weight, self.scale = _matrix(self, (self.rows, self.config.emb_dim), self.std)
 
     def __call__(self, ids: Array) -> Array:
-        return self.weight[ids].astype(jnp.float32)
+        # The barrier keeps XLA on CPU from converting the whole table before it takes the rows.
+        x = lax.optimization_barrier(self.weight[ids]).astype(jnp.float32)
+        return x if self.scale is None else x * self.scale[ids][..., None]
+
+    def head(self, x_BxTxD: Array) -> Array:
+        """The table as an output layer: x times each of its rows, float32."""
+        return ops.linear(x_BxTxD, self.weight, self.scale, self.config.dtype)
+
+    def table(self) -> Array:
+        """The table as one floating-point array."""
+        return self.weight if self.scale is None else self.weight.astype(jnp.float32) * self.scale[:, None]
 
 
 class LayerNorm(nn.Module):
@@ -73,7 +82,7 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kind = jnp.dtype(self.config.param_dtype)
+        kind = vector_dtype(self.config)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], kind)
         shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], kind) if self.config.bias else None
         return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps)
@@ -233,16 +242,38 @@ class GPT(nn.Module):
     def logits(self, x_BxTxD: Array) -> Array:
         """The output head: [B, T, D] to float32 logits [B, T, V]."""
         with jax.named_scope("out_head"):
-            return ops.dot("BTD,VD->BTV", x_BxTxD, self.head_weight(), self.config.dtype)
+            return self._head().head(x_BxTxD)
 
     def head_weight(self) -> Array:
         """The output head's matrix [V, D]: the token embedding's own when they are tied."""
-        return (self.tok_emb if self.config.tie_embeddings else self.out_head).weight
+        return self._head().table()
+
+    def _head(self) -> Embedding:
+        return self.tok_emb if self.config.tie_embeddings else self.out_head
 
 
 def normal(std: float) -> nn.initializers.Initializer:
     """N(0, std), drawn in float32 whatever the parameters' type: drawn in bfloat16 it has 128 distinct values."""
     return lambda key, shape, kind: (std * jax.random.normal(key, shape, jnp.float32)).astype(kind)
+
+
+def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> tuple[Array, Array | None]:
+    """Declares a weight [*out, in] and, where weights are int8, the scale [*out] of each of its rows."""
+    kind = module.config.param_dtype
+    if kind != "int8":
+        return module.param("weight", normal(std), shape, jnp.dtype(kind)), None
+
+    # 127 steps of std / 32 reach to four deviations.
+    def draw(key: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.clip(jnp.round(32 * jax.random.normal(key, shape)), -127, 127).astype(jnp.int8)
+
+    weight = module.param("weight", draw, shape)
+    return weight, module.param("weight_scale", nn.initializers.constant(std / 32), shape[:-1], jnp.float32)
+
+
+def vector_dtype(config: GPTConfig) -> jnp.dtype:
+    """Type of biases, LayerNorm's scales and shifts: the parameters', but never int8."""
+    return jnp.dtype("float32" if config.param_dtype == "int8" else config.param_dtype)
 
 
 def residual_std(config: GPTConfig) -> float:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental.xla_metadata import set_xla_metadata
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -48,6 +49,62 @@ def _dot_backward(subscripts, dtype, residuals, g):
 
 
 dot.defvjp(_dot_forward, _dot_backward)
+
+
+# Most rows of x for which reading an int8 weight costs more than the arithmetic does.
+FEW_ROWS = 64
+
+
+def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str) -> Array:
+    """x W^T in float32, [B, T, O], for W in any type; an int8 W comes with a scale for each of its rows.
+
+    Operands are rounded to `dtype`, except that an int8 W is exact in either. On a CPU few rows of x take forms
+    of the product that read W once, in the type it is stored in.
+    """
+    B, T = x_BxTxD.shape[:2]
+
+    def full(x_BxTxD: Array, weight_OxD: Array) -> Array:
+        return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, dtype)
+
+    on_cpu = full
+    if B * T == 1:
+        on_cpu = functools.partial(_one_row, dtype=dtype)
+    elif weight_OxD.dtype == jnp.int8 and B * T <= FEW_ROWS:
+        on_cpu = functools.partial(_few_rows, dtype=dtype)
+    if on_cpu is full:
+        y_BxTxO = full(x_BxTxD, weight_OxD)
+    else:
+        y_BxTxO = lax.platform_dependent(x_BxTxD, weight_OxD, cpu=on_cpu, default=full)
+    return y_BxTxO if scale_O is None else y_BxTxO * scale_O
+
+
+def _one_row(x_1x1xD: Array, weight_OxD: Array, dtype: str) -> Array:
+    """x W^T for a single row. Written so, XLA on CPU makes one loop over W that converts it on the way. Called,
+    and not inlined, because otherwise it fuses the neighbours into that loop, computing them for every output, and
+    moves the conversion of W out of the loop over tokens."""
+
+    @jax.jit
+    def product(x_1xD: Array, weight_OxD: Array) -> Array:
+        return x_1xD @ weight_OxD.astype(jnp.float32).T
+
+    with set_xla_metadata(inlineable="false"):
+        return product(x_1x1xD[0].astype(dtype).astype(jnp.float32), weight_OxD)[None]
+
+
+def _few_rows(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
+    """x W^T for an int8 W, in integers: each row of x as two int8 digits, 15 bits in all, on a scale of its own.
+
+    x = s (h + l / 254), with h the nearest integer to x / s and l that to 254 times what h leaves.
+    """
+    x_BxTxD = x_BxTxD.astype(dtype).astype(jnp.float32)
+    largest = jnp.max(jnp.abs(x_BxTxD), axis=-1, keepdims=True)
+    steps = jnp.where(largest > 0, largest, 1) / 127
+    high = jnp.round(x_BxTxD / steps)
+    low = jnp.round(254 * (x_BxTxD / steps - high))
+    digits_2xBxTxD = jnp.stack([high, low]).astype(jnp.int8)
+    y_2xBxTxO = jnp.einsum("NBTD,OD->NBTO", digits_2xBxTxD, weight_OxD, preferred_element_type=jnp.int32)
+    y_2xBxTxO = y_2xBxTxO.astype(jnp.float32)
+    return steps * (y_2xBxTxO[0] + y_2xBxTxO[1] / 254)
 
 
 def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float) -> Array:

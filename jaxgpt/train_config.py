@@ -89,7 +89,7 @@ class TrainConfig:
             raise ConfigError(f"length {self.length} is beyond model.context_length {self.model.context_length}")
         if self.model.param_dtype != "float32":
             raise ConfigError(
-                "model.param_dtype must be float32 to train: in bfloat16 small updates are lost to rounding"
+                "model.param_dtype must be float32 to train: in a shorter type small updates are lost to rounding"
             )
         if self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")

@@ -33,6 +33,7 @@ from jaxgpt.text import generate_text
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.train_config import TrainConfig
 from jaxgpt.weights import load, load_config
+from jaxgpt.weights.quantise import cast_params
 
 State = dict[str, Any]
 
@@ -327,7 +328,7 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         if chosen not in steps:
             raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
         params = eval_params(checkpoints.restore(chosen, abstract_state(config)))
-    params = jax.tree.map(lambda leaf: leaf.astype(param_dtype), params)
+    params = cast_params(params, param_dtype)
     return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
 
 

@@ -124,7 +124,7 @@ def test_bytes_by_dtype():
     assert accounting.parameter_bytes(TINY) == 4 * total
     assert accounting.parameter_bytes(TINY, "bfloat16") == 2 * total
     assert accounting.parameter_bytes(TINY.replace(param_dtype="bfloat16")) == 2 * total
-    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, not 'int4'"):
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, int8, not 'int4'"):
         accounting.parameter_bytes(TINY, "int4")
 
 

@@ -443,7 +443,7 @@ def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp
 @pytest.mark.parametrize("rows", [huggingface.ROWS, book.ROWS], ids=["huggingface", "book"])
 def test_tables_name_every_parameter_once(rows):
     full = TINY.replace(tie_embeddings=False, bias=True, qkv_bias=True)
-    assert sorted(row.ours for row in rows) == sorted(layout.leaf_shapes(full))
+    assert sorted(row.ours for row in rows) == sorted(layout.abstract_leaves(full))
 
 
 def test_load_config_reads_no_tensors(tiny, tmp_path):
@@ -601,7 +601,7 @@ _PEAK = r"""
     from jaxgpt.weights import layout
 
     path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
-    layout.leaf_shapes(weights.load_config(path))  # tracing is not what is measured
+    layout.abstract_leaves(weights.load_config(path))  # tracing is not what is measured
     jnp.ones((512, 512)).block_until_ready()
     def peak():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last-fraction", type=float, metavar="F", help="only the last part of the tokens, such as a validation split"
     )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "int8"), help="of parameters and products (default: as saved)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -25,9 +28,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the figures and returns the exit code."""
     from jaxgpt.data import open_tokens
     from jaxgpt.evaluation import evaluate
+    from jaxgpt.inference import prepare
     from jaxgpt.weights import load
 
-    model, params = load(args.model)
+    model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
     tokens = open_tokens(args.data, model.config)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")

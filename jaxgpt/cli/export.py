@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="a step that has a checkpoint, 'best' (lowest validation loss, the default) or 'latest'",
     )
-    parser.add_argument("--param-dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+    parser.add_argument(
+        "--param-dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="default: float32"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print as it is drawn; several texts one by one")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line and text")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), help="of parameters and products (default: as saved)"
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="of parameters and products; int8 of matrices only (default: as saved)",
     )
 
 
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
     import jax
 
     from jaxgpt import sampling
+    from jaxgpt.inference import prepare
     from jaxgpt.text import encode_prompt
     from jaxgpt.tokenizer import get_tokenizer
     from jaxgpt.weights import load
@@ -63,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
     key = jax.random.key(args.seed) if sampler.draws else None
-    dtypes = {} if args.dtype is None else {"param_dtype": args.dtype, "dtype": args.dtype}
-    model, params = load(args.model, **dtypes)
+    model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
     tokenizer = get_tokenizer(model.config.tokenizer)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     context = model.config.context_length

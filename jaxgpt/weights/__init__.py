@@ -20,6 +20,7 @@ from jaxgpt.model import GPT
 from jaxgpt.weights import book, hub, huggingface, nanogpt, native
 from jaxgpt.weights.files import load_torch, open_safetensors, replacing, torch_tensors
 from jaxgpt.weights.layout import Checkpoint, read_params, stack_layers, unstack_layers
+from jaxgpt.weights.quantise import cast_params
 
 __all__ = ["BUNDLED", "FORMATS", "load", "load_config", "save", "stack_layers", "unstack_layers"]
 
@@ -39,8 +40,8 @@ def load(
     Args:
         path_or_name: a file or directory, the name of a bundled model, or of a GPT-2 on the Hugging Face hub. A
             bundled name comes before a path (write "./shakespeare" for that), a path before the hub.
-        param_dtype: type to convert the parameters to; by default the project's own directories keep theirs,
-            and everything else becomes float32.
+        param_dtype: type to convert the parameters to, of `jaxgpt.config.PARAM_DTYPES`; by default the project's own
+            directories keep theirs, and everything else becomes float32. To and from int8, memory holds both.
         check_finite: whether to look for NaN and infinite values.
         config_overrides: fields of `GPTConfig` to change: those the file does not know (`n_heads` for the book's
             files), or that leave the parameters' shapes alone (`dtype`, `drop_rate`, `scan_layers`, ...).
@@ -54,9 +55,12 @@ def load(
         MissingExtraError: if the format needs a package that is not installed.
     """
     checkpoint = _recognise(path_or_name, config_overrides, with_tensors=True)
-    overrides = config_overrides if param_dtype is None else {**config_overrides, "param_dtype": param_dtype}
-    config = checkpoint.config.replace(**overrides)
-    return GPT(config), read_params(checkpoint, config, check_finite)
+    stored = checkpoint.config.param_dtype
+    config = checkpoint.config.replace(**config_overrides, param_dtype=param_dtype or stored)
+    if config.param_dtype == stored or "int8" not in (config.param_dtype, stored):
+        return GPT(config), read_params(checkpoint, config, check_finite)
+    params = read_params(checkpoint, config.replace(param_dtype=stored), check_finite)
+    return GPT(config), cast_params(params, config.param_dtype)
 
 
 def load_config(path_or_name: str | Path, **config_overrides: Any) -> GPTConfig:
@@ -84,6 +88,10 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}")
     path = Path(path).expanduser()
+    if format != "jaxgpt" and model.config.param_dtype == "int8":
+        raise CheckpointError(
+            path, f"{format}'s format has no int8: convert to float32 or bfloat16 first (param_dtype)"
+        )
     _refuse_foreign_content(path)
     with replacing(path) as directory:
         FORMATS[format].write(directory, model.config, params)

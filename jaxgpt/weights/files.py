@@ -25,6 +25,7 @@ from jaxgpt.errors import CheckpointError, MissingExtraError
 
 # NumPy's name to safetensors' name of each type that a parameter may have in a file.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+TYPES = {**FLOATS, "int8": "I8"}
 
 
 class Tensor(NamedTuple):
@@ -32,7 +33,7 @@ class Tensor(NamedTuple):
 
     Attributes:
         shape: its shape.
-        dtype: NumPy's name of its type; for types that are not in `FLOATS`, the file's own name.
+        dtype: NumPy's name of its type; for types that are not in `TYPES`, the file's own name.
         read: returns it, as an array that shares no memory with the file.
     """
 
@@ -58,7 +59,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(path, f"not a readable safetensors file: {error}") from None
     header.pop("__metadata__", None)
-    names = {code: name for name, code in FLOATS.items()}
+    names = {code: name for name, code in TYPES.items()}
     tensors = {}
     for name, entry in header.items():
         shape, dtype = tuple(entry["shape"]), names.get(entry["dtype"], entry["dtype"])
@@ -92,7 +93,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     begin = 0
     for name, tensor in tensors.items():
         end = begin + math.prod(tensor.shape) * jnp.dtype(tensor.dtype).itemsize
-        header[name] = {"dtype": FLOATS[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data aligned

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ class Slot(NamedTuple):
     row: Row
     layer: int | None
     shape: tuple[int, ...]
+    dtype: str
     names: tuple[str, ...]
 
     @property
@@ -106,12 +107,11 @@ class Checkpoint:
 
 
 @functools.lru_cache(maxsize=64)
-def leaf_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
-    """Path to shape of every parameter, with the blocks stacked. Allocates no array."""
+def abstract_leaves(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """Path to shape and type of every parameter, with the blocks stacked. Allocates no array."""
     model = GPT(config.replace(scan_layers=True))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
-    return {path: leaf.shape for path, leaf in leaves(shapes).items()}
+    return leaves(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
 
 
 def leaves(tree: Any) -> dict[str, Any]:
@@ -122,15 +122,16 @@ def leaves(tree: Any) -> dict[str, Any]:
 
 def slots(config: GPTConfig, rows: tuple[Row, ...]) -> Iterator[Slot]:
     """Every array of a model by a table, leaf by leaf and within a leaf layer by layer."""
-    shapes = leaf_shapes(config)
+    abstract = abstract_leaves(config)
     for row in rows:
-        if row.ours not in shapes:
+        if row.ours not in abstract:
             continue  # a bias or a head that this config does not have
         stacked = row.ours.startswith(BLOCKS)
         names = (row.theirs,) if isinstance(row.theirs, str) else row.theirs
         for i in range(config.n_layers) if stacked else [None]:
-            shape = shapes[row.ours][1:] if stacked else shapes[row.ours]
-            yield Slot(row, i, shape, tuple(name.format(i=i) for name in names))
+            leaf = abstract[row.ours]
+            shape = leaf.shape[1:] if stacked else leaf.shape
+            yield Slot(row, i, shape, leaf.dtype.name, tuple(name.format(i=i) for name in names))
 
 
 def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = False) -> dict[str, Any]:
@@ -144,11 +145,14 @@ def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = 
             every parameter that holds NaN or infinite values.
     """
     tensors = checkpoint.tensors()
-    expected = {name: slot.outside_shape for slot in slots(config, checkpoint.rows) for name in slot.names}
+    outside = [(name, slot) for slot in slots(config, checkpoint.rows) for name in slot.names]
+    expected = {name: slot.outside_shape for name, slot in outside}
+    quantised = {name for name, slot in outside if slot.dtype == "int8"}
     optional = {name for name in tensors if re.fullmatch(checkpoint.skip, name)}
     if checkpoint.tied and config.tie_embeddings and checkpoint.tied[0] in tensors:
         expected[checkpoint.tied[0]] = expected[checkpoint.tied[1]]
-    check_tensors(checkpoint.path, expected, {name: t for name, t in tensors.items() if name not in optional})
+    found = {name: tensor for name, tensor in tensors.items() if name not in optional}
+    check_tensors(checkpoint.path, expected, found, quantised)
     if checkpoint.tied and checkpoint.tied[0] in expected and config.tie_embeddings:
         _check_tied(checkpoint, tensors)
 
@@ -158,7 +162,7 @@ def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = 
         stacked = config.scan_layers and ours.startswith(BLOCKS)
         # What a leaf of the result holds: all the layers' slots, or one slot.
         for parts in [list(group)] if stacked else [[slot] for slot in group]:
-            leaf = _adoptable(leaf_shapes(config)[ours] if stacked else parts[0].shape, config.param_dtype)
+            leaf = _adoptable(abstract_leaves(config)[ours].shape if stacked else parts[0].shape, parts[0].dtype)
             for slot, array in zip(parts, leaf if stacked else [leaf], strict=True):
                 array[...] = slot.inward(tensors)
                 if check_finite and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
@@ -206,7 +210,9 @@ def outside_tensors(
         for name, leaf in leaves(params).items()
     }
     unstacked = {slot.path: slot.shape for slot in slots(config, identity_rows(config))}
-    check_tensors(path, leaf_shapes(config) if config.scan_layers else unstacked, found)
+    stacked = {ours: leaf.shape for ours, leaf in abstract_leaves(config).items()}
+    quantised = {name for name in found if config.param_dtype == "int8" and name.endswith("/weight")}
+    check_tensors(path, stacked if config.scan_layers else unstacked, found, quantised)
 
     def outward(slot: Slot) -> Tensor:
         if slot.path not in unstacked:
@@ -222,11 +228,14 @@ def outside_tensors(
 @functools.lru_cache(maxsize=64)
 def identity_rows(config: GPTConfig) -> tuple[Row, ...]:
     """The table of our own layout: paths as names, one array a layer."""
-    return tuple(Row(path, path.replace(BLOCKS, "trf_blocks_{i}/")) for path in leaf_shapes(config))
+    return tuple(Row(path, path.replace(BLOCKS, "trf_blocks_{i}/")) for path in abstract_leaves(config))
 
 
-def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor]) -> None:
-    """Raises one CheckpointError that lists every tensor which is missing, unexpected or unfit."""
+def check_tensors(
+    path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], quantised: Set[str] = frozenset()
+) -> None:
+    """Raises one CheckpointError that lists every tensor which is missing, unexpected or unfit. Those named in
+    `quantised` must be int8, and all others of a floating-point type."""
     both = [name for name in expected if name in found]
     problems = {
         "missing": [repr(name) for name in expected if name not in found],
@@ -237,7 +246,12 @@ def check_tensors(path: Path, expected: Mapping[str, tuple[int, ...]], found: Ma
             if found[name].shape != expected[name]
         ],
         "not of a floating-point type": [
-            f"{name!r} is {found[name].dtype}" for name in both if found[name].dtype not in FLOATS
+            f"{name!r} is {found[name].dtype}"
+            for name in both
+            if name not in quantised and found[name].dtype not in FLOATS
+        ],
+        "not int8": [
+            f"{name!r} is {found[name].dtype}" for name in both if name in quantised and found[name].dtype != "int8"
         ],
     }
     text = "".join(_listing(kind, items) for kind, items in problems.items() if items)
