@@ -124,6 +124,18 @@ def decode(
     return state, ids_NxB.T
 
 
+@functools.partial(jax.jit, static_argnames=("slots",))
+def grow(state: State, slots: int) -> State:
+    """The same state with a cache of `slots` slots, at least as many as it has."""
+
+    def pad(kept: Array) -> Array:
+        return jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, slots - kept.shape[-2]), (0, 0)])
+
+    assert isinstance(state.memory, Cache)
+    memory = dataclasses.replace(state.memory, layers=jax.tree.map(pad, state.memory.layers))
+    return dataclasses.replace(state, memory=memory)
+
+
 def scan_generate(
     model: GPT,
     params: Any,

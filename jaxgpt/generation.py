@@ -20,6 +20,9 @@ from jaxgpt.sampling import Greedy, Sampler
 # Shapes are rounded up to powers of two from these on, so that lengths in one bucket share a compilation.
 PROMPT_BUCKET = 16
 CACHE_BUCKET = 64
+# New tokens that the first cache has room for; where more come it grows, to four times its slots and so on, so that
+# a short answer does not pay for the longest one that was allowed.
+FIRST_NEW_TOKENS = 192
 # Tokens between two looks at the result by the host.
 CHUNK = 32
 
@@ -167,7 +170,8 @@ class Generation:
         # With the prompt read one id is drawn, and one more for each id that the cache still takes.
         cached = min(self.max_new_tokens, C - longest + 1)
         started = time.perf_counter()
-        state = self._prefill(longest, slots=longest + cached - 1)
+        slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
+        state = self._prefill(longest, slots)
         yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
         drawn = 1
         while drawn < self.max_new_tokens and not np.all(state.done_B):
@@ -175,11 +179,15 @@ class Generation:
             if drawn == cached:
                 state = dataclasses.replace(state, memory=self._window())
             work, end = ("cached", cached) if drawn < cached else ("windowed", self.max_new_tokens)
+            steps = min(self.chunk, end - drawn)
+            if work == "cached" and longest + drawn + steps - 1 > slots:
+                slots = self._slots(min(4 * slots, longest + cached - 1))
+                state = decode.grow(state, slots)
             state, ids_BxN = decode.decode(
                 self.model,
                 self.params,
                 state,
-                np.int32(min(self.chunk, end - drawn)),
+                np.int32(steps),
                 self.key,
                 self._padded_stop_ids(),
                 chunk=CHUNK,
@@ -187,6 +195,12 @@ class Generation:
             )
             before, drawn = drawn, int(state.drawn)
             yield self._accept(state, ids_BxN, _Timing(work, drawn - before, started))
+
+    def _slots(self, needed: int) -> int:
+        """Size of a cache that holds `needed` slots; never less than the padded prompts."""
+        C = self.model.config.context_length
+        padded = bucket(min(C, max(map(len, self.prompts))), PROMPT_BUCKET, C)
+        return max(padded, bucket(needed, CACHE_BUCKET, C))
 
     def _prefill(self, longest: int, slots: int) -> decode.State:
         C = self.model.config.context_length
@@ -202,7 +216,7 @@ class Generation:
             np.int32(longest),
             self.key,
             self._padded_stop_ids(),
-            slots=max(ids_BxT.shape[1], bucket(slots, CACHE_BUCKET, C)),
+            slots=slots,
             sampler=self.sampler,
             cache_dtype=self.cache_dtype,
         )

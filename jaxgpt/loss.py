@@ -31,11 +31,32 @@ def cross_entropy(logits_xV: Array, labels_x: Array) -> tuple[Array, Array]:
     logits_xV = logits_xV.astype(jnp.float32)
     V = logits_xV.shape[-1]
     counts_x = labels_x != IGNORE
-    chosen_x = jnp.take_along_axis(logits_xV, jnp.clip(labels_x, 0, V - 1)[..., None], axis=-1)[..., 0]
-    losses_x = jax.nn.logsumexp(logits_xV, axis=-1) - chosen_x
+    losses_x = _negative_log_likelihood(logits_xV, jnp.clip(labels_x, 0, V - 1))
     legal_x = (labels_x >= 0) & (labels_x < V)
     losses_x = jnp.where(counts_x, jnp.where(legal_x, losses_x, jnp.nan), 0.0)
     return jnp.sum(losses_x), jnp.sum(counts_x, dtype=jnp.float32)
+
+
+@jax.custom_vjp
+def _negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
+    """-log softmax(logits)[label]. Its own derivative, softmax - one-hot, is one pass over the logits; JAX's rule for
+    the logarithm of a sum keeps the exponentials of them all."""
+    return _negative_log_likelihood_forward(logits_xV, labels_x)[0]
+
+
+def _negative_log_likelihood_forward(logits_xV, labels_x):
+    total_x = jax.nn.logsumexp(logits_xV, axis=-1)
+    chosen_x = jnp.take_along_axis(logits_xV, labels_x[..., None], axis=-1)[..., 0]
+    return total_x - chosen_x, (logits_xV, labels_x, total_x)
+
+
+def _negative_log_likelihood_backward(residuals, g_x):
+    logits_xV, labels_x, total_x = residuals
+    one_hot_xV = labels_x[..., None] == jnp.arange(logits_xV.shape[-1])
+    return (jnp.exp(logits_xV - total_x[..., None]) - one_hot_xV) * g_x[..., None], None
+
+
+_negative_log_likelihood.defvjp(_negative_log_likelihood_forward, _negative_log_likelihood_backward)
 
 
 def head_cross_entropy(

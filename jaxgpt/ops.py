@@ -85,10 +85,18 @@ def _one_row(x_1x1xD: Array, weight_OxD: Array, dtype: str) -> Array:
 
     @jax.jit
     def product(x_1xD: Array, weight_OxD: Array) -> Array:
+        if weight_OxD.dtype == jnp.float32:
+            weight_OxD = _rounded(weight_OxD, dtype)
         return x_1xD @ weight_OxD.astype(jnp.float32).T
 
     with set_xla_metadata(inlineable="false"):
-        return product(x_1x1xD[0].astype(dtype).astype(jnp.float32), weight_OxD)[None]
+        return product(_rounded(x_1x1xD[0], dtype), weight_OxD)[None]
+
+
+def _rounded(x: Array, dtype: str) -> Array:
+    """x rounded to `dtype`, as float32. (XLA may drop a conversion there and back.)"""
+    info = jnp.finfo(dtype)
+    return lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
 
 
 def _few_rows(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
@@ -96,7 +104,7 @@ def _few_rows(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
 
     x = s (h + l / 254), with h the nearest integer to x / s and l that to 254 times what h leaves.
     """
-    x_BxTxD = x_BxTxD.astype(dtype).astype(jnp.float32)
+    x_BxTxD = _rounded(x_BxTxD, dtype)
     largest = jnp.max(jnp.abs(x_BxTxD), axis=-1, keepdims=True)
     steps = jnp.where(largest > 0, largest, 1) / 127
     high = jnp.round(x_BxTxD / steps)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jaxgpt import __version__
+from jaxgpt import __version__, startup
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, help). JAX may be imported only within `run`.
@@ -20,6 +20,7 @@ COMMANDS = {
     "tokenize": ("jaxgpt.cli.tokenize", "turn text into a token file to train on"),
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
+    "benchmark": ("jaxgpt.cli.benchmark", "measure this machine's speed with a model, and its limits"),
     "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
 }
 
@@ -68,6 +69,10 @@ def _run(argv: list[str]) -> int:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(argv)
+    if (
+        "jax" not in sys.modules
+    ):  # what is set up here must come before JAX; where that is loaded, the process is not ours
+        startup.configure()
     return args.run(args)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from jaxgpt import accounting
 from jaxgpt.accounting import MIB
-from jaxgpt.config import PRESETS, GPTConfig
+from jaxgpt.config import DTYPES, PRESETS, GPTConfig
 
 # Table 2 of Radford et al. 2019, by (n_layers, emb_dim).
 _PAPER_NAMES = {(12, 768): "117M", (24, 1024): "345M", (36, 1280): "762M", (48, 1600): "1542M"}
@@ -80,9 +80,7 @@ def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
         "length": length,
         "forward_flops": {**vars(forward), "total": forward.total},
         "training_flops": {**vars(training), "total": training.total},
-        "cache_bytes": {
-            dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in accounting.DTYPE_BYTES
-        },
+        "cache_bytes": {dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in DTYPES},
         "tree": [
             {"path": path, "shape": list(shape), "parameters": math.prod(shape)}
             for path, shape in accounting.parameter_shapes(config).items()

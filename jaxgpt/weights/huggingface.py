@@ -146,7 +146,7 @@ def write(directory: Path, config: GPTConfig, params: Any) -> None:
     write_safetensors(directory / "model.safetensors", named, {"format": "pt"})
     _write_json(directory / "config.json", config_fields(config))
     if config.tokenizer == "gpt2" and config.vocab_size == get_tokenizer("gpt2").vocab_size:
-        _write_tokenizer(directory, config)
+        write_tokenizer(directory, config)
 
 
 def config_fields(config: GPTConfig) -> dict[str, Any]:
@@ -163,7 +163,7 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def _write_tokenizer(directory: Path, config: GPTConfig) -> None:
+def write_tokenizer(directory: Path, config: GPTConfig) -> None:
     """GPT-2's tokenizer as transformers keeps it: the merge table, and the vocabulary that follows from it."""
     table = files("jaxgpt").joinpath("assets", "gpt2", "vocab.bpe").read_text(encoding="utf-8")
     # The 256 bytes as the table writes them: themselves where they print, else the characters from U+0100 on.

@@ -1,0 +1,145 @@
+"""`jaxgpt benchmark`: a table of speeds, each beside the limit that the machine sets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import PRESETS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments."""
+    parser.add_argument("--preset", choices=PRESETS, default="gpt2", metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--only", action="append", metavar="PART", help="only the works whose name contains PART; may be repeated"
+    )
+    parser.add_argument(
+        "--peers", action="store_true", help="run transformers and CTranslate2 too, in turn (extra: bench)"
+    )
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="take each row's best of N processes")
+    parser.add_argument(
+        "--profile", type=Path, metavar="DIR", help="write traces, and print each row's costliest operations"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, each work in a process of its own, and prints. Progress goes to stderr.
+
+    Raises:
+        ValueError: for --only that fits nothing, or --rounds below 1.
+        MissingExtraError: for --peers without any.
+    """
+    from jaxgpt import benchmark, benchmark_peers
+    from jaxgpt.errors import MissingExtraError
+
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
+    chosen = [
+        work
+        for work in benchmark.works(args.preset)
+        if work.kind not in ("read", "matmul") and (not args.only or any(part in work.name for part in args.only))
+    ]
+    if not chosen and args.only != ["start"]:
+        names = ", ".join(work.name for work in benchmark.works(args.preset))
+        raise ValueError(f"--only {' '.join(args.only)} fits none of {names}, start")
+    if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
+        raise MissingExtraError("transformers", "bench", "jaxgpt benchmark --peers")
+
+    def measured(module: str, name: str, *arguments: str) -> dict[str, Any]:
+        print(f"{name} {' '.join(arguments)}".strip(), file=sys.stderr)
+        return benchmark.run_in_process(module, name, args.preset, *arguments)
+
+    read = benchmark.READ_BYTES / measured("jaxgpt.benchmark", "read")["seconds"]
+    flops = {
+        dtype: 2 * benchmark.MATMUL**3 / measured("jaxgpt.benchmark", f"matmul-{dtype}")["seconds"]
+        for dtype in ("float32", "bfloat16")
+    }
+    report: dict[str, Any] = {
+        "preset": args.preset,
+        "read_bytes_per_s": read,
+        "matmul_flops_per_s": flops,
+        "rows": [],
+    }
+    for work in chosen:
+        runs: dict[str, list[dict[str, Any]]] = {"jaxgpt": []}
+        for peer in benchmark_peers.available(work) if args.peers else []:
+            runs[peer] = []
+        for _ in range(args.rounds):  # in turn, so that a busy moment hits all
+            for program, results in runs.items():
+                if program == "jaxgpt":
+                    profile = [str(args.profile / work.name)] if args.profile else []
+                    results.append(measured("jaxgpt.benchmark", work.name, *profile))
+                else:
+                    results.append(measured("jaxgpt.benchmark_peers", work.name, program))
+        best = {program: min(results, key=lambda result: result["seconds"]) for program, results in runs.items()}
+        bound = benchmark.limit(work, read, flops)
+        assert bound is not None
+        rates = {program: work.tokens / result["seconds"] for program, result in best.items()}
+        report["rows"].append(
+            {
+                "work": work.name,
+                "tokens_per_s": rates,
+                "ms": 1000 * best["jaxgpt"]["seconds"],
+                "limit_tokens_per_s": bound[0],
+                "formula": bound[1],
+                "peak_bytes": {program: result["peak_bytes"] for program, result in best.items()},
+                "costliest": best["jaxgpt"].get("costliest", []),
+            }
+        )
+    if not args.only or "start" in args.only:
+        print("start", file=sys.stderr)
+        report["start_seconds"] = dict(zip(("cold", "compiled"), benchmark.cold_and_warm_start(), strict=True))
+    print(json.dumps(report, indent=2) if args.json else _table(report))
+    return 0
+
+
+def _table(report: dict[str, Any]) -> str:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    peers = sorted({program for row in report["rows"] for program in row["tokens_per_s"]} - {"jaxgpt"})
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("work", no_wrap=True)
+    for header in ("tokens/s", "ms", "% of limit", "peak GB", *(f"x {peer}" for peer in peers)):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in report["rows"]:
+        rate = row["tokens_per_s"]["jaxgpt"]
+        ratios = [
+            f"{rate / row['tokens_per_s'][peer]:.2f} ({row['tokens_per_s'][peer]:,.0f})"
+            if peer in row["tokens_per_s"]
+            else ""
+            for peer in peers
+        ]
+        share, peak = rate / row["limit_tokens_per_s"], row["peak_bytes"]["jaxgpt"] / 1e9
+        table.add_row(row["work"], f"{rate:,.1f}", f"{row['ms']:,.0f}", f"{share:.0%}", f"{peak:.1f}", *ratios)
+    matmul = ", ".join(
+        f"{flops / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, flops in report["matmul_flops_per_s"].items()
+    )
+    with console.capture() as capture:
+        console.print(
+            f"{report['preset']}. Limits: reading {report['read_bytes_per_s'] / 1e9:.1f} GB/s; matrix product {matmul}."
+        )
+        if report["rows"]:
+            console.print(table)
+        for formula in dict.fromkeys(row["formula"] for row in report["rows"]):
+            works = ", ".join(row["work"] for row in report["rows"] if row["formula"] == formula)
+            console.print(f"limit of {works}: {formula}", soft_wrap=True)
+        if "start_seconds" in report:
+            seconds = report["start_seconds"]
+            console.print(
+                f"first text of the bundled model: {seconds['cold']:.1f} s in a cold process, "
+                f"{seconds['compiled']:.1f} s with the compile cache"
+            )
+        for row in report["rows"]:
+            if row["costliest"]:
+                console.print(f"\n{row['work']}, costliest operations:")
+                for name, ms in row["costliest"]:
+                    console.print(f"{ms:10.2f} ms  {name}", markup=False)
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())

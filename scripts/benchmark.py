@@ -1,0 +1,8 @@
+"""`jaxgpt benchmark`, as a script."""
+
+import sys
+
+from jaxgpt.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["benchmark", *sys.argv[1:]]))

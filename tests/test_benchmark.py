@@ -1,0 +1,126 @@
+"""`jaxgpt benchmark`: its formulas, what it reads from a trace, and its report. Never a time."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+
+import pytest
+
+from jaxgpt import benchmark, benchmark_peers
+from jaxgpt.benchmark import Work
+from jaxgpt.cli import main
+
+
+def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        rate, _ = benchmark.limit(Work("decode", "gpt2", dtype, 8), 1e10, {})
+        weights = (124_439_808 - 1024 * 768) * size
+        assert rate == pytest.approx(8 * 1e10 / (weights + 2 * 12 * 8 * 96 * 768 * 4))
+    # int8: a byte a weight, and for the rest, scales and biases, much less than the cache.
+    rate, _ = benchmark.limit(Work("decode", "gpt2", "int8", 1), 1e10, {})
+    assert 1e10 / rate == pytest.approx(124e6 + 2 * 12 * 96 * 768 * 4, rel=0.01)
+
+
+def test_the_limit_of_the_rest_is_the_matrix_products():
+    flops = {"float32": 1e11, "bfloat16": 1e12}
+    linear, attention = 2 * 4096 * (12 * 12 * 768**2 + 50257 * 768), 4 * 4 * 1024**2 * 768 * 12 / 2
+    rate, _ = benchmark.limit(Work("forward", "gpt2", "float32", 4, 1024), 1.0, flops)
+    assert rate == pytest.approx(4096 * 1e11 / (linear + attention))
+    rate, _ = benchmark.limit(Work("train", "gpt2", "bfloat16", 4, 1024), 1.0, flops)
+    assert rate == pytest.approx(4096 * 1e12 / (3 * (linear + attention)))
+
+
+def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):
+    def event(name, ts, dur, tid=1, **args):
+        return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    events = [
+        event("while.1", 0, 10_000, hlo_op="while.1"),
+        event("dot.1", 1_000, 3_000, hlo_op="dot.1"),
+        event("dot.2", 5_000, 4_000, hlo_op="dot.2"),
+        event("add.7", 0, 500, tid=2, hlo_op="add.7"),
+        event("a thread's own business", 0, 90_000),
+    ]
+    (tmp_path / "run").mkdir()
+    with gzip.open(tmp_path / "run" / "perfetto_trace.json.gz", "wt") as file:
+        json.dump({"traceEvents": events}, file)
+    assert benchmark.costliest_operations(tmp_path) == [("dot x 2", 7.0), ("while x 1", 3.0), ("add x 1", 0.5)]
+
+
+def test_a_work_is_measured_and_profiled(tmp_path):
+    measured, costliest = benchmark.measure(Work("decode", "character", "int8"), tmp_path)
+    assert 0 < measured.seconds < 100
+    assert measured.peak_bytes > 1e7
+    assert 0 < len(costliest) <= 10
+    assert all(ms > 0 for _, ms in costliest[:3])
+    assert list(tmp_path.rglob("perfetto_trace.json.gz"))
+
+
+def test_a_limit_is_measured_in_its_own_process():
+    result = benchmark.run_in_process("jaxgpt.benchmark", "matmul-float32", "gpt2")
+    assert result["seconds"] > 0
+    with pytest.raises(RuntimeError, match="no-such-work"):
+        benchmark.run_in_process("jaxgpt.benchmark", "no-such-work", "gpt2")
+
+
+@pytest.fixture
+def canned(monkeypatch):
+    """Every process takes 2 s; peers take 1 s; a second round takes longer."""
+    calls = []
+
+    def run(module, name, preset, *arguments, **_):
+        calls.append((module.rpartition(".")[2], name, *arguments))
+        seconds = (1.0 if module.endswith("peers") else 2.0) + calls.count(calls[-1]) - 1
+        return {"seconds": seconds, "peak_bytes": 3 * 10**9, "costliest": [["dot x 2", 1.5]] if arguments else []}
+
+    monkeypatch.setattr(benchmark, "run_in_process", run)
+    monkeypatch.setattr(benchmark, "cold_and_warm_start", lambda: (3.0, 2.0))
+    monkeypatch.setattr(benchmark_peers, "available", lambda work: ["transformers"])
+    return calls
+
+
+def test_the_report_takes_the_best_round_and_gives_ratios(canned, capsys):
+    assert main(["benchmark", "--json", "--peers", "--rounds", "2", "--only", "decode-8-bfloat16"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["tokens_per_s"] == {"jaxgpt": 8 * 128 / 2, "transformers": 8 * 128 / 1}
+    assert row["ms"] == 2000
+    assert row["limit_tokens_per_s"] > 0
+    turns = [call[0] for call in canned if call[1] == "decode-8-bfloat16"]
+    assert turns == ["benchmark", "benchmark_peers"] * 2
+    canned.clear()
+    assert main(["benchmark", "--peers", "--only", "decode-8-bfloat16"]) == 0
+    table = capsys.readouterr().out
+    assert "0.50 (1,024)" in table
+    assert "rows x read bandwidth" in table
+
+
+def test_the_whole_benchmark_covers_every_row(canned, capsys, tmp_path):
+    assert main(["benchmark", "--json", "--profile", str(tmp_path)]) == 0
+    report = json.loads(capsys.readouterr().out)
+    rows = [row["work"] for row in report["rows"]]
+    decode = [f"decode-{batch}-{dtype}" for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")]
+    rest = [f"{work}-{dtype}" for work in ("forward-4x1024", "train-2x512") for dtype in ("float32", "bfloat16")]
+    assert rows == [*decode, *rest, "character-train-32x256-float32", "character-train-32x256-bfloat16"]
+    assert report["start_seconds"] == {"cold": 3.0, "compiled": 2.0}
+    assert report["rows"][0]["costliest"] == [["dot x 2", 1.5]]
+    assert ("benchmark", rows[0], str(tmp_path / rows[0])) in canned
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
+        (["--only", "dance"], "--only dance fits none of read, .*decode-1-float32"),
+    ],
+)
+def test_bad_arguments_are_told(canned, capsys, arguments, told):
+    assert main(["benchmark", *arguments]) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_peers_that_are_not_installed_name_the_extra(canned, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark_peers, "available", lambda work: [])
+    assert main(["benchmark", "--peers"]) == 2
+    assert "jaxgpt[bench]" in capsys.readouterr().err

@@ -1,0 +1,220 @@
+"""The form of the parameters that decodes fastest: its products, int8, and what the compiled decode step does."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, make_model, random_ids
+
+from jaxgpt import decode, ops, prepare, weights
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.generation import generate
+from jaxgpt.model import GPT
+from jaxgpt.sampling import Greedy
+from jaxgpt.weights.quantise import quantise
+
+DTYPES = ("float32", "bfloat16", "int8")
+
+
+def relative_error(got, want):
+    return float(np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max())
+
+
+@pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 7), (9, 9)])
+@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_linear_equals_the_formula_for_any_number_of_rows_and_type_of_weight(rows, kind, dtype):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(*rows, 64)), jnp.float32)
+    weight, scale = rng.normal(size=(50, 64)), None
+    if kind == "int8":
+        weight, scale = quantise(weight)
+    weight = jnp.asarray(weight, kind)
+    rounded_x, rounded_weight = (np.asarray(a.astype(dtype), np.float64) for a in (x, weight))
+    want = rounded_x @ rounded_weight.T * (1 if scale is None else np.asarray(scale, np.float64))
+    got = jax.jit(lambda x: ops.linear(x, weight, scale if scale is None else jnp.asarray(scale), dtype))(x)
+    assert got.dtype == jnp.float32
+    assert relative_error(got, want) < (1e-4 if kind == "int8" else 1e-6)
+
+
+def test_linear_of_one_row_is_differentiable():
+    x, weight = jnp.ones((1, 1, 6)), jnp.arange(12.0).reshape(2, 6)
+    dx, dweight = jax.grad(lambda x, w: ops.linear(x, w, None, "float32").sum(), (0, 1))(x, weight)
+    np.testing.assert_allclose(dx[0, 0], weight.sum(0))
+    np.testing.assert_allclose(dweight, np.ones((2, 6)))
+
+
+def test_quantise_rounds_to_the_nearest_of_255_steps_a_row():
+    weight = np.random.default_rng(0).normal(size=(3, 5, 40)).astype(np.float32)
+    weight[1, 2] = 0
+    values, scale = quantise(weight)
+    assert values.dtype == np.int8
+    assert scale.dtype == np.float32
+    assert scale.shape == (3, 5)
+    assert (np.abs(values).max(-1) == np.where(np.arange(15).reshape(3, 5) == 7, 0, 127)).all()
+    assert (np.abs(values * scale[..., None] - weight) <= scale[..., None] * 0.500001).all()
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_prepare_unstacks_converts_and_leaves_alone_what_is_in_form(scan_layers):
+    model, params = make_model(TINY.replace(scan_layers=scan_layers))
+    ids = random_ids(TINY, 2, 9)
+    want = model.apply({"params": params}, ids)
+    ready, ready_params = prepare(model, params)
+    assert not ready.config.scan_layers
+    assert (ready_params is params) == (not scan_layers)
+    np.testing.assert_allclose(ready.apply({"params": ready_params}, ids), want, atol=1e-5)
+    assert prepare(ready, ready_params, "float32")[1] is not None
+    short, short_params = prepare(model, params, "bfloat16")
+    assert (short.config.param_dtype, short.config.dtype) == ("bfloat16", "bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(short_params)} == {"bfloat16"}
+    with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, int8, not 'int4'"):
+        prepare(model, params, "int4")
+
+
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
+    model, params = make_model(TINY.replace(tie_embeddings=tie_embeddings))
+    small, small_params = prepare(model, params, "int8")
+    types = {path[-1].key: leaf.dtype.name for path, leaf in jax.tree_util.tree_flatten_with_path(small_params)[0]}
+    assert types["weight"] == "int8"
+    assert {kind for name, kind in types.items() if name != "weight"} == {"float32"}
+    back, back_params = prepare(small, small_params, "float32")
+    assert back.config == model.config
+    for batch, length in ((1, 1), (2, 3), (9, 9)):  # a form of the product each
+        ids = random_ids(TINY, batch, length)
+        want = np.asarray(back.apply({"params": back_params}, ids), np.float64)
+        assert relative_error(small.apply({"params": small_params}, ids), want) < 2e-4
+        plain = np.asarray(model.apply({"params": params}, ids), np.float64)
+        assert 1e-4 < relative_error(want, plain) < 0.05  # rounding is there, and small
+
+
+def test_an_int8_model_starts_random():
+    model = GPT(TINY.replace(param_dtype="int8"))
+    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    float_params = prepare(model, params, "float32")[1]
+    assert float(float_params["tok_emb"]["weight"].std()) == pytest.approx(0.02, rel=0.05)
+    assert bool(jnp.isfinite(model.apply({"params": params}, random_ids(TINY, 2, 5))).all())
+
+
+def test_int8_costs_the_bundled_model_almost_nothing():
+    """The whole validation split is measured in configs/shakespeare.toml; here its prompts' greedy continuations."""
+    model, params = weights.load("shakespeare", dtype="float32")
+    small, small_params = prepare(model, params, "int8")
+    text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nROMEO:\n"
+    result = generate(model, params, [list(text[:n]) for n in (20, 40, 60, 80)], 100)
+    agree = []
+    for row, length in zip(result.tokens, result.prompt_lengths, strict=True):
+        logits = small.apply({"params": small_params}, row[None, :-1])
+        agree.append(np.argmax(logits[0, length - 1 :], -1) == row[length:])
+    assert np.concatenate(agree).mean() >= 0.95
+
+
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_int8_checkpoints_come_back_as_they_were(tmp_path, scan_layers):
+    model, params = prepare(*make_model(), "int8")
+    weights.save(tmp_path / "int8", model, params)
+    loaded, loaded_params = weights.load(tmp_path / "int8", scan_layers=scan_layers)
+    assert loaded.config == model.config.replace(scan_layers=scan_layers)
+    loaded, loaded_params = prepare(loaded, loaded_params)
+    jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
+    floats = weights.load(tmp_path / "int8", param_dtype="float32")[1]
+    jax.tree.map(np.testing.assert_array_equal, floats, prepare(model, params, "float32")[1])
+    with pytest.raises(CheckpointError, match="huggingface's format has no int8"):
+        weights.save(tmp_path / "hf", model, params, format="huggingface")
+
+
+def test_a_float_checkpoint_loads_as_int8(tmp_path):
+    model, params = make_model()
+    weights.save(tmp_path / "model", model, params)
+    loaded, loaded_params = weights.load(tmp_path / "model", param_dtype="int8")
+    assert loaded.config.param_dtype == "int8"
+    jax.tree.map(np.testing.assert_array_equal, loaded_params, prepare(model, params, "int8")[1])
+
+
+def test_float_weights_are_refused_where_int8_is_announced(tmp_path):
+    model, params = prepare(*make_model(), "int8")
+    params["pos_emb"] = {**params["pos_emb"], "weight": params["pos_emb"]["weight"].astype(jnp.float32)}
+    with pytest.raises(CheckpointError, match="1 not int8: 'pos_emb/weight' is float32"):
+        weights.save(tmp_path / "model", model, params)
+
+
+# Sizes that no two arrays share by accident.
+SHAPES = GPTConfig(vocab_size=1009, context_length=80, emb_dim=48, n_heads=3, n_layers=2, ffn_dim=208, drop_rate=0.0)
+SLOTS = 80
+
+
+def compiled_decode(model, params, batch):
+    prompt = np.zeros((batch, 4), np.int32)
+    stops = np.zeros(0, np.int32)
+    state = decode.prefill(
+        model, params, prompt, np.full(batch, 4, np.int32), np.int32(4), None, stops, slots=SLOTS, sampler=Greedy()
+    )
+    step = decode.decode.lower(model, params, state, np.int32(8), None, stops, chunk=8, sampler=Greedy())
+    return step.compile().as_text()
+
+
+def written(hlo):
+    """(computation, type, operation) of every result that the compiled text writes to memory: those of all but fused
+    computations."""
+    computation = ""
+    for line in hlo.splitlines():
+        if line and not line[0].isspace():
+            computation = line.split(" ")[0].lstrip("%")
+        found = re.match(r"\s+(?:ROOT )?%?[\w.\-]+ = (\w+\[[\d,]*\])\S* ([\w\-]+)\(", line)
+        if found and not computation.startswith(("fused", "wrapped")):
+            yield computation, found[1], found[2]
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_compiled_decode_copies_no_cache_and_converts_no_weight(dtype, batch):
+    hlo = compiled_decode(*prepare(*make_model(SHAPES), dtype), batch)
+    cache = f"[{SHAPES.n_heads},{SLOTS},16]" if batch == 1 else f"[{batch},{SHAPES.n_heads},{SLOTS},16]"
+    results = list(written(hlo))
+    assert any(kind == f"f32{cache}" for _, kind, _ in results)
+    moved = [r for r in results if r[1] == f"f32{cache}" and r[2] in ("copy", "transpose", "convert")]
+    in_loop = [r for r in moved if not r[0].startswith("main")]
+    assert not in_loop, in_loop
+    sizes = ["1009,48", "144,48", "48,48", "208,48", "48,208"]
+    own = {"float32": "f32", "bfloat16": "bf16", "int8": "s8"}[dtype]
+    plain = {f"{kind}[{size}]" for kind in ("f32", "bf16") if kind != own for size in sizes}
+    plain |= {f"{kind}[{','.join(size.split(',')[::-1])}]" for kind in ("f32", "bf16") for size in sizes[:2]}
+    hoisted = [r for r in results if r[1] in plain and r[2] not in ("parameter", "get-tuple-element")]
+    assert not hoisted, hoisted
+
+
+def test_a_growing_cache_changes_no_token(monkeypatch):
+    model, params = make_model(SHAPES)
+    want = generate(model, params, [[1, 2, 3], [4]], 70)
+    monkeypatch.setattr("jaxgpt.generation.FIRST_NEW_TOKENS", 2)
+    monkeypatch.setattr("jaxgpt.generation.CACHE_BUCKET", 4)
+    monkeypatch.setattr("jaxgpt.generation.CHUNK", 8)
+    slots = []
+    grow = decode.grow
+    monkeypatch.setattr(decode, "grow", lambda state, n: slots.append(n) or grow(state, n))
+    got = generate(model, params, [[1, 2, 3], [4]], 70)
+    assert slots == [64, 80]
+    for a, b in zip(got.tokens, want.tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_short_answer_does_not_pay_for_the_longest_allowed(monkeypatch):
+    model, params = make_model(TINY.replace(context_length=1024))
+    slots = []
+    prefill = decode.prefill
+
+    def spy(*args, **kwargs):
+        slots.append(kwargs["slots"])
+        return prefill(*args, **kwargs)
+
+    monkeypatch.setattr(decode, "prefill", spy)
+    first = int(generate(model, params, [[1, 2, 3]], 1).tokens[0][-1])
+    generate(model, params, [[1, 2, 3]], 900, stop_ids=[first])
+    assert slots == [64, 256]

@@ -1,0 +1,113 @@
+"""What the command sets up before JAX starts: the compile cache, and the allocator."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+
+import pytest
+
+from jaxgpt import startup
+
+
+@pytest.fixture
+def environment(monkeypatch, tmp_path):
+    """A user's: nothing set but the cache's home."""
+    for name in list(os.environ):
+        if name.startswith("JAX"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # What is set below is undone at the end only if it is known here.
+    for name in ("DIR", "X"):
+        monkeypatch.setenv(f"JAX_COMPILATION_CACHE_{name}", "")
+        monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}")
+    for name in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):
+        monkeypatch.setenv(f"JAX_PERSISTENT_CACHE_{name}", "")
+        monkeypatch.delenv(f"JAX_PERSISTENT_CACHE_{name}")
+    return tmp_path / "jaxgpt" / "xla"
+
+
+def test_the_compile_cache_is_the_users_own(environment):
+    startup.use_compile_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(environment)
+    assert stat.S_IMODE(environment.stat().st_mode) == 0o700
+
+
+def test_a_cache_that_was_chosen_already_stays(environment, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
+    startup.use_compile_cache()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+    assert not environment.exists()
+
+
+def test_the_compile_cache_can_be_switched_off(environment, monkeypatch):
+    monkeypatch.setenv("JAXGPT_COMPILE_CACHE", "0")
+    startup.use_compile_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    assert not environment.exists()
+
+
+def test_a_cache_that_others_can_write_to_is_not_used(environment):
+    environment.mkdir(parents=True)
+    environment.chmod(0o770)
+    with pytest.warns(UserWarning, match="others can write to it"):
+        startup.use_compile_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_a_home_that_cannot_hold_a_cache_is_no_error(environment, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="no compile cache in .*JAXGPT_COMPILE_CACHE=0 switches it off"):
+        startup.use_compile_cache()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+
+
+def test_a_cache_past_its_size_loses_its_oldest_entries(environment, monkeypatch):
+    environment.mkdir(parents=True, mode=0o700)
+    for i in range(6):
+        (environment / f"{i}").write_bytes(bytes(100))
+        os.utime(environment / f"{i}", (i, i))
+    monkeypatch.setattr(startup, "CACHE_BYTES", 600)
+    startup.use_compile_cache()
+    assert len(list(environment.iterdir())) == 6
+    monkeypatch.setattr(startup, "CACHE_BYTES", 500)
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    startup.use_compile_cache()
+    assert sorted(entry.name for entry in environment.iterdir()) == ["4", "5"]
+
+
+def test_the_second_process_compiles_nothing(environment):
+    command = [sys.executable, "-m", "jaxgpt", "generate", "--prompt", "A", "--max-new-tokens", "8"]
+    first = subprocess.run(command, capture_output=True, text=True, check=True)
+    kept = {entry.name for entry in environment.iterdir() if not entry.name.endswith("-atime")}
+    assert any("decode" in name for name in kept)
+    second = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert second.stdout == first.stdout
+    assert {entry.name for entry in environment.iterdir() if not entry.name.endswith("-atime")} == kept
+    for done in (first, second):
+        assert [line.split(" in ")[0] for line in done.stderr.splitlines()] == ["8 tokens"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc only")
+def test_freed_memory_stays_with_the_process():
+    program = """
+import resource, sys
+import numpy as np
+from jaxgpt import startup
+if sys.argv[1] == "keep":
+    startup.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(2**25, np.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    keep, give = (
+        int(subprocess.run([sys.executable, "-c", program, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("keep", "give")
+    )
+    assert keep < give / 10
