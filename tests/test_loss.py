@@ -39,6 +39,14 @@ def test_sum_and_count_are_float64_arithmetics(chunk):
     assert float(losses) == pytest.approx(want, rel=1e-6)
 
 
+def test_the_gradient_of_cross_entropy_is_softmax_less_one_hot():
+    logits = RNG.normal(size=(3, 7, 11))
+    probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    want = (probabilities - np.eye(11)[LABELS_BxT]) * (LABELS_BxT != IGNORE)[..., None]
+    got = jax.grad(lambda x: 2 * cross_entropy(x, LABELS_BxT)[0])(jnp.asarray(logits, jnp.float32))
+    np.testing.assert_allclose(got, 2 * want, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 7, 20])
 def test_chunked_gradients_equal_the_plain_ones(chunk):
     def mean(x, head, chunk):
