@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import TINY
+from helpers import TINY, make_model
 
-from jaxgpt import accounting
+from jaxgpt import accounting, prepare
 from jaxgpt.cache import Cache
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
@@ -124,6 +124,8 @@ def test_bytes_by_dtype():
     assert accounting.parameter_bytes(TINY) == 4 * total
     assert accounting.parameter_bytes(TINY, "bfloat16") == 2 * total
     assert accounting.parameter_bytes(TINY.replace(param_dtype="bfloat16")) == 2 * total
+    _, params = prepare(*make_model(), "int8")
+    assert accounting.parameter_bytes(TINY, "int8") == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, int8, not 'int4'"):
         accounting.parameter_bytes(TINY, "int4")
 

@@ -227,7 +227,11 @@ def test_inspect_json_holds_the_numbers(capsys):
     assert report["config"]["emb_dim"] == 768
     assert report["parameters"]["by_component"]["out_head"] == 38_597_376
     assert report["parameters"]["without_embeddings"] == 85_028_352
-    assert report["parameter_bytes"] == {"float32": 652_038_144, "bfloat16": 326_019_072}
+    assert report["parameter_bytes"] == {
+        "float32": 652_038_144,
+        "bfloat16": 326_019_072,
+        "int8": 164_028_552,
+    }
     assert (report["batch"], report["length"]) == (2, 1024)
     assert report["forward_flops"]["linear"] == 505_987_203_072
     assert report["training_flops"]["linear"] == 3 * 505_987_203_072

@@ -11,7 +11,8 @@ import jax
 import pytest
 from helpers import TINY, make_model
 
-from jaxgpt import weights
+from jaxgpt import prepare, weights
+from jaxgpt.cache import Cache
 from jaxgpt.cli import main
 from jaxgpt.sampling import from_options
 from jaxgpt.text import generate_text
@@ -38,9 +39,9 @@ def loaded(model, monkeypatch):
     return asked
 
 
-def sampled(model, prompts, n=8, seed=0, **options):
-    options = {"temperature": 0.8, "top_k": 200, **options}
-    return generate_text(*model, prompts, n, sampler=from_options(**options), key=jax.random.key(seed))
+def sampled(model, prompts, n=8, seed=0, cache_dtype=None, **options):
+    sampler = from_options(**{"temperature": 0.8, "top_k": 200, **options})
+    return generate_text(*model, prompts, n, sampler=sampler, key=jax.random.key(seed), cache_dtype=cache_dtype)
 
 
 def set_stdin(monkeypatch, data, terminal=False):
@@ -52,16 +53,28 @@ def test_prints_text_on_stdout_and_speed_on_stderr(model, capsys, loaded):
     out, err = capsys.readouterr()
     assert out == sampled(model, "Ab")[0] + "\n"
     assert "8 tokens in" in err
-    assert loaded == [("shakespeare", {})]
+    assert loaded == [("shakespeare", {"param_dtype": None})]
 
 
 def test_sampling_options_reach_the_sampler(model, capsys, loaded):
     options = ["--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--min-p", "0.01", "--seed", "5"]
-    assert main(["generate", "--model", "m", "--prompt", "Ab", *N, *options, "--dtype", "bfloat16"]) == 0
-    assert capsys.readouterr().out == sampled(model, "Ab", 8, 5, temperature=1.5, top_k=50, top_p=0.9, min_p=0.01)[
-        0
-    ] + ("\n")
-    assert loaded == [("m", {"param_dtype": "bfloat16", "dtype": "bfloat16"})]
+    assert main(["generate", "--model", "m", "--prompt", "Ab", *N, *options]) == 0
+    want = sampled(model, "Ab", 8, 5, temperature=1.5, top_k=50, top_p=0.9, min_p=0.01)
+    assert capsys.readouterr().out == want[0] + "\n"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_types_reach_the_model_and_its_cache(model, capsys, loaded, dtype, monkeypatch):
+    caches = []
+    empty = Cache.empty
+    monkeypatch.setattr(
+        Cache, "empty", lambda *args, **options: caches.append(options["dtype"]) or empty(*args, **options)
+    )
+    assert main(["generate", "--model", "m", "--prompt", "Ab", *N, "--dtype", dtype, "--cache-dtype", "bfloat16"]) == 0
+    want = sampled(prepare(*model, dtype), "Ab", cache_dtype="bfloat16")
+    assert capsys.readouterr().out == want[0] + "\n"
+    assert loaded == [("m", {"param_dtype": dtype})]
+    assert set(caches) == {"bfloat16"}
 
 
 def test_greedy_is_temperature_0(model, capsys):

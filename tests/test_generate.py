@@ -87,17 +87,18 @@ def test_draws_are_a_function_of_the_key(tiny):
 def test_lengths_of_one_bucket_compile_once(caplog):
     model, params = make_model(TINY.replace(context_length=64), seed=2)
 
-    def compiled(lengths, counts):
+    def compiled(lengths, counts, batch=2):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             for length, n in zip(lengths, counts, strict=True):
-                generate(model, params, [list(range(length)), [1]], n)
+                generate(model, params, [list(range(length))] * (batch - 1) + [[1]], n)
         return re.findall(r"Compiling jit\((\w+)\)", caplog.text)
 
-    first = compiled([10], [40])
-    assert first.count("prefill") == 1
-    assert first.count("decode") == 1
-    assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54]) == []
+    for batch in (2, 3, 4):
+        first = compiled([10], [40], batch)
+        assert first.count("prefill") == 1
+        assert first.count("decode") == 1
+        assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54], batch) == []
 
 
 def test_buckets_double_up_to_the_largest():

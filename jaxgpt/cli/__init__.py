@@ -20,7 +20,7 @@ COMMANDS = {
     "tokenize": ("jaxgpt.cli.tokenize", "turn text into a token file to train on"),
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
-    "benchmark": ("jaxgpt.cli.benchmark", "measure this machine's speed with a model, and its limits"),
+    "benchmark": ("jaxgpt.cli.benchmark", "measure speed, beside the machine's limits"),
     "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
 }
 

@@ -39,6 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16", "int8"),
         help="of parameters and products; int8 of matrices only (default: as saved)",
     )
+    parser.add_argument(
+        "--cache-dtype",
+        choices=("float32", "bfloat16"),
+        help="of the key/value cache (default: see jaxgpt.Cache.empty)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,7 +77,11 @@ def run(args: argparse.Namespace) -> int:
     context = model.config.context_length
     if max(map(len, rows)) + args.max_new_tokens > context:
         print(f"beyond {context} tokens, the model's context, every token takes a pass over all of it", file=sys.stderr)
-    options: dict[str, Any] = {"sampler": sampler, "stop_ids": (tokenizer.end_of_text,)}
+    options: dict[str, Any] = {
+        "sampler": sampler,
+        "stop_ids": (tokenizer.end_of_text,),
+        "cache_dtype": args.cache_dtype,
+    }
     show = _stream if args.stream else _print
     show(args, model, params, prompts, rows, key, options)
     return 0
