@@ -93,7 +93,7 @@ def test_help_lists_every_command(capsys):
         main(["--help"])
     out = capsys.readouterr().out
     for name, (_, summary) in COMMANDS.items():
-        assert re.search(rf"^ +{name} +{summary}$", out, re.MULTILINE)
+        assert re.search(rf"^ +{name}\s+{summary}$", out, re.MULTILINE)
 
 
 def test_version(capsys):
