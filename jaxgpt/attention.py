@@ -82,9 +82,9 @@ def attention(
         scores = _scores(q_BxHxTxK, k_BxHxSxK, _visible(query_slot, T, S, start_B), dtype)
         inspect(jax.nn.softmax(scores))
     if not isinstance(query_slot, int):
-        # While decoding T is 1: nothing to divide, and nothing to differentiate.
-        plan = _Plan(dtype, 0.0, query_slot, T)
-        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, None))[0]
+        # While decoding T is small: there is nothing to divide.
+        plan = _Plan(dtype, drop_rate, query_slot, T)
+        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
     query_block = query_block or min(128, max(64, T // 4))
     if group_scores is None:
         group_scores = CPU_SCORES if jax.default_backend() == "cpu" else B * H * T * S

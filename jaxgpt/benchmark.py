@@ -160,12 +160,13 @@ def measure(work: Work, profile: Path | None = None) -> tuple[Measurement, list[
     # A limit is the best that was seen.
     is_limit = work.kind in ("read", "matmul")
     seconds = timed(run, 30, 2, min) if is_limit else timed(run, repeats=3, warm_up=2)
+    peak = peak_bytes()  # before tracing adds to it
     costliest: list[tuple[str, float]] = []
     if profile is not None:
         with jax.profiler.trace(str(profile), create_perfetto_trace=True):
             run()
         costliest = costliest_operations(profile)
-    return Measurement(seconds, peak_bytes()), costliest
+    return Measurement(seconds, peak), costliest
 
 
 def peak_bytes() -> int:
@@ -294,9 +295,11 @@ def _start_up() -> float:
 def cold_and_warm_start() -> tuple[float, float]:
     """Seconds of the bundled model's first process, with an empty compile cache, and of the second."""
     with tempfile.TemporaryDirectory() as cache:
-        before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")}
+        others = ("JAX_COMPILATION_CACHE_DIR", startup.CACHE_VARIABLE)
+        before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", *others)}
         os.environ["XDG_CACHE_HOME"] = cache
-        os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+        for name in others:
+            os.environ.pop(name, None)
         try:
             return _start_up(), _start_up()
         finally:

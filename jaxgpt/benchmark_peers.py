@@ -67,6 +67,7 @@ def _model(work: Work) -> Any:
             embd_pdrop=config.drop_rate_emb,
             attn_pdrop=config.drop_rate_attn,
             resid_pdrop=config.drop_rate_shortcut,
+            tie_word_embeddings=config.tie_embeddings,
             bos_token_id=None,
             eos_token_id=None,
         )

@@ -65,7 +65,8 @@ def generate(
     """Continues each prompt by up to `max_new_tokens` ids.
 
     Each row gets what it would get alone, whatever the other rows are. Compiles once per model, batch size,
-    sampler and bucket of lengths (powers of two).
+    sampler and bucket of lengths (powers of two). A model with `scan_layers` is unstacked in each call: `prepare` it
+    once instead.
 
     Past the context the result is the reference generator's: each id is drawn from the last `context_length`
     ids alone, at positions from 0. No cache can serve that (see `jaxgpt.cache.Window`), so from there on every
@@ -194,7 +195,7 @@ class Generation:
                 sampler=self.sampler,
             )
             before, drawn = drawn, int(state.drawn)
-            yield self._accept(state, ids_BxN, _Timing(work, drawn - before, started))
+            yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
 
     def _slots(self, needed: int) -> int:
         """Size of a cache that holds `needed` slots; never less than the padded prompts."""

@@ -20,6 +20,7 @@ from jaxgpt import ops
 from jaxgpt.attention import attention
 from jaxgpt.cache import Cache, read, write
 from jaxgpt.config import GPTConfig
+from jaxgpt.errors import ConfigError
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 
@@ -261,13 +262,18 @@ def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> tuple[Arra
     """Declares a weight [*out, in] and, where weights are int8, the scale [*out] of each of its rows."""
     kind = module.config.param_dtype
     if kind != "int8":
-        return module.param("weight", normal(std), shape, jnp.dtype(kind)), None
+        weight = module.param("weight", normal(std), shape, jnp.dtype(kind))
+        if weight.dtype == jnp.int8:
+            raise ConfigError("int8 parameters need the model that jaxgpt.prepare returns with them")
+        return weight, None
 
     # 127 steps of std / 32 reach to four deviations.
     def draw(key: Array, shape: tuple[int, ...]) -> Array:
         return jnp.clip(jnp.round(32 * jax.random.normal(key, shape)), -127, 127).astype(jnp.int8)
 
     weight = module.param("weight", draw, shape)
+    if weight.dtype != jnp.int8:
+        raise ConfigError(f"param_dtype is int8 and the parameters are {weight.dtype}: jaxgpt.prepare converts both")
     return weight, module.param("weight_scale", nn.initializers.constant(std / 32), shape[:-1], jnp.float32)
 
 

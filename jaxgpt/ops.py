@@ -59,7 +59,8 @@ def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str)
     """x W^T in float32, [B, T, O], for W in any type; an int8 W comes with a scale for each of its rows.
 
     Operands are rounded to `dtype`, except that an int8 W is exact in either. On a CPU few rows of x take forms
-    of the product that read W once, in the type it is stored in.
+    of the product that read W once, in the type it is stored in; with an int8 W, 2 to `FEW_ROWS` rows of x are
+    rounded to 15 bits, and have no gradient.
     """
     B, T = x_BxTxD.shape[:2]
 
@@ -104,9 +105,9 @@ def _few_rows(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
 
     x = s (h + l / 254), with h the nearest integer to x / s and l that to 254 times what h leaves.
     """
-    x_BxTxD = _rounded(x_BxTxD, dtype)
+    x_BxTxD = lax.stop_gradient(_rounded(x_BxTxD, dtype))
     largest = jnp.max(jnp.abs(x_BxTxD), axis=-1, keepdims=True)
-    steps = jnp.where(largest > 0, largest, 1) / 127
+    steps = jnp.where(largest == 0, 1, largest) / 127  # NaN and infinity reach the result through it
     high = jnp.round(x_BxTxD / steps)
     low = jnp.round(254 * (x_BxTxD / steps - high))
     digits_2xBxTxD = jnp.stack([high, low]).astype(jnp.int8)

@@ -84,7 +84,8 @@ class Run:
         Raises:
             ConfigError: naming every difference.
         """
-        was, now, data = self._described("config"), config.to_dict(), self._described("data")
+        # By way of a config, which knows the defaults of fields that came after the run began.
+        was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
         differences = [
             f"{table}.{name}: {was[table].get(name)!r} before, {value!r} now"
             for table in ("model", "train")

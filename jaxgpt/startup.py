@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import hashlib
 import os
+import platform
 import stat
 import sys
 import warnings
@@ -30,27 +33,47 @@ def use_compile_cache() -> None:
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or os.environ.get(CACHE_VARIABLE) == "0":
         return
     base = os.environ.get("XDG_CACHE_HOME", "")
-    directory = (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt" / "xla"
     try:
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = directory.stat()
-        if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
-            raise PermissionError("others can write to it, or it is another user's")
+        own = (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt"
+        own.parent.mkdir(parents=True, exist_ok=True)
+        directory = own / f"xla-{_processor()}"
+        for made in (own, directory):
+            made.mkdir(mode=0o700, exist_ok=True)
+            _check_private(made)
         _prune(directory)
-    except OSError as error:
-        warnings.warn(f"no compile cache in {directory}: {error}. {CACHE_VARIABLE}=0 switches it off.", stacklevel=2)
+    except (OSError, RuntimeError) as error:  # a RuntimeError if there is no home
+        warnings.warn(f"no compile cache: {error}. {CACHE_VARIABLE}=0 switches it off.", stacklevel=2)
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def _processor() -> str:
+    """A name for the kind of processor: what was compiled for one may not run on another, and homes are shared."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    known = sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    text = "\n".join([platform.machine(), platform.processor(), *known])
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _check_private(directory: Path) -> None:
+    status = directory.stat()
+    if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
+        raise PermissionError(f"others can write to {directory}, or it is another user's")
+
+
 def _prune(directory: Path) -> None:
     """Removes the oldest entries of a cache that has grown past `CACHE_BYTES`, down to half of that."""
-    entries = sorted(
-        ((entry.stat().st_mtime, entry.stat().st_size, entry) for entry in directory.iterdir() if entry.is_file()),
-        key=lambda item: item[0],
-    )
+    entries = []
+    for entry in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
+            status = entry.stat()
+            entries.append((status.st_mtime, status.st_size, entry))
+    entries.sort(key=lambda item: item[0])
     excess = sum(size for _, size, _ in entries)
     if excess <= CACHE_BYTES:
         return

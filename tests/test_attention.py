@@ -37,17 +37,23 @@ def plain_attention(q, k, v, kept):
     return jax.nn.softmax(scores) * kept @ v
 
 
+@pytest.mark.parametrize("group_scores", [1, 10**6])
 @pytest.mark.parametrize("drop_rate", [0.0, 0.4])
-def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate):
+def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores):
     T = 9
     q, k, v = attention_inputs(T, T)
     run = functools.partial(
-        attention, dtype="float32", drop_rate=drop_rate, dropout_key=jax.random.key(0) if drop_rate else None
+        attention,
+        dtype="float32",
+        drop_rate=drop_rate,
+        dropout_key=jax.random.key(0) if drop_rate else None,
+        group_scores=group_scores,
     )
     # The same mask as it acts on the weights, read off with no scores and the identity for values.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
     kept = run(zeros, zeros, values) * jnp.arange(1, T + 1)[:, None]
     assert bool((kept[..., 0] == 0).any()) == (drop_rate > 0)  # the first column is visible to all
+    assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
     got, pull_back = jax.vjp(run, q, k, v)
     want, pull_back_formula = jax.vjp(lambda q, k, v: plain_attention(q, k, v, kept), q, k, v)
     np.testing.assert_allclose(got, want, atol=2e-6)
@@ -58,22 +64,26 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate):
 
 @pytest.mark.parametrize("start_B", [None, [0, 3]])
 @pytest.mark.parametrize("query_slot", [0, 4])
+@pytest.mark.parametrize("group_scores", [1, 100, 10**6])  # a head, a row, and everything at a time
 @pytest.mark.parametrize("query_block", [3, 4])
-def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(query_block, query_slot, start_B):
+def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
+    query_block, query_slot, start_B, group_scores
+):
     T = 7
     q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots beyond the last query: a cache not yet full
     start = None if start_B is None else jnp.asarray(start_B, jnp.int32)
     # A query before its row's start sees nothing; what comes out there is unspecified and never used.
     used = jnp.ones((2, T), bool) if start is None else query_slot + jnp.arange(T) >= start[:, None]
 
-    def weighted(block, q, k, v):
-        y = attention(q, k, v, dtype="float32", query_slot=query_slot, start_B=start, query_block=block)
+    def weighted(block, scores, q, k, v):
+        options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}
+        y = attention(q, k, v, dtype="float32", **options)
         y = jnp.where(used[:, None, :, None], y, 0)
         return jnp.sum(jnp.sin(y)), y
 
-    differentiated = jax.jit(jax.value_and_grad(weighted, (1, 2, 3), has_aux=True), static_argnums=0)
-    (_, want), want_grads = differentiated(64, q, k, v)
-    (_, got), got_grads = differentiated(query_block, q, k, v)
+    differentiated = jax.jit(jax.value_and_grad(weighted, (2, 3, 4), has_aux=True), static_argnums=(0, 1))
+    (_, want), want_grads = differentiated(64, 10**6, q, k, v)
+    (_, got), got_grads = differentiated(query_block, group_scores, q, k, v)
     np.testing.assert_allclose(got, want, atol=1e-6)
     for mine, theirs in zip(got_grads, want_grads, strict=True):
         assert float(jnp.abs(theirs).max()) > 0.1

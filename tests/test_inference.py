@@ -14,7 +14,7 @@ from helpers import TINY, make_model, random_ids
 from jaxgpt import decode, ops, prepare, weights
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.generation import generate
+from jaxgpt.generation import Generation, generate
 from jaxgpt.model import GPT
 from jaxgpt.sampling import Greedy
 from jaxgpt.weights.quantise import quantise
@@ -70,7 +70,8 @@ def test_prepare_unstacks_converts_and_leaves_alone_what_is_in_form(scan_layers)
     assert not ready.config.scan_layers
     assert (ready_params is params) == (not scan_layers)
     np.testing.assert_allclose(ready.apply({"params": ready_params}, ids), want, atol=1e-5)
-    assert prepare(ready, ready_params, "float32")[1] is not None
+    again = prepare(ready, ready_params, "float32")[1]
+    assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(ready_params), strict=True))
     short, short_params = prepare(model, params, "bfloat16")
     assert (short.config.param_dtype, short.config.dtype) == ("bfloat16", "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(short_params)} == {"bfloat16"}
@@ -93,6 +94,29 @@ def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
         assert relative_error(small.apply({"params": small_params}, ids), want) < 2e-4
         plain = np.asarray(model.apply({"params": params}, ids), np.float64)
         assert 1e-4 < relative_error(want, plain) < 0.05  # rounding is there, and small
+
+
+def test_int8_hides_nothing_that_is_not_finite():
+    model, params = make_model()
+    damaged = {**params, "tok_emb": {"weight": params["tok_emb"]["weight"].at[3, 4].set(jnp.nan)}}
+    with pytest.raises(ValueError, match="NaN or infinite have no int8 form"):
+        prepare(model, damaged, "int8")
+    small, small_params = prepare(model, params, "int8")
+    small_params["final_norm"] = {**params["final_norm"], "scale": params["final_norm"]["scale"].at[1].set(jnp.nan)}
+    for prompts in ([[1, 2]], [[1, 2], [3, 4]]):
+        with pytest.raises(FloatingPointError):
+            generate(small, small_params, prompts, 3)
+
+
+def test_int8_parameters_and_a_model_of_another_type_are_refused():
+    model, params = make_model()
+    small, small_params = prepare(model, params, "int8")
+    ids = random_ids(TINY, 1, 4)
+    with pytest.raises(ConfigError, match=r"need the model that jaxgpt\.prepare returns"):
+        model.apply({"params": small_params}, ids)
+    mixed = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), small_params)
+    with pytest.raises(ConfigError, match="param_dtype is int8 and the parameters are float32"):
+        small.apply({"params": mixed}, ids)
 
 
 def test_an_int8_model_starts_random():
@@ -185,22 +209,25 @@ def test_the_compiled_decode_writes_a_cache_row_in_place_and_no_copy_of_a_weight
     sizes = {leaf.size for leaf in jax.tree.leaves(params) if leaf.size > 1009}
     sizes -= {SHAPES.context_length * SHAPES.emb_dim}  # positions: as large as a row's cache
     assert len(sizes) == 4
-    weights = [name for name, size in results if size in sizes or size == sum(sizes)]
+    weights = [name for name, size in results if size in sizes]
     assert not weights, weights
 
 
-def test_a_growing_cache_changes_no_token(monkeypatch):
+@pytest.mark.parametrize("chunk", [4, 8])
+def test_a_growing_cache_changes_no_token(monkeypatch, chunk):
     model, params = make_model(SHAPES)
-    want = generate(model, params, [[1, 2, 3], [4]], 70)
+    want = generate(model, params, [[1, 2, 3], [4]], 90)  # into the window, past the context of 80
     monkeypatch.setattr("jaxgpt.generation.FIRST_NEW_TOKENS", 2)
     monkeypatch.setattr("jaxgpt.generation.CACHE_BUCKET", 4)
     monkeypatch.setattr("jaxgpt.generation.CHUNK", 8)
     slots = []
     grow = decode.grow
     monkeypatch.setattr(decode, "grow", lambda state, n: slots.append(n) or grow(state, n))
-    got = generate(model, params, [[1, 2, 3], [4]], 70)
+    run = Generation(model, params, [[1, 2, 3], [4]], 90, chunk=chunk)
+    for _ in run:
+        pass
     assert slots == [64, 80]
-    for a, b in zip(got.tokens, want.tokens, strict=True):
+    for a, b in zip(run.result().tokens, want.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
 
 

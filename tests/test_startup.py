@@ -26,7 +26,7 @@ def environment(monkeypatch, tmp_path):
     for name in ("MIN_COMPILE_TIME_SECS", "MIN_ENTRY_SIZE_BYTES"):
         monkeypatch.setenv(f"JAX_PERSISTENT_CACHE_{name}", "")
         monkeypatch.delenv(f"JAX_PERSISTENT_CACHE_{name}")
-    return tmp_path / "jaxgpt" / "xla"
+    return tmp_path / "jaxgpt" / f"xla-{startup._processor()}"
 
 
 def test_the_compile_cache_is_the_users_own(environment):
@@ -49,10 +49,12 @@ def test_the_compile_cache_can_be_switched_off(environment, monkeypatch):
     assert not environment.exists()
 
 
-def test_a_cache_that_others_can_write_to_is_not_used(environment):
+@pytest.mark.parametrize("leaf", [False, True])
+def test_a_cache_that_others_can_write_to_is_not_used(environment, leaf):
     environment.mkdir(parents=True)
-    environment.chmod(0o770)
-    with pytest.warns(UserWarning, match="others can write to it"):
+    shared = environment if leaf else environment.parent
+    shared.chmod(0o770)
+    with pytest.warns(UserWarning, match=f"others can write to {shared}"):
         startup.use_compile_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
@@ -60,7 +62,7 @@ def test_a_cache_that_others_can_write_to_is_not_used(environment):
 def test_a_home_that_cannot_hold_a_cache_is_no_error(environment, monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="no compile cache in .*JAXGPT_COMPILE_CACHE=0 switches it off"):
+    with pytest.warns(UserWarning, match="no compile cache: .*JAXGPT_COMPILE_CACHE=0 switches it off"):
         startup.use_compile_cache()
     assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
 
@@ -79,14 +81,19 @@ def test_a_cache_past_its_size_loses_its_oldest_entries(environment, monkeypatch
     assert sorted(entry.name for entry in environment.iterdir()) == ["4", "5"]
 
 
+def entries(directory):
+    """Names and times of writing; a file beside each, which says when it was read, is left out."""
+    return {e.name: e.stat().st_mtime_ns for e in directory.iterdir() if not e.name.endswith("-atime")}
+
+
 def test_the_second_process_compiles_nothing(environment):
     command = [sys.executable, "-m", "jaxgpt", "generate", "--prompt", "A", "--max-new-tokens", "8"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)
-    kept = {entry.name for entry in environment.iterdir() if not entry.name.endswith("-atime")}
+    kept = entries(environment)
     assert any("decode" in name for name in kept)
     second = subprocess.run(command, capture_output=True, text=True, check=True)
     assert second.stdout == first.stdout
-    assert {entry.name for entry in environment.iterdir() if not entry.name.endswith("-atime")} == kept
+    assert entries(environment) == kept
     for done in (first, second):
         assert [line.split(" in ")[0] for line in done.stderr.splitlines()] == ["8 tokens"]
 

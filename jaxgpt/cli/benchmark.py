@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if work.kind not in ("read", "matmul") and (not args.only or any(part in work.name for part in args.only))
     ]
     if not chosen and args.only != ["start"]:
-        names = ", ".join(work.name for work in benchmark.works(args.preset))
+        names = ", ".join(work.name for work in benchmark.works(args.preset) if work.kind not in ("read", "matmul"))
         raise ValueError(f"--only {' '.join(args.only)} fits none of {names}, start")
     if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
         raise MissingExtraError("transformers", "bench", "jaxgpt benchmark --peers")

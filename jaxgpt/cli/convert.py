@@ -32,13 +32,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dst.exists() and not args.force:
         raise CheckpointError(args.dst, "exists: choose another name, or pass --force to replace it")
 
-    import jax
-
+    from jaxgpt.accounting import count_parameters
     from jaxgpt.weights import load, save
 
     overrides = {} if args.n_heads is None else {"n_heads": args.n_heads}
     model, params = load(args.src, param_dtype=args.param_dtype, check_finite=args.check_finite, **overrides)
     save(args.dst, model, params, format=args.format)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    count = count_parameters(model.config).total
     print(f"{args.dst}: {args.format}, {count:,} parameters", file=sys.stderr)
     return 0

@@ -24,9 +24,14 @@ def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(int8 values, float32 scales): each row of a matrix [*out, in] on a scale of its own.
 
     The scale is the row's largest absolute value / 127, so that the rounding error of a weight is at most scale / 2.
+
+    Raises:
+        ValueError: for weights that are NaN or infinite.
     """
     weight = np.asarray(weight, np.float32)
     largest = np.max(np.abs(weight), axis=-1)
+    if not np.all(np.isfinite(largest)):
+        raise ValueError("weights that are NaN or infinite have no int8 form: load with check_finite=True to find them")
     scale = np.where(largest > 0, largest, 1).astype(np.float32) / np.float32(127)
     return np.rint(weight / scale[..., None]).astype(np.int8), scale
 
