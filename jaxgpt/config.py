@@ -60,6 +60,8 @@ class GPTConfig:
             blocks: compile time no longer grows with depth.
         remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
             everything but the matrix products ("dots").
+        native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.native`. `jaxgpt.prepare` sets it
+            where that is built; it is not for training, and not saved.
     """
 
     vocab_size: int = 50257
@@ -84,6 +86,7 @@ class GPTConfig:
     tokenizer: str = "gpt2"
     scan_layers: bool = False
     remat: str = "none"
+    native_kernel: bool = False
 
     def __post_init__(self):
         derived = {"ffn_dim": lambda: 4 * self.emb_dim} | dict.fromkeys(_BRANCH_RATES, lambda: self.drop_rate)

@@ -47,3 +47,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 class TrainingError(RuntimeError):
     """A run that cannot go on. What it had saved is good."""
+
+
+class KernelError(RuntimeError):
+    """The kernel of `jaxgpt.native` cannot be built."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
+from jaxgpt import native
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import ConfigError, did_you_mean
 from jaxgpt.model import GPT
@@ -15,7 +18,8 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
     """A model and its parameters in the form that `generate` decodes with fastest, in `dtype`.
 
     Layers come apart (`scan_layers=False`): a scan copies the stacked cache for every token. Matrices are [out, in]
-    already, which is how one token's products read them. What is in that form already is returned as it is.
+    already, which is how one token's products read them. Where `jaxgpt build-kernel` has been run, products of few
+    rows use what it built (`native_kernel=True`). What is in that form already is returned as it is.
 
     Args:
         model: the model.
@@ -37,4 +41,4 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
         if config.param_dtype != dtype:
             params = cast_params(params, dtype)
         config = config.replace(param_dtype=dtype, dtype=config.dtype if dtype == "int8" else dtype)
-    return GPT(config), params
+    return GPT(config.replace(native_kernel=jax.default_backend() == "cpu" and native.available())), params

@@ -45,7 +45,7 @@ class Linear(nn.Module):
         weight, scale = _matrix(self, (*self.out, x.shape[-1]), self.std)
         # One product whatever the number of output axes: XLA on CPU transposes the weight otherwise.
         flat_scale = None if scale is None else scale.reshape(-1)
-        y = ops.linear(x, weight.reshape(-1, x.shape[-1]), flat_scale, self.config.dtype)
+        y = ops.linear(x, weight.reshape(-1, x.shape[-1]), flat_scale, self.config.dtype, self.config.native_kernel)
         y = y.reshape(*x.shape[:2], *self.out)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.config)).astype(jnp.float32)
@@ -69,7 +69,7 @@ class Embedding(nn.Module):
 
     def head(self, x_BxTxD: Array) -> Array:
         """The table as an output layer: x times each of its rows, float32."""
-        return ops.linear(x_BxTxD, self.weight, self.scale, self.config.dtype)
+        return ops.linear(x_BxTxD, self.weight, self.scale, self.config.dtype, self.config.native_kernel)
 
     def table(self) -> Array:
         """The table as one floating-point array."""

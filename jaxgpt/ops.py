@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental.xla_metadata import set_xla_metadata
 
+from jaxgpt import native
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def dot(subscripts: str, x: Array, y: Array, dtype: str) -> Array:
@@ -55,12 +57,13 @@ dot.defvjp(_dot_forward, _dot_backward)
 FEW_ROWS = 64
 
 
-def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str) -> Array:
+def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str, native_kernel: bool = False) -> Array:
     """x W^T in float32, [B, T, O], for W in any type; an int8 W comes with a scale for each of its rows.
 
     Operands are rounded to `dtype`, except that an int8 W is exact in either. On a CPU few rows of x take forms
-    of the product that read W once, in the type it is stored in; with an int8 W, 2 to `FEW_ROWS` rows of x are
-    rounded to 15 bits, and have no gradient.
+    of the product that read W once, in the type it is stored in: that of `jaxgpt.native`, which has no gradient, if
+    `native_kernel` says so, or else XLA's. There, with an int8 W, 2 to `FEW_ROWS` rows of x are rounded to 15
+    bits, and have no gradient.
     """
     B, T = x_BxTxD.shape[:2]
 
@@ -68,7 +71,11 @@ def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str)
         return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, dtype)
 
     on_cpu = full
-    if B * T == 1:
+    # The kernel takes W as it is.
+    exact = weight_OxD.dtype != jnp.float32 or dtype == "float32"
+    if native_kernel and B * T <= native.MOST_ROWS and exact:
+        on_cpu = functools.partial(_native, dtype=dtype)
+    elif B * T == 1:
         on_cpu = functools.partial(_one_row, dtype=dtype)
     elif weight_OxD.dtype == jnp.int8 and B * T <= FEW_ROWS:
         on_cpu = functools.partial(_few_rows, dtype=dtype)
@@ -92,6 +99,11 @@ def _one_row(x_1x1xD: Array, weight_OxD: Array, dtype: str) -> Array:
 
     with set_xla_metadata(inlineable="false"):
         return product(_rounded(x_1x1xD[0], dtype), weight_OxD)[None]
+
+
+def _native(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
+    y_RxO = native.few_rows(_rounded(x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), dtype), weight_OxD)
+    return y_RxO.reshape(*x_BxTxD.shape[:2], -1)
 
 
 def _rounded(x: Array, dtype: str) -> Array:

@@ -32,14 +32,8 @@ def use_compile_cache() -> None:
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or os.environ.get(CACHE_VARIABLE) == "0":
         return
-    base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        own = (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt"
-        own.parent.mkdir(parents=True, exist_ok=True)
-        directory = own / f"xla-{_processor()}"
-        for made in (own, directory):
-            made.mkdir(mode=0o700, exist_ok=True)
-            _check_private(made)
+        directory = private_directory("xla")
         _prune(directory)
     except (OSError, RuntimeError) as error:  # a RuntimeError if there is no home
         warnings.warn(f"no compile cache: {error}. {CACHE_VARIABLE}=0 switches it off.", stacklevel=2)
@@ -47,6 +41,23 @@ def use_compile_cache() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+
+def private_directory(name: str) -> Path:
+    """The directory in the user's cache for code made for this kind of processor; makes it.
+
+    Raises:
+        OSError: if it cannot be made, or if others could write to it: what is in there is executed.
+        RuntimeError: if there is no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    own = (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    directory = own / f"{name}-{_processor()}"
+    for made in (own, directory):
+        made.mkdir(mode=0o700, exist_ok=True)
+        _check_private(made)
+    return directory
 
 
 def _processor() -> str:

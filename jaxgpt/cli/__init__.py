@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jaxgpt import __version__, startup
-from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
+from jaxgpt.errors import CheckpointError, ConfigError, DataError, KernelError, MissingExtraError, TrainingError
 
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, help). JAX may be imported only within `run`.
 COMMANDS = {
@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
     "benchmark": ("jaxgpt.cli.benchmark", "measure speed, beside the machine's limits"),
+    "build-kernel": ("jaxgpt.cli.build_kernel", "compile the CPU kernel that decodes faster"),
     "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
 }
 
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return _CLOSED_PIPE
-    except (ValueError, FloatingPointError, OSError, MissingExtraError, TrainingError) as error:
+    except (ValueError, FloatingPointError, OSError, MissingExtraError, TrainingError, KernelError) as error:
         if not _is_users(error):
             raise
         print(f"jaxgpt: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -79,7 +80,9 @@ def _run(argv: list[str]) -> int:
 def _is_users(error: Exception) -> bool:
     """Whether `error` tells the user what to change: the package's own errors, those it raises as a check of what
     it was given, and those of the file system. Any other is a fault, and its traceback is wanted."""
-    if isinstance(error, (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, OSError)):
+    if isinstance(
+        error, (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, KernelError, OSError)
+    ):
         return True
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:

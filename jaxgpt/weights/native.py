@@ -43,5 +43,5 @@ def write(directory: Path, config: GPTConfig, params: Any) -> None:
     """Writes `FILES` into `directory`."""
     tensors = outside_tensors(directory, config, params, identity_rows(config), config)
     write_safetensors(directory / "model.safetensors", tensors, {"format": "jaxgpt"})
-    head = {"format": "jaxgpt", "version": VERSION, "config": config.to_dict()}
+    head = {"format": "jaxgpt", "version": VERSION, "config": config.replace(native_kernel=False).to_dict()}
     (directory / "config.json").write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")

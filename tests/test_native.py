@@ -1,0 +1,157 @@
+"""The optional C++ kernel: built, checked, used by `prepare`, equal to XLA; and what happens where it cannot be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, make_model, random_ids
+
+from jaxgpt import cli, generate, load, native, ops, prepare, save
+from jaxgpt.errors import KernelError
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
+)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """A user's cache with the kernel in it."""
+    home = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        native.build()
+    return home
+
+
+@pytest.fixture
+def built(cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    monkeypatch.delenv(native.VARIABLE)
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(native.VARIABLE)
+    return tmp_path / "jaxgpt"
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [(1, 1), (1, 5), (4, 2)])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+def test_the_kernels_products_equal_xlas(built, rows, kind):
+    assert native.available()
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(*rows, 200)), jnp.float32)
+    weight = jnp.asarray(30 * rng.normal(size=(77, 200))).astype(kind)
+    scale = jnp.asarray(rng.uniform(size=77), jnp.float32) if kind == "int8" else None
+    dtype = "float32" if kind == "int8" else kind
+
+    def product(x, native_kernel):
+        return ops.linear(x, weight, scale, dtype, native_kernel)
+
+    ours, xlas = (jax.jit(product, static_argnums=1)(x, which) for which in (True, False))
+    text = jax.jit(product, static_argnums=1).lower(x, True).as_text()
+    assert native.TARGET in text
+    # XLA's int8 product rounds several rows to 15 bits.
+    np.testing.assert_allclose(ours, xlas, atol=(1e-4 if kind == "int8" else 2e-6) * float(jnp.abs(xlas).max()))
+    each = jax.vmap(lambda x: product(x[None], True)[0])(x)
+    np.testing.assert_allclose(each, ours, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
+    """The kernel takes W as it is."""
+    x, weight = jnp.ones((1, 1, 16)), jnp.full((4, 16), 1.001)
+    np.testing.assert_array_equal(ops.linear(x, weight, None, "bfloat16", True), np.full((1, 1, 4), 16))
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, monkeypatch):
+    model, params = make_model(TINY)
+    prompts = random_ids(TINY, rows, 9).tolist()
+    with_kernel, its_params = prepare(model, params, dtype)
+    assert with_kernel.config.native_kernel
+    ours = generate(with_kernel, its_params, prompts, 40).tokens
+    monkeypatch.setenv(native.VARIABLE, "0")
+    without, params = prepare(model, params, dtype)
+    assert not without.config.native_kernel
+    for row, want in zip(ours, generate(without, params, prompts, 40).tokens, strict=True):
+        np.testing.assert_array_equal(row, want)
+
+
+@needs_compiler
+def test_the_choice_of_kernel_is_not_saved(built, tmp_path):
+    save(tmp_path / "model", *prepare(*make_model(TINY)))
+    assert not load(tmp_path / "model")[0].config.native_kernel
+
+
+@needs_compiler
+def test_the_kernel_is_the_users_own(cache):
+    (directory,) = (cache / "jaxgpt").glob("kernel-*")
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert [file.suffix for file in directory.iterdir()] == [".so"]
+
+
+def test_nothing_is_built_unasked(no_cache):
+    assert not native.available()
+    assert not list(no_cache.glob("*/*"))
+
+
+def test_a_missing_compiler_is_told(no_cache, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert cli.main(["build-kernel"]) == 2
+    assert "no C++ compiler: install g++ or clang++, or name one in CXX" in capsys.readouterr().err
+
+
+def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(KernelError, match=r"the compiler failed .*few_rows\.cc.*exit 1"):
+        native.build()
+    assert not list(no_cache.glob("*/*"))
+
+
+@needs_compiler
+def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
+    source = native.SOURCE.read_text()
+    assert source.count("sums[b][r][s] += ") == 1
+    wrong = tmp_path / "few_rows.cc"
+    wrong.write_text(source.replace("sums[b][r][s] += ", "sums[b][r][s] -= "))
+    monkeypatch.setattr(native, "SOURCE", wrong)
+    with pytest.raises(KernelError, match=r"(?s)the kernel was built, and is wrong .*1 rows by .*off by"):
+        native.build()
+    assert not list(no_cache.glob("*/*"))
+
+
+def test_a_file_that_is_no_kernel_is_not_used(no_cache):
+    path = native._path()
+    path.write_bytes(b"not a library")
+    with pytest.warns(UserWarning, match="does not load, XLA does its work: .* Run jaxgpt build-kernel"):
+        assert not native.available()
+
+
+@needs_compiler
+def test_the_command_finds_the_kernel_in_a_later_process(cache):
+    program = (
+        "import jaxgpt; print(jaxgpt.prepare(*jaxgpt.load('shakespeare'))[0].config.native_kernel);"
+        "print(jaxgpt.generate_text(*jaxgpt.load('shakespeare'), 'ROMEO:', 20))"
+    )
+    printed = {}
+    for setting in ("0", "1"):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), native.VARIABLE: setting}
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+        printed[setting] = done.stdout.splitlines()
+    assert [printed["0"][0], printed["1"][0]] == ["False", "True"]
+    assert printed["0"][1:] == printed["1"][1:]
