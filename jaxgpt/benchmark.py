@@ -127,11 +127,13 @@ def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout
     """The JSON object that `python -m module NAME PRESET ...` prints last.
 
     Raises:
-        RuntimeError: with the end of its stderr, if it fails.
+        RuntimeError: with the end of its stderr, if it fails or takes longer than `timeout` seconds.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", module, name, preset, *arguments], capture_output=True, text=True, timeout=timeout
-    )
+    command = [sys.executable, "-m", module, name, preset, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{name}: no result within {timeout:.0f} s") from None
     if done.returncode:
         raise RuntimeError(f"{name}: {done.stderr.strip()[-500:] or f'exit {done.returncode}'}")
     return json.loads(done.stdout.splitlines()[-1])

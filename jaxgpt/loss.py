@@ -45,7 +45,7 @@ def _negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
 
 
 def _negative_log_likelihood_forward(logits_xV, labels_x):
-    total_x = jax.nn.logsumexp(logits_xV, axis=-1)
+    total_x = lax.platform_dependent(logits_xV, cpu=_logsumexp_on_cpu, default=_logsumexp)
     chosen_x = jnp.take_along_axis(logits_xV, labels_x[..., None], axis=-1)[..., 0]
     return total_x - chosen_x, (logits_xV, labels_x, total_x)
 
@@ -54,6 +54,16 @@ def _negative_log_likelihood_backward(residuals, g_x):
     logits_xV, labels_x, total_x = residuals
     one_hot_xV = labels_x[..., None] == jnp.arange(logits_xV.shape[-1])
     return (jnp.exp(logits_xV - total_x[..., None]) - one_hot_xV) * g_x[..., None], None
+
+
+def _logsumexp(logits_xV: Array) -> Array:
+    return jax.nn.logsumexp(logits_xV, axis=-1)
+
+
+def _logsumexp_on_cpu(logits_xV: Array) -> Array:
+    """A few rows at a time: XLA on CPU takes the exponentials of a long sum in one thread."""
+    *lead, V = logits_xV.shape
+    return lax.map(_logsumexp, logits_xV.reshape(-1, V), batch_size=64).reshape(lead)
 
 
 _negative_log_likelihood.defvjp(_negative_log_likelihood_forward, _negative_log_likelihood_backward)

@@ -125,8 +125,8 @@ class MultiHeadAttention(nn.Module):
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear(cfg, (3, D), cfg.qkv_bias, name="qkv")(x_BxTxD)
         q, k, v = (
-            qkv_BxTx3xD[:, :, i].reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2)  # [B, H, T, K]
-            for i in range(3)
+            part_BxTx1xD.reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2)  # [B, H, T, K]
+            for part_BxTx1xD in jnp.split(qkv_BxTx3xD, 3, axis=2)
         )
         slot, start_B, dtype = 0, None, cfg.dtype
         if cache is not None:

@@ -108,6 +108,32 @@ def test_the_whole_benchmark_covers_every_row(canned, capsys, tmp_path):
     assert ("benchmark", rows[0], str(tmp_path / rows[0])) in canned
 
 
+def test_a_program_that_fails_costs_its_own_figure_only(canned, capsys, monkeypatch):
+    run = benchmark.run_in_process
+
+    def fail(module, name, preset, *arguments, **_):
+        if (module, name) in (("jaxgpt.benchmark", "decode-1-int8"), ("jaxgpt.benchmark_peers", "decode-8-int8")):
+            raise RuntimeError(f"{name}: no memory [left]")
+        return run(module, name, preset, *arguments)
+
+    monkeypatch.setattr(benchmark, "run_in_process", fail)
+    assert main(["benchmark", "--json", "--peers", "--only", "int8"]) == 0
+    first, second = json.loads(capsys.readouterr().out)["rows"]
+    assert first["tokens_per_s"] == {"transformers": 128.0}
+    assert first["failures"] == {"jaxgpt": "decode-1-int8: no memory [left]"}
+    assert second["tokens_per_s"] == {"jaxgpt": 512.0}
+    assert second["failures"] == {"transformers": "decode-8-int8: no memory [left]"}
+    assert main(["benchmark", "--peers", "--only", "int8"]) == 0
+    table = capsys.readouterr().out
+    assert re.search(r"decode-1-int8 +failed", table)
+    assert "decode-1-int8, jaxgpt failed: decode-1-int8: no memory [left]" in table
+
+
+def test_a_process_that_hangs_is_a_failure(monkeypatch):
+    with pytest.raises(RuntimeError, match=r"read: no result within 0 s"):
+        benchmark.run_in_process("jaxgpt.benchmark", "read", "gpt2", timeout=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,6 +35,18 @@ def test_dot_and_its_gradient_rule_equal_einsum(subscripts, x_shape, y_shape):
     g = normal(2, *got.shape)
     for mine, theirs in zip(pull_back(g), pull_back_einsum(g), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("subscripts", ["BTD,OD->BTO", "BTO,OD->BTD", "BDT,BDO->BTO"])
+def test_dots_gradient_in_bfloat16_is_that_of_the_rounded_operands(subscripts):
+    sizes = {"B": 2, "T": 5, "D": 7, "O": 3}
+    x, y, g = (normal(seed, *(sizes[i] for i in indices)) for seed, indices in enumerate(re.split(",|->", subscripts)))
+    rounded_x, rounded_y, rounded_g = (a.astype(jnp.bfloat16).astype(jnp.float32) for a in (x, y, g))
+    for transform in (lambda f: f, jax.jit):
+        grads = transform(lambda x, y, g: jax.vjp(lambda x, y: ops.dot(subscripts, x, y, "bfloat16"), x, y)[1](g))
+        want = jax.vjp(lambda x, y: jnp.einsum(subscripts, x, y), rounded_x, rounded_y)[1](rounded_g)
+        for mine, theirs in zip(grads(x, y, g), want, strict=True):
+            np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
 def test_dot_in_bfloat16_rounds_its_operands_only_and_returns_float32():

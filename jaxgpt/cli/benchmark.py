@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for --only that fits nothing, or --rounds below 1.
         MissingExtraError: for --peers without any.
     """
-    from jaxgpt import benchmark, benchmark_peers
+    from jaxgpt import benchmark, benchmark_peers, native
     from jaxgpt.errors import MissingExtraError
 
     if args.rounds < 1:
@@ -63,20 +63,24 @@ def run(args: argparse.Namespace) -> int:
         "preset": args.preset,
         "read_bytes_per_s": read,
         "matmul_flops_per_s": flops,
+        "native_kernel": native.available(),
         "rows": [],
     }
     for work in chosen:
         runs: dict[str, list[dict[str, Any]]] = {"jaxgpt": []}
         for peer in benchmark_peers.available(work) if args.peers else []:
             runs[peer] = []
+        failures: dict[str, str] = {}
         for _ in range(args.rounds):  # in turn, so that a busy moment hits all
             for program, results in runs.items():
+                module, extra = "jaxgpt.benchmark_peers", [program]
                 if program == "jaxgpt":
-                    profile = [str(args.profile / work.name)] if args.profile else []
-                    results.append(measured("jaxgpt.benchmark", work.name, *profile))
-                else:
-                    results.append(measured("jaxgpt.benchmark_peers", work.name, program))
-        best = {program: min(results, key=lambda result: result["seconds"]) for program, results in runs.items()}
+                    module, extra = "jaxgpt.benchmark", [str(args.profile / work.name)] if args.profile else []
+                try:
+                    results.append(measured(module, work.name, *extra))
+                except RuntimeError as error:  # the other rows are still wanted
+                    failures[program] = str(error)
+        best = {program: min(runs[program], key=lambda run: run["seconds"]) for program in runs if runs[program]}
         bound = benchmark.limit(work, read, flops)
         assert bound is not None
         rates = {program: work.tokens / result["seconds"] for program, result in best.items()}
@@ -84,11 +88,12 @@ def run(args: argparse.Namespace) -> int:
             {
                 "work": work.name,
                 "tokens_per_s": rates,
-                "ms": 1000 * best["jaxgpt"]["seconds"],
+                "ms": 1000 * best["jaxgpt"]["seconds"] if "jaxgpt" in best else None,
                 "limit_tokens_per_s": bound[0],
                 "formula": bound[1],
                 "peak_bytes": {program: result["peak_bytes"] for program, result in best.items()},
-                "costliest": best["jaxgpt"].get("costliest", []),
+                "costliest": best.get("jaxgpt", {}).get("costliest", []),
+                "failures": failures,
             }
         )
     if not args.only or "start" in args.only:
@@ -110,6 +115,9 @@ def _table(report: dict[str, Any]) -> str:
     for header in ("tokens/s", "ms", "% of limit", "peak GB", *(f"x {peer}" for peer in peers)):
         table.add_column(header, justify="right", no_wrap=True)
     for row in report["rows"]:
+        if "jaxgpt" not in row["tokens_per_s"]:
+            table.add_row(row["work"], "failed")
+            continue
         rate = row["tokens_per_s"]["jaxgpt"]
         ratios = [
             f"{rate / row['tokens_per_s'][peer]:.2f} ({row['tokens_per_s'][peer]:,.0f})"
@@ -123,8 +131,11 @@ def _table(report: dict[str, Any]) -> str:
         f"{flops / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, flops in report["matmul_flops_per_s"].items()
     )
     with console.capture() as capture:
+        kernel = "in use" if report["native_kernel"] else "not in use (jaxgpt build-kernel)"
         console.print(
-            f"{report['preset']}. Limits: reading {report['read_bytes_per_s'] / 1e9:.1f} GB/s; matrix product {matmul}."
+            f"{report['preset']}. Limits: reading {report['read_bytes_per_s'] / 1e9:.1f} GB/s; "
+            f"matrix product {matmul}. Native kernel: {kernel}.",
+            soft_wrap=True,
         )
         if report["rows"]:
             console.print(table)
@@ -137,6 +148,9 @@ def _table(report: dict[str, Any]) -> str:
                 f"first text of the bundled model: {seconds['cold']:.1f} s in a cold process, "
                 f"{seconds['compiled']:.1f} s with the compile cache"
             )
+        for row in report["rows"]:
+            for program, reason in row["failures"].items():
+                console.print(f"{row['work']}, {program} failed: {reason}", markup=False, soft_wrap=True)
         for row in report["rows"]:
             if row["costliest"]:
                 console.print(f"\n{row['work']}, costliest operations:")
