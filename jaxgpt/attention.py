@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt.ops import dot, dropout_mask, keep
+from jaxgpt.sharding import is_distributed
 
 # Finite, so that a row with every score masked gives a uniform row and not NaN.
 MASKED_SCORE = -1e30
@@ -71,7 +72,7 @@ def attention(
         drop_rate: dropout on the attention weights.
         dropout_key: its key; None for no dropout.
         query_block: queries a block; default a quarter of T, but from 64 to 128.
-        group_scores: most scores a group and block; default `CPU_SCORES` on a CPU, and elsewhere no limit.
+        group_scores: most scores a group and block; default `CPU_SCORES` on one CPU, and elsewhere no limit.
         inspect: called at trace time with the whole weights [B, H, T, S]; costs their memory.
     """
     B, H, T, K = q_BxHxTxK.shape
@@ -87,7 +88,9 @@ def attention(
         return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
     query_block = query_block or min(128, max(64, T // 4))
     if group_scores is None:
-        group_scores = CPU_SCORES if jax.default_backend() == "cpu" else B * H * T * S
+        # Groups follow one another, so on several devices they would wait for each other.
+        grouped = jax.default_backend() == "cpu" and not is_distributed()
+        group_scores = CPU_SCORES if grouped else B * H * T * S
     rows, heads = _group(B, H, group_scores // (min(query_block, T) * S))
 
     def split(x: Array) -> Array:

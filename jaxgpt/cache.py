@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.config import GPTConfig
+from jaxgpt.sharding import BATCH, constrain
 
 
 @struct.dataclass
@@ -63,7 +64,8 @@ def write(layer: tuple[Array, Array], k_BxHxTxK: Array, v_BxHxTxK: Array, slot: 
 
     def put(old: Array, new_BxHxTxK: Array) -> Array:
         new = new_BxHxTxK.astype(old.dtype).reshape(*old.shape[:-2], *new_BxHxTxK.shape[-2:])
-        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
+        kept = lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
+        return constrain(kept, *(BATCH,) * (kept.ndim - 3), "tensor", None, None)
 
     return put(layer[0], k_BxHxTxK), put(layer[1], v_BxHxTxK)
 

@@ -155,25 +155,20 @@ def window_starts(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
     return np.arange(0, n_tokens - length, stride, dtype=np.int64)
 
 
-def batch(ids_N: Ids, config: TrainConfig, step: int, shard: int = 0, shards: int = 1) -> NDArray[np.int32]:
-    """The windows of one step: int32 [`batch_size` / `shards`, T + 1]; inputs are [:, :-1], labels [:, 1:].
+def batch(ids_N: Ids, config: TrainConfig, step: int, rows: slice = slice(None)) -> NDArray[np.int32]:
+    """The windows of one step: int32 [`batch_size`, T + 1]; inputs are [:, :-1], labels [:, 1:].
 
-    A pure function of its arguments. Every shard draws the whole step's starts and takes its own rows, so any
-    number of shards sees the same batch.
+    A pure function of its arguments. Whoever needs only some rows reads only these, and they are the same whoever
+    reads the others.
 
     Args:
         ids_N: the training tokens.
         config: seed, batch size, window length and kind.
         step: counts optimiser steps from 0.
-        shard: which part of the batch, of `shards` equal ones.
-        shards: parts; must divide the batch size.
+        rows: which windows of the batch.
     """
-    starts = _starts(len(ids_N), config, step)
-    rows, rest = divmod(len(starts), shards)
-    if rest:
-        raise ValueError(f"{shards} shards do not divide a batch of {len(starts)}")
-    offsets_T = np.arange(config.window + 1)
-    return ids_N[starts[shard * rows : (shard + 1) * rows, None] + offsets_T].astype(np.int32)
+    starts = _starts(len(ids_N), config, step)[rows]
+    return ids_N[starts[:, None] + np.arange(config.window + 1)].astype(np.int32)
 
 
 def _starts(n_tokens: int, config: TrainConfig, step: int) -> NDArray[np.int64]:

@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from jaxgpt.model import GPT
 from jaxgpt.ops import dot
+from jaxgpt.sharding import BATCH, constrain
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
 IGNORE = -1
@@ -79,20 +80,22 @@ def head_cross_entropy(
         head_VxD: the output head, `GPT.head_weight`.
         labels_BxT: as in `cross_entropy`.
         dtype: type of the product's operands.
-        chunk: positions a chunk: at most chunk * V logits exist at a time, in the backward pass too. 0: all.
+        chunk: positions a chunk: at most chunk * V logits exist at a time, in the backward pass too. 0: all. A
+            chunk has the same positions of every row, so that rows can lie on different devices, and never less
+            than one.
 
     Returns:
         (sum in nats, count), as `cross_entropy`.
     """
-    D = x_BxTxD.shape[-1]
-    x_NxD, labels_N = x_BxTxD.reshape(-1, D), labels_BxT.reshape(-1)
-    N = len(labels_N)
-    if chunk == 0 or chunk >= N:
-        return _chunk_loss(x_NxD, head_VxD, labels_N, dtype)
-    padding = -N % chunk
-    x_xCxD = jnp.pad(x_NxD, ((0, padding), (0, 0))).reshape(-1, chunk, D)
-    labels_xC = jnp.pad(labels_N, (0, padding), constant_values=IGNORE).reshape(-1, chunk)
-    return _scan_chunks(dtype, x_xCxD, head_VxD, labels_xC)
+    B, T, _ = x_BxTxD.shape
+    length = max(1, chunk // B)
+    if chunk == 0 or length >= T:
+        return _chunk_loss(x_BxTxD, head_VxD, labels_BxT, dtype)
+    padding = -T % length
+    x_BxTxD = jnp.pad(x_BxTxD, ((0, 0), (0, padding), (0, 0)))
+    labels_BxT = jnp.pad(labels_BxT, ((0, 0), (0, padding)), constant_values=IGNORE)
+    x_xBxCxD, labels_xBxC = (x.reshape(B, -1, length, *x.shape[2:]).swapaxes(0, 1) for x in (x_BxTxD, labels_BxT))
+    return _scan_chunks(dtype, x_xBxCxD, head_VxD, labels_xBxC)
 
 
 def model_loss(
@@ -116,20 +119,21 @@ def model_loss(
     )
 
 
-def _chunk_loss(x_NxD, head_VxD, labels_N, dtype):
-    return cross_entropy(dot("ND,VD->NV", x_NxD, head_VxD, dtype), labels_N)
+def _chunk_loss(x_BxCxD, head_VxD, labels_BxC, dtype):
+    logits_BxCxV = constrain(dot("BCD,VD->BCV", x_BxCxD, head_VxD, dtype), BATCH, None, "tensor")
+    return cross_entropy(logits_BxCxV, labels_BxC)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan_chunks(dtype, x_xCxD, head_VxD, labels_xC):
+def _scan_chunks(dtype, x_xBxCxD, head_VxD, labels_xBxC):
     def add_chunk(totals, chunk):
         losses, count = _chunk_loss(chunk[0], head_VxD, chunk[1], dtype)
         return (totals[0] + losses, totals[1] + count), None
 
-    return lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (x_xCxD, labels_xC))[0]
+    return lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (x_xBxCxD, labels_xBxC))[0]
 
 
-def _scan_chunks_forward(dtype, x_xCxD, head_VxD, labels_xC):
+def _scan_chunks_forward(dtype, x_xBxCxD, head_VxD, labels_xBxC):
     """Takes each chunk's gradients while its logits are there, so that the backward pass need not make them again."""
 
     def add_chunk(totals, chunk):
@@ -138,13 +142,13 @@ def _scan_chunks_forward(dtype, x_xCxD, head_VxD, labels_xC):
         return (totals[0] + losses, totals[1] + count, totals[2] + dhead), dx
 
     start = jnp.float32(0), jnp.float32(0), jnp.zeros(head_VxD.shape, jnp.float32)
-    (losses, count, dhead_VxD), dx_xCxD = lax.scan(add_chunk, start, (x_xCxD, labels_xC))
-    return (losses, count), (dx_xCxD, dhead_VxD.astype(head_VxD.dtype))
+    (losses, count, dhead_VxD), dx_xBxCxD = lax.scan(add_chunk, start, (x_xBxCxD, labels_xBxC))
+    return (losses, count), (dx_xBxCxD, dhead_VxD.astype(head_VxD.dtype))
 
 
 def _scan_chunks_backward(dtype, residuals, g):
-    dx_xCxD, dhead_VxD = residuals
-    return dx_xCxD * g[0], (dhead_VxD * g[0]).astype(dhead_VxD.dtype), None
+    dx_xBxCxD, dhead_VxD = residuals
+    return dx_xBxCxD * g[0], (dhead_VxD * g[0]).astype(dhead_VxD.dtype), None
 
 
 _scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)

@@ -21,6 +21,7 @@ from jaxgpt.attention import attention
 from jaxgpt.cache import Cache, read, write
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.sharding import BATCH, constrain
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 
@@ -64,16 +65,21 @@ class Embedding(nn.Module):
 
     def __call__(self, ids: Array) -> Array:
         # The barrier keeps XLA on CPU from converting the whole table before it takes the rows.
-        x = lax.optimization_barrier(self.weight[ids]).astype(jnp.float32)
+        x = lax.optimization_barrier(constrain(self.weight, None, "tensor")[ids]).astype(jnp.float32)
         return x if self.scale is None else x * self.scale[ids][..., None]
 
     def head(self, x_BxTxD: Array) -> Array:
         """The table as an output layer: x times each of its rows, float32."""
-        return ops.linear(x_BxTxD, self.weight, self.scale, self.config.dtype, self.config.native_kernel)
+        return ops.linear(x_BxTxD, self._by_row(), self.scale, self.config.dtype, self.config.native_kernel)
 
     def table(self) -> Array:
         """The table as one floating-point array."""
-        return self.weight if self.scale is None else self.weight.astype(jnp.float32) * self.scale[:, None]
+        weight = self._by_row()
+        return weight if self.scale is None else weight.astype(jnp.float32) * self.scale[:, None]
+
+    def _by_row(self) -> Array:
+        """The weight with its rows over "tensor", for a product; in the two steps that XLA knows to make."""
+        return constrain(constrain(self.weight, None, "tensor"), "tensor", None)
 
 
 class LayerNorm(nn.Module):
@@ -107,7 +113,7 @@ class FeedForward(nn.Module):
     def __call__(self, x_BxTxD: Array) -> Array:
         cfg = self.config
         h_BxTxF = Linear(cfg, (cfg.ffn_dim,), cfg.bias, name="fc_in")(x_BxTxD)
-        h_BxTxF = ops.activation(cfg.activation)(h_BxTxF)
+        h_BxTxF = constrain(ops.activation(cfg.activation)(h_BxTxF), BATCH, None, "tensor")
         return Linear(cfg, (cfg.emb_dim,), cfg.bias, residual_std(cfg), name="fc_out")(h_BxTxF)
 
 
@@ -125,7 +131,9 @@ class MultiHeadAttention(nn.Module):
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear(cfg, (3, D), cfg.qkv_bias, name="qkv")(x_BxTxD)
         q, k, v = (
-            part_BxTx1xD.reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2)  # [B, H, T, K]
+            constrain(
+                part_BxTx1xD.reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2), BATCH, "tensor", None, None
+            )  # [B, H, T, K]
             for part_BxTx1xD in jnp.split(qkv_BxTx3xD, 3, axis=2)
         )
         slot, start_B, dtype = 0, None, cfg.dtype
@@ -149,6 +157,7 @@ class MultiHeadAttention(nn.Module):
             dropout_key=self.make_rng("dropout") if drop else None,
             inspect=(lambda weights: self.sow("intermediates", "weights", weights)) if inspected else None,
         )
+        context_BxHxTxK = constrain(context_BxHxTxK, BATCH, "tensor", None, None)
         context_BxTxD = context_BxHxTxK.swapaxes(1, 2).reshape(B, T, D)
         y = Linear(cfg, (D,), cfg.bias, residual_std(cfg), name="out_proj")(context_BxTxD)
         return y, layer
@@ -173,6 +182,7 @@ class TransformerBlock(nn.Module):
         with jax.named_scope("feed_forward"):
             x = FeedForward(cfg, name="ff")(LayerNorm(cfg, name="norm2")(x_BxTxD))
             x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
+        x_BxTxD = constrain(x_BxTxD, BATCH, None, None)
         self.sow("intermediates", "output", x_BxTxD)
         return x_BxTxD, layer
 
@@ -225,6 +235,7 @@ class GPT(nn.Module):
         positions = jnp.arange(T) if cache is None else cache.positions_BxT(T)
         with jax.named_scope("embed"):
             x_BxTxD = self.drop_emb(self.tok_emb(ids_BxT) + self.pos_emb(positions), deterministic)
+        x_BxTxD = constrain(x_BxTxD, BATCH, None, None)
         self.sow("intermediates", "embedded", x_BxTxD)
         layers = None if cache is None else cache.layers
         if self.config.scan_layers:
@@ -243,7 +254,7 @@ class GPT(nn.Module):
     def logits(self, x_BxTxD: Array) -> Array:
         """The output head: [B, T, D] to float32 logits [B, T, V]."""
         with jax.named_scope("out_head"):
-            return self._head().head(x_BxTxD)
+            return constrain(self._head().head(x_BxTxD), BATCH, None, "tensor")
 
     def head_weight(self) -> Array:
         """The output head's matrix [V, D]: the token embedding's own when they are tied."""

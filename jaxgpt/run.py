@@ -24,7 +24,7 @@ from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.train_config import TrainConfig
 
-# Not part of what a run computes, so they may differ when it resumes.
+# Not part of what a run computes, so they may differ when it resumes; nor is the mesh.
 _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
 
 

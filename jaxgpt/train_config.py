@@ -17,11 +17,72 @@ WINDOWS = ("random", "sliding")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has (what the axes are for: `jaxgpt.sharding`).
+
+    One of them may be -1: whatever the others leave.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self):
+        for name, size in dataclasses.asdict(self).items():
+            check_type(f"mesh.{name}", size, "int")
+            if size != -1 and not 1 <= size <= 2**20:
+                raise ConfigError(f"mesh.{name} must be 1 or more, or -1 for what the other axes leave, not {size}")
+        if list(dataclasses.astuple(self)).count(-1) > 1:
+            raise ConfigError(f"only one axis of a mesh can be -1, not those of {self}")
+
+    def __str__(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
+
+    @classmethod
+    def parse(cls, text: str) -> MeshConfig:
+        """Reads "fsdp=16,tensor=4".
+
+        Raises:
+            ConfigError: for anything else.
+        """
+        sizes: dict[str, Any] = {}
+        for part in filter(None, text.split(",")):
+            name, equals, size = part.strip().partition("=")
+            if not equals or name in sizes:
+                raise ConfigError(f"a mesh is written like data=2,fsdp=4,tensor=2, not {text!r}")
+            sizes[name] = _parse_value(size)
+        return cls.from_dict(sizes, "--mesh")
+
+    @classmethod
+    def from_dict(cls, sizes: Mapping[str, Any], source: str) -> MeshConfig:
+        """Builds one from plain values; unknown axes are errors that name `source`."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in sizes:
+            if name not in known:
+                raise ConfigError(f"{source}: unknown axis {name!r}{did_you_mean(name, known)} ({', '.join(known)})")
+        return cls(**sizes)
+
+    def resolve(self, devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) with -1 replaced, for so many devices.
+
+        Raises:
+            ConfigError: if the other axes do not divide them.
+        """
+        sizes = dataclasses.astuple(self)
+        fixed = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes and devices % fixed:
+            raise ConfigError(f"a mesh of {self}: {fixed} does not divide the {devices} devices")
+        data, fsdp, tensor = (devices // fixed if size == -1 else size for size in sizes)
+        return data, fsdp, tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run.
 
     Attributes:
         model: the model.
+        mesh: the devices it runs on.
         steps: optimiser steps.
         batch_size: windows an optimiser step.
         accumulate: micro-batches that `batch_size` is processed in; the result equals the one big batch.
@@ -51,6 +112,7 @@ class TrainConfig:
     """
 
     model: GPTConfig
+    mesh: MeshConfig = MeshConfig()
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -81,7 +143,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            if field.name != "model":
+            if field.name not in _TABLES:
                 self._check(field)
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate must divide batch_size: {self.batch_size} / {self.accumulate}")
@@ -111,7 +173,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any], source: str = "config") -> TrainConfig:
-        """Builds a config from `{"model": {...}, "train": {...}}`; unknown keys are errors.
+        """Builds a config from `{"model": {...}, "train": {...}, "mesh": {...}}`; unknown keys are errors.
 
         Raises:
             ConfigError: naming `source` and the unknown key or the invalid field.
@@ -121,36 +183,38 @@ class TrainConfig:
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{source}: {name} must be a table, not {table!r:.80}")
         model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
+        mesh = MeshConfig.from_dict(tables.pop("mesh", {}), source=f"{source} [mesh]")
         train = tables.pop("train", {})
-        known = [field.name for field in dataclasses.fields(cls) if field.name != "model"]
+        known = [field.name for field in dataclasses.fields(cls) if field.name not in _TABLES]
         for key in tables:
-            raise ConfigError(f"{source}: unknown table {key!r}{did_you_mean(key, ['model', 'train'])}")
+            raise ConfigError(f"{source}: unknown table {key!r}{did_you_mean(key, (*_TABLES, 'train'))}")
         for key in train:
             if key not in known:
                 raise ConfigError(f"{source} [train]: unknown key {key!r}{did_you_mean(key, known)}")
         try:
-            return cls(model=model, **train)
+            return cls(model=model, mesh=mesh, **train)
         except ConfigError as error:
             raise ConfigError(f"{source} [train]: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads the `[model]` and `[train]` tables of a TOML file.
+        """Reads the `[model]`, `[train]` and `[mesh]` tables of a TOML file.
 
         Args:
             path: the file.
-            overrides: "key=value" strings, as given to `--set`; keys of the model are written "model.key".
+            overrides: "key=value" strings, as given to `--set`; keys of the model are written "model.key", and
+                the mesh's "mesh.key".
 
         Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        tables: dict[str, Any] = {"model": {}, "train": {}} | read_toml(path)
+        tables: dict[str, Any] = {"model": {}, "train": {}, "mesh": {}} | read_toml(path)
         for override in overrides:
             key, equals, text = override.partition("=")
             if not equals:
                 raise ConfigError(f"--set takes key=value, not {override!r}")
             table, _, name = key.strip().rpartition(".")
-            if table not in ("", "model", "train"):
+            if table not in ("", "train", *_TABLES):
                 raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
             if isinstance(tables[table or "train"], dict):  # if not, from_dict says so
                 tables[table or "train"][name] = _parse_value(text.strip())
@@ -158,8 +222,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
-        train = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "model"}
-        return {"model": self.model.to_dict(), "train": train}
+        train = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TABLES}
+        return {"model": self.model.to_dict(), "train": train, "mesh": dataclasses.asdict(self.mesh)}
 
 
 def _parse_value(text: str) -> Any:
@@ -169,6 +233,8 @@ def _parse_value(text: str) -> Any:
         return text  # a bare word is a string: --set optimizer=muon
 
 
+# Fields that are tables of their own.
+_TABLES = ("model", "mesh")
 _CHOICES = {"optimizer": OPTIMIZERS, "windows": WINDOWS}
 _RANGES = {
     "steps": (1, 10**9),
