@@ -19,6 +19,7 @@ from jax import Array, lax
 from jaxgpt.cache import Cache, Window
 from jaxgpt.model import GPT
 from jaxgpt.sampling import Greedy, Sampler
+from jaxgpt.sharding import constrain
 
 
 @struct.dataclass
@@ -189,14 +190,14 @@ def _draw(model, params, state: State, x_Bx1xD, keys_B, stop_ids, sampler: Sampl
     logits_BxV = model.apply({"params": params}, x_Bx1xD, method="logits")[:, 0]
     with jax.named_scope("sample"):
         keys_B = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.drawn)
-        token_B = sampler(logits_BxV, keys_B)
+        token_B = constrain(sampler(logits_BxV, keys_B), None)  # every process reads them
         broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
         return dataclasses.replace(
             state,
             token_B=token_B,
             drawn=state.drawn + 1,
             done_B=state.done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1),
-            broken_B=jnp.where(broken, state.drawn, state.broken_B),
+            broken_B=constrain(jnp.where(broken, state.drawn, state.broken_B), None),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt import decode
+from jaxgpt import decode, sharding
 from jaxgpt.cache import Window
 from jaxgpt.inference import prepare
 from jaxgpt.model import GPT
@@ -127,7 +127,7 @@ class Generation:
         chunk: int = CHUNK,
     ):
         model, params = prepare(model, params)
-        config = model.config
+        config, self.mesh = model.config, sharding.mesh_of(params)
         self.model, self.params, self.sampler, self.key = model, params, sampler or Greedy(), key
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
@@ -172,7 +172,8 @@ class Generation:
         cached = min(self.max_new_tokens, C - longest + 1)
         started = time.perf_counter()
         slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
-        state = self._prefill(longest, slots)
+        with sharding.use(self.mesh):
+            state = self._prefill(longest, slots)
         yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
         drawn = 1
         while drawn < self.max_new_tokens and not np.all(state.done_B):
@@ -183,17 +184,19 @@ class Generation:
             steps = min(self.chunk, end - drawn)
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
-                state = decode.grow(state, slots)
-            state, ids_BxN = decode.decode(
-                self.model,
-                self.params,
-                state,
-                np.int32(steps),
-                self.key,
-                self._padded_stop_ids(),
-                chunk=CHUNK,
-                sampler=self.sampler,
-            )
+                with sharding.use(self.mesh):
+                    state = decode.grow(state, slots)
+            with sharding.use(self.mesh):
+                state, ids_BxN = decode.decode(
+                    self.model,
+                    self.params,
+                    state,
+                    np.int32(steps),
+                    self.key,
+                    self._padded_stop_ids(),
+                    chunk=CHUNK,
+                    sampler=self.sampler,
+                )
             before, drawn = drawn, int(state.drawn)
             yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
 

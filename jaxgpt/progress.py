@@ -11,11 +11,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 class TrainProgress:
     """A context manager; `update` once a logged step, `say` for anything else."""
 
-    def __init__(self, steps: int, console: Console | None = None):
-        self._console = console or Console(stderr=True, highlight=False)
+    def __init__(self, steps: int, console: Console | None = None, quiet: bool = False):
+        self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._steps = steps
         self._bar: Progress | None = None
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

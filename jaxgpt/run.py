@@ -29,10 +29,13 @@ _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", 
 
 
 class Run:
-    """A run's directory. See the module's docstring for what is in it."""
+    """A run's directory. See the module's docstring for what is in it.
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+    Of several processes that train together one `writes`; for the others, what would write does nothing.
+    """
+
+    def __init__(self, directory: str | Path, writes: bool = True):
+        self.directory, self.writes = Path(directory), writes
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"
@@ -45,6 +48,9 @@ class Run:
         Raises:
             CheckpointError: if another process holds it.
         """
+        if not self.writes:
+            yield
+            return
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / ".lock").open("a+") as lock:
             try:
@@ -60,6 +66,8 @@ class Run:
 
     def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
         """Writes run.json."""
+        if not self.writes:
+            return
         packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
         description = {
             "config": config.to_dict(),
@@ -105,6 +113,8 @@ class Run:
         Raises:
             MissingExtraError: without the extra [tensorboard].
         """
+        if not self.writes:
+            return
         try:
             from tensorboardX import SummaryWriter
         except ImportError:
@@ -113,6 +123,8 @@ class Run:
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl: "step" and its figures; one that is not finite is null, as JSON has no NaN."""
+        if not self.writes:
+            return
         with self.metrics.open("a", encoding="utf-8") as file:
             figures = {name: value if math.isfinite(value) else None for name, value in line.items()}
             file.write(json.dumps(figures) + "\n")
@@ -124,6 +136,8 @@ class Run:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes anew, and a last line that a kill cut short."""
+        if not self.writes:
+            return
         lines = [line for line in self.read_metrics() if line["step"] <= step]
         _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
@@ -142,6 +156,8 @@ class Run:
 
     def plot_losses(self) -> None:
         """Writes loss.png, if the extra [plot] is there."""
+        if not self.writes:
+            return
         try:
             from matplotlib.figure import Figure
         except ImportError:

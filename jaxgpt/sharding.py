@@ -96,13 +96,18 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     for pattern, spec in RULES:
-        if re.search(rf"(^|/){pattern}$", name) is None or len(spec) > len(shape):
+        if not fits(pattern, name) or len(spec) > len(shape):
             continue
         # Axes before those of the rule are stacked layers.
         aligned = (*(None,) * (len(shape) - len(spec)), *spec)
         if all(size % _size(mesh, axes) == 0 for size, axes in zip(shape, aligned, strict=True)):
             return P(*aligned)
     return P()
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a rule is for the parameter of this path."""
+    return re.search(rf"(^|/){pattern}$", name) is not None
 
 
 def _size(mesh: Any, axes: str | Sequence[str] | None) -> int:

@@ -17,7 +17,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt import distributed, sharding
 from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import GPTConfig
 from jaxgpt.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
@@ -41,7 +43,7 @@ State = dict[str, Any]
 _INIT, _DROPOUT, _SAMPLE = range(3)
 
 
-def init_state(config: TrainConfig, params: Any = None) -> State:
+def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> State:
     """The state before the first step:
 
         params, opt_state   the optimiser's
@@ -53,19 +55,34 @@ def init_state(config: TrainConfig, params: Any = None) -> State:
     Args:
         config: the run.
         params: start from these instead of drawing new ones.
+        mesh: what to lay it out over. Every array is made in its parts: no device ever holds all of it.
     """
+    if params is not None and mesh is not None:
+        params = sharding.shard(params, mesh)
+    layout = None if mesh is None else sharding.shardings(mesh, abstract_state(config))
+    with sharding.use(mesh):
+        return jax.jit(functools.partial(_initial, config), out_shardings=layout)(params)
+
+
+def _initial(config: TrainConfig, params: Any = None) -> State:
     if params is None:
-        ids_BxT = jnp.zeros((1, 1), jnp.int32)
-        params = jax.jit(GPT(config.model).init)(_key(config, _INIT), ids_BxT)["params"]
+        params = GPT(config.model).init(_key(config, _INIT), jnp.zeros((1, 1), jnp.int32))["params"]
     state = {"params": params, "opt_state": optimizer(config).init(params)}
     if config.average_decay:
-        state["average"] = jax.tree.map(jnp.copy, params)  # a copy, because the step donates its state
+        state["average"] = params
     return state | {name: jnp.int32(0) for name in ("step", "updates", "bad")}
 
 
-def abstract_state(config: TrainConfig) -> State:
-    """The shapes and types of `init_state`, without allocating it."""
-    return jax.eval_shape(functools.partial(init_state, config))
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> State:
+    """The shapes, types and, with a mesh, layouts of `init_state`, without allocating it."""
+    state = jax.eval_shape(functools.partial(_initial, config))
+    if mesh is None:
+        return state
+    return jax.tree.map(
+        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
+        state,
+        sharding.shardings(mesh, state),
+    )
 
 
 def eval_params(state: State) -> Any:
@@ -100,7 +117,8 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
         def add(total, micro):
             return jax.tree.map(jnp.add, total, losses_and_grads(params, *micro)), None
 
-        micro_ids = ids_BxT1.reshape(config.accumulate, -1, ids_BxT1.shape[1])
+        # Every so many-th row, so that a micro-batch has rows on every device.
+        micro_ids = ids_BxT1.reshape(-1, config.accumulate, ids_BxT1.shape[1]).swapaxes(0, 1)
         micro_keys = jax.random.split(key, config.accumulate)
         zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         return lax.scan(add, zero, (micro_ids, micro_keys))[0]
@@ -125,6 +143,16 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
         return new | counters, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
 
     return step
+
+
+def jit_step(config: TrainConfig, mesh: Mesh | None = None) -> Any:
+    """`make_step`, jitted; it donates the state. With a mesh, the state keeps its layout, and calls belong into
+    `sharding.use(mesh)`."""
+    layout = None
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        layout = (sharding.shardings(mesh, abstract_state(config)), everywhere)
+    return jax.jit(make_step(config), donate_argnums=0, out_shardings=layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +186,9 @@ def train(
 ) -> TrainResult:
     """Trains a model into the directory `out` (see `run.py` for what is written there).
 
+    On the devices of `config.mesh`; where `jaxgpt.distributed` has joined several processes, each calls this with the
+    same arguments and a directory that all of them see, reads its own rows of each batch, and the first one writes.
+
     Args:
         config: the run. With `init_from`, the shape of its model gives way to the checkpoint's.
         data: a token file, a text file or tokens.
@@ -171,11 +202,12 @@ def train(
         ConfigError, DataError, CheckpointError: before the first step, for what cannot be used.
         TrainingError: if the loss stays not finite. The last good checkpoint is kept.
     """
-    run = Run(out)
+    run = Run(out, writes=distributed.is_primary())
     if resume and init_from is None:
         init_from = run.init_from()
     if init_from is not None:
         config = _fine_tuned(config, init_from)
+    mesh = _mesh(config)
     tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
     check_tokens(tokens, config.model, "the tokens" if isinstance(data, Tokens) else str(data))
     _check_samples(config)
@@ -188,19 +220,22 @@ def train(
             run.check_resume(config, tokens, init_from)
         elif not resume:
             run.check_new()
+        distributed.barrier("checked")  # before anyone changes what the others look at
         checkpoints = Checkpoints(run.checkpoints, config.keep, run.val_losses())
-        with contextlib.closing(checkpoints), TrainProgress(config.steps) as progress:
+        with contextlib.closing(checkpoints), TrainProgress(config.steps, quiet=not run.writes) as progress:
             if resume and checkpoints.steps():
-                start, state = checkpoints.restore_latest(abstract_state(config), progress.say)
+                start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
             else:
                 params = None if init_from is None else _initial_params(config, init_from)
-                start, state = 0, init_state(config, params)
+                start, state = 0, init_state(config, params, mesh)
                 del params  # the state holds them
             run.describe(config, tokens, init_from)
             run.truncate_metrics(start)
+            distributed.barrier("described")
             if tensorboard:
                 run.write_tensorboard(start)
-            return _Loop(config, train_N, val_N, run, checkpoints, progress).train(start, state)
+            with sharding.use(mesh):
+                return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
 
 
 class _Loop:
@@ -209,26 +244,27 @@ class _Loop:
     def __init__(
         self,
         config: TrainConfig,
+        mesh: Mesh | None,
         train_N: Ids,
         val_N: Ids,
         run: Run,
         checkpoints: Checkpoints,
         progress: TrainProgress,
     ):
-        self.config, self.train_N, self.val_N = config, train_N, val_N
+        self.config, self.mesh, self.train_N, self.val_N = config, mesh, train_N, val_N
         self.run, self.checkpoints, self.progress = run, checkpoints, progress
         self.model = GPT(config.model.replace(remat="none"))
         self.val_losses = run.val_losses()
 
     def train(self, start: int, state: State) -> TrainResult:
         config, done = self.config, start
-        step_fn = jax.jit(make_step(config), donate_argnums=0)
+        step_fn, stop = jit_step(config, self.mesh), None
         running: collections.deque = collections.deque()  # (step, figures) still on the device
         self.clock = time.perf_counter(), start
         with _signals() as received:
-            while done < config.steps and not received:
-                ids_BxT1 = batch(self.train_N, config, done)  # made while the device works on the step before
-                state, figures = step_fn(state, ids_BxT1)
+            while done < config.steps and not (stop := self.stop(received, done)):
+                # The batch is made while the device works on the step before.
+                state, figures = step_fn(state, self.batch(done))
                 done += 1
                 running.append((done, figures))
                 if len(running) > 1:
@@ -239,13 +275,31 @@ class _Loop:
                     self.pause(done, state)
             while running:
                 self.record(*running.popleft())
-            if received:
+            stop = stop or self.stop(received, config.steps)
+            if stop:
                 if done not in self.checkpoints.steps() and self.healthy(state):
                     self.checkpoints.save(done, state)
-                self.progress.say(f"stopped by {received[0].name} at step {done}: --resume continues")
+                self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
         self.run.plot_losses()
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
-        return TrainResult(done, eval_params(state), config.model, last_val_loss, received[0] if received else None)
+        return TrainResult(done, eval_params(state), config.model, last_val_loss, stop)
+
+    def batch(self, step: int) -> Any:
+        """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
+        config, mesh = self.config, self.mesh
+        if mesh is None:
+            return batch(self.train_N, config, step)
+        layout = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
+        shape = (config.batch_size, config.window + 1)
+        return jax.make_array_from_callback(shape, layout, lambda at: batch(self.train_N, config, step, at[0]))  # type: ignore[index]
+
+    def stop(self, received: list[signal.Signals], step: int) -> signal.Signals | None:
+        """The signal by which to stop. Several processes must do so after the same step, so they ask each other, and
+        only at the steps that are logged, because that waits for the devices."""
+        if jax.process_count() > 1 and not self.due(self.config.log_interval, step):
+            return None
+        number = distributed.highest(received[0] if received else 0)
+        return signal.Signals(number) if number else None
 
     def due(self, interval: int, step: int) -> bool:
         return step % interval == 0 or step == self.config.steps
@@ -330,6 +384,15 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         params = eval_params(checkpoints.restore(chosen, abstract_state(config)))
     params = cast_params(params, param_dtype)
     return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    """The config's mesh, checked; None for one device."""
+    mesh = sharding.make_mesh(config.mesh)
+    if mesh.size == 1:
+        return None
+    sharding.check(mesh, config.model, config.batch_size // config.accumulate)
+    return mesh
 
 
 # What a run decides for itself when it starts from a checkpoint; the rest, the architecture, is the checkpoint's.

@@ -10,6 +10,8 @@ from helpers import TINY, make_model
 
 # A kernel that the developer has built decides no test but those of tests/test_native.py.
 os.environ["JAXGPT_KERNEL"] = "0"
+# Simulated ones, for tests/test_sharding.py; all other tests use the first.
+jax.config.update("jax_num_cpu_devices", 8)
 
 
 @pytest.fixture(scope="session", autouse=True)

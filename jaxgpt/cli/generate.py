@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("float32", "bfloat16"),
         help="of the key/value cache (default: see jaxgpt.Cache.empty)",
     )
+    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4 (default: one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,16 +63,21 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jaxgpt import sampling
+    from jaxgpt import sampling, sharding
     from jaxgpt.inference import prepare
     from jaxgpt.text import encode_prompt
     from jaxgpt.tokenizer import get_tokenizer
+    from jaxgpt.train_config import MeshConfig
     from jaxgpt.weights import load
 
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
     key = jax.random.key(args.seed) if sampler.draws else None
+    mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
     model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
+    if mesh is not None:
+        sharding.check(mesh, model.config)
+        params = sharding.shard(params, mesh)
     tokenizer = get_tokenizer(model.config.tokenizer)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     context = model.config.context_length

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,15 +17,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the last good checkpoint in DIR")
     parser.add_argument("--force", action="store_true", help="resume though the config or the data differ")
     parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
+    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all that are left")
+    parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; default: the cluster's, or loopback")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many; default: as the cluster says")
+    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
+    parser.add_argument(
+        "--join-timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others; default: %(default)s"
+    )
     parser.add_argument("--init-from", metavar="MODEL", help="fine-tune: start from anything that loads")
 
 
 def run(args: argparse.Namespace) -> int:
     """Trains, and returns the exit code: 128 + the signal's number if one ended the run."""
-    from jaxgpt.train_config import TrainConfig
-    from jaxgpt.trainer import train
+    from jaxgpt.errors import ConfigError
+    from jaxgpt.train_config import MeshConfig, TrainConfig
 
     config = TrainConfig.from_file(args.config, args.set)
+    if args.mesh is not None:
+        config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))
+    if args.distributed:
+        from jaxgpt import distributed
+
+        distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
+    elif (args.coordinator, args.processes, args.process) != (None, None, None):
+        raise ConfigError("--coordinator, --processes and --process belong to --distributed")
+    from jaxgpt.trainer import train
+
     result = train(
         config,
         args.data,

@@ -1,0 +1,220 @@
+"""One program on many devices: results equal those of one, whatever the mesh; what does not fit is told.
+
+Devices are simulated, eight in each worker's process (see conftest.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, make_model, random_ids
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt import generate, prepare, sharding
+from jaxgpt.cli import main
+from jaxgpt.data import Tokens
+from jaxgpt.errors import ConfigError
+from jaxgpt.evaluation import evaluate
+from jaxgpt.sampling import Temperature
+from jaxgpt.train_config import MeshConfig, TrainConfig
+from jaxgpt.trainer import abstract_state, init_state, jit_step, make_step, train
+
+MODEL = TINY.replace(emb_dim=32, n_heads=8, vocab_size=97)
+CONFIG = TrainConfig(model=MODEL, batch_size=16, accumulate=2, steps=100, warmup_steps=0, average_decay=0.9)
+MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=-1"]
+
+
+def mesh_of(text):
+    return sharding.make_mesh(MeshConfig.parse(text))
+
+
+def assert_close(got, want, atol=1e-5):
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(mine, np.float64), np.asarray(theirs, np.float64), atol=atol)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """A step on one device: (ids, the state before it, the state after it, figures)."""
+    ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, CONFIG.window + 1)).astype(np.int32)
+    state = init_state(CONFIG)
+    return ids, state, *jax.jit(make_step(CONFIG))(state, ids)
+
+
+@pytest.mark.parametrize(
+    ("text", "variant"),
+    [
+        *((text, {}) for text in MESHES),
+        ("data=2,fsdp=2,tensor=2", {"loss_chunk": 32}),
+        ("data=2,fsdp=2,tensor=2", {"scan_layers": True, "remat": "block"}),
+    ],
+)
+def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
+    model = {name: value for name, value in variant.items() if name != "loss_chunk"}
+    config = dataclasses.replace(
+        CONFIG, loss_chunk=variant.get("loss_chunk", 0), model=MODEL.replace(**model), mesh=MeshConfig.parse(text)
+    )
+    ids, _, want, figures = single
+    if model:
+        want, figures = jax.jit(make_step(config))(init_state(config), ids)
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.check(mesh, config.model, config.batch_size // config.accumulate)
+    state = init_state(config, mesh=mesh)
+    with sharding.use(mesh):
+        after, got = jit_step(config, mesh)(state, ids)
+    assert_close(got, figures)
+    assert_close(after["params"], want["params"])
+    assert_close(after["average"], want["average"])
+    # Adam's first moment is (1 - beta1) times the gradient.
+    assert_close(after["opt_state"], want["opt_state"])
+    layouts = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    for leaf, layout in zip(jax.tree.leaves(after), jax.tree.leaves(layouts), strict=True):
+        assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_state_is_made_in_parts(optimizer):
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    mesh = mesh_of("fsdp=4,tensor=2")
+    state = init_state(config, mesh=mesh)
+    assert_close(state, init_state(config), atol=0)
+    sizes = [(leaf.size, max(shard.data.size for shard in leaf.addressable_shards)) for leaf in jax.tree.leaves(state)]
+    assert sum(part for _, part in sizes) < sum(size for size, _ in sizes) / 6
+    matrices = [(size, part) for size, part in sizes if size >= 32 * 32]
+    assert len(matrices) > 20
+    assert all(part == size // 8 for size, part in matrices)
+
+
+def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
+    model = MODEL.replace(tie_embeddings=False, param_dtype="float32")
+    params = make_model(model)[1]
+    mesh = mesh_of("fsdp=2,tensor=2")
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): layout.spec
+        for path, layout in jax.tree_util.tree_leaves_with_path(sharding.shardings(mesh, params))
+    }
+    assert found["trf_blocks_0/att/qkv/weight"] == P(None, "tensor", "fsdp")
+    assert found["trf_blocks_1/ff/fc_out/weight"] == P("fsdp", "tensor")
+    assert found["trf_blocks_1/ff/fc_in/bias"] == P("tensor")
+    assert found["out_head/weight"] == P(None, ("tensor", "fsdp"))
+    stacked = sharding.shardings(mesh, make_model(model.replace(scan_layers=True))[1])["trf_blocks"]
+    assert stacked["att"]["out_proj"]["weight"].spec == P(None, "fsdp", "tensor")
+    assert stacked["ff"]["fc_in"]["bias"].spec == P(None, "tensor")
+    for pattern, _ in sharding.RULES:
+        assert any(sharding.fits(pattern, name) for name in found), pattern
+    for name in found:
+        assert any(sharding.fits(pattern, name) for pattern, _ in sharding.RULES), name
+
+
+@pytest.mark.parametrize(
+    ("text", "rows", "scan_layers"),
+    [("data=4", 3, False), ("tensor=8", 1, False), ("data=2,fsdp=2,tensor=2", 4, False), ("fsdp=2,tensor=2", 3, True)],
+)
+def test_generation_on_a_mesh_draws_the_same_ids(text, rows, scan_layers):
+    model, params = make_model(MODEL.replace(scan_layers=scan_layers))
+    prompts = [row[: 3 + 2 * i].tolist() for i, row in enumerate(random_ids(MODEL, rows, 12))]
+    options = {"sampler": Temperature(0.7), "key": jax.random.key(1)}
+    want = generate(model, params, prompts, 20, **options).tokens
+    got = generate(model, sharding.shard(params, mesh_of(text)), prompts, 20, **options).tokens
+    for mine, theirs in zip(got, want, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+def test_int8_generation_and_evaluation_on_a_mesh_equal_one_devices():
+    model, params = prepare(*make_model(MODEL), "int8")
+    spread = sharding.shard(params, mesh_of("fsdp=2,tensor=4"))
+    prompts = random_ids(MODEL, 2, 9).tolist()
+    for mine, theirs in zip(
+        generate(model, spread, prompts, 10).tokens, generate(model, params, prompts, 10).tokens, strict=True
+    ):
+        np.testing.assert_array_equal(mine, theirs)
+    ids = random_ids(MODEL, 1, 200)[0]
+    # Token ids of this vocabulary are bytes to the tokenizer.
+    bytes_model = dataclasses.replace(model, config=model.config.replace(tokenizer="bytes"))
+    assert evaluate(bytes_model, spread, ids).loss == pytest.approx(evaluate(bytes_model, params, ids).loss, abs=1e-5)
+
+
+def test_the_forward_pass_of_spread_parameters_needs_no_mesh():
+    model, params = make_model(MODEL)
+    ids = random_ids(MODEL, 2, 9)
+    spread = sharding.shard(params, mesh_of("fsdp=2,tensor=2"))
+    assert_close(jax.jit(lambda p: model.apply({"params": p}, ids))(spread), model.apply({"params": params}, ids))
+
+
+def tokens():
+    return Tokens.from_text("".join(map(chr, np.random.default_rng(0).integers(32, 90, 3000))), "bytes")
+
+
+RUN = dataclasses.replace(
+    CONFIG,
+    model=MODEL.replace(vocab_size=257, tokenizer="bytes"),
+    steps=4,
+    checkpoint_interval=2,
+    val_fraction=0.0,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [("data=2,fsdp=2,tensor=2", ""), ("fsdp=8", "tensor=4"), ("", "fsdp=8")])
+def test_a_checkpoint_resumes_on_other_devices(tmp_path, first, then):
+    want = train(RUN, tokens(), tmp_path / "single").params
+    first_config = dataclasses.replace(RUN, mesh=MeshConfig.parse(first))
+    then_config = dataclasses.replace(RUN, mesh=MeshConfig.parse(then))
+    train(first_config, tokens(), tmp_path / "run")
+    # As if it had been stopped after the checkpoint of step 2.
+    (latest,) = (tmp_path / "run" / "checkpoints").glob("4")
+    shutil.rmtree(latest)
+    result = train(then_config, tokens(), tmp_path / "run", resume=True)
+    assert result.step == 4
+    assert_close(result.params, want)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("data=3,tensor=4", "needs 12 devices, and there are 8"),
+        ("data=-1,tensor=3", "3 does not divide the 8 devices"),
+        ("data=-1,fsdp=-1", "only one axis of a mesh can be -1"),
+        ("tensors=2", "unknown axis 'tensors'; did you mean 'tensor'"),
+        ("tensor=two", "mesh.tensor must be an int, not 'two'"),
+        ("tensor=0", "mesh.tensor must be 1 or more, or -1"),
+        ("tensor", "a mesh is written like data=2,fsdp=4,tensor=2, not 'tensor'"),
+        ("tensor=2,tensor=4", "a mesh is written like"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_told(text, told):
+    with pytest.raises(ConfigError, match=told):
+        mesh_of(text)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "changes", "batch", "told"),
+    [
+        ("tensor=8", {"n_heads": 4}, None, "tensor=8 does not divide n_heads=4"),
+        ("tensor=8", {"ffn_dim": 100}, None, "tensor=8 does not divide ffn_dim=100"),
+        ("fsdp=8", {"emb_dim": 12, "n_heads": 4}, None, "fsdp=8 does not divide emb_dim=12"),
+        ("data=2,fsdp=4", {}, 12, "data x fsdp=8 does not divide the batch of a step or micro-batch=12"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_the_model_or_the_batch_is_told(mesh, changes, batch, told):
+    with pytest.raises(ConfigError, match=told):
+        sharding.check(mesh_of(mesh), MODEL.replace(**changes), batch)
+
+
+def test_the_commands_take_a_mesh(capsys):
+    assert main(["generate", "--prompt", "ROMEO:", "--max-new-tokens", "8"]) == 0
+    want = capsys.readouterr().out
+    assert main(["generate", "--prompt", "ROMEO:", "--max-new-tokens", "8", "--mesh", "data=2,tensor=2"]) == 0
+    assert capsys.readouterr().out == want
+    assert main(["generate", "--prompt", "A", "--mesh", "tensor=5"]) == 2
+    assert "tensor=5 does not divide n_heads=6" in capsys.readouterr().err
+
+
+def test_without_a_mesh_nothing_is_constrained():
+    text = jax.jit(lambda x: sharding.constrain(x, sharding.BATCH)).lower(jnp.ones(8)).as_text()
+    assert "sharding" not in text
