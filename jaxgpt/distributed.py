@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import jax
 import numpy as np
 
@@ -34,20 +36,35 @@ def initialize(
     bind = None
     if processes is not None and coordinator is None:
         coordinator = bind = LOOPBACK  # JAX's coordinator listens on every interface unless told
-    try:
-        jax.distributed.initialize(
-            coordinator, processes, process, initialization_timeout=timeout, coordinator_bind_address=bind
-        )
-    except (ValueError, RuntimeError) as error:
-        if processes is None:
-            raise ConfigError(
-                f"no cluster that JAX knows: say --processes and --process, and --coordinator HOST:PORT ({error})"
-            ) from None
-        reason = (str(error).splitlines() or ["?"])[0][:300]
+    failures: list[Exception] = []
+
+    def join() -> None:
+        try:
+            # Where JAX's own time runs out it aborts the process, so it gets more than it will be given.
+            jax.distributed.initialize(
+                coordinator,
+                processes,
+                process,
+                initialization_timeout=timeout + 3600,
+                coordinator_bind_address=bind,
+            )
+        except (ValueError, RuntimeError) as error:
+            failures.append(error)
+
+    joining = threading.Thread(target=join, daemon=True)
+    joining.start()
+    joining.join(timeout)
+    if joining.is_alive():
         raise ConfigError(
-            f"process {process} of {processes} could not join at {coordinator} within {timeout} s: is every process "
-            f"started, with the same --processes and --coordinator? ({reason})"
-        ) from None
+            f"process {process} of {processes} waited {timeout} s at {coordinator} for the others: is each of them "
+            "started, with the same --processes and --coordinator and a --process of its own?"
+        )
+    if failures and processes is None:
+        raise ConfigError(
+            f"no cluster that JAX knows: say --processes and --process, and --coordinator HOST:PORT ({failures[0]})"
+        )
+    if failures:
+        raise ConfigError(f"process {process} of {processes} could not join at {coordinator}: {failures[0]}")
 
 
 def is_primary() -> bool:

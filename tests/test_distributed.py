@@ -1,0 +1,123 @@
+"""Several real processes that train together, over loopback: their result, a crash, and who never comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from test_sharding import RUN, assert_close, tokens
+
+from jaxgpt import distributed
+from jaxgpt.cli import main
+from jaxgpt.errors import ConfigError
+from jaxgpt.run import Run
+from jaxgpt.trainer import train
+
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(processes, directory, mesh, mode):
+    address = f"127.0.0.1:{free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), address, str(processes), str(i), str(directory), mesh, mode],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "mesh"), [(2, "fsdp=2"), (4, "data=2,tensor=2")])
+def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, processes, mesh):
+    crashing = start(processes, tmp_path / "run", mesh, "crash")
+    assert crashing[1].wait(timeout=180) == -signal.SIGKILL
+    for process in crashing:  # they wait for the lost one
+        process.kill()
+        process.communicate()
+    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert steps == [2]
+
+    resumed = start(processes, tmp_path / "run", mesh, "resume")
+    done = [process.communicate(timeout=180) for process in resumed]
+    assert [process.returncode for process in resumed] == [0] * processes, done[0][1]
+    # Where the batch is spread over data or fsdp, each process reads its part and no more.
+    assert [out.splitlines()[-1] for out, _ in done] == [f"rows {RUN.batch_size // 2}"] * processes
+    # One process speaks and writes.
+    assert [bool(err) for _, err in done] == [True] + [False] * (processes - 1), done[1][1]
+    assert [line["step"] for line in Run(tmp_path / "run").read_metrics()] == [1, 2, 3, 4, 5, 6]
+
+    alone = train(dataclasses.replace(RUN, steps=6, log_interval=1), tokens(), tmp_path / "alone")
+    with np.load(tmp_path / "run" / "params.npz") as saved:
+        assert_close(list(saved.values()), jax.tree.leaves(alone.params))
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text('[model]\ntokenizer = "bytes"\nvocab_size = 257\ncontext_length = 16\nemb_dim = 8\nn_heads = 2\n')
+    (tmp_path / "text").write_text("a text " * 100)
+    return path
+
+
+def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_path):
+    command = [sys.executable, "-m", "jaxgpt", "train", str(config_file)]
+    options = {"--data": tmp_path / "text", "--out": tmp_path / "run", "--join-timeout": 3, "--processes": 2}
+    options |= {"--process": 0, "--coordinator": f"127.0.0.1:{free_port()}"}
+    arguments = [str(part) for pair in options.items() for part in pair]
+    done = subprocess.run([*command, "--distributed", *arguments], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr[-1000:]
+    assert "jaxgpt: error: process 0 of 2 waited 3 s at 127.0.0.1:" in done.stderr
+    assert "is each of them started" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--distributed", "--processes", "2"], "--processes and --process go together"),
+        (["--distributed", "--processes", "2", "--process", "2"], "--process must be from 0 to 1, not 2"),
+        (["--distributed", "--join-timeout", "0"], "--join-timeout must be 1 second or more, not 0"),
+        (["--processes", "2", "--process", "0"], "--coordinator, --processes and --process belong to --distributed"),
+        (["--distributed"], "no cluster that JAX knows: say --processes and --process"),
+        (["--mesh", "tensor=8"], "tensor=8 does not divide n_heads=2"),
+    ],
+)
+def test_bad_arguments_are_told(config_file, tmp_path, capsys, arguments, told):
+    data = ["--data", str(tmp_path / "text"), "--out", str(tmp_path / "run")]
+    assert main(["train", str(config_file), *data, *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mesh_without_every_process_is_refused(monkeypatch):
+    from jaxgpt import sharding
+    from jaxgpt.train_config import MeshConfig
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        process_index: int
+
+    with pytest.raises(ConfigError, match="has 2 of the 4 devices, and none of process 1's"):
+        sharding.make_mesh(MeshConfig(data=2), [Device(0), Device(0), Device(1), Device(1)])
+
+
+def test_alone_there_is_nothing_to_wait_for():
+    distributed.barrier("alone")
+    assert distributed.is_primary()
+    assert distributed.highest(7) == 7
