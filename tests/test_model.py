@@ -248,3 +248,16 @@ def test_the_books_example_shape():
     logits = jax.jit(model.apply)({"params": params}, ids)
     assert (logits.shape, logits.dtype) == ((2, 4, 50257), jnp.float32)
     assert bool(jnp.isfinite(logits).all())
+
+
+def test_a_scanned_models_program_does_not_grow_with_depth():
+    def lines(n_layers, scan_layers):
+        config = TINY.replace(n_layers=n_layers, scan_layers=scan_layers)
+        model = GPT(config)
+        ids = jnp.zeros((1, 8), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        loss = lambda params: model.apply({"params": params}, ids).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).as_text().count("\n")
+
+    assert lines(4, True) == lines(96, True)
+    assert lines(4, False) > 1.5 * lines(2, False)
