@@ -13,15 +13,16 @@ _MODULES = {
     "cache": ("Cache",),
     "config": ("GPTConfig",),
     "decode": ("scan_generate",),
-    "errors": ("CheckpointError", "ConfigError", "DataError", "MissingExtraError", "TrainingError"),
+    "errors": ("CheckpointError", "ConfigError", "DataError", "KernelError", "MissingExtraError", "TrainingError"),
     "evaluation": ("Evaluation", "evaluate"),
     "generation": ("GenerationResult", "generate"),
     "inference": ("prepare",),
     "model": ("GPT", "FeedForward", "LayerNorm", "MultiHeadAttention", "TransformerBlock"),
     "sampling": ("Greedy", "MinP", "Temperature", "TopK", "TopP"),
+    "sharding": ("make_mesh", "shard"),
     "text": ("generate_text", "stream"),
     "tokenizer": ("get_tokenizer",),
-    "train_config": ("TrainConfig",),
+    "train_config": ("MeshConfig", "TrainConfig"),
     "trainer": ("TrainResult", "load_run", "train"),
     "weights": ("load", "save"),
 }
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from jaxgpt.errors import CheckpointError as CheckpointError
     from jaxgpt.errors import ConfigError as ConfigError
     from jaxgpt.errors import DataError as DataError
+    from jaxgpt.errors import KernelError as KernelError
     from jaxgpt.errors import MissingExtraError as MissingExtraError
     from jaxgpt.errors import TrainingError as TrainingError
     from jaxgpt.evaluation import Evaluation as Evaluation
@@ -51,9 +53,12 @@ if TYPE_CHECKING:
     from jaxgpt.sampling import Temperature as Temperature
     from jaxgpt.sampling import TopK as TopK
     from jaxgpt.sampling import TopP as TopP
+    from jaxgpt.sharding import make_mesh as make_mesh
+    from jaxgpt.sharding import shard as shard
     from jaxgpt.text import generate_text as generate_text
     from jaxgpt.text import stream as stream
     from jaxgpt.tokenizer import get_tokenizer as get_tokenizer
+    from jaxgpt.train_config import MeshConfig as MeshConfig
     from jaxgpt.train_config import TrainConfig as TrainConfig
     from jaxgpt.trainer import TrainResult as TrainResult
     from jaxgpt.trainer import load_run as load_run
