@@ -56,7 +56,8 @@ class Flops:
     Attributes:
         linear: of the linear layers and the output head.
         attention: of the scores, q k^T, and of the sums of values that they weight. Counted in full, as is the
-            custom; causality needs only about half.
+            custom: as if each query saw all T positions, or in a banded layer as many as its band is wide.
+            `causal_attention_flops` counts those that it does see, in a dense layer about half.
     """
 
     linear: int
@@ -136,7 +137,8 @@ def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:
     """Operations of one forward pass over [B, T] ids, logits at every position included.
 
     linear = 2 B T (L (4 D^2 + 2 D F) + V D), which is 2 B T (12 L D^2 + V D) for F = 4 D;
-    attention = 4 B T^2 D L. Source: Kaplan et al. 2020, table 1, with attention over all T positions.
+    attention = 4 B T^2 D L, of which each banded layer has T min(W, T) in place of T^2, W being its window.
+    Source: Kaplan et al. 2020, table 1, with attention over all T positions.
 
     Raises:
         ValueError: if `batch` or `length` is not positive, or `length` is beyond the context.
@@ -158,6 +160,18 @@ def training_flops(config: GPTConfig, batch: int, length: int) -> Flops:
     return Flops(linear=passes * body + 3 * head, attention=passes * _attention_flops(config, batch, length))
 
 
+def causal_attention_flops(config: GPTConfig, batch: int, length: int) -> int:
+    """`forward_flops`' attention without what is masked: exactly the pairs of a query and a key that it sees, which
+    are W (W + 1) / 2 + (T - W) W in a banded layer, W being its window or T, and T (T + 1) / 2 in a dense one.
+
+    Raises:
+        ValueError: as `forward_flops` does.
+    """
+    _check_sizes(config, batch, length)
+    pairs = sum(width * (width + 1) // 2 + (length - width) * width for width in _widths(config, length))
+    return 4 * batch * pairs * config.emb_dim
+
+
 def cache_bytes(config: GPTConfig, batch: int, slots: int, dtype: str) -> int:
     """Bytes of the keys and values of a cache, 2 L B S D elements of `dtype`. `Cache.empty` says which type it takes.
 
@@ -171,15 +185,25 @@ def cache_bytes(config: GPTConfig, batch: int, slots: int, dtype: str) -> int:
 
 def _linear_flops(config: GPTConfig, batch: int, length: int) -> tuple[int, int]:
     """(the blocks', the output head's)."""
-    _check_positive(batch=batch, length=length)
-    if length > config.context_length:
-        raise ValueError(f"length {length} is beyond context_length={config.context_length}")
+    _check_sizes(config, batch, length)
     L, D, F, V = config.n_layers, config.emb_dim, config.ffn_dim, config.vocab_size
     return 2 * batch * length * L * (4 * D**2 + 2 * D * F), 2 * batch * length * V * D
 
 
 def _attention_flops(config: GPTConfig, batch: int, length: int) -> int:
-    return 4 * batch * length**2 * config.emb_dim * config.n_layers
+    return 4 * batch * length * sum(_widths(config, length)) * config.emb_dim
+
+
+def _widths(config: GPTConfig, length: int) -> list[int]:
+    """Most positions that a query of each layer sees."""
+    band = min(config.attention_window, length)
+    return [band if i in config.banded_layers else length for i in range(config.n_layers)]
+
+
+def _check_sizes(config: GPTConfig, batch: int, length: int) -> None:
+    _check_positive(batch=batch, length=length)
+    if length > config.context_length:
+        raise ValueError(f"length {length} is beyond context_length={config.context_length}")
 
 
 def _check_positive(**sizes: int) -> None:

@@ -114,9 +114,8 @@ def limit(work: Work, read_bytes_per_s: float, flops_per_s: dict[str, float]) ->
         )
     if work.kind in ("forward", "train"):
         passes = 3 if work.kind == "train" else 1
-        flops = accounting.forward_flops(config, work.batch, work.length)
-        # Causality halves the attention.
-        needed = passes * (flops.linear + flops.attention / 2)
+        linear = accounting.forward_flops(config, work.batch, work.length).linear
+        needed = passes * (linear + accounting.causal_attention_flops(config, work.batch, work.length))
         factor = "3 x " if passes == 3 else ""
         formula = f"tokens x matrix product FLOP/s / ({factor}FLOPs of a forward pass, causal)"
         return work.tokens * flops_per_s[work.dtype] / needed, formula

@@ -30,7 +30,9 @@ PEERS = {
 
 
 def available(work: Work) -> list[str]:
-    """The peers that are installed and can do a work."""
+    """The peers that are installed and can do a work: none has a GPT with banded attention."""
+    if work.config().banded_layers:
+        return []
     return [
         name
         for name, (packages, able) in PEERS.items()

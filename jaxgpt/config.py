@@ -16,6 +16,7 @@ ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
 TOKENIZERS = ("gpt2", "bytes")
+ATTENTION_PATTERNS = ("dense", "alternating")
 REMAT_POLICIES = ("none", "block", "dots")
 
 # Far above anything published, far below what would exhaust memory by a typo or a hostile file.
@@ -26,6 +27,7 @@ _SIZE_LIMITS = {
     "n_heads": 2**12,
     "n_layers": 2**12,
     "ffn_dim": 2**20,
+    "attention_window": 2**22,
 }
 
 
@@ -46,6 +48,12 @@ class GPTConfig:
         activation: "gelu_tanh" (GPT-2), "gelu" (exact, by erf) or "relu".
         layer_norm_eps: added to the variance inside the root.
         ffn_dim: width of the feed-forward layer, F; by default 4 * `emb_dim`.
+        attention_pattern: "dense" (every position sees all before it, in every layer), or "alternating": dense in
+            layers 0, 2, 4, ... and in a band in layers 1, 3, 5, ..., as GPT-3 has it (Brown et al. 2020, section
+            2.1). The paper says no more than "alternating dense and locally banded sparse attention patterns [...]
+            similar to the Sparse Transformer"; a band is the local half of that one's pattern, without its strides.
+        attention_window: positions that a banded layer's query sees: itself and those just before it. The paper does
+            not give GPT-3's; 256 is that of GPT-Neo, its open replication (Black et al. 2021). Unused where dense.
         drop_rate_emb: dropout after the embedding sum.
         drop_rate_attn: dropout on the attention weights.
         drop_rate_shortcut: dropout on each residual branch.
@@ -77,6 +85,8 @@ class GPTConfig:
     layer_norm_eps: float = 1e-5
     # The None defaults are resolved in __post_init__, so a reader always finds a number.
     ffn_dim: int = None  # type: ignore[assignment]
+    attention_pattern: str = "dense"
+    attention_window: int = 256
     drop_rate_emb: float = None  # type: ignore[assignment]
     drop_rate_attn: float = None  # type: ignore[assignment]
     drop_rate_shortcut: float = None  # type: ignore[assignment]
@@ -101,6 +111,12 @@ class GPTConfig:
     def head_dim(self) -> int:
         """Width of one attention head, K."""
         return self.emb_dim // self.n_heads
+
+    @property
+    def banded_layers(self) -> range:
+        """The layers whose attention is banded; none where the band would hold the whole context."""
+        banded = self.attention_pattern == "alternating" and self.attention_window < self.context_length
+        return range(1, self.n_layers if banded else 0, 2)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:
@@ -197,6 +213,7 @@ _FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(GPTC
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 _CHOICES = {
     "activation": ACTIVATIONS,
+    "attention_pattern": ATTENTION_PATTERNS,
     "param_dtype": PARAM_DTYPES,
     "dtype": DTYPES,
     "tokenizer": TOKENIZERS,
@@ -237,12 +254,12 @@ def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, 
 
 
 _BOOK = {"qkv_bias": False, "tie_embeddings": False}
-_GPT3 = {"context_length": 2048, "drop_rate": 0.0}
+_GPT3 = {"context_length": 2048, "drop_rate": 0.0, "attention_pattern": "alternating"}
 
 # GPT-2: Radford et al. 2019, table 2 (the paper's parameter counts there, 117M to 1542M, are its own early
 # miscount). The book's variants untie the head and drop the Q/K/V biases.
 # GPT-3: Brown et al. 2020, table 2.1, except where its row does not divide: 13B has d_model 5120 (the table
-# says 5140) and 1.3B has 16 heads of 128 (the table says 24).
+# says 5140) and 1.3B has 16 heads of 128 (the table says 24). Section 2.1 has the alternating attention.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": _sizes(12, 768, 12),
     "gpt2-medium": _sizes(24, 1024, 16),

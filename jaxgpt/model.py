@@ -124,9 +124,15 @@ class MultiHeadAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: Array, cache: Cache | None = None, layer: Any = None, deterministic: bool = True
+        self,
+        x_BxTxD: Array,
+        cache: Cache | None = None,
+        layer: Any = None,
+        deterministic: bool = True,
+        banded: bool | Array = False,
     ) -> tuple[Array, Any]:
-        """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) in it, and comes back written."""
+        """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) in it, and comes back written.
+        `banded` says whether the config's `attention_window` counts here; an array does where a scan alternates."""
         cfg = self.config
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear(cfg, (3, D), cfg.qkv_bias, name="qkv")(x_BxTxD)
@@ -145,18 +151,34 @@ class MultiHeadAttention(nn.Module):
                 k, v = read(layer)
                 dtype = k.dtype.name  # converting a cache would cost more than the products with it
         drop = not deterministic and cfg.drop_rate_attn > 0
+        dropout_key = self.make_rng("dropout") if drop else None
         inspected = self.is_mutable_collection("intermediates")
-        context_BxHxTxK = attention(
-            q,
-            k,
-            v,
-            dtype=dtype,
-            query_slot=slot,
-            start_B=start_B,
-            drop_rate=cfg.drop_rate_attn,
-            dropout_key=self.make_rng("dropout") if drop else None,
-            inspect=(lambda weights: self.sow("intermediates", "weights", weights)) if inspected else None,
-        )
+
+        def attend(window: int | None) -> tuple[Array, list[Array]]:
+            weights: list[Array] = []
+            context_BxHxTxK = attention(
+                q,
+                k,
+                v,
+                dtype=dtype,
+                window=window,
+                query_slot=slot,
+                start_B=start_B,
+                drop_rate=cfg.drop_rate_attn,
+                dropout_key=dropout_key,
+                inspect=weights.append if inspected else None,
+            )
+            return context_BxHxTxK, weights
+
+        if isinstance(banded, bool):
+            context_BxHxTxK, weights = attend(cfg.attention_window if banded else None)
+        else:
+            # One of two static patterns, not one mask that depends on data: so the band's blocks still skip what they
+            # cannot see, and a scan still compiles each pattern once whatever the depth. (Without rematerialisation
+            # the backward pass keeps room for what either of them keeps: about a tenth more memory.)
+            context_BxHxTxK, weights = lax.cond(banded, lambda: attend(cfg.attention_window), lambda: attend(None))
+        for weights_BxHxTxS in weights:
+            self.sow("intermediates", "weights", weights_BxHxTxS)
         context_BxHxTxK = constrain(context_BxHxTxK, BATCH, "tensor", None, None)
         context_BxTxD = context_BxHxTxK.swapaxes(1, 2).reshape(B, T, D)
         y = Linear(cfg, (D,), cfg.bias, residual_std(cfg), name="out_proj")(context_BxTxD)
@@ -170,14 +192,19 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BxTxD: Array, cache: Cache | None = None, layer: Any = None, deterministic: bool = True
+        self,
+        x_BxTxD: Array,
+        cache: Cache | None = None,
+        layer: Any = None,
+        deterministic: bool = True,
+        banded: bool | Array = False,
     ) -> tuple[Array, Any]:
         """Returns (x_BxTxD, layer), as `MultiHeadAttention` does."""
         cfg = self.config
         drop_shortcut = Dropout(cfg.drop_rate_shortcut)
         with jax.named_scope("attention"):
             x = LayerNorm(cfg, name="norm1")(x_BxTxD)
-            x, layer = MultiHeadAttention(cfg, name="att")(x, cache, layer, deterministic)
+            x, layer = MultiHeadAttention(cfg, name="att")(x, cache, layer, deterministic, banded)
             x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
         with jax.named_scope("feed_forward"):
             x = FeedForward(cfg, name="ff")(LayerNorm(cfg, name="norm2")(x_BxTxD))
@@ -238,13 +265,15 @@ class GPT(nn.Module):
         x_BxTxD = constrain(x_BxTxD, BATCH, None, None)
         self.sow("intermediates", "embedded", x_BxTxD)
         layers = None if cache is None else cache.layers
+        banded_layers = self.config.banded_layers
         if self.config.scan_layers:
-            x_BxTxD, layers = self.trf_blocks(x_BxTxD, cache, layers, deterministic)
+            banded = jnp.array([i in banded_layers for i in range(self.config.n_layers)]) if banded_layers else False
+            x_BxTxD, layers = self.trf_blocks(x_BxTxD, cache, layers, deterministic, banded)
         else:
             written = []
             for i, block in enumerate(self.trf_blocks):
                 layer = None if layers is None else layers[i]
-                x_BxTxD, layer = block(x_BxTxD, cache, layer, deterministic)
+                x_BxTxD, layer = block(x_BxTxD, cache, layer, deterministic, i in banded_layers)
                 written.append(layer)
             layers = written
         x_BxTxD = self.final_norm(x_BxTxD)
@@ -302,16 +331,19 @@ def residual_std(config: GPTConfig) -> float:
 def _block(config: GPTConfig) -> type[nn.Module]:
     """`TransformerBlock` with the config's rematerialisation, and scanned over L if it says so."""
     Block: Any = TransformerBlock
+    alternates = config.scan_layers and bool(config.banded_layers)  # then `banded` is data, one value a layer
     if config.remat != "none":
         policy = jax.checkpoint_policies.checkpoint_dots if config.remat == "dots" else None
-        # Argument 4 is `deterministic` (0 is self). A scan cannot be undone by common subexpression elimination.
-        Block = nn.remat(Block, policy=policy, static_argnums=(4,), prevent_cse=not config.scan_layers)
+        # Argument 4 is `deterministic`, 5 `banded` (0 is self). A scan cannot be undone by common subexpression
+        # elimination.
+        static = (4,) if alternates else (4, 5)
+        Block = nn.remat(Block, policy=policy, static_argnums=static, prevent_cse=not config.scan_layers)
     if config.scan_layers:
         Block = nn.scan(
             Block,
             variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, 0, nn.broadcast),
+            in_axes=(nn.broadcast, 0, nn.broadcast, 0 if alternates else nn.broadcast),
             length=config.n_layers,
         )
     return Block

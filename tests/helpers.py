@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -9,10 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import reference
 
+from jaxgpt.accounting import Flops
 from jaxgpt.config import GPTConfig
 from jaxgpt.model import GPT
 
 TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
+# An odd number of layers, of which the middle one is banded; the band's width divides nothing here.
+ALTERNATING = TINY.replace(n_layers=3, attention_pattern="alternating", attention_window=5)
 
 
 def make_model(config: GPTConfig = TINY, seed: int = 0) -> tuple[GPT, dict[str, Any]]:
@@ -89,3 +93,22 @@ def gradient_errors(model: GPT, params: dict[str, Any], ids: np.ndarray) -> dict
         got = float(np.sum(np.asarray(gradient, np.float64) * direction))
         errors["/".join(key.key for key in path)] = abs(got - slope) / max(abs(slope), 0.02)
     return errors
+
+
+def product_flops(jaxpr: Any) -> Flops:
+    """Operations of every matrix product in a jaxpr, a loop's body once; attention's are those with a batch axis."""
+    linear = attention = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
+            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            flops = 2 * math.prod(equation.outvars[0].aval.shape) * terms
+            linear, attention = linear + (0 if batch else flops), attention + (flops if batch else 0)
+        # Of branches one runs; those of `platform_dependent` hold the same products.
+        branches = equation.params.get("branches", ())[:1]
+        for value in (*equation.params.values(), *branches):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                found = product_flops(inner)
+                linear, attention = linear + found.linear, attention + found.attention
+    return Flops(linear, attention)

@@ -38,16 +38,18 @@ def linear(p, x):
     return x @ p["weight"].T + p.get("bias", 0)
 
 
-def attention_weights(q, k):
-    """One head of one sequence: q and k [T, K] to weights [T, T]."""
+def attention_weights(q, k, window=None):
+    """One head of one sequence: q and k [T, K] to weights [T, T]. Position t sees the `window` last ones up to t."""
     T, K = q.shape
     scores = q @ k.T / math.sqrt(K)
     for t in range(T):
         scores[t, t + 1 :] = -np.inf
+        if window is not None:
+            scores[t, : max(0, t - window + 1)] = -np.inf
     return softmax(scores)
 
 
-def attention(p, config, x):
+def attention(p, config, x, window=None):
     """One sequence [T, D] to [T, D]."""
     biases = p["qkv"].get("bias", np.zeros((3, config.emb_dim)))
     q, k, v = (x @ p["qkv"]["weight"][i].T + biases[i] for i in range(3))
@@ -55,7 +57,7 @@ def attention(p, config, x):
     heads = []
     for h in range(config.n_heads):
         columns = slice(h * width, (h + 1) * width)
-        heads.append(attention_weights(q[:, columns], k[:, columns]) @ v[:, columns])
+        heads.append(attention_weights(q[:, columns], k[:, columns], window) @ v[:, columns])
     return linear(p["out_proj"], np.concatenate(heads, axis=-1))
 
 
@@ -63,8 +65,8 @@ def feed_forward(p, config, x):
     return linear(p["fc_out"], activate(config.activation, linear(p["fc_in"], x)))
 
 
-def block(p, config, x):
-    x = x + attention(p["att"], config, layer_norm(p["norm1"], x, config.layer_norm_eps))
+def block(p, config, x, window=None):
+    x = x + attention(p["att"], config, layer_norm(p["norm1"], x, config.layer_norm_eps), window)
     return x + feed_forward(p["ff"], config, layer_norm(p["norm2"], x, config.layer_norm_eps))
 
 
@@ -85,7 +87,8 @@ def gpt(params, config, ids):
     for row in np.asarray(ids):
         x = params["tok_emb"]["weight"][row] + params["pos_emb"]["weight"][: len(row)]
         for i in range(config.n_layers):
-            x = block(block_params(params, i), config, x)
+            banded = config.attention_pattern == "alternating" and i % 2 == 1
+            x = block(block_params(params, i), config, x, config.attention_window if banded else None)
         x = layer_norm(params["final_norm"], x, config.layer_norm_eps)
         head = params["tok_emb"] if config.tie_embeddings else params["out_head"]
         rows.append(x @ head["weight"].T)

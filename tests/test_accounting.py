@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import TINY, make_model
+from helpers import ALTERNATING, TINY, make_model, product_flops
 
 from jaxgpt import accounting, prepare
 from jaxgpt.cache import Cache
@@ -43,6 +42,7 @@ SHAPES = {
     "biases in qkv only": TINY.replace(bias=False),
     "odd feed-forward": TINY.replace(ffn_dim=37, tie_embeddings=False),
     "one layer": TINY.replace(n_layers=1),
+    "alternating": ALTERNATING,
     "wide": GPTConfig.preset("gpt3-175b", n_layers=2),  # shapes alone: nothing is allocated
 }
 
@@ -51,23 +51,6 @@ def built_shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the tree that the model itself makes."""
     tree = jax.eval_shape(GPT(config).init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def product_flops(jaxpr: Any) -> accounting.Flops:
-    """Operations of every matrix product in a jaxpr; attention's are those with a batch axis."""
-    linear = attention = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), (batch, _) = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            flops = 2 * math.prod(equation.outvars[0].aval.shape) * terms
-            linear, attention = linear + (0 if batch else flops), attention + (flops if batch else 0)
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                found = product_flops(inner)
-                linear, attention = linear + found.linear, attention + found.attention
-    return accounting.Flops(linear, attention)
 
 
 def test_every_preset_has_its_totals():
@@ -150,6 +133,20 @@ def test_flops_are_those_of_the_models_own_products(name):
     # Attention is free to compute its scores again in the backward pass, so there only the rest is exact.
     backward = product_flops(jax.make_jaxpr(jax.grad(total))(params).jaxpr)
     assert backward.linear == accounting.training_flops(config, 3, 7).linear
+
+
+def test_a_banded_layer_counts_its_band():
+    plain = ALTERNATING.replace(attention_pattern="dense")
+    for T, square, triangle, band, part_of_band in ((16, 256, 136, 80, 70), (5, 25, 15, 25, 15), (2, 4, 3, 4, 3)):
+        flops, dense = (accounting.forward_flops(config, 3, T) for config in (ALTERNATING, plain))
+        assert flops.linear == dense.linear
+        assert flops.attention == 4 * 3 * 24 * (2 * square + band)
+        assert dense.attention == 4 * 3 * 24 * 3 * square
+        assert accounting.causal_attention_flops(ALTERNATING, 3, T) == 4 * 3 * 24 * (2 * triangle + part_of_band)
+        assert accounting.causal_attention_flops(plain, 3, T) == 4 * 3 * 24 * 3 * triangle
+        assert accounting.training_flops(ALTERNATING, 3, T).attention == 3 * flops.attention
+    with pytest.raises(ValueError, match="length 17 is beyond context_length=16"):
+        accounting.causal_attention_flops(ALTERNATING, 1, 17)
 
 
 def test_remat_adds_one_forward_pass_of_the_blocks():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from helpers import product_flops
 
 from jaxgpt.attention import attention
 
@@ -21,53 +22,63 @@ def attention_inputs(T, S):
     return normal(0, 2, 3, T, 4), normal(1, 2, 3, S, 4), normal(2, 2, 3, S, 4)
 
 
-def test_attention_equals_the_reference_head_by_head():
+@pytest.mark.parametrize("query_block", [2, 128])
+@pytest.mark.parametrize("window", [None, 1, 4, 9])
+def test_attention_equals_the_reference_head_by_head(window, query_block):
     q, k, v = attention_inputs(9, 9)
-    got = attention(q, k, v, dtype="float32")
+    inspected = []
+    got = attention(q, k, v, dtype="float32", window=window, query_block=query_block, inspect=inspected.append)
     for b in range(2):
         for h in range(3):
-            weights = reference.attention_weights(np.asarray(q[b, h], np.float64), np.asarray(k[b, h], np.float64))
-            np.testing.assert_allclose(got[b, h], weights @ np.asarray(v[b, h], np.float64), atol=1e-6)
+            q64, k64, v64 = (np.asarray(x[b, h], np.float64) for x in (q, k, v))
+            weights = reference.attention_weights(q64, k64, window)
+            np.testing.assert_allclose(got[b, h], weights @ v64, atol=1e-6)
+            np.testing.assert_allclose(inspected[0][b, h], weights, atol=1e-6)
 
 
-def plain_attention(q, k, v, kept):
+def plain_attention(q, k, v, kept, window):
     """The formula, for JAX to differentiate; `kept` is what dropout multiplies the weights by."""
-    scores = q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5
-    scores = jnp.where(jnp.tri(q.shape[2], dtype=bool), scores, -jnp.inf)
+    T = q.shape[2]
+    visible = jnp.tri(T, dtype=bool) & ~jnp.tri(T, k=-window, dtype=bool)
+    scores = jnp.where(visible, q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
     return jax.nn.softmax(scores) * kept @ v
 
 
+@pytest.mark.parametrize("window", [2, 4, 9])
 @pytest.mark.parametrize("group_scores", [1, 10**6])
 @pytest.mark.parametrize("drop_rate", [0.0, 0.4])
-def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores):
+def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores, window):
     T = 9
     q, k, v = attention_inputs(T, T)
     run = functools.partial(
         attention,
         dtype="float32",
+        window=window,
+        query_block=4,
         drop_rate=drop_rate,
         dropout_key=jax.random.key(0) if drop_rate else None,
         group_scores=group_scores,
     )
     # The same mask as it acts on the weights, read off with no scores and the identity for values.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
-    kept = run(zeros, zeros, values) * jnp.arange(1, T + 1)[:, None]
-    assert bool((kept[..., 0] == 0).any()) == (drop_rate > 0)  # the first column is visible to all
+    kept = run(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
+    assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
     assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
     got, pull_back = jax.vjp(run, q, k, v)
-    want, pull_back_formula = jax.vjp(lambda q, k, v: plain_attention(q, k, v, kept), q, k, v)
+    want, pull_back_formula = jax.vjp(lambda q, k, v: plain_attention(q, k, v, kept, window), q, k, v)
     np.testing.assert_allclose(got, want, atol=2e-6)
     g = normal(3, *got.shape)
     for mine, theirs in zip(pull_back(g), pull_back_formula(g), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=5e-6)
 
 
+@pytest.mark.parametrize("window", [None, 2, 5])
 @pytest.mark.parametrize("start_B", [None, [0, 3]])
 @pytest.mark.parametrize("query_slot", [0, 4])
 @pytest.mark.parametrize("group_scores", [1, 100, 10**6])  # a head, a row, and everything at a time
 @pytest.mark.parametrize("query_block", [3, 4])
 def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
-    query_block, query_slot, start_B, group_scores
+    query_block, query_slot, start_B, group_scores, window
 ):
     T = 7
     q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots beyond the last query: a cache not yet full
@@ -77,7 +88,7 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
 
     def weighted(block, scores, q, k, v):
         options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}
-        y = attention(q, k, v, dtype="float32", **options)
+        y = attention(q, k, v, dtype="float32", window=window, **options)
         y = jnp.where(used[:, None, :, None], y, 0)
         return jnp.sum(jnp.sin(y)), y
 
@@ -90,20 +101,53 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
         np.testing.assert_allclose(mine, theirs, atol=2e-6)
 
 
-def test_attention_with_a_traced_query_slot_equals_the_static_one():
+@pytest.mark.parametrize("window", [None, 1, 4, 8, 20])
+@pytest.mark.parametrize("slot", [3, 5, 7])
+def test_attention_with_a_traced_query_slot_equals_the_static_one(slot, window):
     q, k, v = attention_inputs(2, 9)
-    start = jnp.asarray([0, 3], jnp.int32)
-    traced = jax.jit(lambda slot: attention(q, k, v, dtype="float32", query_slot=slot, start_B=start))(5)
-    np.testing.assert_allclose(traced, attention(q, k, v, dtype="float32", query_slot=5, start_B=start), atol=1e-6)
+    run = functools.partial(attention, q, k, v, dtype="float32", window=window, start_B=jnp.asarray([0, 3], jnp.int32))
+    traced = jax.jit(lambda slot: run(query_slot=slot))(slot)
+    np.testing.assert_allclose(traced, run(query_slot=slot), atol=1e-6)
 
 
-def test_attention_ignores_slots_before_a_rows_start():
+@pytest.mark.parametrize("window", [None, 2])
+def test_attention_ignores_slots_before_a_rows_start(window):
     q, k, v = attention_inputs(8, 8)
+    run = functools.partial(attention, dtype="float32", window=window)
     start = jnp.asarray([0, 3], jnp.int32)
-    got = attention(q, k, v, dtype="float32", start_B=start)
-    alone = attention(q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:], dtype="float32")
+    got = run(q, k, v, start_B=start)
+    alone = run(q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:])
     np.testing.assert_allclose(got[1:, :, 3:], alone, atol=1e-6)
     assert bool(jnp.isfinite(got).all())  # rows with nothing to see as well
+
+
+@pytest.mark.parametrize("window", [11, 12, 100])
+def test_a_band_that_holds_every_slot_is_dense_attention_exactly(window):
+    q, k, v = attention_inputs(11, 11)
+
+    def run(window, q, k, v):
+        options = {"drop_rate": 0.3, "dropout_key": jax.random.key(0), "query_block": 4}
+        return attention(q, k, v, dtype="float32", window=window, **options)
+
+    (got, pull_back), (want, pull_back_dense) = (jax.vjp(functools.partial(run, w), q, k, v) for w in (window, None))
+    jax.tree.map(np.testing.assert_array_equal, (got, pull_back(want)), (want, pull_back_dense(want)))
+
+
+def test_a_bands_products_grow_with_its_length_and_not_with_its_square():
+    def flops(T, window):
+        shape = jax.ShapeDtypeStruct((1, 2, T, 4), jnp.float32)
+
+        def total(q, k, v):  # one group: products in a loop would be counted once
+            return jnp.sum(attention(q, k, v, dtype="float32", window=window, query_block=16, group_scores=10**9))
+
+        traced = (jax.make_jaxpr(function)(shape, shape, shape) for function in (total, jax.grad(total, (0, 1, 2))))
+        return np.array([product_flops(jaxpr.jaxpr).attention for jaxpr in traced])
+
+    short, double, long = (flops(T, 20) for T in (64, 128, 256))
+    # A block of 16 queries sees 20 + 15 slots. Two products forward, and five more backward.
+    assert (long - double == 2 * (double - short)).all()
+    assert (long - double == 2 * 128 * (20 + 15) * 2 * 4 * np.array([2, 2 + 5])).all()
+    assert (flops(256, None) > 3 * long).all()
 
 
 def test_attention_softmax_is_float32_in_bfloat16():

@@ -25,11 +25,17 @@ def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
 
 def test_the_limit_of_the_rest_is_the_matrix_products():
     flops = {"float32": 1e11, "bfloat16": 1e12}
-    linear, attention = 2 * 4096 * (12 * 12 * 768**2 + 50257 * 768), 4 * 4 * 1024**2 * 768 * 12 / 2
+    linear, attention = 2 * 4096 * (12 * 12 * 768**2 + 50257 * 768), 4 * 4 * 1024 * 1025 / 2 * 768 * 12
     rate, _ = benchmark.limit(Work("forward", "gpt2", "float32", 4, 1024), 1.0, flops)
     assert rate == pytest.approx(4096 * 1e11 / (linear + attention))
     rate, _ = benchmark.limit(Work("train", "gpt2", "bfloat16", 4, 1024), 1.0, flops)
     assert rate == pytest.approx(4096 * 1e12 / (3 * (linear + attention)))
+
+
+def test_banded_attention_has_no_peers_and_needs_less():
+    assert benchmark_peers.available(Work("forward", "gpt3-125m")) == []
+    rates = [benchmark.limit(Work("forward", preset), 1.0, {"float32": 1e11})[0] for preset in ("gpt2", "gpt3-125m")]
+    assert rates[0] < rates[1]
 
 
 def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):

@@ -219,6 +219,8 @@ def test_inspect_explains_the_counts_that_differ(capsys):
     assert "117M: an early miscount" in book
     assert "163,037,184 in all" in inspect(capsys, "gpt2")
     assert "117M" not in inspect(capsys, "gpt3-125m")
+    assert "banded in 1, 3, ..., where a query sees 256 positions" in " ".join(inspect(capsys, "gpt3-125m").split())
+    assert "banded" not in inspect(capsys, "gpt2")
 
 
 def test_inspect_json_holds_the_numbers(capsys):

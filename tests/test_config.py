@@ -11,6 +11,7 @@ import pytest
 
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.train_config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -30,11 +31,23 @@ ARCHITECTURE = {
     "layer_norm_eps",
     "tokenizer",
 }
+BAND = {"attention_pattern", "attention_window"}
+# Table 2.1 of Brown et al. 2020: tokens a step, and the learning rate.
+GPT3_TRAINING = {
+    "gpt3-125m": (0.5e6, 6.0e-4),
+    "gpt3-350m": (0.5e6, 3.0e-4),
+    "gpt3-760m": (0.5e6, 2.5e-4),
+    "gpt3-1.3b": (1e6, 2.0e-4),
+    "gpt3-2.7b": (1e6, 1.6e-4),
+    "gpt3-6.7b": (2e6, 1.2e-4),
+    "gpt3-13b": (2e6, 1.0e-4),
+    "gpt3-175b": (3.2e6, 0.6e-4),
+}
 
-INT_FIELDS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "ffn_dim")
+INT_FIELDS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "ffn_dim", "attention_window")
 RATE_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
-BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias", "scan_layers")
-CHOICE_FIELDS = ("activation", "param_dtype", "dtype", "tokenizer", "remat")
+BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias", "scan_layers", "native_kernel")
+CHOICE_FIELDS = ("activation", "attention_pattern", "param_dtype", "dtype", "tokenizer", "remat")
 
 
 def test_the_fields_above_are_all_there_are():
@@ -103,6 +116,14 @@ def test_heads_must_divide_the_width():
         GPTConfig(n_heads=7)
 
 
+def test_every_second_layer_of_an_alternating_model_is_banded():
+    config = GPTConfig(attention_pattern="alternating", attention_window=255, context_length=256, n_layers=5)
+    assert list(config.banded_layers) == [1, 3]
+    assert list(config.replace(n_layers=1).banded_layers) == []
+    assert list(config.replace(attention_pattern="dense").banded_layers) == []
+    assert list(config.replace(attention_window=256).banded_layers) == []  # all of the context is in the band
+
+
 def test_an_unknown_key_is_told_the_nearest_field():
     with pytest.raises(ConfigError, match=r"config: unknown key 'n_layer'; did you mean 'n_layers'\?"):
         GPTConfig.from_dict({"n_layer": 2})
@@ -139,6 +160,7 @@ def test_preset_names_and_their_kind(name):
     config = GPTConfig.preset(name)
     assert config.vocab_size == 50257
     assert config.context_length == (2048 if name.startswith("gpt3-") else 1024)
+    assert len(config.banded_layers) == (config.n_layers // 2 if name.startswith("gpt3-") else 0)
     assert (config.tie_embeddings, config.qkv_bias) == ((False, False) if name.startswith("book-") else (True, True))
 
 
@@ -157,7 +179,28 @@ def test_an_unknown_preset_is_told_the_nearest():
 def test_each_preset_is_also_a_file_that_spells_it_out(name):
     path = CONFIGS / f"{name}.toml"
     assert GPTConfig.from_file(path) == GPTConfig.preset(name)
-    assert set(tomllib.loads(path.read_text(encoding="utf-8"))["model"]) == ARCHITECTURE
+    spelt = ARCHITECTURE | (BAND if name.startswith("gpt3-") else set())
+    assert set(tomllib.loads(path.read_text(encoding="utf-8"))["model"]) == spelt
+
+
+@pytest.mark.parametrize(("name", "published"), GPT3_TRAINING.items(), ids=GPT3_TRAINING)
+def test_gpt3_files_hold_the_published_training(name, published):
+    config = TrainConfig.from_file(CONFIGS / f"{name}.toml")
+    assert config.model == GPTConfig.preset(name)
+    tokens, learning_rate = published
+    assert config.window == 2048
+    assert config.learning_rate == learning_rate
+    assert config.batch_size % 4 == 0
+    assert config.batch_size * 2048 == pytest.approx(tokens, abs=2 * 2048)
+    assert config.steps * config.batch_size * 2048 == pytest.approx(300e9, rel=1e-5)
+    assert config.warmup_steps * config.batch_size * 2048 == pytest.approx(375e6, rel=5e-3)
+    same = {"beta1": 0.9, "beta2": 0.95, "clip_norm": 1.0, "weight_decay": 0.1, "final_learning_rate": 0.1}
+    assert {field: getattr(config, field) for field in same} == same
+    assert config.optimizer == "adamw"
+
+
+def test_gpt3_files_are_all_there():
+    assert set(GPT3_TRAINING) == {name for name in PRESETS if name.startswith("gpt3-")}
 
 
 def write(path: Path, text: str) -> Path:

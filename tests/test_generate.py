@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import TINY, make_model, stack_blocks, to_numpy
+from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
 
 from jaxgpt import decode
 from jaxgpt.decode import scan_generate
@@ -50,9 +50,13 @@ def bytes_model():
     return make_model(BYTES, seed=3)
 
 
-@pytest.mark.parametrize("variant", ["as is", "scan_layers", "untied, no biases"])
+@pytest.mark.parametrize("variant", ["as is", "scan_layers", "untied, no biases", "alternating"])
 def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
-    config = TINY if variant != "untied, no biases" else TINY.replace(tie_embeddings=False, bias=False, qkv_bias=False)
+    others = {
+        "untied, no biases": TINY.replace(tie_embeddings=False, bias=False, qkv_bias=False),
+        "alternating": ALTERNATING,
+    }
+    config = others.get(variant, TINY)
     model, params = make_model(config, seed=1)
     expected = [naive(model, params, row, 64, SAMPLER, jax.random.fold_in(KEY, r)) for r, row in enumerate(RAGGED)]
     if variant == "scan_layers":
@@ -185,8 +189,9 @@ def test_result_counts_and_times(tiny):
 
 
 @pytest.mark.parametrize("n", [1, 9, 30])
-def test_scan_generate_equals_generate(tiny, n):
-    model, params = tiny
+@pytest.mark.parametrize("config", [TINY, ALTERNATING.replace(scan_layers=True)], ids=["dense", "alternating scan"])
+def test_scan_generate_equals_generate(config, n):
+    model, params = make_model(config)
     prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])
     run = jax.jit(functools.partial(scan_generate, model, sampler=SAMPLER), static_argnames=("max_new_tokens",))
     expected = generate(model, params, prompts, n, sampler=SAMPLER, key=KEY).new_tokens
@@ -208,10 +213,11 @@ def test_generator_exports_for_every_platform(tiny):
     assert exported.call(params, ids).tolist() == scan_generate(model, params, ids, 20).tolist()
 
 
+@pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype):
-    model, params = make_model(TINY.replace(context_length=128, emb_dim=64, n_heads=4, dtype=dtype))
+def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
+    model, params = make_model(config.replace(context_length=128, emb_dim=64, n_heads=4, dtype=dtype))
     none = np.zeros(0, np.int32)
     read = functools.partial(
         decode.prefill, model, slots=112, sampler=Greedy()

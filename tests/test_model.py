@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from helpers import TINY, cross_entropy, gradient_errors, logits_error, make_model, random_ids, stack_blocks, to_numpy
+from helpers import (
+    ALTERNATING,
+    TINY,
+    cross_entropy,
+    gradient_errors,
+    logits_error,
+    make_model,
+    random_ids,
+    stack_blocks,
+    to_numpy,
+)
 
 import jaxgpt.model as model_module
 from jaxgpt.attention import attention
@@ -30,8 +40,12 @@ CONFIGS = {
     "smallest": TINY.replace(vocab_size=2, emb_dim=3, n_heads=1, n_layers=1),
     "heads-of-width-one": TINY.replace(n_heads=24),
     "large-eps": TINY.replace(layer_norm_eps=0.1),
+    "alternating": ALTERNATING,
+    "alternating-band-of-one": ALTERNATING.replace(attention_window=1),
+    "alternating-band-of-all": ALTERNATING.replace(attention_window=16),
 }
 
+dense_or_alternating = pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
@@ -49,16 +63,18 @@ def test_logits_equal_the_reference_at_the_scale_of_gpt2s_embeddings():
     assert logits_error(model, params, random_ids(TINY, 2, 16)) < TOLERANCE
 
 
-def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(monkeypatch):
-    monkeypatch.setattr(model_module, "attention", functools.partial(attention, query_block=5))
-    assert logits_error(*make_model(), random_ids(TINY, 2, 16)) < TOLERANCE
+@dense_or_alternating
+def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(config, monkeypatch):
+    monkeypatch.setattr(model_module, "attention", functools.partial(attention, query_block=4))
+    assert logits_error(*make_model(config), random_ids(config, 2, 16)) < TOLERANCE
 
 
-def test_scanned_layers_give_the_same_logits():
-    _, params = make_model()
-    stacked = stack_blocks(params, TINY.n_layers)
-    scanned = GPT(TINY.replace(scan_layers=True))
-    ids = random_ids(TINY, 2, 16)
+@dense_or_alternating
+def test_scanned_layers_give_the_same_logits(config):
+    _, params = make_model(config)
+    stacked = stack_blocks(params, config.n_layers)
+    scanned = GPT(config.replace(scan_layers=True))
+    ids = random_ids(config, 2, 16)
     assert logits_error(scanned, stacked, ids) < TOLERANCE
     expected = jax.tree.map(jnp.shape, scanned.init(jax.random.key(0), ids)["params"])
     assert jax.tree.map(jnp.shape, stacked) == expected
@@ -70,7 +86,7 @@ def plain_gradient(config):
     return jax.jit(jax.grad(functools.partial(cross_entropy, model)))(params, random_ids(config, 2, 12))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "book", "nanogpt-without-bias", "exact-gelu"])
+@pytest.mark.parametrize("name", ["gpt2", "book", "nanogpt-without-bias", "exact-gelu", "alternating"])
 def test_gradient_of_the_loss_equals_finite_differences_of_the_reference(name):
     config = CONFIGS[name]
     model, params = make_model(config)
@@ -87,16 +103,17 @@ def test_loss_equals_the_reference(tiny):
     )
 
 
+@dense_or_alternating
 @pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("remat", ["block", "dots"])
-def test_rematerialisation_changes_neither_logits_nor_gradients(remat, scan_layers):
-    _, params = make_model()
-    model = GPT(TINY.replace(remat=remat, scan_layers=scan_layers))
-    want = plain_gradient(TINY)
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(remat, scan_layers, config):
+    _, params = make_model(config)
+    model = GPT(config.replace(remat=remat, scan_layers=scan_layers))
+    want = plain_gradient(config)
     if scan_layers:
-        params, want = (stack_blocks(tree, TINY.n_layers) for tree in (params, want))
-    assert logits_error(model, params, random_ids(TINY, 2, 12)) < TOLERANCE
-    got = jax.jit(jax.grad(functools.partial(cross_entropy, model)))(params, random_ids(TINY, 2, 12))
+        params, want = (stack_blocks(tree, config.n_layers) for tree in (params, want))
+    assert logits_error(model, params, random_ids(config, 2, 12)) < TOLERANCE
+    got = jax.jit(jax.grad(functools.partial(cross_entropy, model)))(params, random_ids(config, 2, 12))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
 
 
@@ -114,10 +131,16 @@ def test_rematerialisation_repeats_the_same_dropout():
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), *gradients)
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("query_block", [3, 128])
-def test_no_logit_depends_on_a_later_position_and_each_on_all_earlier_ones(tiny, query_block, monkeypatch):
+def test_each_logit_depends_on_all_positions_that_it_may_see_and_on_no_other(query_block, window, monkeypatch):
     monkeypatch.setattr(model_module, "attention", functools.partial(attention, query_block=query_block))
-    model, params = tiny
+    model, params = make_model()
+    if window:  # the first layer, which is dense, mixes no positions: what is left is one banded layer
+        model = GPT(TINY.replace(attention_pattern="alternating", attention_window=window))
+        first = params["trf_blocks_0"]
+        silent = jax.tree.map(jnp.zeros_like, first["att"]["out_proj"])
+        params = {**params, "trf_blocks_0": {**first, "att": {**first["att"], "out_proj": silent}}}
     T = 9
     ids = random_ids(TINY, 1, T)
     probe_V = jnp.asarray(np.random.default_rng(0).normal(size=TINY.vocab_size), jnp.float32)
@@ -127,9 +150,10 @@ def test_no_logit_depends_on_a_later_position_and_each_on_all_earlier_ones(tiny,
 
     influence_TxCxD = jax.jacrev(probed_T)(params["pos_emb"]["weight"])
     influence_TxT = np.abs(influence_TxCxD).max(-1)[:, :T]
-    later = np.triu(np.ones((T, T), bool), 1)
-    assert (influence_TxT[later] == 0).all()
-    assert (influence_TxT[~later] > 1e-6).all()
+    distance_TxT = np.arange(T)[:, None] - np.arange(T)
+    visible = (distance_TxT >= 0) & (distance_TxT < (window or T))
+    assert (influence_TxT[~visible] == 0).all()
+    assert (influence_TxT[visible] > 1e-6).all()
 
 
 def test_rows_of_a_batch_do_not_touch_each_other(tiny):
@@ -157,8 +181,10 @@ def test_each_module_alone_equals_the_reference(config):
     check(forward, reference.feed_forward(block64["ff"], config, x64))
     attended, _ = MultiHeadAttention(config).apply({"params": block["att"]}, x)
     check(attended, np.stack([reference.attention(block64["att"], config, row) for row in x64]))
-    y, _ = TransformerBlock(config).apply({"params": block}, x)
-    check(y, np.stack([reference.block(block64, config, row) for row in x64]))
+    for banded in (False, True):
+        y, _ = TransformerBlock(config).apply({"params": block}, x, banded=banded)
+        window = config.attention_window if banded else None
+        check(y, np.stack([reference.block(block64, config, row, window) for row in x64]))
 
 
 def test_all_intermediates_are_returned_on_request(tiny):
@@ -191,6 +217,30 @@ def test_scanned_intermediates_are_stacked_over_layers():
     blocks = state["intermediates"]["trf_blocks"]
     assert blocks["att"]["weights"][0].shape == (2, 2, TINY.n_heads, 9, 9)
     assert blocks["output"][0].shape == (2, 2, 9, TINY.emb_dim)
+
+
+def test_a_scan_that_alternates_returns_the_intermediates_of_separate_blocks():
+    model, params = make_model(ALTERNATING)
+    ids = random_ids(ALTERNATING, 2, 9)
+    _, separate = model.apply({"params": params}, ids, mutable=["intermediates"])
+    scanned = GPT(ALTERNATING.replace(scan_layers=True))
+    _, stacked = scanned.apply({"params": stack_blocks(params, 3)}, ids, mutable=["intermediates"])
+    for i in range(3):
+        here = separate["intermediates"][f"trf_blocks_{i}"]
+        weights_BxHxTxT = np.asarray(here["att"]["weights"][0])
+        assert (np.tril(weights_BxHxTxT, -5) == 0).all() == (i == 1)
+        there = jax.tree.map(lambda x, i=i: x[i], stacked["intermediates"]["trf_blocks"])
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), here, there)
+
+
+def test_a_scan_that_alternates_drops_weights_by_its_key():
+    model = GPT(ALTERNATING.replace(scan_layers=True, drop_rate_attn=0.5))
+    _, params = make_model(model.config)
+    ids = random_ids(ALTERNATING, 2, 9)
+    run = jax.jit(lambda key: model.apply({"params": params}, ids, deterministic=False, rngs={"dropout": key}))
+    first, again, other = (run(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert float(jnp.abs(first - other).max()) > 0.1
 
 
 def relative_error(got, want):

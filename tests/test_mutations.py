@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import TINY, gradient_errors, logits_error, make_model, random_ids
+from helpers import ALTERNATING, TINY, gradient_errors, logits_error, make_model, random_ids
 
 import jaxgpt.model as model_module
 from jaxgpt import ops
@@ -75,6 +75,27 @@ def test_wrong_attention_is_seen(mistake, error, monkeypatch):
     assert error() > 20 * TOLERANCE
 
 
+BANDS = {
+    "one too wide": lambda window: window and window + 1,
+    "one too narrow": lambda window: window and window - 1,
+    "none": lambda window: None,
+    "in every layer": lambda window: 5,
+    "in the other layers": lambda window: None if window else 5,
+}
+
+
+@pytest.mark.parametrize("wrong", BANDS.values(), ids=BANDS)
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_a_wrong_band_is_seen(wrong, scan_layers, monkeypatch):
+    model, params = make_model(ALTERNATING.replace(scan_layers=scan_layers))
+    assert logits_error(model, params, IDS) < TOLERANCE
+    right = model_module.attention
+    monkeypatch.setattr(
+        model_module, "attention", lambda *qkv, window, **options: right(*qkv, window=wrong(window), **options)
+    )
+    assert logits_error(model, params, IDS) > 20 * TOLERANCE
+
+
 LAYER_NORM = {
     "Flax's eps": {"eps": 1e-6},
     "unbiased variance": {"unbiased": True},
@@ -133,8 +154,8 @@ class PostNormBlock(nn.Module):
     config: object
 
     @nn.compact
-    def __call__(self, x, cache=None, layer=None, deterministic=True):
-        attended, layer = MultiHeadAttention(self.config, name="att")(x, cache, layer, deterministic)
+    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False):
+        attended, layer = MultiHeadAttention(self.config, name="att")(x, cache, layer, deterministic, banded)
         x = LayerNorm(self.config, name="norm1")(x + attended)
         return LayerNorm(self.config, name="norm2")(x + FeedForward(self.config, name="ff")(x)), layer
 
@@ -143,9 +164,9 @@ class ParallelBlock(nn.Module):
     config: object
 
     @nn.compact
-    def __call__(self, x, cache=None, layer=None, deterministic=True):
+    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False):
         normed = LayerNorm(self.config, name="norm1")(x)
-        attended, layer = MultiHeadAttention(self.config, name="att")(normed, cache, layer, deterministic)
+        attended, layer = MultiHeadAttention(self.config, name="att")(normed, cache, layer, deterministic, banded)
         return x + attended + FeedForward(self.config, name="ff")(LayerNorm(self.config, name="norm2")(x)), layer
 
 

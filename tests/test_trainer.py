@@ -402,7 +402,15 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("options", [{"scan_layers": True}, {"remat": "block"}, {"remat": "dots", "dtype": "bfloat16"}])
+TRAINED_WITH = [
+    {"scan_layers": True},
+    {"remat": "block"},
+    {"remat": "dots", "dtype": "bfloat16"},
+    {"attention_pattern": "alternating", "attention_window": 5, "scan_layers": True, "remat": "block"},
+]
+
+
+@pytest.mark.parametrize("options", TRAINED_WITH)
 def test_runs_with_the_models_options(tmp_path, tokens, options):
     config = dataclasses.replace(CONFIG, model=MODEL.replace(**options), loss_chunk=13, accumulate=2)
     result = train(config, tokens, tmp_path)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, make_model, random_ids
+from helpers import ALTERNATING, TINY, make_model, random_ids
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt import weights
@@ -154,8 +154,16 @@ def nanogpt_checkpoint(config, params, prefix="", padded=0):
 
 @pytest.mark.parametrize(
     "config",
-    [TINY, UNTIED, BOOK, NANOGPT_BARE, TINY.replace(scan_layers=True), TINY.replace(param_dtype="bfloat16")],
-    ids=["tied", "untied", "book", "no-bias", "scan", "bfloat16"],
+    [
+        TINY,
+        UNTIED,
+        BOOK,
+        NANOGPT_BARE,
+        TINY.replace(scan_layers=True),
+        TINY.replace(param_dtype="bfloat16"),
+        ALTERNATING,
+    ],
+    ids=["tied", "untied", "book", "no-bias", "scan", "bfloat16", "alternating"],
 )
 def test_own_directory_comes_back_identical(config, tmp_path):
     model, params = make_model(config)
@@ -248,6 +256,16 @@ def test_hugging_face_export_is_the_same_function(config, tmp_path):
     np.testing.assert_allclose(logits(loaded, got), logits(model, params), rtol=0, atol=1e-5)
     if config in (TINY, UNTIED):
         assert_same(got, params)
+
+
+def test_hugging_face_export_refuses_a_band_that_it_cannot_express(tmp_path):
+    model, params = make_model(ALTERNATING)
+    with pytest.raises(CheckpointError, match="Hugging Face's GPT-2 has no banded attention"):
+        weights.save(tmp_path / "hf", model, params, format="huggingface")
+    assert not list(tmp_path.iterdir())
+    wide = GPT(ALTERNATING.replace(attention_window=16))  # holds the whole context, so it is no band
+    weights.save(tmp_path / "hf", wide, params, format="huggingface")
+    np.testing.assert_array_equal(logits(*weights.load(tmp_path / "hf")), logits(wide, params))
 
 
 def test_hugging_face_export_has_the_expected_tensors(tmp_path):

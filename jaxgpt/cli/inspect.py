@@ -102,6 +102,11 @@ def notes(config: GPTConfig) -> Iterator[str]:
             f"The output head is a matrix of its own. Tied to tok_emb, as in OpenAI's GPT-2, the count would be "
             f"{counts.total - counts.out_head:,}; names such as 124M mean that one."
         )
+    if config.banded_layers:
+        yield (
+            "Attention is dense in layers 0, 2, ... and banded in 1, 3, ..., where a query sees "
+            f"{config.attention_window} positions: there the operations count those, and not the whole length."
+        )
     paper = _PAPER_NAMES.get((config.n_layers, config.emb_dim))
     if paper and (config.vocab_size, config.context_length) == (50257, 1024):
         yield f"The GPT-2 paper calls this size {paper}: an early miscount by its authors."

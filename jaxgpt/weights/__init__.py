@@ -81,8 +81,8 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
         format: "jaxgpt" or "huggingface".
 
     Raises:
-        CheckpointError: if `params` do not fit the model; if `path` holds anything but a checkpoint; or if
-            writing fails, and then `path` is as it was.
+        CheckpointError: if `params` do not fit the model, or the format cannot express it; if `path` holds anything
+            but a checkpoint; or if writing fails, and then `path` is as it was.
         ValueError: for an unknown format.
     """
     if format not in FORMATS:
@@ -91,6 +91,10 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     if format != "jaxgpt" and model.config.param_dtype == "int8":
         raise CheckpointError(
             path, f"{format}'s format has no int8: convert to float32 or bfloat16 first (param_dtype)"
+        )
+    if format == "huggingface" and model.config.banded_layers:
+        raise CheckpointError(
+            path, "Hugging Face's GPT-2 has no banded attention (attention_pattern 'alternating'): use format='jaxgpt'"
         )
     _refuse_foreign_content(path)
     with replacing(path) as directory:
