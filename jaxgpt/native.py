@@ -46,8 +46,8 @@ def available() -> bool:
     if os.environ.get(VARIABLE) == "0":
         return False
     with contextlib.suppress(OSError, RuntimeError):  # no cache, or none to trust
-        path = _path()
-        return path.is_file() and _load(path)
+        file = path()
+        return file.is_file() and _load(file)
     return False
 
 
@@ -64,15 +64,15 @@ def build() -> Path:
     compiler = next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
     if compiler is None:
         raise KernelError("no C++ compiler: install g++ or clang++, or name one in CXX; without it XLA does the work")
-    path = _path()
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        made = Path(work) / path.name
+    file = path()
+    with tempfile.TemporaryDirectory(dir=file.parent) as work:
+        made = Path(work) / file.name
         command = [compiler, *_chosen()[1:], *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
         _run(command, "the compiler failed")
         # In another process, because one that was compiled wrongly may end it.
         _run([sys.executable, "-m", "jaxgpt.native", str(made)], "the kernel was built, and is wrong")
-        made.replace(path)
-    return path
+        made.replace(file)
+    return file
 
 
 def _chosen() -> list[str]:
@@ -87,7 +87,7 @@ def _run(command: list[str], failure: str) -> None:
         )
 
 
-def _path() -> Path:
+def path() -> Path:
     """Where the kernel is, or will be: another source, jaxlib or set of flags has another name."""
     parts = (SOURCE.read_text(encoding="utf-8"), jaxlib.__version__, *FLAGS)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
@@ -105,7 +105,7 @@ def _load(path: Path) -> bool:
     return True
 
 
-def check(path: Path) -> None:
+def check(file: Path) -> None:
     """Loads a kernel and compares it with float64, over its numbers of rows, types and odd sizes.
 
     Raises:
@@ -113,8 +113,8 @@ def check(path: Path) -> None:
     """
     import numpy as np
 
-    if not _load(path):
-        raise KernelError(f"{path} does not load")
+    if not _load(file):
+        raise KernelError(f"{file} does not load")
     rng = np.random.default_rng(0)
     for rows in range(1, MOST_ROWS + 1):
         for inner, outer in ((7, 1), (100, 33), (768, 50), (3072, 700)):

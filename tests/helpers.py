@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import reference
 
+from jaxgpt import reference
 from jaxgpt.accounting import Flops
 from jaxgpt.config import GPTConfig
 from jaxgpt.model import GPT

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from helpers import product_flops
 
+from jaxgpt import reference
 from jaxgpt.attention import attention
 
 

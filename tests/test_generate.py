@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
 
-from jaxgpt import decode
+from jaxgpt import decode, reference
 from jaxgpt.decode import scan_generate
 from jaxgpt.generation import bucket, generate
 from jaxgpt.model import GPT

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from helpers import TINY, make_model, random_ids, to_numpy
 
+from jaxgpt import reference
 from jaxgpt.config import GPTConfig
 from jaxgpt.data import Tokens
 from jaxgpt.errors import DataError

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from helpers import (
     ALTERNATING,
     TINY,
@@ -22,6 +21,7 @@ from helpers import (
 )
 
 import jaxgpt.model as model_module
+from jaxgpt import reference
 from jaxgpt.attention import attention
 from jaxgpt.config import GPTConfig
 from jaxgpt.model import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock

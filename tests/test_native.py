@@ -136,7 +136,7 @@ def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, m
 
 
 def test_a_file_that_is_no_kernel_is_not_used(no_cache):
-    path = native._path()
+    path = native.path()
     path.write_bytes(b"not a library")
     with pytest.warns(UserWarning, match="does not load, XLA does its work: .* Run jaxgpt build-kernel"):
         assert not native.available()

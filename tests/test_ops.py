@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 
-from jaxgpt import ops
+from jaxgpt import ops, reference
 
 
 def normal(seed, *shape):

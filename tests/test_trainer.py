@@ -17,11 +17,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import reference
 from helpers import make_model, random_ids, to_numpy
 
 import jaxgpt
-from jaxgpt import trainer
+from jaxgpt import reference, trainer
 from jaxgpt.checkpoint import Checkpoints, _checksum
 from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
     "benchmark": ("jaxgpt.cli.benchmark", "measure speed, beside the machine's limits"),
+    "doctor": ("jaxgpt.cli.doctor", "check that this installation works"),
     "build-kernel": ("jaxgpt.cli.build_kernel", "compile the CPU kernel that decodes faster"),
     "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
 }

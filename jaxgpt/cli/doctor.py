@@ -1,0 +1,28 @@
+"""`jaxgpt doctor`: checks that this installation works, and says what to do where it does not."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the subcommand's arguments."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints what each check found; returns 1 if one of them failed, else 0."""
+    from jaxgpt.doctor import examine
+
+    results = []
+    for result in examine():
+        results.append(result)
+        if not args.json:
+            print(f"{'ok  ' if result.good else 'FAIL'}  {result.name}: {result.found}", flush=True)
+            if result.advice:
+                print(f"      what to do: {result.advice}")
+    if args.json:
+        print(json.dumps({"checks": [dataclasses.asdict(result) for result in results]}, indent=2))
+    return 0 if all(result.good for result in results) else 1

@@ -1,0 +1,97 @@
+"""`jaxgpt doctor`: good on a good installation; each kind of damage is found and told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from jaxgpt import doctor, native, ops
+from jaxgpt.cli import main
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    return tmp_path
+
+
+def only(monkeypatch, *names):
+    monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in names})
+
+
+def test_a_good_installation_passes_every_check(home, capsys):
+    assert main(["doctor", "--json"]) == 0
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert [check["name"] for check in checks] == list(doctor.CHECKS)
+    assert len(checks) == 12
+    assert all(check["good"] and check["found"] and not check["advice"] for check in checks)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_wrong_arithmetic_is_found_in_every_type(dtype, monkeypatch, capsys):
+    only(monkeypatch, f"arithmetic in {dtype}")
+    layer_norm = ops.layer_norm
+    # A tenth more in the variance, as if the sum were divided by something else.
+    monkeypatch.setattr(ops, "layer_norm", lambda x, *rest: 0.9 * layer_norm(x, *rest))
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert f"FAIL  arithmetic in {dtype}: logits: off by" in out
+    assert "what to do: this build of JAX computes wrongly here" in out
+
+
+def test_a_product_that_loses_its_last_rows_is_found(monkeypatch, capsys):
+    only(monkeypatch, "large product")
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda *arguments: linear(*arguments).at[..., 32_768:].set(99))
+    assert main(["doctor"]) == 1
+    assert "FAIL  large product: largest of 50,257 products: off by" in capsys.readouterr().out
+
+
+def test_damaged_files_are_found(monkeypatch, capsys, tmp_path):
+    only(monkeypatch, "bundled model")
+    shutil.copytree(doctor.ASSETS, tmp_path / "assets")
+    monkeypatch.setattr(doctor, "ASSETS", tmp_path / "assets")
+    model = tmp_path / "assets" / "shakespeare" / "model.safetensors"
+    raw = bytearray(model.read_bytes())
+    raw[-1] ^= 1
+    model.write_bytes(raw)
+    assert main(["doctor"]) == 1
+    assert "its sha256 is" in capsys.readouterr().out
+    model.unlink()
+    assert main(["doctor"]) == 1
+    assert "No such file" in capsys.readouterr().out
+
+
+def test_a_cache_that_cannot_be_written_is_told(home, monkeypatch, capsys):
+    only(monkeypatch, "compile cache")
+    (home / "jaxgpt").touch()
+    assert main(["doctor"]) == 1
+    assert "what to do: make it writable to you alone, set XDG_CACHE_HOME, or JAXGPT_COMPILE_CACHE=0" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_kernel_that_went_bad_is_told(home, monkeypatch, capsys):
+    only(monkeypatch, "native kernel")
+    monkeypatch.delenv(native.VARIABLE)
+    assert main(["doctor"]) == 0
+    assert "not built: jaxgpt build-kernel" in capsys.readouterr().out
+    monkeypatch.setattr(native, "available", lambda: True)
+    native.path().write_bytes(b"no library")
+    with pytest.warns(UserWarning, match="does not load"):
+        assert main(["doctor"]) == 1
+    assert "what to do: jaxgpt build-kernel, or JAXGPT_KERNEL=0" in capsys.readouterr().out
+
+
+def test_a_check_that_raises_has_failed_and_the_others_still_run(monkeypatch, capsys):
+    def broken():
+        raise ImportError("No module named 'tiktoken'")
+
+    monkeypatch.setattr(doctor, "CHECKS", {"tokenizer": broken, "versions": doctor.CHECKS["versions"]})
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  tokenizer: ImportError: No module named 'tiktoken' (test_doctor.py, line" in out
+    assert "ok    versions: jaxgpt" in out
