@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt.ops import dot, dropout_mask, keep
-from jaxgpt.sharding import is_distributed
+from jaxgpt.sharding import is_distributed, platform
 
 # Finite, so that a row with every score masked gives a uniform row and not NaN.
 MASKED_SCORE = -1e30
@@ -105,7 +105,7 @@ def attention(
     seen = S if window is None else min(S, window + query_block - 1)
     if group_scores is None:
         # Groups follow one another, so on several devices they would wait for each other.
-        grouped = jax.default_backend() == "cpu" and not is_distributed()
+        grouped = platform() == "cpu" and not is_distributed()
         group_scores = CPU_SCORES if grouped else B * H * T * S
     rows, heads = _group(B, H, group_scores // (query_block * seen))
 

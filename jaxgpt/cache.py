@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.sharding import BATCH, constrain
+from jaxgpt.sharding import BATCH, constrain, platform
 
 
 @struct.dataclass
@@ -41,7 +40,7 @@ class Cache:
         bfloat16 array by converting all of it to float32 and back.
         """
         if dtype is None:
-            dtype = "float32" if jax.default_backend() == "cpu" else config.dtype
+            dtype = "float32" if platform() == "cpu" else config.dtype
         # XLA drops a batch axis of 1 from the products, and then, to bridge the two shapes, computes the written
         # cache twice and copies it. Without that axis the write stays in place.
         batch = start_B.shape if start_B.shape[0] > 1 else ()

@@ -147,6 +147,13 @@ def is_distributed() -> bool:
     return not mesh.empty and mesh.size > 1
 
 
+def platform() -> str:
+    """The platform that the function being traced is for: the mesh in use's (which a host without such devices can
+    compile for), or else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
 def constrain(x: Array, *axes: Any) -> Array:
     """x, laid out over the mesh in use: `axes` name a mesh axis, several, or None for each of x's axes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -208,22 +209,31 @@ class TrainConfig:
         Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        tables: dict[str, Any] = {"model": {}, "train": {}, "mesh": {}} | read_toml(path)
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise ConfigError(f"--set takes key=value, not {override!r}")
-            table, _, name = key.strip().rpartition(".")
-            if table not in ("", "train", *_TABLES):
-                raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
-            if isinstance(tables[table or "train"], dict):  # if not, from_dict says so
-                tables[table or "train"][name] = _parse_value(text.strip())
-        return cls.from_dict(tables, source=str(path))
+        return cls.from_dict(override(read_toml(path), overrides), source=str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TABLES}
         return {"model": self.model.to_dict(), "train": train, "mesh": dataclasses.asdict(self.mesh)}
+
+
+def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tables of a config file with the "key=value" strings of `--set` in them (see `TrainConfig.from_file`).
+
+    Raises:
+        ConfigError: for anything else than "key=value", and for a table that there is not.
+    """
+    result: dict[str, Any] = {"model": {}, "train": {}, "mesh": {}} | copy.deepcopy(dict(tables))
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes key=value, not {text!r}")
+        table, _, name = key.strip().rpartition(".")
+        if table not in ("", "train", *_TABLES):
+            raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
+        if isinstance(result[table or "train"], dict):  # if not, from_dict says so
+            result[table or "train"][name] = _parse_value(value.strip())
+    return result
 
 
 def _parse_value(text: str) -> Any:

@@ -22,6 +22,7 @@ COMMANDS = {
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
     "benchmark": ("jaxgpt.cli.benchmark", "measure speed, beside the machine's limits"),
     "doctor": ("jaxgpt.cli.doctor", "check that this installation works"),
+    "plan": ("jaxgpt.cli.plan", "tell what a model needs of a TPU pod, without one"),
     "build-kernel": ("jaxgpt.cli.build_kernel", "compile the CPU kernel that decodes faster"),
     "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
 }

@@ -1,0 +1,125 @@
+"""`jaxgpt plan`: the memory, time and exchanges that a model needs of a slice of a TPU pod, without one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+MISSING = "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("config", metavar="CONFIG", help="a preset's name, or a file with [model], [train], [mesh]")
+    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="the slice, like v5e:8x8 or v5p:4x4x8")
+    parser.add_argument("--mesh", metavar="AXES", help="like fsdp=16,tensor=4; default: the config's, or fsdp=-1")
+    parser.add_argument("--batch", type=int, metavar="N", help="rows a step; default: the config's, or one a part")
+    parser.add_argument(
+        "--decode-batch", type=int, metavar="N", help="rows to decode, 0 for none; default: one a part of the batch"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field; a model's is model.KEY"
+    )
+    parser.add_argument("--quick", action="store_true", help="compile with little optimisation: for memory alone")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plans and prints. A model that does not fit is a result, and the exit code 0.
+
+    Raises:
+        ConfigError: for a slice, mesh or config that cannot be.
+    """
+    from jaxgpt import planner
+
+    topology = planner.Topology.parse(args.topology)
+    config, chosen = planner.resolve(args.config, topology, args.mesh, args.set, args.batch)
+    parts = planner.plan(config, topology, args.decode_batch, args.quick)
+    report = {
+        "model": args.config,
+        "topology": topology.name,
+        "chips": topology.size,
+        "mesh": str(config.mesh),
+        "batch": config.batch_size,
+        "length": config.window,
+        "chosen": chosen,
+        "compiled": planner.available(),
+        "quick": args.quick,
+        **parts,
+    }
+    print(json.dumps(report, indent=2) if args.json else _render(report, topology))
+    return 0
+
+
+def _render(report: dict[str, Any], topology: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    with console.capture() as capture:
+        if not report["compiled"]:
+            console.print(MISSING, markup=False, soft_wrap=True)
+        chosen = ", ".join(f"{key} = {value}" for key, value in report["chosen"].items())
+        console.print(
+            f"{report['model']} on {report['topology']}, {report['chips']:,} chips: mesh {report['mesh']}, "
+            f"{report['batch']:,} x {report['length']:,} tokens a step"
+            + (f"; as the config does not say: {chosen}" if chosen else ""),
+            soft_wrap=True,
+            markup=False,
+        )
+        if report["compiled"] and report["quick"]:
+            console.print("quickly compiled: the traffic with HBM, and times bound by it, are too high", soft_wrap=True)
+        for name in ("training", "decoding"):
+            if name in report:
+                console.print(_table(name, report[name], topology))
+                for way in ("compiled", "analytic"):
+                    if reason := report[name].get(way, {}).get("does_not_fit"):
+                        console.print(f"{name}: the compiler: {reason}", markup=False, soft_wrap=True)
+        console.print(
+            "Everything is a chip's, but tokens/s. Overlapped: the largest of the three times; in turn: their sum. In "
+            "a ring of n a chip sends: all-gather (n - 1) x its part, reduce-scatter and all-to-all (n - 1)/n x the "
+            "whole, all-reduce 2 (n - 1)/n x the whole. MFU counts three forward passes a step.",
+            soft_wrap=True,
+        )
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
+
+
+def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    ways = [way for way in ("compiled", "analytic") if way in part]
+    unit = "step" if name == "training" else "token a row"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column(f"{name}, {part['tokens']:,} tokens a {'step' if name == 'training' else 'time'}", no_wrap=True)
+    for way in ways:
+        table.add_column(way, justify="right", no_wrap=True)
+
+    def row(title: str, cell: Any) -> None:
+        table.add_row(title, *("" if (value := cell(part[way])) is None else value for way in ways))
+
+    def rows(title: str, group: str, show: Callable[[float], str]) -> None:
+        for key in dict.fromkeys(key for way in ways for key in part[way].get(group, {})):
+            row(title.format(key.replace("_", " ")), lambda way, key=key: _shown(way.get(group, {}).get(key), show))
+
+    rows("{}", "memory_bytes", _bytes)
+    row(f"fits {_bytes(topology.chip.hbm_bytes)}", lambda way: "yes" if way["fits"] else "NO")
+    table.add_section()
+    row(f"operations a {unit}", lambda way: _shown(way.get("flops"), "{:.3g}".format))
+    row("read and written in HBM", lambda way: _shown(way.get("hbm_bytes"), _bytes))
+    rows("sent: {}", "wire_bytes", _bytes)
+    table.add_section()
+    rows("ms: {}", "seconds", lambda seconds: f"{1000 * seconds:,.2f}")
+    rows("tokens/s: {}", "tokens_per_s", "{:,.0f}".format)
+    rows("MFU: {}", "mfu", "{:.1%}".format)
+    return table
+
+
+def _shown(value: float | None, show: Callable[[float], str]) -> str | None:
+    return None if value is None else show(value)
+
+
+def _bytes(size: float) -> str:
+    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,329 @@
+"""The planner: its formulae, the reading of XLA's text, the command, and, where the compiler is, real compilations."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+from helpers import TINY
+
+from jaxgpt import accounting, planner
+from jaxgpt.cli import main
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.hlo import Program, _group
+from jaxgpt.model import GPT
+from jaxgpt.planner import Cost, Topology
+
+# Three times round a loop, each with a sum over a ring of four that two fusions share, and a slice of a stack of
+# weights; what lies in S(1) is no traffic with HBM. At the end an all-reduce of which each chip keeps a part.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%body_fusion (param_0: f32[3,256], param_1: f32[256]) -> f32[256] {
+  %param_0 = f32[3,256]{1,0:T(8,128)} parameter(0)
+  %param_1 = f32[256]{0:T(256)S(1)} parameter(1)
+  %dynamic-slice.1 = f32[1,256]{1,0:T(8,128)} dynamic-slice(%param_0, %param_1), dynamic_slice_sizes={1,256}
+  %bitcast.1 = f32[256]{0:T(256)} bitcast(%dynamic-slice.1)
+  %all-reduce.1 = f32[256]{0:T(256)} all-reduce(%param_1), channel_id=1, replica_groups=[2,4]<=[8], to_apply=%sum
+  ROOT %add.1 = f32[256]{0:T(256)} add(%bitcast.1, %all-reduce.1)
+}
+
+%again (param_0.1: f32[256]) -> f32[256] {
+  %param_0.1 = f32[256]{0:T(256)S(1)} parameter(0)
+  ROOT %all-reduce.2 = f32[256]{0:T(256)S(1)} all-reduce(%param_0.1), channel_id=1, replica_groups=[2,4]<=[8]
+}
+
+%all-reduce-scatter.3 (input: f32[256]) -> f32[64] {
+  %input = f32[256]{0:T(256)} parameter(0)
+  %all-reduce.3 = f32[256]{0:T(256)} all-reduce(%input), channel_id=2, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %constant.9 = u32[] constant(0)
+  ROOT %dynamic-slice.2 = f32[64]{0:T(256)} dynamic-slice(%all-reduce.3, %constant.9), dynamic_slice_sizes={64}
+}
+
+%body (state: (s32[], f32[3,256], f32[256])) -> (s32[], f32[3,256], f32[256]) {
+  %state = (s32[]{:T(128)}, f32[3,256]{1,0:T(8,128)}, /*index=2*/f32[256]{0:T(256)S(1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%state), index=0
+  %stack = f32[3,256]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %x = f32[256]{0:T(256)S(1)} get-tuple-element(%state), index=2
+  %fusion.1 = f32[256]{0:T(256)} fusion(%stack, %x), kind=kLoop, calls=%body_fusion
+  %fusion.2 = f32[256]{0:T(256)S(1)} fusion(%x), kind=kLoop, calls=%again
+  ROOT %tuple.1 = (s32[]{:T(128)}, f32[3,256]{1,0:T(8,128)}, f32[256]{0:T(256)S(1)}) tuple(%i, %stack, %fusion.2)
+}
+
+%condition (state.1: (s32[], f32[3,256], f32[256])) -> pred[] {
+  %state.1 = (s32[]{:T(128)}, f32[3,256]{1,0:T(8,128)}, f32[256]{0:T(256)S(1)}) parameter(0)
+  %constant.1 = s32[]{:T(128)} constant(3)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%state.1), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.1, %constant.1), direction=LT
+}
+
+ENTRY %main (p: s32[], p.1: f32[3,256], p.2: f32[256]) -> f32[64] {
+  %p = s32[]{:T(128)} parameter(0)
+  %p.1 = f32[3,256]{1,0:T(8,128)} parameter(1)
+  %p.2 = f32[256]{0:T(256)} parameter(2)
+  %copy-start.1 = (f32[256]{0:T(256)S(1)}, f32[256]{0:T(256)}, u32[]{:S(2)}) copy-start(%p.2)
+  %copy-done.1 = f32[256]{0:T(256)S(1)} copy-done(%copy-start.1)
+  %tuple.2 = (s32[]{:T(128)}, f32[3,256]{1,0:T(8,128)}, f32[256]{0:T(256)S(1)}) tuple(%p, %p.1, %copy-done.1)
+  %while.1 = (s32[], f32[3,256], f32[256]{0:T(256)S(1)}) while(%tuple.2), condition=%condition, body=%body
+  ROOT %fusion.3 = f32[64]{0:T(256)} fusion(%p.2), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""
+
+
+def plan_of(name: str, topology: str, mesh: str | None = None, *overrides: str, batch: int | None = None):
+    slice_ = Topology.parse(topology)
+    return planner.resolve(name, slice_, mesh, overrides, batch)[0], slice_
+
+
+def test_traffic_of_a_program():
+    traffic = Program(PROGRAM).traffic()
+    # The copy in; three times a slice of the stack, and the result.
+    assert traffic.hbm_bytes == 1024 + 3 * (1024 + 1024)
+    assert {c.kind: c.wire_bytes for c in traffic.collectives.values()} == {
+        "all-reduce": 3 * 2 * 3 / 4 * 1024,
+        "reduce-scatter": 3 / 4 * 1024,
+    }
+    assert {c.group for c in traffic.collectives.values()} == {(0, 1, 2, 3)}
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,4},{1,5}}, dimensions={0}", (0, 4)),
+        ("replica_groups=[2,4]<=[8], dimensions={0}", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, x", (0, 4)),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, x", (0, 2, 4, 6)),
+        ("source_target_pairs={{0,2},{2,4},{4,0},{1,3},{3,5},{5,1}}", (0, 2, 4)),
+        ("source_target_pairs={{0,0},{1,4},{4,1}}", (1, 4)),
+    ],
+)
+def test_groups_of_chips_as_xla_writes_them(text, group):
+    assert _group(text) == group
+
+
+def test_products_are_counted_as_often_as_they_run():
+    from jaxgpt.planner_compile import product_flops
+
+    config = TINY.replace(scan_layers=True, n_layers=5)
+    model, ids = GPT(config), jnp.zeros((3, 7), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+    traced = jax.make_jaxpr(lambda params: model.apply({"params": params}, ids))(params)
+    assert product_flops(traced.jaxpr) == accounting.forward_flops(config, 3, 7).total
+
+
+@pytest.mark.parametrize(("name", "size"), [("v5e:4x8", 32), ("v5p:8x8x16", 1024), ("v4:2x2x1", 4), ("v6e:16x16", 256)])
+def test_slices(name, size):
+    assert Topology.parse(name).size == size
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9:4x4", r"no TPU 'v9' \(known: v4, v5e, v5p, v6e, as in v5e:4x8\)"),
+        ("v5:4x4", "no TPU 'v5'; did you mean 'v5[ep]'"),
+        ("v5e", r"v5e has no slice '' \(known: 1x1, 2x2, .*16x16\)$"),
+        ("v5e:5x5", r"v5e has no slice '5x5' \(known: 1x1"),
+        ("v5p:16x16", r"v5p has no slice '16x16' \(known: 2x2x1, .*multiples of 4, up to 6,144 chips\)"),
+        ("v5p:16x16x28", "v5p has no slice '16x16x28'"),
+        ("v4:0x4x4", "v4 has no slice '0x4x4'"),
+        ("v4:4x4x4x", "v4 has no slice '4x4x4x'"),
+    ],
+)
+def test_slices_that_do_not_exist(name, message):
+    with pytest.raises(ConfigError, match=message):
+        Topology.parse(name)
+
+
+def test_bandwidth_counts_the_links_that_close_to_rings():
+    v5e, v5p = Topology.parse("v5e:8x16"), Topology.parse("v5p:4x8x8")
+    assert v5e.bandwidth((1, 16)) == 2 * 5e10
+    assert v5e.bandwidth((8, 1)) == 5e10  # no ring
+    assert v5e.bandwidth((8, 16)) == 3 * 5e10
+    assert v5p.bandwidth((4, 8, 4)) == 5 * 1e11
+    assert v5p.bandwidth((1, 1, 1)) == 1e11
+
+
+def test_what_the_config_does_not_say_is_chosen_and_told(tmp_path):
+    topology = Topology.parse("v5e:2x2")
+    config, chosen = planner.resolve("gpt2", topology)
+    assert chosen == {"model.scan_layers": True, "model.remat": "block", "model.dtype": "bfloat16", "batch_size": 4}
+    assert (config.mesh.fsdp, config.batch_size, config.model.remat) == (4, 4, "block")
+    (tmp_path / "run.toml").write_text(
+        '[model]\npreset = "gpt2"\nremat = "dots"\nscan_layers = false\n[train]\nbatch_size = 6\naccumulate = 3\n'
+        "[mesh]\ndata = 2\ntensor = 2\n"
+    )
+    config, chosen = planner.resolve(str(tmp_path / "run.toml"), topology, overrides=["model.dtype=float32"])
+    assert chosen == {}
+    assert (config.model.remat, config.model.scan_layers, config.model.dtype) == ("dots", False, "float32")
+    config, chosen = planner.resolve("gpt2", topology, batch=64)
+    assert chosen["loss_chunk"] == config.loss_chunk < 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("gpt2", "v5e:2x2", "fsdp=2"), "has 2 chips, and v5e:2x2 4: they must be equal"),
+        (("gpt2", "v5e:2x2", "fsdp=8"), "has 8 chips, and v5e:2x2 4"),
+        (("gpt2", "v5e:2x2", "fsdp=3,tensor=-1"), "3 does not divide the 4 devices"),
+        (("gpt2", "v5e:4x4", "tensor=8,fsdp=2"), "tensor=8 does not divide n_heads=12"),
+        (("gpt2-xl", "v5p:4x4x4", "fsdp=-1"), None),
+        (("gpt3-13b", "v5p:4x4x8", "tensor=16,fsdp=8"), "tensor=16 does not divide n_heads=40"),
+        (("nothing.toml", "v5e:2x2", None), "cannot be read as TOML"),
+    ],
+)
+def test_meshes_that_do_not_fit(arguments, message):
+    if message is None:
+        plan_of(*arguments)
+        return
+    with pytest.raises(ConfigError, match=message):
+        plan_of(*arguments)
+
+
+def test_batches_that_the_mesh_does_not_divide():
+    with pytest.raises(ConfigError, match="data x fsdp=4 does not divide the batch of a step or micro-batch=6"):
+        plan_of("gpt2", "v5e:2x2", batch=6)
+    with pytest.raises(ConfigError, match="data x fsdp=4 does not divide"):
+        planner.plan(*plan_of("gpt2", "v5e:2x2"), decode_batch=3)
+
+
+def test_formulae_of_a_training_step():
+    config, topology = plan_of("gpt3-13b", "v5p:4x8x8", "data=2,fsdp=32,tensor=4", batch=128)
+    P = accounting.count_parameters(config.model).total
+    cost = planner.analytic_training(config, topology)
+    assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimiser"] / 2 == 4 * P / 128
+    assert cost.memory["activations"] > 40 * 2 * 2048 * 5120 * 4  # each layer's input
+    assert cost.flops == accounting.training_flops(config.model, 128, 2048).total / 256
+    assert cost.wire_bytes == {
+        "all-gather": pytest.approx(2 * 31 / 32 * P / 4 * 2),
+        "reduce-scatter": pytest.approx(31 / 32 * P / 4 * 4),
+        "all-reduce": pytest.approx(2 * 1 / 2 * 4 * P / 128),
+        "all-reduce (tensor)": pytest.approx(5 * 40 * 2 * 3 / 4 * (2 * 2048 * 5120 * 4)),
+    }
+
+
+def test_formulae_of_decoding():
+    config, topology = plan_of("gpt2", "v5e:2x2", "tensor=2,fsdp=2")
+    cost = planner.analytic_decoding(config, topology, 8)
+    weights, cache = 2 * accounting.count_parameters(config.model).total, 2 * 12 * 8 * 1024 * 768 * 2
+    assert cost.memory == {"parameters": weights / 4, "cache": cache / 4}
+    assert cost.hbm_bytes == weights / 2 + cache / 4
+
+
+def test_a_roofline():
+    topology = Topology.parse("v5e:2x2")
+    cost = Cost({"a": 2**33, "b": 2**33}, 197e12, 819e9 / 2, {"all-gather": 1.0}, 0.25)
+    bounds = planner.roofline(cost, topology, 700, 4 * 98.5e12)
+    assert bounds["fits"]
+    assert bounds["memory_bytes"]["total"] == 2**34
+    assert bounds["seconds"] == {"compute": 1, "memory": 0.5, "interconnect": 0.25, "overlapped": 1, "in_turn": 1.75}
+    assert bounds["bound_by"] == "compute"
+    assert bounds["tokens_per_s"] == {"overlapped": 700, "in_turn": 400}
+    assert bounds["mfu"]["overlapped"] == 0.5
+    cost.memory["b"] += 1
+    assert not planner.roofline(cost, topology, 700, 1)["fits"]
+
+
+def test_a_program_that_the_compiler_cannot_place_is_a_result():
+    from jaxgpt.planner_compile import _cost
+
+    def failing(reason):
+        def compile(**_):
+            raise jax.errors.JaxRuntimeError(reason)
+
+        lowered = SimpleNamespace(compile=compile)
+        traced = SimpleNamespace(jaxpr=jax.make_jaxpr(lambda x: x)(1.0), lower=lambda: lowered)
+        return SimpleNamespace(trace=lambda: traced)
+
+    topology, mesh = Topology.parse("v5e:2x2"), SimpleNamespace(size=4)
+    cost = _cost(topology, mesh, {}, failing("RESOURCE_EXHAUSTED: Ran out of memory\n on HBM"), (), {})
+    assert cost.does_not_fit == "RESOURCE_EXHAUSTED: Ran out of memory on HBM"
+    bounds = planner.roofline(cost, topology, 1, 1)
+    assert not bounds["fits"]
+    assert "seconds" not in bounds
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        _cost(topology, mesh, {}, failing("INTERNAL: a fault"), (), {})
+
+
+def test_a_compiler_that_fails_says_how(monkeypatch):
+    monkeypatch.setattr(planner, "available", lambda: True)
+    monkeypatch.setattr(planner.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="x\nbad flag"))
+    with pytest.raises(RuntimeError, match="the TPU compiler failed: x\nbad flag"):
+        planner.plan(*plan_of("gpt2", "v5e:2x2"))
+
+
+def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
+    monkeypatch.setattr(planner, "available", lambda: False)
+    assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--batch", "256"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'\n")
+    for text in ("1,024 chips", "model.remat = block", "fits 95.00 GiB", "sent: all-reduce (tensor)", "decoding, 128 "):
+        assert text in out
+    assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["training"]["analytic"]["memory_bytes"]["parameters"] == 4 * 174_604_259_328 / 1024
+    assert report["training"]["analytic"]["fits"]
+    assert not report["compiled"]
+
+
+def test_the_command_tells_what_does_not_fit(monkeypatch, capsys):
+    reason = "RESOURCE_EXHAUSTED: Ran out of memory [on HBM]"
+    monkeypatch.setattr(planner, "available", lambda: True)
+    cost = Cost({"parameters": 1e9}, 1, 0, {}, 0, does_not_fit=reason)
+    monkeypatch.setattr(planner, "_compiled", lambda *_: {"training": cost})
+    assert main(["plan", "gpt2", "--topology", "v5e:2x2"]) == 0
+    out = capsys.readouterr().out
+    assert f"training: the compiler: {reason}" in out
+    assert "NO" in out
+
+
+def test_the_commands_errors_are_one_line(capsys):
+    assert main(["plan", "gpt2", "--topology", "v7:1x1"]) == 2
+    assert capsys.readouterr().err.startswith("jaxgpt: error: no TPU 'v7'")
+
+
+@pytest.mark.slow
+def test_gpt2_compiled_for_four_chips():
+    pytest.importorskip("libtpu")
+    report = planner.plan(*plan_of("gpt2", "v5e:2x2", batch=32), quick=True)
+    training, analytic = report["training"]["compiled"], report["training"]["analytic"]
+    assert training["fits"]
+    for part in ("parameters", "optimiser"):  # all sharded, but LayerNorms and biases
+        assert training["memory_bytes"][part] == pytest.approx(analytic["memory_bytes"][part], rel=0.01)
+    assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.3)
+    # Attention skips what is masked.
+    assert 0.9 * analytic["flops"] < training["flops"] < analytic["flops"]
+    assert analytic["hbm_bytes"] < training["hbm_bytes"]
+    sent, expected = (sum(way["wire_bytes"].values()) for way in (training, analytic))
+    assert expected < sent < 3 * expected
+    decoding = report["decoding"]["compiled"]
+    assert decoding["fits"]
+    assert decoding["memory_bytes"]["cache"] == pytest.approx(2 * 12 * 1024 * 768 * 2, rel=0.01)
+    # Each chip gathers the weights.
+    weights = accounting.parameter_bytes(GPTConfig.preset("gpt2"), "bfloat16")
+    assert decoding["wire_bytes"]["all-gather"] == pytest.approx(3 / 4 * weights, rel=0.1)
+
+
+@pytest.mark.slow
+def test_gpt3_compiled_for_a_pod_it_fits():
+    pytest.importorskip("libtpu")
+    config, topology = plan_of("gpt3-175b", "v5p:8x8x16", "fsdp=128,tensor=8", batch=256)
+    report = planner.plan(config, topology, decode_batch=0, quick=True)
+    training, analytic = report["training"]["compiled"], report["training"]["analytic"]
+    assert training["fits"]
+    # Biases and LayerNorms are on every chip.
+    assert training["memory_bytes"]["parameters"] == pytest.approx(4 * 174_604_259_328 / 1024, rel=0.06)
+    assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.5)
+    assert 0.9 * analytic["flops"] < training["flops"] < analytic["flops"]
+    assert training["wire_bytes"].keys() >= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+@pytest.mark.slow
+def test_gpt3_on_four_chips_does_not_fit():
+    pytest.importorskip("libtpu")
+    report = planner.plan(*plan_of("gpt3-13b", "v5e:2x2"), decode_batch=0, quick=True)
+    assert not report["training"]["compiled"]["fits"]
+    assert "RESOURCE_EXHAUSTED" in report["training"]["compiled"]["does_not_fit"]
