@@ -21,7 +21,7 @@ from jaxgpt.attention import attention
 from jaxgpt.cache import Cache, read, write
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.sharding import BATCH, constrain
+from jaxgpt.sharding import BATCH, constrain, is_distributed
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 
@@ -44,10 +44,14 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         weight, scale = _matrix(self, (*self.out, x.shape[-1]), self.std)
-        # One product whatever the number of output axes: XLA on CPU transposes the weight otherwise.
-        flat_scale = None if scale is None else scale.reshape(-1)
-        y = ops.linear(x, weight.reshape(-1, x.shape[-1]), flat_scale, self.config.dtype, self.config.native_kernel)
-        y = y.reshape(*x.shape[:2], *self.out)
+        if len(self.out) == 2 and scale is None and is_distributed():
+            # With the weight's first axes made one, XLA would gather all of it in the backward pass.
+            y = ops.dot("BTD,NOD->BTNO", x, weight, self.config.dtype)
+        else:
+            # One product whatever the number of output axes: XLA on CPU transposes the weight otherwise.
+            flat_scale = None if scale is None else scale.reshape(-1)
+            y = ops.linear(x, weight.reshape(-1, x.shape[-1]), flat_scale, self.config.dtype, self.config.native_kernel)
+            y = y.reshape(*x.shape[:2], *self.out)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.config)).astype(jnp.float32)
         return y
