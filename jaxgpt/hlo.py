@@ -96,7 +96,7 @@ class Program:
         ops = self.computations[computation]
         kind = op.code.removesuffix("-start")
         if op.code == "while":
-            return self.traffic(_called(op, "body")).times(self._trips(_called(op, "condition")))
+            return self.traffic(_called(op, "body")).times(self._trips(op))
         if op.code == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
             names = (
@@ -127,10 +127,20 @@ class Program:
             return Traffic(2 * _bytes(ops[op.operands[1]].type))
         return Traffic(operand_bytes + _bytes(op.type))
 
-    def _trips(self, condition: str) -> int:
-        """A counted loop's condition compares the counter with a constant."""
-        constants = [op.rest for op in self.computations[condition].values() if op.code == "constant"]
-        return max((int(found[1]) for text in constants if (found := re.match(r"\((\d+)\)", text))), default=1)
+    def _trips(self, loop: _Op) -> int:
+        """How often a counted loop runs. Its condition compares an element of its state with a constant; its body adds
+        constants to that, more than 1 where XLA has unrolled it. Counters start at 0."""
+        condition, body = (self.computations[_called(loop, part)] for part in ("condition", "body"))
+        limit = max((value for op in condition.values() if (value := _constant(op)) is not None), default=1)
+        index = next((op.rest for op in condition.values() if op.code == "get-tuple-element"), "index=0")
+        root, step = _root(body), 0
+        place = int(index.partition("index=")[2].partition(",")[0])
+        counter = body[root.operands[place]] if root.code == "tuple" else root
+        while counter.code == "add":
+            before, added = (body[name] for name in counter.operands)
+            step += _constant(added) or 0
+            counter = before
+        return max(1, limit // max(1, step))
 
     def _sent_within(self, computation: str) -> dict[str, Collective]:
         ops, sent = self.computations[computation], {}
@@ -231,6 +241,11 @@ def _called(op: _Op, attribute: str = "calls|to_apply") -> str:
     found = re.search(rf"(?:{attribute})=%([\w.\-]+)", op.rest)
     assert found, op
     return found[1]
+
+
+def _constant(op: _Op) -> int | None:
+    found = re.match(r"\((\d+)\)", op.rest) if op.code == "constant" else None
+    return int(found[1]) if found else None
 
 
 def _root(ops: dict[str, _Op]) -> _Op:

@@ -318,7 +318,11 @@ def test_gpt3_compiled_for_a_pod_it_fits():
     assert training["memory_bytes"]["parameters"] == pytest.approx(4 * 174_604_259_328 / 1024, rel=0.06)
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.5)
     assert 0.9 * analytic["flops"] < training["flops"] < analytic["flops"]
-    assert training["wire_bytes"].keys() >= {"all-gather", "all-reduce", "reduce-scatter"}
+    # Nothing is gathered that the formulae do not know of: XLA once gathered all of the qkv weights on every chip.
+    for kind in ("all-gather", "reduce-scatter"):
+        assert training["wire_bytes"][kind] == pytest.approx(analytic["wire_bytes"][kind], rel=0.2)
+    reduced = analytic["wire_bytes"]["all-reduce (tensor)"]
+    assert training["wire_bytes"]["all-reduce"] == pytest.approx(reduced, rel=0.05)
 
 
 @pytest.mark.slow
