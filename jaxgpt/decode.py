@@ -163,6 +163,7 @@ def scan_generate(
         ids_BxN: the new ids only.
     """
     sampler = sampler or Greedy()
+    model = GPT(model.config.replace(native_kernel=False))  # which no other machine would have
     C = model.config.context_length
     ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
     B, T = ids_BxT.shape

@@ -48,7 +48,7 @@ def initialize(
                 initialization_timeout=timeout + 3600,
                 coordinator_bind_address=bind,
             )
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever the detection of a cluster raises: not to have joined is an error
             failures.append(error)
 
     joining = threading.Thread(target=join, daemon=True)

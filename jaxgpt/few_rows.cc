@@ -137,7 +137,7 @@ void Share(ffi::ThreadPool& pool, int64_t n, const Work& work) {
 template <typename W>
 void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
   // The longer the stretch, the faster it is read; but every thread should have some.
-  const int64_t threads = pool.num_threads(), share = (O + threads - 1) / threads;
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), share = (O + threads - 1) / threads;
   const int64_t rows = std::max<int64_t>(8, std::min(kBlock / (D * int64_t{sizeof(W)}), share) / 8 * 8);
   Share(pool, (O + rows - 1) / rows,
         [&](int64_t i) { Block(B, x, w, y, D, O, i * rows, std::min(O, (i + 1) * rows)); });

@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from jaxgpt.model import GPT
 from jaxgpt.ops import dot
-from jaxgpt.sharding import BATCH, constrain
+from jaxgpt.sharding import BATCH, constrain, is_distributed
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
 IGNORE = -1
@@ -46,7 +46,9 @@ def _negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
 
 
 def _negative_log_likelihood_forward(logits_xV, labels_x):
-    total_x = lax.platform_dependent(logits_xV, cpu=_logsumexp_on_cpu, default=_logsumexp)
+    # Rows that lie on several devices are not to be taken one after another.
+    on_cpu = _logsumexp if is_distributed() else _logsumexp_on_cpu
+    total_x = lax.platform_dependent(logits_xV, cpu=on_cpu, default=_logsumexp)
     chosen_x = jnp.take_along_axis(logits_xV, labels_x[..., None], axis=-1)[..., 0]
     return total_x - chosen_x, (logits_xV, labels_x, total_x)
 

@@ -17,6 +17,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxgpt import native
+from jaxgpt.sharding import is_distributed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
@@ -61,7 +62,8 @@ def _dot_backward(subscripts, dtype, residuals, g):
     def dy_elsewhere(g: Array, x: Array) -> Array:
         return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype)
 
-    cpu = dy_on_cpu if dtype == "bfloat16" else dy_elsewhere
+    # On several devices a layout would be a gathering.
+    cpu = dy_on_cpu if dtype == "bfloat16" and not is_distributed() else dy_elsewhere
     dy = lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere)
     return dx.astype(x_kind.dtype), dy.astype(y_kind.dtype)
 
