@@ -231,7 +231,7 @@ def _train(work: Work) -> Callable[[], Any]:
     import numpy as np
 
     from jaxgpt.train_config import TrainConfig
-    from jaxgpt.trainer import init_state, make_step
+    from jaxgpt.train_step import init_state, make_step
 
     model = work.config().replace(dtype=work.dtype)
     config = TrainConfig(model=model, batch_size=work.batch, length=work.length)

@@ -13,7 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt import distributed, sharding
 from jaxgpt.errors import CheckpointError, MissingExtraError
+
+
+def import_orbax() -> Any:
+    """The library that writes and reads the files, `orbax.checkpoint`.
+
+    Raises:
+        MissingExtraError: without the extra [train].
+    """
+    try:
+        import orbax.checkpoint
+    except ImportError:
+        raise MissingExtraError("orbax-checkpoint", "train", "saving and reading training checkpoints") from None
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # it narrates, at length
+    return orbax.checkpoint
 
 
 class Checkpoints:
@@ -29,14 +44,10 @@ class Checkpoints:
     def __init__(
         self, directory: Path, keep: int = 1, losses: Mapping[int, float] | None = None, read_only: bool = False
     ):
-        try:
-            import orbax.checkpoint as ocp
-        except ImportError:
-            raise MissingExtraError("orbax-checkpoint", "train", "saving and reading training checkpoints") from None
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax narrates, at length
+        self._ocp = ocp = import_orbax()
         self._losses = dict(losses or {})
         self._stale: list[int] = []
-        self._directory, self._ocp = directory, ocp
+        self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(keep, self.best_of),
             enable_async_checkpointing=False,  # a save that has returned is on disk
@@ -44,7 +55,7 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint, in order."""
@@ -92,29 +103,34 @@ class Checkpoints:
         Raises:
             CheckpointError: if it is damaged, or not of these shapes.
         """
-        manifest = self._restore_item(step, "manifest", self._ocp.args.JsonRestore())
+        directory = self._directory / str(step)
+        with distributed.together(CheckpointError(directory, "another process could not read it")):
+            state, manifest = self._read(directory, abstract_state)
+        if damaged := [name for name, entry in _manifest(state).items() if entry != manifest[name]]:
+            raise CheckpointError(directory, f"damaged: {', '.join(damaged[:5])}")
+        return state
+
+    def _read(self, directory: Path, abstract_state: Any) -> tuple[Any, dict[str, list]]:
+        """(state, its manifest), the state not yet compared with it."""
+        # By the handlers, because the manager lets processes wait for one that has failed.
+        manifest = self._item(self._ocp.JsonCheckpointHandler, directory / "manifest", self._ocp.args.JsonRestore())
         if not isinstance(manifest, dict):
-            raise CheckpointError(self._directory / str(step), "damaged: its manifest is not an object")
+            raise CheckpointError(directory, "damaged: its manifest is not an object")
         expected = {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _named_leaves(abstract_state)}
         found = {name: entry[1:] for name, entry in manifest.items()}
         if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
             reason = f"is not this run's: {differing[0]} and {len(differing) - 1} more are missing or of another shape"
-            raise CheckpointError(self._directory / str(step), reason)
-        state = self._restore_item(
-            step, "state", self._ocp.args.StandardRestore(jax.tree.map(_on_device, abstract_state))
-        )
-        if damaged := [name for name, entry in _manifest(state).items() if entry != manifest[name]]:
-            raise CheckpointError(self._directory / str(step), f"damaged: {', '.join(damaged[:5])}")
-        return state
+            raise CheckpointError(directory, reason)
+        args = self._ocp.args.StandardRestore(jax.tree.map(_on_device, abstract_state))
+        return self._item(self._ocp.StandardCheckpointHandler, directory / "state", args), manifest
 
-    def _restore_item(self, step: int, name: str, args: Any) -> Any:
+    def _item(self, handler: Callable[[], Any], directory: Path, args: Any) -> Any:
         try:
-            return self._manager.restore(step, args=self._ocp.args.Composite(**{name: args}))[name]
+            return handler().restore(directory, args=args)
         except MemoryError:
             raise  # says nothing of the files
         except Exception as error:  # whatever orbax and its storage raise at damaged files is open-ended
-            reason = f"cannot be restored: {_first_line(error)}"
-            raise CheckpointError(self._directory / str(step), reason) from error
+            raise CheckpointError(directory.parent, f"cannot be restored: {_first_line(error)}") from error
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
         """(step, state) of the latest checkpoint that is whole. Says so through `warn` when one had to be passed
@@ -162,8 +178,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    """The shape with a layout: its own, or the default device."""
+    layout = leaf.sharding or jax.sharding.SingleDeviceSharding(sharding.default_device())
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
 
 def _named_leaves(tree: Any) -> list[tuple[str, Any]]:

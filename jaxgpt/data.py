@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -178,8 +179,12 @@ def _starts(n_tokens: int, config: TrainConfig, step: int) -> NDArray[np.int64]:
     starts = window_starts(n_tokens, config.window, config.stride or config.window)
     # Windows that fill no batch are left out, as by the book's drop_last.
     epoch, index = divmod(step, len(starts) // config.batch_size)
-    order = np.random.Generator(np.random.Philox(key=[config.seed, epoch])).permutation(starts)
-    return order[index * config.batch_size :][: config.batch_size]
+    return starts[_order(len(starts), config.seed, epoch)[index * config.batch_size :][: config.batch_size]]
+
+
+@functools.lru_cache(maxsize=2)  # an epoch has many steps
+def _order(n_windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_windows)
 
 
 def check_enough(n_tokens: int, config: TrainConfig, split: str) -> None:

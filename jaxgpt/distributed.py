@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -19,13 +22,15 @@ def initialize(
     """Joins this process to the others; must come before anything else that uses JAX.
 
     Args:
-        coordinator: HOST:PORT of process 0; by default that of the cluster JAX finds itself in, or `LOOPBACK`.
-        processes: how many there are; by default the cluster's number.
+        coordinator: HOST:PORT of process 0; by default JAX_COORDINATOR_ADDRESS, or else `LOOPBACK` where the next two
+            are given.
+        processes: how many there are. Without it, all is as the cluster that JAX finds itself in says (Slurm, Open
+            MPI, Kubernetes, Cloud TPU).
         process: which of them this is, from 0.
         timeout: seconds to wait for the others.
 
     Raises:
-        ConfigError: if the numbers make no sense, or not everyone came in time.
+        ConfigError: if the numbers make no sense, there is no cluster, or not everyone came in time.
     """
     if (processes is None) != (process is None):
         raise ConfigError("--processes and --process go together: how many there are, and which one this is")
@@ -33,9 +38,17 @@ def initialize(
         raise ConfigError(f"--process must be from 0 to {processes - 1}, not {process}")
     if timeout < 1:
         raise ConfigError(f"--join-timeout must be 1 second or more, not {timeout}")
-    bind = None
-    if processes is not None and coordinator is None:
-        coordinator = bind = LOOPBACK  # JAX's coordinator listens on every interface unless told
+    bind = detection = None
+    if processes is None:
+        who = "this process"
+    else:
+        who = f"process {process} of {processes}"
+        detection = "deactivate"
+        coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+        if coordinator is None:
+            coordinator = bind = LOOPBACK  # JAX's coordinator listens on every interface unless told
+    # It would take SIGTERM for itself, and so keep a run from being saved, or even ended, by it.
+    jax.config.update("jax_enable_preemption_service", False)
     failures: list[Exception] = []
 
     def join() -> None:
@@ -45,6 +58,7 @@ def initialize(
                 coordinator,
                 processes,
                 process,
+                cluster_detection_method=detection,
                 initialization_timeout=timeout + 3600,
                 coordinator_bind_address=bind,
             )
@@ -56,28 +70,25 @@ def initialize(
     joining.join(timeout)
     if joining.is_alive():
         raise ConfigError(
-            f"process {process} of {processes} waited {timeout} s at {coordinator} for the others: is each of them "
-            "started, with the same --processes and --coordinator and a --process of its own?"
+            f"{who} waited {timeout} s at {coordinator or 'the coordinator'} for the others: is each of them started, "
+            "with the same --processes and --coordinator and a --process of its own?"
         )
     if failures and processes is None:
         raise ConfigError(
-            f"no cluster that JAX knows: say --processes and --process, and --coordinator HOST:PORT ({failures[0]})"
+            f"this process joined no cluster: {failures[0]} Where JAX detects none, say --processes and --process, and "
+            "--coordinator HOST:PORT"
         )
     if failures:
-        raise ConfigError(f"process {process} of {processes} could not join at {coordinator}: {failures[0]}")
+        raise ConfigError(f"{who} could not join at {coordinator}: {failures[0]}")
+    if processes is not None and jax.process_count() != processes:
+        raise ConfigError(
+            f"{who} joined, but its devices ({jax.default_backend()}) know of {jax.process_count()} processes only"
+        )
 
 
 def is_primary() -> bool:
     """Whether this process is the one that writes files and talks."""
     return jax.process_index() == 0
-
-
-def barrier(name: str) -> None:
-    """Returns when every process has come here."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(name)
 
 
 def highest(value: int) -> int:
@@ -87,3 +98,20 @@ def highest(value: int) -> int:
     from jax.experimental import multihost_utils
 
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+@contextlib.contextmanager
+def together(otherwise: Exception) -> Iterator[None]:
+    """For what may fail in one process and not in another: it ends when all have come to its end, and where it fails
+    in one, it fails in all. (Left to itself, each would wait for the others at their next exchange.)
+
+    Raises:
+        `otherwise`, where only other processes failed; in these, what they raised.
+    """
+    try:
+        yield
+    except Exception:
+        highest(1)
+        raise
+    if highest(0):
+        raise otherwise

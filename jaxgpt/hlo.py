@@ -100,7 +100,9 @@ class Program:
         if op.code == "conditional":
             branches = re.search(r"branch_computations=\{([^}]*)\}", op.rest)
             names = (
-                re.findall(r"%([\w.\-]+)", branches[1]) if branches else re.findall(r"_computation=%(\S+?),", op.rest)
+                re.findall(r"%([\w.\-]+)", branches[1])
+                if branches
+                else re.findall(r"_computation=%([\w.\-]+)", op.rest)
             )
             return max((self.traffic(name) for name in names), key=lambda traffic: traffic.hbm_bytes)
         if op.code == "call":

@@ -3,7 +3,6 @@ user's cache, and used from then on by what `jaxgpt.prepare` returns. Without it
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -30,6 +29,7 @@ MOST_ROWS = 8
 # Set to 0 to leave a kernel that was built unused.
 VARIABLE = "JAXGPT_KERNEL"
 TARGET = "jaxgpt_few_rows"
+DIRECTORY = "kernel"  # in the user's cache
 
 
 def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
@@ -42,13 +42,22 @@ def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
 
 
 def available() -> bool:
-    """Whether the kernel is built for this source, jaxlib and processor, and loads. Builds nothing."""
+    """Whether the kernel is built for this source, jaxlib and processor, and loads. Makes nothing.
+
+    Warns of one that is there and cannot be used.
+    """
     if os.environ.get(VARIABLE) == "0":
         return False
-    with contextlib.suppress(OSError, RuntimeError):  # no cache, or none to trust
+    try:
         file = path()
-        return file.is_file() and _load(file)
-    return False
+        if not file.is_file():
+            return False
+        for directory in (file.parent, file.parent.parent):
+            startup.check_private(directory)
+    except (OSError, RuntimeError) as error:  # a RuntimeError if there is no home
+        warnings.warn(f"the native kernel is not used: {error}. {VARIABLE}=0 switches it off.", stacklevel=2)
+        return False
+    return _load(file)
 
 
 def build() -> Path:
@@ -65,14 +74,23 @@ def build() -> Path:
     if compiler is None:
         raise KernelError("no C++ compiler: install g++ or clang++, or name one in CXX; without it XLA does the work")
     file = path()
-    with tempfile.TemporaryDirectory(dir=file.parent) as work:
+    with tempfile.TemporaryDirectory(dir=startup.private_directory(DIRECTORY)) as work:
         made = Path(work) / file.name
         command = [compiler, *_chosen()[1:], *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
         _run(command, "the compiler failed")
-        # In another process, because one that was compiled wrongly may end it.
-        _run([sys.executable, "-m", "jaxgpt.native", str(made)], "the kernel was built, and is wrong")
+        check_apart(made)
         made.replace(file)
+    _load.cache_clear()
     return file
+
+
+def check_apart(file: Path) -> None:
+    """`check` in a process of its own, because a kernel that was compiled wrongly may end it.
+
+    Raises:
+        KernelError: if it does not load, or computes something else than XLA.
+    """
+    _run([sys.executable, "-m", "jaxgpt.native", str(file)], "the kernel is wrong")
 
 
 def _chosen() -> list[str]:
@@ -91,7 +109,7 @@ def path() -> Path:
     """Where the kernel is, or will be: another source, jaxlib or set of flags has another name."""
     parts = (SOURCE.read_text(encoding="utf-8"), jaxlib.__version__, *FLAGS)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-    return startup.private_directory("kernel") / f"few_rows-{digest}.so"
+    return startup.cache_directory(DIRECTORY) / f"few_rows-{digest}.so"
 
 
 @functools.cache
@@ -128,4 +146,7 @@ def check(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    check(Path(sys.argv[1]))
+    try:
+        check(Path(sys.argv[1]))
+    except KernelError as error:
+        sys.exit(str(error))

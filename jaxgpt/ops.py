@@ -91,7 +91,7 @@ def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str,
     on_cpu = full
     # The kernel takes W as it is.
     exact = weight_OxD.dtype != jnp.float32 or dtype == "float32"
-    if native_kernel and B * T <= native.MOST_ROWS and exact:
+    if native_kernel and B * T <= native.MOST_ROWS and exact and not is_distributed():
         on_cpu = functools.partial(_native, dtype=dtype)
     elif B * T == 1:
         on_cpu = functools.partial(_one_row, dtype=dtype)

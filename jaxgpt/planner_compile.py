@@ -24,7 +24,7 @@ from jaxgpt.model import GPT
 from jaxgpt.planner import Cost, Topology
 from jaxgpt.sampling import Greedy
 from jaxgpt.train_config import TrainConfig
-from jaxgpt.trainer import abstract_state, make_step
+from jaxgpt.train_step import abstract_state, jit_step
 
 # XLA's least effort: a sixth of the time. Memory and exchanges come out about the same, but two to three times the
 # traffic with HBM: less is fused, and less kept in on-chip memory.
@@ -49,13 +49,11 @@ def main() -> None:
 
 def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The trainer's step: (function, arguments as shapes, those of them that stay)."""
-    state = abstract_state(config)
-    layout = sharding.shardings(mesh, state)
-    state = _laid_out(state, layout)
+    state = abstract_state(config, mesh)
     ids = jax.ShapeDtypeStruct(
         (config.batch_size, config.window + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(sharding.BATCH))
     )
-    step = jax.jit(make_step(config), donate_argnums=0, out_shardings=(layout, None))
+    step = jit_step(config, mesh)
     return step, (state, ids), {"parameters": state["params"], "optimiser": state["opt_state"]}
 
 
@@ -64,7 +62,7 @@ def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any
     model = GPT(config.model.replace(param_dtype="bfloat16", remat="none"))
     C = model.config.context_length
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
-    params = _laid_out(params, sharding.shardings(mesh, params))
+    params = sharding.abstract(params, sharding.shardings(mesh, params))
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     read = functools.partial(prefill, model, slots=C, sampler=Greedy(), cache_dtype="bfloat16")
     state: State = jax.eval_shape(read, params, ints((rows, 1)), ints((rows,)), ints(()), None, ints((0,)))
@@ -75,14 +73,10 @@ def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any
             mesh, PartitionSpec(*(None,) * (leaf.ndim - len(parts)), *parts) if leaf.ndim else PartitionSpec()
         )
 
-    state = _laid_out(state, jax.tree.map(layout, state))
+    state = sharding.abstract(state, jax.tree.map(layout, state))
     step = jax.jit(functools.partial(decode, model, chunk=CHUNK, sampler=Greedy()), donate_argnums=1)
     arguments = (params, state, ints(()), None, ints((0,)))
     return step, arguments, {"parameters": params, "cache": state.memory}
-
-
-def _laid_out(tree: Any, layout: Any) -> Any:
-    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, layout)
 
 
 def _cost(

@@ -28,6 +28,19 @@ from jaxgpt.train_config import TrainConfig
 _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
 
 
+def import_tensorboard() -> Any:
+    """The library that writes for TensorBoard.
+
+    Raises:
+        MissingExtraError: without the extra [tensorboard].
+    """
+    try:
+        import tensorboardX
+    except ImportError:
+        raise MissingExtraError("tensorboardX", "tensorboard", "writing for TensorBoard") from None
+    return tensorboardX
+
+
 class Run:
     """A run's directory. See the module's docstring for what is in it.
 
@@ -113,13 +126,9 @@ class Run:
         Raises:
             MissingExtraError: without the extra [tensorboard].
         """
-        if not self.writes:
-            return
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("tensorboardX", "tensorboard", "writing for TensorBoard") from None
-        self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=step + 1)
+        if self.writes:
+            writer = import_tensorboard().SummaryWriter
+            self._tensorboard = writer(str(self.directory / "tensorboard"), purge_step=step + 1)
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl: "step" and its figures; one that is not finite is null, as JSON has no NaN."""

@@ -19,7 +19,8 @@ from typing import Any
 
 import jax
 from jax import Array, lax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
@@ -29,11 +30,9 @@ AXES = ("data", "fsdp", "tensor")
 # The axes over which a batch is spread.
 BATCH = ("data", "fsdp")
 
-P = PartitionSpec
-
 # Where parameters lie, by the end of their path; the optimiser's copies of them have the same ends. The first rule
-# that fits the path and whose axes divide the shape decides. Weights are [out, in]; a stacked layer axis comes before.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
+# that fits the path decides. Weights are [out, in]; a stacked layer axis comes before.
+RULES: tuple[tuple[str, P], ...] = (
     # By width, because the vocabulary is rarely divisible. In this order, gathering over fsdp leaves whole stretches.
     (r"(tok_emb|out_head|pos_emb)/weight", P(None, ("tensor", "fsdp"))),
     (r"att/qkv/weight", P(None, "tensor", "fsdp")),
@@ -85,6 +84,9 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     """The `NamedSharding` of every leaf of a tree of parameters, or of a training state around them.
 
     Leaves without a rule of their own (counters, say) are on every device.
+
+    Raises:
+        ConfigError: if the mesh does not divide one of them.
     """
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
@@ -94,14 +96,16 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     for pattern, spec in RULES:
-        if not fits(pattern, name) or len(spec) > len(shape):
+        if not fits(pattern, name):
             continue
         # Axes before those of the rule are stacked layers.
         aligned = (*(None,) * (len(shape) - len(spec)), *spec)
-        if all(size % _size(mesh, axes) == 0 for size, axes in zip(shape, aligned, strict=True)):
-            return P(*aligned)
+        for size, axes in zip(shape, aligned, strict=True):
+            if size % _size(mesh, axes):
+                raise ConfigError(f"the mesh's {axes}, {_size(mesh, axes)} parts, do not divide {name} {shape}")
+        return P(*aligned)
     return P()
 
 
@@ -116,9 +120,32 @@ def _size(mesh: Any, axes: str | Sequence[str] | None) -> int:
     return math.prod(mesh.shape[name] for name in names)
 
 
+def abstract(tree: Any, layout: Any) -> Any:
+    """The shapes and types of a tree's leaves, with the shardings of another tree like it."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, layout)
+
+
+def default_device() -> Any:
+    """Where new arrays are made."""
+    return jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
+
+
+def on_host() -> Any:
+    """A context manager in which new arrays are made in the host's memory, where it counts among JAX's devices: for
+    parameters that would not fit the one device they would otherwise lie on before they are spread."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
+
+
 def shard(params: Any, mesh: Mesh) -> Any:
     """Parameters (arrays of any kind) laid out over a mesh. What `generate`, `evaluate` and `model.apply` get from
-    here runs on all of it: they find the mesh in the parameters."""
+    here runs on all of it: they find the mesh in the parameters.
+
+    Raises:
+        ConfigError: if the mesh does not divide one of them.
+    """
     return jax.tree.map(_put, params, shardings(mesh, params))
 
 

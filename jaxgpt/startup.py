@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -43,23 +44,32 @@ def use_compile_cache() -> None:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 
+def cache_directory(name: str) -> Path:
+    """Where in the user's cache code belongs that was made for this kind of processor.
+
+    Raises:
+        RuntimeError: if there is no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt" / f"{name}-{_processor()}"
+
+
 def private_directory(name: str) -> Path:
-    """The directory in the user's cache for code made for this kind of processor; makes it.
+    """`cache_directory`, made.
 
     Raises:
         OSError: if it cannot be made, or if others could write to it: what is in there is executed.
         RuntimeError: if there is no home.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    own = (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt"
-    own.parent.mkdir(parents=True, exist_ok=True)
-    directory = own / f"{name}-{_processor()}"
-    for made in (own, directory):
+    directory = cache_directory(name)
+    directory.parent.parent.mkdir(parents=True, exist_ok=True)
+    for made in (directory.parent, directory):
         made.mkdir(mode=0o700, exist_ok=True)
-        _check_private(made)
+        check_private(made)
     return directory
 
 
+@functools.cache
 def _processor() -> str:
     """A name for the kind of processor: what was compiled for one may not run on another, and homes are shared."""
     try:
@@ -71,7 +81,8 @@ def _processor() -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def _check_private(directory: Path) -> None:
+def check_private(directory: Path) -> None:
+    """Raises PermissionError if others than the user can write to it."""
     status = directory.stat()
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise PermissionError(f"others can write to {directory}, or it is another user's")

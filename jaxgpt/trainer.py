@@ -1,4 +1,4 @@
-"""The trainer: one jitted step over an explicit state, a loop that resumes bit for bit."""
+"""The trainer: a loop of `train_step.py`'s steps that evaluates, saves, stops at a signal and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -9,150 +9,30 @@ import functools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt import distributed, sharding
-from jaxgpt.checkpoint import Checkpoints
+from jaxgpt.checkpoint import Checkpoints, import_orbax
 from jaxgpt.config import GPTConfig
 from jaxgpt.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, TrainingError
 from jaxgpt.evaluation import Evaluation, evaluate
-from jaxgpt.loss import model_loss
 from jaxgpt.model import GPT
-from jaxgpt.optim import optimizer, schedule
 from jaxgpt.progress import TrainProgress
-from jaxgpt.run import Run
+from jaxgpt.run import Run, import_tensorboard
 from jaxgpt.sampling import Temperature
 from jaxgpt.text import generate_text
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.train_config import TrainConfig
+from jaxgpt.train_step import SAMPLE, State, abstract_state, eval_params, init_state, jit_step, stream_key
 from jaxgpt.weights import load, load_config
 from jaxgpt.weights.quantise import cast_params
-
-State = dict[str, Any]
-
-# Streams of random numbers that must not meet, whatever the seed.
-_INIT, _DROPOUT, _SAMPLE = range(3)
-
-
-def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> State:
-    """The state before the first step:
-
-        params, opt_state   the optimiser's
-        average             of the parameters, if the config asks for one
-        step                steps taken, int32
-        updates             those of them that changed the parameters
-        bad                 how many of the latest in a row did not
-
-    Args:
-        config: the run.
-        params: start from these instead of drawing new ones.
-        mesh: what to lay it out over. Every array is made in its parts: no device ever holds all of it.
-    """
-    if params is not None and mesh is not None:
-        params = sharding.shard(params, mesh)
-    layout = None if mesh is None else sharding.shardings(mesh, abstract_state(config))
-    with sharding.use(mesh):
-        return jax.jit(functools.partial(_initial, config), out_shardings=layout)(params)
-
-
-def _initial(config: TrainConfig, params: Any = None) -> State:
-    if params is None:
-        params = GPT(config.model).init(_key(config, _INIT), jnp.zeros((1, 1), jnp.int32))["params"]
-    state = {"params": params, "opt_state": optimizer(config).init(params)}
-    if config.average_decay:
-        state["average"] = params
-    return state | {name: jnp.int32(0) for name in ("step", "updates", "bad")}
-
-
-def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> State:
-    """The shapes, types and, with a mesh, layouts of `init_state`, without allocating it."""
-    state = jax.eval_shape(functools.partial(_initial, config))
-    if mesh is None:
-        return state
-    return jax.tree.map(
-        lambda leaf, layout: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout),
-        state,
-        sharding.shardings(mesh, state),
-    )
-
-
-def eval_params(state: State) -> Any:
-    """The parameters to evaluate, sample from and export: the moving average if there is one."""
-    return state.get("average", state["params"])
-
-
-def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
-    """The optimiser step, not yet jitted: (state, ids [B, T + 1]) -> (state, figures).
-
-    Gradients are those of the mean loss over all labels that count, in however many micro-batches they are taken.
-    A step whose loss or gradient is not finite changes none of the parameters and the optimiser's state.
-
-    The figures are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
-    """
-    model, tx = GPT(config.model), optimizer(config)
-    rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
-
-    def losses_and_grads(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
-        def losses(params):
-            dropout_key = key if any(rates) else None
-            inputs_BxT, labels_BxT = ids_BxT1[:, :-1], ids_BxT1[:, 1:]
-            return model_loss(model, params, inputs_BxT, labels_BxT, chunk=config.loss_chunk, dropout_key=dropout_key)
-
-        (total, count), grads = jax.value_and_grad(losses, has_aux=True)(params)
-        return total, count, grads
-
-    def accumulated(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
-        if config.accumulate == 1:
-            return losses_and_grads(params, ids_BxT1, key)
-
-        def add(total, micro):
-            return jax.tree.map(jnp.add, total, losses_and_grads(params, *micro)), None
-
-        # Every so many-th row, so that a micro-batch has rows on every device.
-        micro_ids = ids_BxT1.reshape(-1, config.accumulate, ids_BxT1.shape[1]).swapaxes(0, 1)
-        micro_keys = jax.random.split(key, config.accumulate)
-        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
-        return lax.scan(add, zero, (micro_ids, micro_keys))[0]
-
-    def step(state: State, ids_BxT1: Array) -> tuple[State, dict[str, Array]]:
-        params = state["params"]
-        key = jax.random.fold_in(_key(config, _DROPOUT), state["step"])
-        total, count, grads = accumulated(params, ids_BxT1, key)
-        loss = total / count
-        grads = jax.tree.map(lambda g: g / count, grads)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state["opt_state"], params)
-        new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        if config.average_decay:
-            decay = config.average_decay
-            new["average"] = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["average"], new["params"])
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {k: state[k] for k in new})
-        bad = jnp.where(finite, 0, state["bad"] + 1)
-        counters = {"step": state["step"] + 1, "updates": state["updates"] + finite, "bad": bad}
-        learning_rate = schedule(config, config.learning_rate)(state["updates"])
-        return new | counters, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
-
-    return step
-
-
-def jit_step(config: TrainConfig, mesh: Mesh | None = None) -> Any:
-    """`make_step`, jitted; it donates the state. With a mesh, the state keeps its layout, and calls belong into
-    `sharding.use(mesh)`."""
-    layout = None
-    if mesh is not None:
-        everywhere = NamedSharding(mesh, PartitionSpec())
-        layout = (sharding.shardings(mesh, abstract_state(config)), everywhere)
-    return jax.jit(make_step(config), donate_argnums=0, out_shardings=layout)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,39 +83,47 @@ def train(
         TrainingError: if the loss stays not finite. The last good checkpoint is kept.
     """
     run = Run(out, writes=distributed.is_primary())
-    if resume and init_from is None:
-        init_from = run.init_from()
-    if init_from is not None:
-        config = _fine_tuned(config, init_from)
-    mesh = _mesh(config)
-    tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
-    check_tokens(tokens, config.model, "the tokens" if isinstance(data, Tokens) else str(data))
-    _check_samples(config)
-    train_N, val_N = tokens.split(config.val_fraction)
-    check_enough(len(train_N), config, "training")
-    if config.val_fraction:
-        check_enough(len(val_N), config, "validation")
-    with run.locked():
-        if resume and not force:
-            run.check_resume(config, tokens, init_from)
-        elif not resume:
-            run.check_new()
-        distributed.barrier("checked")  # before anyone changes what the others look at
-        checkpoints = Checkpoints(run.checkpoints, config.keep, run.val_losses())
-        with contextlib.closing(checkpoints), TrainProgress(config.steps, quiet=not run.writes) as progress:
-            if resume and checkpoints.steps():
-                start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
-            else:
-                params = None if init_from is None else _initial_params(config, init_from)
-                start, state = 0, init_state(config, params, mesh)
-                del params  # the state holds them
+    alone = TrainingError("another process failed before the first step; its own message tells why")
+    with contextlib.ExitStack() as held:
+        with distributed.together(alone):
+            if resume and init_from is None:
+                init_from = run.init_from()
+            if init_from is not None:
+                config = _fine_tuned(config, init_from)
+            mesh = _mesh(config)
+            tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
+            check_tokens(tokens, config.model, "the tokens" if isinstance(data, Tokens) else str(data))
+            _check_samples(config)
+            train_N, val_N = tokens.split(config.val_fraction)
+            check_enough(len(train_N), config, "training")
+            if config.val_fraction:
+                check_enough(len(val_N), config, "validation")
+            import_orbax()
+            if tensorboard:
+                import_tensorboard()
+            held.enter_context(run.locked())
+            if resume and not force:
+                run.check_resume(config, tokens, init_from)
+            elif not resume:
+                run.check_new()
+        checkpoints = held.enter_context(
+            contextlib.closing(Checkpoints(run.checkpoints, config.keep, run.val_losses()))
+        )
+        progress = held.enter_context(TrainProgress(config.steps, quiet=not run.writes))
+        if resume and checkpoints.steps():
+            start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
+        else:
+            with distributed.together(alone):
+                params = None if init_from is None else _initial_params(config, init_from, mesh)
+            start, state = 0, init_state(config, params, mesh)
+            del params  # the state holds them
+        with distributed.together(alone):
             run.describe(config, tokens, init_from)
             run.truncate_metrics(start)
-            distributed.barrier("described")
             if tensorboard:
                 run.write_tensorboard(start)
-            with sharding.use(mesh):
-                return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
+        with sharding.use(mesh):
+            return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
 
 
 class _Loop:
@@ -291,7 +179,15 @@ class _Loop:
             return batch(self.train_N, config, step)
         layout = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
         shape = (config.batch_size, config.window + 1)
-        return jax.make_array_from_callback(shape, layout, lambda at: batch(self.train_N, config, step, at[0]))  # type: ignore[index]
+
+        @functools.cache  # devices along `tensor` hold the same rows
+        def rows(start: int | None, stop: int | None) -> Any:
+            return batch(self.train_N, config, step, slice(start, stop))
+
+        def part(index: Any) -> Any:
+            return rows(index[0].start, index[0].stop)
+
+        return jax.make_array_from_callback(shape, layout, part)
 
     def stop(self, received: list[signal.Signals], step: int) -> signal.Signals | None:
         """The signal by which to stop. Several processes must do so after the same step, so they ask each other, and
@@ -336,6 +232,8 @@ class _Loop:
             self.progress.say(f"step {step}  validation loss {loss:.4f}  ({evaluation.tokens:,} tokens)")
             if math.isfinite(loss):
                 self.val_losses[step] = loss
+        # Processes that read the run's earlier losses at different times must not save at different steps.
+        improved = bool(distributed.highest(improved))
         if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
             self.checkpoints.save(step, state, loss)
         if evaluating and config.sample_tokens and self.healthy(state):
@@ -353,7 +251,7 @@ class _Loop:
         return math.isfinite(self.evaluate(state["params"], windows=1, batch_size=1).loss)
 
     def sample(self, step: int, params: Any) -> str:
-        config, key = self.config, jax.random.fold_in(_key(self.config, _SAMPLE), step)
+        config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
         prompt, length = config.sample_prompt, config.sample_tokens
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
 
@@ -381,8 +279,9 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
         if chosen not in steps:
             raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
-        params = eval_params(checkpoints.restore(chosen, abstract_state(config)))
-    params = cast_params(params, param_dtype)
+        with sharding.on_host():  # with the optimiser's state, it may be more than a device has
+            params = eval_params(checkpoints.restore(chosen, abstract_state(config)))
+    params = jax.device_put(cast_params(params, param_dtype), sharding.default_device())
     return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
 
 
@@ -404,9 +303,11 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
     return dataclasses.replace(config, model=load_config(source, param_dtype="float32", **own))
 
 
-def _initial_params(config: TrainConfig, source: str) -> Any:
+def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
     own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
-    return load(source, param_dtype="float32", **own)[1]
+    # What is to be spread must not first fill one device.
+    with contextlib.nullcontext() if mesh is None else sharding.on_host():
+        return load(source, param_dtype="float32", **own)[1]
 
 
 def _check_samples(config: TrainConfig) -> None:
@@ -416,10 +317,6 @@ def _check_samples(config: TrainConfig) -> None:
             f"sample_tokens: the model has {config.model.vocab_size} ids and its tokenizer "
             f"{config.model.tokenizer!r} {known}, so samples could not be shown as text; set it to 0"
         )
-
-
-def _key(config: TrainConfig, stream: int) -> Array:
-    return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,14 @@ def _compile_once(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """For modules that test what is around the compiled programs: XLA's compiler takes half the time."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, params) of the smallest configuration, its parameters random in every leaf."""

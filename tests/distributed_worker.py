@@ -1,9 +1,15 @@
 """One of several processes that train together; started by tests/test_distributed.py.
 
-python distributed_worker.py ADDRESS PROCESSES PROCESS DIRECTORY MESH start|crash|resume
+python distributed_worker.py ADDRESS PROCESSES PROCESS DIRECTORY MESH MODE
 
-With "crash", process 1 kills itself before the fourth step. Prints the most rows of a batch that it has read, and
-process 0 leaves the parameters in DIRECTORY/params.npz.
+MODE is one of:
+
+    crash   process 1 kills itself before the fourth step
+    resume  to the end; process 0 leaves the parameters in DIRECTORY/params.npz
+    faults  as "resume", after one try in which process 1 has no data, and one that a SIGTERM to process 1 stops; and
+            in the end process 1 cannot read the latest checkpoint
+
+Prints a line for each try: the error, or the step and the most rows of a batch that were read.
 """
 
 from __future__ import annotations
@@ -26,22 +32,47 @@ def main() -> None:
     from jax.experimental import multihost_utils
     from test_sharding import RUN, tokens
 
-    from jaxgpt import data, trainer
+    from jaxgpt import checkpoint, data, trainer
     from jaxgpt.train_config import MeshConfig
 
-    read = []
+    config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
+    deadly, read = {}, []  # step: the signal that process 1 sends itself before it
 
     def batch(ids_N, config, step, rows=slice(None)):
-        if (mode, process, step) == ("crash", "1", 3):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if process == "1" and step in deadly:
+            os.kill(os.getpid(), deadly.pop(step))
         windows = data.batch(ids_N, config, step, rows)
         read.append(len(windows))
         return windows
 
     trainer.batch = batch
-    config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
-    result = trainer.train(config, tokens(), directory, resume=mode == "resume")
-    print(f"rows {max(read)}")
+
+    def train(source):
+        try:
+            result = trainer.train(config, source, directory, resume=mode != "crash")
+        except (ValueError, RuntimeError) as error:
+            print(f"{type(error).__name__}: {error}")
+            return None
+        print(f"step {result.step} rows {max(read)} stopped by {result.stopped_by}")
+        return result
+
+    if mode == "crash":
+        deadly[3] = signal.SIGKILL
+    if mode == "faults":
+        train(tokens() if process == "0" else f"{directory}/missing")
+        deadly[4] = signal.SIGTERM
+        train(tokens())
+        if process == "1":
+            handler = checkpoint.import_orbax().StandardCheckpointHandler
+            restore = handler.restore
+
+            def failing(self, path, *args, **kwargs):
+                if path.parent.name == "5":
+                    raise OSError("a disk that only this process has")
+                return restore(self, path, *args, **kwargs)
+
+            handler.restore = failing
+    result = train(tokens())
     params = multihost_utils.process_allgather(result.params, tiled=True)
     if process == "0":
         np.savez(f"{directory}/params.npz", *jax.tree.leaves(params))

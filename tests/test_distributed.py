@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import socket
 import subprocess
@@ -19,6 +20,8 @@ from jaxgpt.cli import main
 from jaxgpt.errors import ConfigError
 from jaxgpt.run import Run
 from jaxgpt.trainer import train
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
@@ -37,34 +40,57 @@ def start(processes, directory, mesh, mode):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # What the processes of one test compile, those of the next need not.
+            env={
+                **os.environ,
+                "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            },
         )
         for i in range(processes)
     ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "mesh"), [(2, "fsdp=2"), (4, "data=2,tensor=2")])
-def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, processes, mesh):
+@pytest.mark.parametrize(("processes", "mesh", "mode"), [(2, "fsdp=2", "faults"), (4, "data=2,tensor=2", "resume")])
+def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, processes, mesh, mode):
     crashing = start(processes, tmp_path / "run", mesh, "crash")
     assert crashing[1].wait(timeout=180) == -signal.SIGKILL
     for process in crashing:  # they wait for the lost one
         process.kill()
         process.communicate()
-    steps = sorted(int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
-    assert steps == [2]
+    assert saved_steps(tmp_path / "run") == [2]
 
-    resumed = start(processes, tmp_path / "run", mesh, "resume")
+    resumed = start(processes, tmp_path / "run", mesh, mode)
     done = [process.communicate(timeout=180) for process in resumed]
     assert [process.returncode for process in resumed] == [0] * processes, done[0][1]
+    said, *silent = [err for _, err in done]
+    printed = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in done]
     # Where the batch is spread over data or fsdp, each process reads its part and no more.
-    assert [out.splitlines()[-1] for out, _ in done] == [f"rows {RUN.batch_size // 2}"] * processes
+    assert {lines[-1] for lines in printed} == {f"step 6 rows {RUN.batch_size // 2} stopped by None"}
+    if mode == "faults":
+        # What happens to one ends the others too, at once, and in the same state.
+        assert printed[0][0] == "TrainingError: another process failed before the first step; its own message tells why"
+        assert printed[1][0].startswith("DataError: ")
+        assert printed[1][0].endswith("missing: cannot be read: No such file or directory")
+        stopped = f"step 5 rows {RUN.batch_size // 2} stopped by {signal.SIGTERM!s}"
+        assert [lines[1] for lines in printed] == [stopped] * processes
+        assert "5: another process could not read it; falling back to the checkpoint before it" in said.replace(
+            "\n", " "
+        )
     # One process speaks and writes.
-    assert [bool(err) for _, err in done] == [True] + [False] * (processes - 1), done[1][1]
+    assert said
+    assert silent == [""] * (processes - 1)
     assert [line["step"] for line in Run(tmp_path / "run").read_metrics()] == [1, 2, 3, 4, 5, 6]
+    assert saved_steps(tmp_path / "run")[-1] == 6
 
     alone = train(dataclasses.replace(RUN, steps=6, log_interval=1), tokens(), tmp_path / "alone")
     with np.load(tmp_path / "run" / "params.npz") as saved:
         assert_close(list(saved.values()), jax.tree.leaves(alone.params))
+
+
+def saved_steps(directory):
+    return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
 
 
 @pytest.fixture
@@ -94,7 +120,7 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
         (["--distributed", "--processes", "2", "--process", "2"], "--process must be from 0 to 1, not 2"),
         (["--distributed", "--join-timeout", "0"], "--join-timeout must be 1 second or more, not 0"),
         (["--processes", "2", "--process", "0"], "--coordinator, --processes and --process belong to --distributed"),
-        (["--distributed"], "no cluster that JAX knows: say --processes and --process"),
+        (["--distributed"], "Where JAX detects none, say --processes and --process"),
         (["--mesh", "tensor=8"], "tensor=8 does not divide n_heads=2"),
     ],
 )
@@ -118,6 +144,7 @@ def test_a_mesh_without_every_process_is_refused(monkeypatch):
 
 
 def test_alone_there_is_nothing_to_wait_for():
-    distributed.barrier("alone")
     assert distributed.is_primary()
     assert distributed.highest(7) == 7
+    with pytest.raises(KeyError, match="mine"), distributed.together(ValueError("another's")):
+        raise KeyError("mine")

@@ -79,11 +79,13 @@ def test_a_kernel_that_went_bad_is_told(home, monkeypatch, capsys):
     monkeypatch.delenv(native.VARIABLE)
     assert main(["doctor"]) == 0
     assert "not built: jaxgpt build-kernel" in capsys.readouterr().out
-    monkeypatch.setattr(native, "available", lambda: True)
+    native.path().parent.mkdir(parents=True)
     native.path().write_bytes(b"no library")
-    with pytest.warns(UserWarning, match="does not load"):
-        assert main(["doctor"]) == 1
-    assert "what to do: jaxgpt build-kernel, or JAXGPT_KERNEL=0" in capsys.readouterr().out
+    assert main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "FAIL  native kernel: the kernel is wrong" in out
+    assert "does not load" in out
+    assert "what to do: jaxgpt build-kernel, or JAXGPT_KERNEL=0" in out
 
 
 def test_a_check_that_raises_has_failed_and_the_others_still_run(monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import stat
@@ -14,8 +15,9 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, random_ids
 
-from jaxgpt import cli, generate, load, native, ops, prepare, save
+from jaxgpt import cli, generate, load, native, ops, prepare, save, scan_generate, sharding
 from jaxgpt.errors import KernelError
+from jaxgpt.train_config import MeshConfig
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
@@ -24,11 +26,15 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A user's cache with the kernel in it."""
-    home = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
+    """A user's cache with the kernel in it; one for all the processes that share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel"
+    home.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, (home / "lock").open("w") as lock:
         patch.setenv("XDG_CACHE_HOME", str(home))
-        native.build()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not native.path().is_file():
+            native.build()
     return home
 
 
@@ -106,7 +112,7 @@ def test_the_kernel_is_the_users_own(cache):
 
 def test_nothing_is_built_unasked(no_cache):
     assert not native.available()
-    assert not list(no_cache.glob("*/*"))
+    assert not no_cache.exists()
 
 
 def test_a_missing_compiler_is_told(no_cache, monkeypatch, capsys):
@@ -130,16 +136,47 @@ def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, m
     wrong = tmp_path / "few_rows.cc"
     wrong.write_text(source.replace("sums[b][r][s] += ", "sums[b][r][s] -= "))
     monkeypatch.setattr(native, "SOURCE", wrong)
-    with pytest.raises(KernelError, match=r"(?s)the kernel was built, and is wrong .*1 rows by .*off by"):
+    with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*1 rows by .*off by"):
         native.build()
     assert not list(no_cache.glob("*/*"))
 
 
 def test_a_file_that_is_no_kernel_is_not_used(no_cache):
     path = native.path()
+    path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
     with pytest.warns(UserWarning, match="does not load, XLA does its work: .* Run jaxgpt build-kernel"):
         assert not native.available()
+
+
+def test_a_kernel_that_others_could_have_put_there_is_not_used(no_cache):
+    path = native.path()
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"not a library")
+    no_cache.chmod(0o770)
+    with pytest.warns(UserWarning, match=f"the native kernel is not used: others can write to {no_cache}"):
+        assert not native.available()
+
+
+@needs_compiler
+def test_a_prepared_model_can_be_exported(built):
+    """For other machines, so without the kernel."""
+    model, params = prepare(*make_model(TINY))
+    assert model.config.native_kernel
+    ids = random_ids(TINY, 1, 5)
+    program = jax.jit(lambda params, ids: scan_generate(model, params, ids, 6))
+    exported = jax.export.export(program)(params, ids)
+    assert native.TARGET not in exported.mlir_module()
+    np.testing.assert_array_equal(exported.call(params, ids)[0], generate(model, params, ids.tolist(), 6).tokens[0][5:])
+
+
+@needs_compiler
+def test_the_kernel_is_left_to_single_devices(built):
+    model, params = prepare(*make_model(TINY))
+    mesh = sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
+    with sharding.use(mesh):
+        text = jax.jit(model.apply).lower({"params": sharding.shard(params, mesh)}, random_ids(TINY, 1, 5)).as_text()
+    assert native.TARGET not in text
 
 
 @needs_compiler

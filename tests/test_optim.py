@@ -14,7 +14,7 @@ from helpers import TINY, make_model, random_ids, stack_blocks, to_numpy
 from jaxgpt.loss import IGNORE, model_loss
 from jaxgpt.optim import is_matrix, optimizer, schedule
 from jaxgpt.train_config import TrainConfig
-from jaxgpt.trainer import init_state, make_step
+from jaxgpt.train_step import init_state, make_step
 
 CONFIG = TrainConfig(
     model=TINY, steps=20, batch_size=4, warmup_steps=4, learning_rate=3e-3, final_learning_rate=0.1, clip_norm=0.0

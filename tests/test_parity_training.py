@@ -12,7 +12,7 @@ from helpers import TINY, random_ids
 import jaxgpt
 from jaxgpt.optim import schedule
 from jaxgpt.train_config import TrainConfig
-from jaxgpt.trainer import init_state, make_step
+from jaxgpt.train_step import init_state, make_step
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -27,6 +27,8 @@ COMMANDS = {
     "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
 }
 
+_USERS = (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, KernelError, OSError)
+
 # What shells report for a command that a closed pipe, or Ctrl-C, ended.
 _CLOSED_PIPE, _INTERRUPTED = 141, 130
 
@@ -52,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _discard_stdout()
         return _CLOSED_PIPE
-    except (ValueError, FloatingPointError, OSError, MissingExtraError, TrainingError, KernelError) as error:
+    except Exception as error:
         if not _is_users(error):
             raise
         print(f"jaxgpt: error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -72,9 +74,7 @@ def _run(argv: list[str]) -> int:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    if (
-        "jax" not in sys.modules
-    ):  # what is set up here must come before JAX; where that is loaded, the process is not ours
+    if "jax" not in sys.modules:  # or else the process is not ours, and what is set up would come too late
         startup.configure()
     return args.run(args)
 
@@ -82,10 +82,10 @@ def _run(argv: list[str]) -> int:
 def _is_users(error: Exception) -> bool:
     """Whether `error` tells the user what to change: the package's own errors, those it raises as a check of what
     it was given, and those of the file system. Any other is a fault, and its traceback is wanted."""
-    if isinstance(
-        error, (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, KernelError, OSError)
-    ):
+    if isinstance(error, _USERS):
         return True
+    if not isinstance(error, (ValueError, FloatingPointError)):
+        return False
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import json
 
+from jaxgpt.cli.options import add_model_arguments, load_model
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("--model", default="shakespeare", help="anything that loads (default: the bundled model)")
+    add_model_arguments(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
     parser.add_argument(
         "--stride", type=int, default=0, help="tokens between windows (default: the context, so none overlap)"
@@ -18,9 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last-fraction", type=float, metavar="F", help="only the last part of the tokens, such as a validation split"
     )
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "int8"), help="of parameters and products (default: as saved)"
-    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -28,10 +27,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints the figures and returns the exit code."""
     from jaxgpt.data import open_tokens
     from jaxgpt.evaluation import evaluate
-    from jaxgpt.inference import prepare
-    from jaxgpt.weights import load
 
-    model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
+    model, params = load_model(args)
     tokens = open_tokens(args.data, model.config)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")

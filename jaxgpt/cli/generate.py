@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.cli.options import add_model_arguments, load_model
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments; sampling options have transformers' names."""
-    parser.add_argument(
-        "--model", default="shakespeare", help="checkpoint file or directory, bundled name, or hub name (%(default)s)"
-    )
+    add_model_arguments(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated: all are continued at once"
     )
@@ -35,16 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stream", action="store_true", help="print as it is drawn; several texts one by one")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line and text")
     parser.add_argument(
-        "--dtype",
-        choices=("float32", "bfloat16", "int8"),
-        help="of parameters and products; int8 of matrices only (default: as saved)",
-    )
-    parser.add_argument(
         "--cache-dtype",
         choices=("float32", "bfloat16"),
         help="of the key/value cache (default: see jaxgpt.Cache.empty)",
     )
-    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4 (default: one)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,21 +57,14 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jaxgpt import sampling, sharding
-    from jaxgpt.inference import prepare
+    from jaxgpt import sampling
     from jaxgpt.text import encode_prompt
     from jaxgpt.tokenizer import get_tokenizer
-    from jaxgpt.train_config import MeshConfig
-    from jaxgpt.weights import load
 
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
     key = jax.random.key(args.seed) if sampler.draws else None
-    mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
-    model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
-    if mesh is not None:
-        sharding.check(mesh, model.config)
-        params = sharding.shard(params, mesh)
+    model, params = load_model(args)
     tokenizer = get_tokenizer(model.config.tokenizer)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     context = model.config.context_length

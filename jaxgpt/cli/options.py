@@ -1,0 +1,41 @@
+"""What the commands that run a model have in common: which one, in which type, on which devices."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from typing import Any
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares --model, --dtype and --mesh."""
+    parser.add_argument(
+        "--model", default="shakespeare", help="checkpoint file or directory, bundled name, or hub name (%(default)s)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "int8"),
+        help="of parameters and products; int8 of matrices only (default: as saved)",
+    )
+    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4 (default: one)")
+
+
+def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
+    """(model, params) as these arguments say.
+
+    Raises:
+        CheckpointError, ConfigError, MissingExtraError, OSError: if the model cannot be read, or the mesh not be made.
+    """
+    from jaxgpt import sharding
+    from jaxgpt.inference import prepare
+    from jaxgpt.train_config import MeshConfig
+    from jaxgpt.weights import load
+
+    mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
+    # What is to be spread must not first fill one device.
+    with contextlib.nullcontext() if mesh is None else sharding.on_host():
+        model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
+    if mesh is not None:
+        sharding.check(mesh, model.config)
+        params = sharding.shard(params, mesh)
+    return model, params
