@@ -17,7 +17,7 @@ from helpers import ALTERNATING, TINY, make_model, random_ids
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt import weights
-from jaxgpt.cli import convert
+from jaxgpt.cli import convert, export
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.model import GPT
@@ -643,3 +643,11 @@ def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(_PEAK), str(tmp_path), str(int(scan)), str(size)]
     growth = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert 0.9 < growth < 1.2
+
+
+@pytest.mark.parametrize("command", [convert, export], ids=lambda command: command.__name__)
+def test_commands_offer_every_format_that_can_be_written(command):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    (option,) = [action for action in parser._actions if action.dest == "format"]
+    assert set(option.choices) == set(weights.FORMATS)

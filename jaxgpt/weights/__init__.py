@@ -6,6 +6,19 @@
 | Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
 | the book's .pth or .safetensors | a tensor tok_emb.weight | yes | |
 | nanoGPT's ckpt.pt | the keys model and model_args | yes | |
+
+A format is a module, entered in `FORMATS` or `FILE_FORMATS`. Both kinds have
+
+- `recognises(content)`: whether what was found is this format's: a directory's config.json, as a dict; or what a file
+  holds by name, which is `files.Tensor`s from .safetensors, and whatever `torch.save` was given from .pt and .pth;
+- `read(path, content, overrides)`: the `layout.Checkpoint`, its tensors not read yet. `overrides` are the fields of
+  `GPTConfig` that the caller gave, for what the content does not say.
+
+Those of `FORMATS` are written too, and have
+
+- `FILES`: names of all files they may write;
+- `refusal(config)`: why the format cannot hold such a model, or `None`;
+- `write(directory, config, params)`.
 """
 
 from __future__ import annotations
@@ -18,16 +31,18 @@ from jaxgpt.config import GPTConfig, read_json
 from jaxgpt.errors import CheckpointError, did_you_mean
 from jaxgpt.model import GPT
 from jaxgpt.weights import book, hub, huggingface, nanogpt, native
-from jaxgpt.weights.files import load_torch, open_safetensors, replacing, torch_tensors
+from jaxgpt.weights.files import load_torch, open_safetensors, replacing
 from jaxgpt.weights.layout import Checkpoint, read_params, stack_layers, unstack_layers
 from jaxgpt.weights.quantise import cast_params
 
-__all__ = ["BUNDLED", "FORMATS", "load", "load_config", "save", "stack_layers", "unstack_layers"]
+__all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save", "stack_layers", "unstack_layers"]
 
 # Models that ship with the package, by name: their directories under jaxgpt/assets.
 BUNDLED = {"shakespeare": "shakespeare"}
 
-FORMATS = {"jaxgpt": native, "huggingface": huggingface}
+# By name, directories and single files; of several that recognise the same content the first is taken.
+FORMATS: dict[str, Any] = {"jaxgpt": native, "huggingface": huggingface}
+FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 
 
 def load(
@@ -78,7 +93,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
         path: the directory.
         model: the model, for its config.
         params: its parameters.
-        format: "jaxgpt" or "huggingface".
+        format: "jaxgpt" or "huggingface"; a key of `FORMATS`.
 
     Raises:
         CheckpointError: if `params` do not fit the model, or the format cannot express it; if `path` holds anything
@@ -88,14 +103,8 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}")
     path = Path(path).expanduser()
-    if format != "jaxgpt" and model.config.param_dtype == "int8":
-        raise CheckpointError(
-            path, f"{format}'s format has no int8: convert to float32 or bfloat16 first (param_dtype)"
-        )
-    if format == "huggingface" and model.config.banded_layers:
-        raise CheckpointError(
-            path, "Hugging Face's GPT-2 has no banded attention (attention_pattern 'alternating'): use format='jaxgpt'"
-        )
+    if reason := FORMATS[format].refusal(model.config):
+        raise CheckpointError(path, reason)
     _refuse_foreign_content(path)
     with replacing(path) as directory:
         FORMATS[format].write(directory, model.config, params)
@@ -120,34 +129,34 @@ def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_t
                 "this installation has no bundled model: train one (jaxgpt train), or give the path of a checkpoint "
                 "or the name of a GPT-2 on the Hugging Face hub, such as gpt2",
             )
-        return _read_directory(path)
+        return _read_directory(path, overrides)
     path = Path(path_or_name).expanduser()
     if path.is_dir():
-        return _read_directory(path)
+        return _read_directory(path, overrides)
     if path.exists():
-        return _read_file(path, overrides.get("n_heads"))
+        return _read_file(path, overrides)
     if (
         not isinstance(path_or_name, str)
         or not hub.is_name(path_or_name)
         or path.suffix in (".pt", ".pth", ".safetensors")
     ):
         raise CheckpointError(path, "no such file or directory")
-    return _read_directory(hub.download(path_or_name, with_tensors=with_tensors))
+    return _read_directory(hub.download(path_or_name, with_tensors=with_tensors), overrides)
 
 
-def _read_directory(path: Path) -> Checkpoint:
+def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
         raise CheckpointError(path, "expected a directory with config.json (for a .pt or .pth, give the file itself)")
     fields = read_json(path / "config.json")
     for layout in FORMATS.values():
         if isinstance(fields, dict) and layout.recognises(fields):
-            return layout.read(path, fields)
+            return layout.read(path, fields, overrides)
     raise CheckpointError(
         path / "config.json", "expected jaxgpt's own form ('format': 'jaxgpt') or Hugging Face's ('model_type': 'gpt2')"
     )
 
 
-def _read_file(path: Path, n_heads: int | None) -> Checkpoint:
+def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -155,21 +164,16 @@ def _read_file(path: Path, n_heads: int | None) -> Checkpoint:
         raise CheckpointError(path, f"cannot be read: {error}") from None
     if start.startswith(b"\x80"):
         raise CheckpointError(path, "a bare pickle, which is never loaded: save it anew with a PyTorch later than 1.6")
-    if start == b"PK\x03\x04":
-        state = load_torch(path)
-        if isinstance(state, dict) and nanogpt.recognises(state):
-            return nanogpt.read(path, state)
-        if isinstance(state, dict):
-            state = state.get("model_state_dict", state)  # the book's file with an optimizer's state beside it
-        if isinstance(state, dict) and book.recognises(state):
-            return book.read(path, torch_tensors(path, state), n_heads)
-        found = ", ".join(map(repr, list(state)[:5])) if isinstance(state, dict) else type(state).__name__
-        raise CheckpointError(path, f"neither the book's state dict nor nanoGPT's checkpoint: it holds {found}")
-    tensors = open_safetensors(path)
-    if book.recognises(tensors):
-        return book.read(path, tensors, n_heads)
+    content = load_torch(path) if start == b"PK\x03\x04" else open_safetensors(path)
+    if isinstance(content, dict):
+        for layout in FILE_FORMATS.values():
+            if layout.recognises(content):
+                return layout.read(path, content, overrides)
+        found = ", ".join(repr(name) for name in list(content)[:5]) or "nothing"
+    else:
+        found = type(content).__name__
     raise CheckpointError(
         path,
-        "not the book's state dict. If it belongs to a directory with a config.json, give the directory; "
-        f"it holds {', '.join(map(repr, list(tensors)[:5])) or 'nothing'}",
+        f"not a file of a known format ({', '.join(FILE_FORMATS)}): it holds {found}. If it belongs to a directory "
+        "with a config.json, give the directory",
     )

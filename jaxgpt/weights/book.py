@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.weights.files import Tensor, without_prefix
+from jaxgpt.weights.files import Tensor, tensors_of, without_prefix
 from jaxgpt.weights.layout import Checkpoint, Row
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
@@ -38,19 +39,21 @@ ROWS = (
 )
 
 
-def recognises(tensors: Mapping[str, object]) -> bool:
-    """Whether a state dict is this layout's."""
-    return "tok_emb.weight" in tensors or "_orig_mod.tok_emb.weight" in tensors
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether what a file holds is this layout's."""
+    state = _state_dict(content)
+    return "tok_emb.weight" in state or "_orig_mod.tok_emb.weight" in state
 
 
-def read(path: Path, tensors: Mapping[str, Tensor], n_heads: int | None) -> Checkpoint:
-    """The checkpoint whose state dict is `tensors`.
+def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint whose state dict is in `content`; `overrides` may say `n_heads`.
 
     Raises:
         CheckpointError: if the tensors from which the sizes are read are not there.
         ConfigError: if the number of heads is neither given nor known.
     """
-    tensors = without_prefix(path, tensors, "_orig_mod.")  # from torch.compile
+    n_heads = overrides.get("n_heads")
+    tensors = without_prefix(path, tensors_of(path, _state_dict(content)), "_orig_mod.")  # from torch.compile
     layers = [int(m[1]) for name in tensors if (m := re.match(r"trf_blocks\.(\d{1,9})\.", name))]
     vocab_size, emb_dim = _matrix(path, tensors, "tok_emb.weight")
     if n_heads is None and emb_dim not in HEADS:
@@ -79,6 +82,12 @@ def read(path: Path, tensors: Mapping[str, Tensor], n_heads: int | None) -> Chec
         skip=r"trf_blocks\.\d+\.att\.mask",
         tied=("out_head.weight", "tok_emb.weight"),
     )
+
+
+def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The file's state dict, where the book's chapter 5 puts the optimizer's beside it too."""
+    inner = content.get("model_state_dict")
+    return inner if isinstance(inner, Mapping) else content
 
 
 def _matrix(path: Path, tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:

@@ -123,12 +123,14 @@ def load_torch(path: Path) -> Any:
         ) from None
 
 
-def torch_tensors(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict that `load_torch` returned.
+def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a state dict, as `open_safetensors` or `load_torch` returned it.
 
     Raises:
         CheckpointError: if a value is not a plain dense tensor, or claims more elements than the file can hold.
     """
+    if all(isinstance(value, Tensor) for value in state.values()):
+        return dict(state)
     import torch
 
     def read(tensor: torch.Tensor) -> np.ndarray:

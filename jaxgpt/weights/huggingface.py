@@ -76,7 +76,7 @@ def recognises(fields: Mapping[str, Any]) -> bool:
     return "model_type" in fields or "architectures" in fields
 
 
-def read(directory: Path, fields: Mapping[str, Any]) -> Checkpoint:
+def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in `directory`, whose config.json holds `fields`.
 
     Raises:
@@ -132,6 +132,15 @@ def _open(directory: Path) -> dict[str, Tensor]:
     if lost := [name for name in names if name not in tensors]:
         raise CheckpointError(index, f"places {len(lost)} tensors in files that lack them, the first {lost[0]!r}")
     return tensors
+
+
+def refusal(config: GPTConfig) -> str | None:
+    """Why this layout cannot hold such a model, or `None`."""
+    if config.param_dtype == "int8":
+        return "huggingface's format has no int8: convert to float32 or bfloat16 first (param_dtype)"
+    if config.banded_layers:
+        return "Hugging Face's GPT-2 has no banded attention (attention_pattern 'alternating'): use format='jaxgpt'"
+    return None
 
 
 def write(directory: Path, config: GPTConfig, params: Any) -> None:

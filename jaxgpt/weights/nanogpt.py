@@ -14,7 +14,7 @@ from typing import Any
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, did_you_mean
 from jaxgpt.weights import huggingface
-from jaxgpt.weights.files import torch_tensors, without_prefix
+from jaxgpt.weights.files import tensors_of, without_prefix
 from jaxgpt.weights.layout import Checkpoint
 
 # nanoGPT rounds GPT-2's vocabulary up to a multiple of 64 for speed. No text contains the ids above it.
@@ -31,13 +31,13 @@ _ARGS = {
 }
 
 
-def recognises(state: Mapping[str, Any]) -> bool:
-    """Whether what `torch.save` wrote is this layout's."""
-    return isinstance(state.get("model"), dict) and isinstance(state.get("model_args"), dict)
+def recognises(content: Mapping[str, Any]) -> bool:
+    """Whether what a file holds is this layout's."""
+    return isinstance(content.get("model"), dict) and isinstance(content.get("model_args"), dict)
 
 
-def read(path: Path, state: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint in `state`. Of a vocabulary padded to 50,304 the first 50,257 rows are kept, so that ids
+def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint in `content`. Of a vocabulary padded to 50,304 the first 50,257 rows are kept, so that ids
     which no tokenizer knows cannot be sampled.
 
     Raises:
@@ -45,7 +45,7 @@ def read(path: Path, state: Mapping[str, Any]) -> Checkpoint:
             mathematics), or an invalid value.
     """
     fields: dict[str, Any] = {"activation": "gelu"}
-    for name, value in state["model_args"].items():
+    for name, value in content["model_args"].items():
         if name not in _ARGS:
             raise ConfigError(f"{path}: model_args: unknown key {name!r}{did_you_mean(str(name), _ARGS)}")
         fields[_ARGS[name]] = value
@@ -57,7 +57,7 @@ def read(path: Path, state: Mapping[str, Any]) -> Checkpoint:
     padding = 0
     if config.vocab_size == PADDED_VOCAB:
         config, padding = config.replace(vocab_size=VOCAB), PADDED_VOCAB - VOCAB
-    tensors = without_prefix(path, torch_tensors(path, state["model"]), "_orig_mod.")  # from torch.compile
+    tensors = without_prefix(path, tensors_of(path, content["model"]), "_orig_mod.")  # from torch.compile
     rows = tuple(
         row._replace(
             form="rows" if row.form == "columns" else row.form,

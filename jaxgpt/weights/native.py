@@ -25,7 +25,7 @@ def recognises(fields: Mapping[str, Any]) -> bool:
     return fields.get("format") == "jaxgpt"
 
 
-def read(directory: Path, fields: Mapping[str, Any]) -> Checkpoint:
+def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in `directory`, whose config.json holds `fields`."""
     if fields.get("version") != VERSION or not isinstance(fields.get("config"), dict):
         raise CheckpointError(
@@ -37,6 +37,11 @@ def read(directory: Path, fields: Mapping[str, Any]) -> Checkpoint:
     return Checkpoint(
         directory, config, identity_rows(config), tensors=lambda: open_safetensors(directory / "model.safetensors")
     )
+
+
+def refusal(config: GPTConfig) -> str | None:
+    """Why this layout cannot hold such a model; it holds all."""
+    return None
 
 
 def write(directory: Path, config: GPTConfig, params: Any) -> None:
