@@ -5,25 +5,77 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
+import matplotlib
+import numpy as np
 import pytest
 
+from jaxgpt import config, weights
+
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PICTURES = ROOT / "docs" / "pictures"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty directory in which a page's code runs, with the pictures' style; what the code sets is undone."""
+    (tmp_path / "pictures").mkdir()
+    shutil.copy(PICTURES / "style.mplstyle", tmp_path / "pictures")
+    monkeypatch.chdir(tmp_path)
+    before = [(table, dict(table)) for table in (config.PRESETS, weights.FORMATS, weights.FILE_FORMATS)]
+    with matplotlib.rc_context({"backend": "agg"}), np.printoptions():
+        yield tmp_path
+    for table, entries in before:
+        table.clear()
+        table.update(entries)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if "```python" in page.read_text(encoding="utf-8")], ids=str)
-def test_code_on_the_page_runs_and_prints_what_it_shows(page):
+def test_code_on_the_page_runs_and_prints_what_it_shows(page, workplace):
+    text = page.read_text(encoding="utf-8")
     namespace: dict = {}
-    for code, expected in BLOCK.findall(page.read_text(encoding="utf-8")):
+    for code, expected in BLOCK.findall(text):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(code, str(page), "exec"), namespace)
         if expected:
             assert printed.getvalue() == expected, code
+    shown = {name for name in re.findall(r"\]\(pictures/([\w-]+\.svg)\)", text) if page.parent == PICTURES.parent}
+    drawn = {path.name for path in (workplace / "pictures").glob("*.svg")}
+    assert shown == drawn
+    for name in drawn:
+        assert_same_picture(workplace / "pictures" / name, PICTURES / name)
+
+
+def assert_same_picture(drawn: Path, committed: Path) -> None:
+    """Compares what stands for data, to a point on the page; another matplotlib may write the rest otherwise."""
+    data, expected = plotted(drawn), plotted(committed)
+    assert data.keys() == expected.keys()
+    assert data, f"{drawn.name} marks no artist as data: set gid='data ...'"
+    for name, numbers in data.items():
+        assert len(numbers) == len(expected[name]), name
+        np.testing.assert_allclose(numbers, expected[name], atol=1, err_msg=f"{committed.name}: {name}")
+
+
+def plotted(picture: Path) -> dict[str, list[float]]:
+    """By the id of each artist marked as data, all its coordinates and colours (parts of 255)."""
+    result = {}
+    for group in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}g"):
+        if group.get("id", "").startswith("data "):
+            numbers: list[float] = []
+            for element in group.iter():
+                for colour in re.findall("#([0-9a-f]{6})", element.get("style", "")):
+                    numbers += bytes.fromhex(colour)
+                numbers += map(float, NUMBER.findall(element.get("d", "")))
+            result[group.get("id", "")] = numbers
+    return result
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
