@@ -27,7 +27,7 @@ WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, a
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W [*out, in] in the config's `param_dtype`. Returns float32.
+    """y = x W^T + b, with W `[*out, in]` in the config's `param_dtype`. Returns float32.
 
     Attributes:
         config: types.
@@ -303,7 +303,7 @@ def normal(std: float) -> nn.initializers.Initializer:
 
 
 def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> tuple[Array, Array | None]:
-    """Declares a weight [*out, in] and, where weights are int8, the scale [*out] of each of its rows."""
+    """Declares a weight `[*out, in]` and, where weights are int8, the scale `[*out]` of each of its rows."""
     kind = module.config.param_dtype
     if kind != "int8":
         weight = module.param("weight", normal(std), shape, jnp.dtype(kind))

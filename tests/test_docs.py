@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+import jaxgpt
 from jaxgpt import config, weights
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +89,16 @@ def test_readme_names_every_module():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for module in (ROOT / "jaxgpt").glob("*.py"):
         assert module.name in ("__init__.py", "__main__.py", "errors.py") or f"`{module.name}`" in readme, module.name
+
+
+def test_api_pages_have_every_module_and_every_public_name():
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.rst")}
+    documented = set(re.findall(r"automodule:: (\S+)", "\n".join(pages.values())))
+    files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "jaxgpt").rglob("*.py")]
+    modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
+    assert documented == modules - {"jaxgpt", "jaxgpt.__main__"}
+    named = set(re.findall(r"`~jaxgpt\.[\w.]*\.(\w+)`", pages["index"]))
+    assert named == set(jaxgpt._MODULE_OF)
 
 
 def test_readme_commands_are_the_two():

@@ -10,7 +10,7 @@
 A format is a module, entered in `FORMATS` or `FILE_FORMATS`. Both kinds have
 
 - `recognises(content)`: whether what was found is this format's: a directory's config.json, as a dict; or what a file
-  holds by name, which is `files.Tensor`s from .safetensors, and whatever `torch.save` was given from .pt and .pth;
+  holds by name: from .safetensors a `files.Tensor` each, and from .pt and .pth whatever `torch.save` was given;
 - `read(path, content, overrides)`: the `layout.Checkpoint`, its tensors not read yet. `overrides` are the fields of
   `GPTConfig` that the caller gave, for what the content does not say.
 
@@ -62,7 +62,7 @@ def load(
             files), or that leave the parameters' shapes alone (`dtype`, `drop_rate`, `scan_layers`, ...).
 
     Returns:
-        (model, params): a `GPT`, and a plain nested dict of `jax.Array`s.
+        (model, params): a `GPT`, and a plain nested dict of JAX arrays.
 
     Raises:
         CheckpointError: if it cannot be read, or its tensors are not exactly those of the model; lists them all.

@@ -21,7 +21,7 @@ def cast_params(params: Tree, param_dtype: str) -> dict[str, Any]:
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 values, float32 scales): each row of a matrix [*out, in] on a scale of its own.
+    """(int8 values, float32 scales): each row of a matrix `[*out, in]` on a scale of its own.
 
     The scale is the row's largest absolute value / 127, so that the rounding error of a weight is at most scale / 2.
 

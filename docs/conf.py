@@ -1,0 +1,96 @@
+"""Sphinx: the pages of docs/, and the API from the docstrings. `sphinx-build -W -b html docs build/docs`."""
+
+import re
+from pathlib import Path
+
+import jaxgpt
+
+project = "jaxgpt"
+copyright = "2026, the jaxgpt authors"
+version = release = jaxgpt.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+source_suffix = {".rst": "restructuredtext", ".md": "markdown", ".myst": "markdown"}
+exclude_patterns = ["pictures/*.mplstyle"]
+html_theme = "furo"
+html_title = "jaxgpt"
+html_show_sourcelink = False
+html_copy_source = False
+# Tables of numbers and shapes do not fit furo's narrow column.
+html_css_files = ["wide.css"]
+html_static_path = ["static"]
+
+smartquotes = False  # "gpt2" is a value
+default_role = "code"  # docstrings mark code as Markdown does, with single backticks
+add_module_names = False
+maximum_signature_line_length = 88
+toc_object_entries_show_parents = "hide"
+python_use_unqualified_type_names = True
+autodoc_default_options = {"members": True, "member-order": "bysource"}
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+myst_heading_anchors = 4
+
+ROOT = Path(__file__).parent.parent
+LINK = re.compile(r"(?<!!)\[([^\]]+)\]\((?!https?:|#)([^)#]+)(#[^)]*)?\)")
+PAGES = {"README.md": "index.myst", "CONTRIBUTING.md": "contributing.myst", "CHANGELOG.md": "changelog.myst"}
+
+
+def link_to_pages(text: str, base: Path) -> str:
+    """The text of a page in `base`, with its links into the repository, which are right on GitHub, turned into links
+    to the pages built here; those to files that have no page become plain text."""
+
+    def replaced(link: re.Match[str]) -> str:
+        label, target, anchor = link[1], (base / link[2]).resolve().relative_to(ROOT), link[3] or ""
+        if target.parts[0] == "jaxgpt" and target.suffix == ".py":
+            module = ".".join(target.with_suffix("").parts).removesuffix(".__init__")
+            return f"{{py:mod}}`{label} <{module}>`"
+        page = PAGES.get(str(target)) or (target.name if target.parts[0] == "docs" else None)
+        return f"[{label}](/{page}{anchor})" if page else label
+
+    return LINK.sub(replaced, text)
+
+
+def as_restructured_text(lines: list[str]) -> None:
+    """Two things that docstrings write as Markdown does: an indented block is code, and `|` draws a table."""
+    result: list[str] = []
+    section = False
+    for i, line in enumerate(lines):
+        before = lines[i - 1].strip() if i else ""
+        section |= line in SECTIONS
+        if line.startswith("    ") and not section and not before and not (result and result[-1].startswith("    ")):
+            opens = next((kept for kept in reversed(result) if kept.strip()), "")
+            if not opens.startswith(("    ", "- ", "  ")):
+                result += ["::", ""]
+        if line.startswith("|"):
+            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            if not before:
+                result += [".. list-table::", "   :header-rows: 1", ""]
+            if set(line) <= set("|-: "):
+                continue
+            result += [f"   {'-' if j else '* -'} {cell}".replace("   - ", "     - ") for j, cell in enumerate(cells)]
+            continue
+        result.append(line)
+    lines[:] = result
+
+
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
+
+
+def setup(app):
+    """Called by Sphinx."""
+
+    def page_read(app, name, source):
+        source[0] = link_to_pages(source[0], ROOT / "docs")
+
+    def include_read(app, path, parent, source):
+        source[0] = link_to_pages(source[0], ROOT)
+
+    def docstring_read(app, what, name, obj, options, lines):
+        as_restructured_text(lines)
+
+    app.connect("source-read", page_read)
+    app.connect("include-read", include_read)
+    app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before napoleon, which has 500
