@@ -548,7 +548,7 @@ def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, 
     if failing == "rename":
         monkeypatch.setattr(Path, "rename", rename_old_only)
     else:
-        module = weights.native if failing == "write_safetensors" else weights.files
+        module = weights.own if failing == "write_safetensors" else weights.files
         monkeypatch.setattr(module, failing, fail)
     other, params = make_model(UNTIED, seed=1)
     with pytest.raises(CheckpointError, match="No space left on device"):
@@ -575,6 +575,7 @@ def test_saving_refuses_parameters_of_another_model(tiny, tmp_path):
         weights.save(tmp_path / "model", model, wrong)
     for name in ("final_norm/scale", "extra/weight", "pos_emb/weight"):
         assert name in str(caught.value)
+    assert caught.value.path == tmp_path / "model"
     with pytest.raises(CheckpointError, match="missing"):
         weights.save(tmp_path / "model", GPT(TINY.replace(scan_layers=True)), params)
     with pytest.raises(ValueError, match="did you mean 'huggingface'"):

@@ -6,15 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxgpt.config import PARAM_DTYPES
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("src", metavar="SRC", help="checkpoint file or directory, bundled name, or hub name")
     parser.add_argument("dst", metavar="DST", type=Path, help="directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
-    parser.add_argument(
-        "--param-dtype", choices=("float32", "bfloat16", "int8"), help="type to convert the parameters to"
-    )
+    parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
     parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where SRC does not say")
     parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite values")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import CheckpointError
 
 
@@ -17,9 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="a step that has a checkpoint, 'best' (lowest validation loss, the default) or 'latest'",
     )
-    parser.add_argument(
-        "--param-dtype", choices=("float32", "bfloat16", "int8"), default="float32", help="default: float32"
-    )
+    parser.add_argument("--param-dtype", choices=PARAM_DTYPES, default="float32", help="default: float32")
 
 
 def run(args: argparse.Namespace) -> int:

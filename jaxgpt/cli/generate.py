@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.cli.options import add_model_arguments, load_model
+from jaxgpt.config import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object a line and text")
     parser.add_argument(
         "--cache-dtype",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
         help="of the key/value cache (default: see jaxgpt.Cache.empty)",
     )
 

@@ -6,6 +6,8 @@ import argparse
 import contextlib
 from typing import Any
 
+from jaxgpt.config import PARAM_DTYPES
+
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares --model, --dtype and --mesh."""
@@ -14,7 +16,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=("float32", "bfloat16", "int8"),
+        choices=PARAM_DTYPES,
         help="of parameters and products; int8 of matrices only (default: as saved)",
     )
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4 (default: one)")

@@ -30,7 +30,7 @@ from typing import Any
 from jaxgpt.config import GPTConfig, read_json
 from jaxgpt.errors import CheckpointError, did_you_mean
 from jaxgpt.model import GPT
-from jaxgpt.weights import book, hub, huggingface, nanogpt, native
+from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.files import load_torch, open_safetensors, replacing
 from jaxgpt.weights.layout import Checkpoint, read_params, stack_layers, unstack_layers
 from jaxgpt.weights.quantise import cast_params
@@ -41,7 +41,7 @@ __all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save", 
 BUNDLED = {"shakespeare": "shakespeare"}
 
 # By name, directories and single files; of several that recognise the same content the first is taken.
-FORMATS: dict[str, Any] = {"jaxgpt": native, "huggingface": huggingface}
+FORMATS: dict[str, Any] = {"jaxgpt": own, "huggingface": huggingface}
 FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 
 

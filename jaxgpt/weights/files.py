@@ -174,7 +174,7 @@ def replacing(path: Path) -> Iterator[Path]:
     complete, beside it under a name that ends in ".old".)
 
     Raises:
-        CheckpointError: if writing fails; what `path` held before is then still there.
+        CheckpointError: naming `path`, if writing or the block fails; what `path` held before is then still there.
     """
     path = path.resolve()
     token = secrets.token_hex(4)
@@ -189,6 +189,8 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         fresh.rename(path)
         _sync(path.parent)
+    except CheckpointError as error:  # of the new directory, which its reader will not find
+        raise CheckpointError(path, error.reason) from None
     except OSError as error:
         raise CheckpointError(path, f"could not be written ({error}); what was there before is unchanged") from error
     finally:
