@@ -1,9 +1,15 @@
 """Sphinx: the pages of docs/, and the API from the docstrings. `sphinx-build -W -b html docs build/docs`."""
 
+import argparse
 import re
+from importlib import import_module
 from pathlib import Path
 
+from docutils import nodes
+from docutils.parsers.rst import Directive
+
 import jaxgpt
+from jaxgpt.cli import COMMANDS
 
 project = "jaxgpt"
 copyright = "2026, the jaxgpt authors"
@@ -79,6 +85,21 @@ def as_restructured_text(lines: list[str]) -> None:
 SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 
 
+class CommandHelp(Directive):
+    """`.. command-help:: generate`: what `jaxgpt generate --help` prints."""
+
+    required_arguments = 1
+
+    def run(self):
+        name = self.arguments[0]
+        parser = argparse.ArgumentParser(
+            f"jaxgpt {name}", formatter_class=lambda prog: argparse.HelpFormatter(prog, 24, 96)
+        )
+        import_module(COMMANDS[name][0]).add_arguments(parser)
+        help_text = parser.format_help()
+        return [nodes.literal_block(help_text, help_text, language="text")]
+
+
 def setup(app):
     """Called by Sphinx."""
 
@@ -91,6 +112,7 @@ def setup(app):
     def docstring_read(app, what, name, obj, options, lines):
         as_restructured_text(lines)
 
+    app.add_directive("command-help", CommandHelp)
     app.connect("source-read", page_read)
     app.connect("include-read", include_read)
     app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before napoleon, which has 500

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import config, weights
+from jaxgpt import cli, config, weights
 
 ROOT = Path(__file__).parent.parent
 PICTURES = ROOT / "docs" / "pictures"
@@ -91,12 +91,14 @@ def test_readme_names_every_module():
         assert module.name in ("__init__.py", "__main__.py", "errors.py") or f"`{module.name}`" in readme, module.name
 
 
-def test_api_pages_have_every_module_and_every_public_name():
+def test_api_pages_have_every_module_command_and_public_name():
     pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "docs" / "api").glob("*.rst")}
-    documented = set(re.findall(r"automodule:: (\S+)", "\n".join(pages.values())))
+    text = "\n".join(pages.values())
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "jaxgpt").rglob("*.py")]
     modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
-    assert documented == modules - {"jaxgpt", "jaxgpt.__main__"}
+    apart = {"jaxgpt", "jaxgpt.__main__", *(module for module, _ in cli.COMMANDS.values())}
+    assert set(re.findall(r"automodule:: (\S+)", text)) == modules - apart
+    assert re.findall(r"command-help:: (\S+)", text) == list(cli.COMMANDS)
     named = set(re.findall(r"`~jaxgpt\.[\w.]*\.(\w+)`", pages["index"]))
     assert named == set(jaxgpt._MODULE_OF)
 
