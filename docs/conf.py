@@ -1,6 +1,7 @@
 """Sphinx: the pages of docs/, and the API from the docstrings. `sphinx-build -W -b html docs build/docs`."""
 
 import argparse
+import functools
 import re
 from importlib import import_module
 from pathlib import Path
@@ -92,9 +93,8 @@ class CommandHelp(Directive):
 
     def run(self):
         name = self.arguments[0]
-        parser = argparse.ArgumentParser(
-            f"jaxgpt {name}", formatter_class=lambda prog: argparse.HelpFormatter(prog, 24, 96)
-        )
+        form = functools.partial(argparse.HelpFormatter, max_help_position=34, width=100)
+        parser = argparse.ArgumentParser(f"jaxgpt {name}", formatter_class=form)
         import_module(COMMANDS[name][0]).add_arguments(parser)
         help_text = parser.format_help()
         return [nodes.literal_block(help_text, help_text, language="text")]
