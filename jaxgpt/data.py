@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import DataError
+from jaxgpt.errors import DataError, first_line, shown
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.train_config import TrainConfig
 
@@ -81,11 +82,7 @@ def open_tokens(path: str | Path, config: GPTConfig) -> Tokens:
             model's vocabulary does not.
     """
     path = Path(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(9)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    start = _read_bytes(path, 9)
     # A safetensors file starts with the header's length (8 bytes, so its last bytes are zeros) and a brace.
     tokens = _open_token_file(path) if start[6:] == b"\0\0{" else read_text(path, config.tokenizer)
     check_tokens(tokens, config, str(path))
@@ -96,7 +93,7 @@ def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
     """Raises DataError, naming `source`, unless a model can read these tokens."""
     if tokens.tokenizer != config.tokenizer:
         raise DataError(
-            f"{source}: made by tokenizer {tokens.tokenizer!r}, but the model has {config.tokenizer!r}: "
+            f"{source}: made by tokenizer {shown(tokens.tokenizer)}, but the model has {config.tokenizer!r}: "
             "tokenize the text again with the model's"
         )
     highest = int(tokens.ids_N.max(initial=0))
@@ -112,12 +109,20 @@ def read_text(path: str | Path, tokenizer: str) -> Tokens:
         DataError: if it cannot be read or is not UTF-8.
     """
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        text = _read_bytes(Path(path)).decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: neither a token file nor UTF-8 text (byte {error.start})") from None
     return Tokens.from_text(text, tokenizer)
+
+
+def _read_bytes(path: Path, size: int = -1) -> bytes:
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe could wait for ever
+            raise DataError(f"{path}: is not a file")
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _open_token_file(path: Path) -> Tokens:
@@ -126,7 +131,7 @@ def _open_token_file(path: Path) -> Tokens:
             metadata = file.metadata() or {}
             names = list(file.keys())
     except (SafetensorError, OSError) as error:
-        raise DataError(f"{path}: damaged or not a token file: {error}") from None
+        raise DataError(f"{path}: damaged or not a token file: {first_line(error)}") from None
     facts = {"format", "tokenizer", "vocab_size", "count", "sha256"}
     if metadata.get("format") != _FORMAT or names != ["ids"] or not facts <= set(metadata):
         raise DataError(f"{path}: a safetensors file, but not a token file: make one with `jaxgpt tokenize`")
@@ -135,7 +140,12 @@ def _open_token_file(path: Path) -> Tokens:
         header = json.loads(file.read(length))["ids"]
     kinds = {"U16": np.uint16, "U32": np.uint32}
     if header["dtype"] not in kinds or [str(size) for size in header["shape"]] != [metadata["count"]]:
-        raise DataError(f"{path}: damaged: {header['dtype']}{header['shape']} is not {metadata['count']} ids")
+        claim = f"{header['dtype']}{shown(header['shape'])} is not {metadata['count'][:20]} ids"
+        raise DataError(f"{path}: damaged: {claim}")
+    if not re.fullmatch(r"[0-9]{1,9}", metadata["vocab_size"]):
+        raise DataError(f"{path}: damaged: vocab_size {shown(metadata['vocab_size'])} is not a number")
+    if metadata["count"] == "0":
+        raise DataError(f"{path}: holds no tokens")
     ids_N: Ids = np.memmap(
         path, kinds[header["dtype"]], "r", offset=8 + length + header["data_offsets"][0], shape=tuple(header["shape"])
     )

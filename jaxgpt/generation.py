@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgpt import decode, sharding
 from jaxgpt.cache import Window
+from jaxgpt.errors import shown
 from jaxgpt.inference import prepare
 from jaxgpt.model import GPT
 from jaxgpt.prompts import check_ids, check_key, check_prompts, whole_number
@@ -134,9 +135,9 @@ class Generation:
         self.prompts = check_prompts(prompts, config.vocab_size)
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
         if beyond_context not in ("recompute", "error"):
-            raise ValueError(f'beyond_context must be "recompute" or "error", not {beyond_context!r}')
+            raise ValueError(f'beyond_context must be "recompute" or "error", not {shown(beyond_context)}')
         if cache_dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {cache_dtype!r}')
+            raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {shown(cache_dtype)}')
         longest = max(map(len, self.prompts))
         if beyond_context == "error" and longest + self.max_new_tokens > config.context_length:
             raise ValueError(
@@ -265,7 +266,7 @@ class Generation:
 
     def _padded_stop_ids(self) -> np.ndarray:
         """The stop ids in a bucket of their own, filled with an id that is never drawn."""
-        padded = np.full(bucket(len(self.stop_ids), 4, len(self.stop_ids)), -1, np.int32)
+        padded = np.full(bucket(len(self.stop_ids), 4, 2**31), -1, np.int32)
         padded[: len(self.stop_ids)] = self.stop_ids
         return padded
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgpt.errors import shown
 from jaxgpt.sampling import Sampler
 
 
@@ -24,14 +25,14 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
         if prompts.ndim != 2:
             raise ValueError(f"an array of prompts must have the shape [B, T], not {list(prompts.shape)}")
     elif isinstance(prompts, str) or not isinstance(prompts, Sequence):
-        raise ValueError(f"prompts must be an integer array [B, T] or a list of lists of ids, not {prompts!r:.80}")
+        raise ValueError(f"prompts must be an integer array [B, T] or a list of lists of ids, not {shown(prompts)}")
     if not len(prompts):
         raise ValueError("no prompts: expected at least one")
     rows = []
     for r, prompt in enumerate(prompts):
         if isinstance(prompt, str) or not hasattr(prompt, "__len__") or np.ndim(prompt) == 0:
             raise ValueError(
-                f"prompts[{r}] is {prompt!r:.80}, not a list of ids (a single prompt is a list of one list)"
+                f"prompts[{r}] is {shown(prompt)}, not a list of ids (a single prompt is a list of one list)"
             )
         if not len(prompt):
             raise ValueError(f"prompts[{r}] is empty: a model must read something, such as end-of-text")
@@ -49,10 +50,10 @@ def check_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
     else:
         for i, value in enumerate(ids):
             if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-                raise ValueError(f"{name}[{i}] is {value!r:.80} ({type(value).__name__}): ids are integers")
+                raise ValueError(f"{name}[{i}] is {shown(value)} ({type(value).__name__}): ids are integers")
         bad = [i for i, value in enumerate(ids) if not 0 <= value < vocab_size][:1]
     if bad:
-        raise ValueError(f"{name}[{bad[0]}] is {ids[bad[0]]}, outside the vocabulary: 0 to {vocab_size - 1}")
+        raise ValueError(f"{name}[{bad[0]}] is {shown(ids[bad[0]])}, outside the vocabulary: 0 to {vocab_size - 1}")
     return np.array(ids, np.int32)
 
 
@@ -63,7 +64,7 @@ def whole_number(name: str, value: Any) -> int:
     except TypeError:
         number = -1
     if number < 0:
-        raise ValueError(f"{name} must be an integer of 0 or more, not {value!r}")
+        raise ValueError(f"{name} must be an integer of 0 or more, not {shown(value)}")
     return number
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxgpt.config import read_json
 from jaxgpt.data import Tokens
-from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, shown
 from jaxgpt.train_config import TrainConfig
 
 # Not part of what a run computes, so they may differ when it resumes; nor is the mesh.
@@ -108,15 +108,16 @@ class Run:
         # By way of a config, which knows the defaults of fields that came after the run began.
         was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
         differences = [
-            f"{table}.{name}: {was[table].get(name)!r} before, {value!r} now"
+            f"{table}.{name}: {shown(was[table].get(name))} before, {shown(value)} now"
             for table in ("model", "train")
             for name, value in now[table].items()
             if was[table].get(name) != value and name not in _FREE_FIELDS
         ]
-        if data["sha256"] != tokens.sha256:
-            differences.append(f"data: sha256 {data['sha256'][:12]}… before, {tokens.sha256[:12]}… now")
+        sha256 = str(data.get("sha256")) if isinstance(data, dict) else "unknown"
+        if sha256 != tokens.sha256:
+            differences.append(f"data: sha256 {shown(sha256[:12])} before, {shown(tokens.sha256[:12])} now")
         if self.init_from() != init_from:
-            differences.append(f"init-from: {self.init_from()!r} before, {init_from!r} now")
+            differences.append(f"init-from: {shown(self.init_from())} before, {shown(init_from)} now")
         if differences:
             raise ConfigError(f"{self.directory} was run with other settings (--force): {'; '.join(differences)}")
 
@@ -158,9 +159,15 @@ class Run:
         """The lines of metrics.jsonl that are whole."""
         lines = []
         if self.metrics.exists():
-            for text in self.metrics.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(json.JSONDecodeError):
-                    lines.append(json.loads(text))
+            for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if (
+                        isinstance(line, dict)
+                        and isinstance(line.get("step"), int)
+                        and all(map(_is_figure, line.values()))
+                    ):
+                        lines.append(line)
         return lines
 
     def plot_losses(self) -> None:
@@ -189,6 +196,10 @@ class Run:
         if not isinstance(description, dict) or key not in description:
             raise CheckpointError(self.description, f"damaged: it has no {key!r}")
         return description[key]
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt.errors import shown
+
 # Finite, as every mask here, so that no arithmetic on it gives NaN.
 REMOVED = -1e30
 
@@ -99,7 +101,7 @@ class Temperature(Sampler):
 
     def filter(self, logits: Array) -> Array:
         # Relative to the largest, and with bounds, a tiny temperature neither overflows nor divides by zero.
-        scale = min(1 / self.value, 1e30) if self.draws else 1e30
+        scale = min(1 / float(self.value), 1e30) if self.draws else 1e30
         relative = logits - jnp.max(logits, axis=-1, keepdims=True)
         return jnp.maximum(relative * scale, REMOVED)
 
@@ -118,7 +120,7 @@ class TopK(Sampler):
 
     def __post_init__(self):
         if isinstance(self.k, bool) or not hasattr(self.k, "__index__") or operator.index(self.k) < 1:
-            raise ValueError(f"top_k must be an integer of 1 or more, not {self.k!r}")
+            raise ValueError(f"top_k must be an integer of 1 or more, not {shown(self.k)}")
 
     def filter(self, logits: Array) -> Array:
         if self.k >= logits.shape[-1]:
@@ -146,7 +148,7 @@ class TopP(Sampler):
         if self.p == 1:
             return logits
         probabilities = jax.nn.softmax(logits, axis=-1)
-        p = max(self.p, 1e-37)  # still above 0 in float32
+        p = max(float(self.p), 1e-37)  # still above 0 in float32
 
         def enough(kept: Array) -> Array:
             return jnp.sum(jnp.where(kept, probabilities, 0.0), axis=-1, keepdims=True) >= p
@@ -199,6 +201,7 @@ def _keep_likeliest(logits: Array, enough: Callable[[Array], Array]) -> Array:
     The threshold is found exactly, bit by bit, in 32 passes: sorting the vocabulary takes much longer, and so does
     `lax.top_k`.
     """
+    logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 is another pattern of bits, and an equal number
     bits = lax.bitcast_convert_type(logits, jnp.int32)
     # Floats are ordered as sign and magnitude; this orders them as unsigned integers.
     order = lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
@@ -213,5 +216,9 @@ def _keep_likeliest(logits: Array, enough: Callable[[Array], Array]) -> Array:
 
 def _check_number(name: str, value: float, expected: str, good: Callable[[float], bool]) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not good(value):
-        raise ValueError(f"{name} must be {expected}, not {value!r}")
+    try:
+        fits = number and math.isfinite(value) and good(value)
+    except OverflowError:  # an integer that no float can hold
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must be {expected}, not {shown(value)}")

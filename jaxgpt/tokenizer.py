@@ -12,7 +12,7 @@ from importlib.resources import files
 import numpy as np
 
 from jaxgpt.config import TOKENIZERS
-from jaxgpt.errors import ConfigError, DataError, did_you_mean
+from jaxgpt.errors import ConfigError, DataError, did_you_mean, shown
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -124,7 +124,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     """
     if name not in TOKENIZERS:
         raise ConfigError(
-            f"no tokenizer {name!r}{did_you_mean(str(name), TOKENIZERS)} (known: {', '.join(TOKENIZERS)})"
+            f"no tokenizer {shown(name)}{did_you_mean(name, TOKENIZERS)} (known: {', '.join(TOKENIZERS)})"
         )
     return _gpt2() if name == "gpt2" else _bytes()
 

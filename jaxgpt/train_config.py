@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import GPTConfig, check_type, read_toml
-from jaxgpt.errors import ConfigError, did_you_mean
+from jaxgpt.errors import ConfigError, did_you_mean, shown
 
 OPTIMIZERS = ("adamw", "muon")
 WINDOWS = ("random", "sliding")
@@ -32,7 +31,9 @@ class MeshConfig:
         for name, size in dataclasses.asdict(self).items():
             check_type(f"mesh.{name}", size, "int")
             if size != -1 and not 1 <= size <= 2**20:
-                raise ConfigError(f"mesh.{name} must be 1 or more, or -1 for what the other axes leave, not {size}")
+                raise ConfigError(
+                    f"mesh.{name} must be 1 or more, or -1 for what the other axes leave, not {shown(size)}"
+                )
         if list(dataclasses.astuple(self)).count(-1) > 1:
             raise ConfigError(f"only one axis of a mesh can be -1, not those of {self}")
 
@@ -60,7 +61,9 @@ class MeshConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in sizes:
             if name not in known:
-                raise ConfigError(f"{source}: unknown axis {name!r}{did_you_mean(name, known)} ({', '.join(known)})")
+                raise ConfigError(
+                    f"{source}: unknown axis {shown(name)}{did_you_mean(name, known)} ({', '.join(known)})"
+                )
         return cls(**sizes)
 
     def resolve(self, devices: int) -> tuple[int, int, int]:
@@ -162,10 +165,10 @@ class TrainConfig:
         check_type(name, value, str(field.type))
         low, high = _RANGES.get(name, (0, math.inf))
         if field.type != "str" and not low <= value <= high:
-            raise ConfigError(f"{name} must be from {low} to {high}, not {value}")
+            raise ConfigError(f"{name} must be from {low} to {high}, not {shown(value)}")
         if value not in _CHOICES.get(name, (value,)):
             choices, hint = _CHOICES[name], did_you_mean(value, _CHOICES[name])
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {value!r}{hint}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}{hint}")
 
     @property
     def window(self) -> int:
@@ -179,19 +182,21 @@ class TrainConfig:
         Raises:
             ConfigError: naming `source` and the unknown key or the invalid field.
         """
+        if not isinstance(tables, Mapping):
+            raise ConfigError(f"{source}: expected tables, not {shown(tables)}")
         tables = dict(tables)
         for name, table in tables.items():
             if not isinstance(table, Mapping):
-                raise ConfigError(f"{source}: {name} must be a table, not {table!r:.80}")
+                raise ConfigError(f"{source}: {name} must be a table, not {shown(table)}")
         model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
         mesh = MeshConfig.from_dict(tables.pop("mesh", {}), source=f"{source} [mesh]")
         train = tables.pop("train", {})
         known = [field.name for field in dataclasses.fields(cls) if field.name not in _TABLES]
         for key in tables:
-            raise ConfigError(f"{source}: unknown table {key!r}{did_you_mean(key, (*_TABLES, 'train'))}")
+            raise ConfigError(f"{source}: unknown table {shown(key)}{did_you_mean(key, (*_TABLES, 'train'))}")
         for key in train:
             if key not in known:
-                raise ConfigError(f"{source} [train]: unknown key {key!r}{did_you_mean(key, known)}")
+                raise ConfigError(f"{source} [train]: unknown key {shown(key)}{did_you_mean(key, known)}")
         try:
             return cls(model=model, mesh=mesh, **train)
         except ConfigError as error:
@@ -223,7 +228,8 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     Raises:
         ConfigError: for anything else than "key=value", and for a table that there is not.
     """
-    result: dict[str, Any] = {"model": {}, "train": {}, "mesh": {}} | copy.deepcopy(dict(tables))
+    result: dict[str, Any] = {"model": {}, "train": {}, "mesh": {}}
+    result |= {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -239,7 +245,7 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
 def _parse_value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text  # a bare word is a string: --set optimizer=muon
 
 

@@ -7,11 +7,22 @@ import os
 import jax
 import pytest
 from helpers import TINY, make_model
+from hypothesis import HealthCheck, settings
 
 # A kernel that the developer has built decides no test but those of tests/test_native.py.
 os.environ["JAXGPT_KERNEL"] = "0"
 # Simulated ones, for tests/test_sharding.py; all other tests use the first.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# The same examples in every run, whatever failed before; and no test is about time, so a busy machine decides none.
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -43,6 +44,14 @@ def make_model(config: GPTConfig = TINY, seed: int = 0) -> tuple[GPT, dict[str, 
         return jnp.asarray(value, shape.dtype)
 
     return model, jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def to_toml(tables: dict[str, dict[str, Any]]) -> str:
+    """Tables of plain values as TOML, which writes them as JSON does."""
+    lines = []
+    for name, table in tables.items():
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()), ""]
+    return "\n".join(lines)
 
 
 def random_ids(config: GPTConfig, batch: int, length: int, seed: int = 0) -> np.ndarray:

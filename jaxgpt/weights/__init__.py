@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import GPTConfig, read_json
-from jaxgpt.errors import CheckpointError, did_you_mean
+from jaxgpt.errors import CheckpointError, did_you_mean, shown
 from jaxgpt.model import GPT
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.files import load_torch, open_safetensors, replacing
@@ -130,10 +130,15 @@ def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_t
                 "or the name of a GPT-2 on the Hugging Face hub, such as gpt2",
             )
         return _read_directory(path, overrides)
-    path = Path(path_or_name).expanduser()
+    path = Path(path_or_name)
+    try:
+        path = path.expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a directory without permission, an unknown user's home
+        raise CheckpointError(path, f"cannot be read: {error}") from None
     if path.is_dir():
         return _read_directory(path, overrides)
-    if path.exists():
+    if is_there:
         return _read_file(path, overrides)
     if (
         not isinstance(path_or_name, str)
@@ -157,6 +162,8 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 
 
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    if not path.is_file():  # opening a pipe could wait for ever
+        raise CheckpointError(path, "is neither a file nor a directory")
     try:
         with path.open("rb") as file:
             start = file.read(4)
@@ -169,7 +176,7 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         for layout in FILE_FORMATS.values():
             if layout.recognises(content):
                 return layout.read(path, content, overrides)
-        found = ", ".join(repr(name) for name in list(content)[:5]) or "nothing"
+        found = ", ".join(map(shown, list(content)[:5])) or "nothing"
     else:
         found = type(content).__name__
     raise CheckpointError(

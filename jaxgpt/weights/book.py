@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.errors import CheckpointError, ConfigError, shown
 from jaxgpt.weights.files import Tensor, tensors_of, without_prefix
 from jaxgpt.weights.layout import Checkpoint, Row
 
@@ -93,5 +93,7 @@ def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
 def _matrix(path: Path, tensors: Mapping[str, Tensor], name: str) -> tuple[int, ...]:
     shape = tensors[name].shape if name in tensors else None
     if shape is None or len(shape) != 2:
-        raise CheckpointError(path, f"expected a matrix {name!r}, not {'nothing' if shape is None else list(shape)}")
+        raise CheckpointError(
+            path, f"expected a matrix {name!r}, not {'nothing' if shape is None else shown(list(shape))}"
+        )
     return shape

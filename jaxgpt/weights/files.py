@@ -6,6 +6,7 @@ own readers would map the whole file into memory beside the arrays, and its NumP
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -13,6 +14,7 @@ import math
 import os
 import secrets
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,11 +23,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxgpt.errors import CheckpointError, MissingExtraError
+from jaxgpt.errors import CheckpointError, MissingExtraError, first_line, shown
 
 # NumPy's name to safetensors' name of each type that a parameter may have in a file.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TYPES = {**FLOATS, "int8": "I8"}
+
+# Bytes. The deepest model that a config allows needs half of it; parsed, it takes some twenty times as much memory.
+HEADER_LIMIT = 2**24
 
 
 class Tensor(NamedTuple):
@@ -49,15 +54,17 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         CheckpointError: if the file is missing, truncated or malformed.
     """
     if not path.is_file():
-        raise CheckpointError(path, "no such file")
+        raise CheckpointError(path, "is not a file" if path.exists() else "no such file")
     try:
-        with safe_open(path, framework="numpy"):
-            pass  # opening validates: header length, offsets that overlap, leave gaps or run out of the file
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
+            if size > HEADER_LIMIT:
+                raise ValueError(f"a header of {size:,} bytes is longer than any model's")
+            with safe_open(path, framework="numpy"):
+                pass  # opening validates: header length, offsets that overlap, leave gaps or run out of the file
             header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(path, f"not a readable safetensors file: {error}") from None
+        raise CheckpointError(path, f"not a readable safetensors file: {first_line(error)}") from None
     header.pop("__metadata__", None)
     names = {code: name for name, code in TYPES.items()}
     tensors = {}
@@ -72,8 +79,8 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} appears twice")
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {shown(key)} appears twice")
     return result
 
 
@@ -115,11 +122,13 @@ def load_torch(path: Path) -> Any:
     except ImportError:
         raise MissingExtraError("torch", "torch", f"reading {path}") from None
     try:
+        with zipfile.ZipFile(path) as archive:  # torch compresses nothing; what another has may unpack to any size
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("a compressed archive")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch lets through whatever its parsers raise
-        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
-            path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {reason}"
+            path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {first_line(error)}"
         ) from None
 
 
@@ -143,9 +152,9 @@ def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise CheckpointError(path, f"the state dict's entry {name!r} is not a dense tensor")
+            raise CheckpointError(path, f"the state dict's entry {shown(name)} is not a dense tensor")
         if value.device.type != "cpu" or value.numel() * value.element_size() > limit:
-            raise CheckpointError(path, f"the tensor {name!r} {tuple(value.shape)} has no data in the file")
+            raise CheckpointError(path, f"the tensor {shown(name)} {shown(tuple(value.shape))} has no data in the file")
         dtype = str(value.dtype).removeprefix("torch.")
         tensors[name] = Tensor(tuple(value.shape), dtype, functools.partial(read, value))
     return tensors
@@ -161,7 +170,9 @@ def without_prefix(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> di
     for name, tensor in tensors.items():
         short = name.removeprefix(prefix)
         if short in result:
-            raise CheckpointError(path, f"the tensor {short!r} appears twice, with and without the prefix {prefix!r}")
+            raise CheckpointError(
+                path, f"the tensor {shown(short)} appears twice, with and without the prefix {prefix!r}"
+            )
         result[short] = tensor
     return result
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jaxgpt.errors import CheckpointError, MissingExtraError
+from jaxgpt.errors import CheckpointError, MissingExtraError, first_line
 
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 
@@ -35,10 +35,9 @@ def download(name: str, *, with_tensors: bool) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the family of the library's network errors has changed between its versions
-        reason = str(error).strip().partition("\n")[0]
         raise CheckpointError(
             name,
-            f"no such file or directory, and not to be had from the hub ({type(error).__name__}: {reason}). To do "
+            f"no such file or directory, and not to be had from the hub ({type(error).__name__}: {first_line(error)}). To do "
             f"without the network, put config.json and model.safetensors from https://huggingface.co/{name}/tree/main "
             "into one directory and pass its path",
         ) from None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import GPTConfig, read_json
-from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.errors import CheckpointError, ConfigError, shown
 from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer
 from jaxgpt.weights.files import Tensor, open_safetensors, without_prefix, write_safetensors
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
@@ -86,7 +86,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
     architectures = fields.get("architectures") or []
     if fields.get("model_type", "gpt2" if "GPT2" in str(architectures) else None) != "gpt2":
         found = fields.get("model_type") or architectures
-        raise CheckpointError(directory / "config.json", f"expected model_type 'gpt2', not {found!r}")
+        raise CheckpointError(directory / "config.json", f"expected model_type 'gpt2', not {shown(found)}")
     return Checkpoint(
         directory,
         read_config(fields, source=str(directory / "config.json")),
@@ -101,11 +101,13 @@ def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
     """The `GPTConfig` of a config.json of model_type "gpt2"; raises ConfigError as `read` does."""
     for name, value in _FIXED.items():
         if fields.get(name, value) is not value:
-            raise ConfigError(f"{source}: {name} must be {json.dumps(value)}, not {fields[name]!r}: not implemented")
+            raise ConfigError(
+                f"{source}: {name} must be {json.dumps(value)}, not {shown(fields[name])}: not implemented"
+            )
     ours = {name: next((fields[key] for key in keys if key in fields), default) for name, keys, default in _FIELDS}
     if ours["activation"] not in tuple(_ACTIVATIONS):
         known = ", ".join(_ACTIVATIONS)
-        raise ConfigError(f"{source}: activation_function must be one of {known}, not {ours['activation']!r}")
+        raise ConfigError(f"{source}: activation_function must be one of {known}, not {shown(ours['activation'])}")
     ours["activation"] = _ACTIVATIONS[ours["activation"]]
     ours["drop_rate"] = ours["drop_rate_shortcut"]
     return GPTConfig.from_dict(ours, source=source)
@@ -124,13 +126,15 @@ def _open(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
-            raise CheckpointError(index, f"names the file {file!r}: expected a .safetensors file beside the index")
+            raise CheckpointError(index, f"names the file {shown(file)}: expected a .safetensors file beside the index")
         for name, tensor in open_safetensors(directory / file).items():
             if names.get(name) != file:
-                raise CheckpointError(index, f"{file} holds the tensor {name!r}, which the index does not place there")
+                raise CheckpointError(
+                    index, f"{file} holds the tensor {shown(name)}, which the index does not place there"
+                )
             tensors[name] = tensor
     if lost := [name for name in names if name not in tensors]:
-        raise CheckpointError(index, f"places {len(lost)} tensors in files that lack them, the first {lost[0]!r}")
+        raise CheckpointError(index, f"places {len(lost)} tensors in files that lack them, the first {shown(lost[0])}")
     return tensors
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError
+from jaxgpt.errors import CheckpointError, shown
 from jaxgpt.weights.files import open_safetensors, write_safetensors
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
 
@@ -30,7 +30,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
     if fields.get("version") != VERSION or not isinstance(fields.get("config"), dict):
         raise CheckpointError(
             directory / "config.json",
-            f"expected version {VERSION} and a 'config' object, not version {fields.get('version')!r}: "
+            f"expected version {VERSION} and a 'config' object, not version {shown(fields.get('version'))}: "
             "a later jaxgpt may have written it",
         )
     config = GPTConfig.from_dict(fields["config"], source=str(directory / "config.json"))

@@ -1,0 +1,472 @@
+"""Damaged and hostile files by the thousand: every reader gives what the file holds, or the error it documents, in bounded
+memory, and executes nothing. The cases follow from their numbers, so a failure comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import struct
+import tracemalloc
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from helpers import TINY, make_model, to_toml
+from safetensors.numpy import save_file
+from test_weights import BOOK, book_tensors, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
+from test_weights_bad_input import Canary
+
+from jaxgpt import weights
+from jaxgpt.config import GPTConfig, read_json, read_toml
+from jaxgpt.data import Tokens, open_tokens
+from jaxgpt.errors import CheckpointError, ConfigError, DataError
+from jaxgpt.run import Run
+from jaxgpt.train_config import TrainConfig
+from jaxgpt.weights import huggingface
+
+DOCUMENTED = (CheckpointError, ConfigError, DataError)
+# Of Python and NumPy, beside what a good file of that size takes (a few hundred kilobytes).
+MEMORY = 32e6
+BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
+TRAIN = TrainConfig(model=BYTES, steps=8, warmup_steps=2)
+
+ODD = [
+    None, True, False, -1, 0, 1, 2, 3, 24, 255, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, -(2**63), 0.5, 2.0, -0.0, 1e308,
+    float("nan"), float("inf"), "", "a", "F32", "F16", "I8", "F4", "BOOL", "a\0b", "\ud800", "\u202e", "é" * 300, "x" * 20_000,
+    "../../elsewhere.safetensors", "/etc/passwd", "model.safetensors", [], [[]], [0, 0], [0, 2**40], [2**40, 2**40],
+    [8, 0], [-1, 5], [1.0, 2.0], ["1"], {}, {"a": 1}, list(range(1000)),
+]  # fmt: skip
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@contextlib.contextmanager
+def watched(case, seconds=20):
+    """Fails if the block takes more than `MEMORY`, or has not ended after a time that no case comes near."""
+
+    def give_up(*_):
+        pytest.fail(f"{case}: still not finished")
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < MEMORY, case
+    finally:
+        tracemalloc.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def refused(read, case):
+    """Whether `read` refused with a documented error that a person can read; anything else that it raises is a fault."""
+    try:
+        read()
+    except DOCUMENTED as error:
+        message = str(error)
+        assert 10 < len(message) < 10_000, case
+        message.encode()  # no half characters: it can be printed
+        return True
+    except Exception as error:
+        raise AssertionError(f"{case}: {type(error).__name__} is not documented") from error
+    return False
+
+
+def fuzz(cases, path, mutate, read):
+    """Reads `cases` mutations of the file at `path` and returns how many were refused; the file is as it was, after."""
+    good, count = path.read_bytes(), 0
+    with watched(path.name, seconds=300):
+        for case in range(cases):
+            path.write_bytes(mutate(good, random.Random(case)))
+            count += refused(read, f"{path.name}, case {case}")
+    path.write_bytes(good)
+    assert not refused(read, "the undamaged file")
+    return count
+
+
+# --- mutations
+
+
+def any_bytes(good, rng, limit=None):
+    """One to three random edits among the first `limit` bytes: changed, lost, repeated, or all after them gone."""
+    content, limit = bytearray(good), limit or len(good)
+    for _ in range(rng.randint(1, 3)):
+        at, length = rng.randrange(limit), rng.randint(1, 8)
+        kind = rng.randrange(6)
+        if kind <= 1:
+            content[at : at + 1] = bytes([rng.randrange(256)])
+        elif kind == 2:
+            content[at : at + length] = rng.choice([b"\0", b"\xff"]) * length
+        elif kind == 3:
+            del content[at : at + length]
+        elif kind == 4:
+            content[at:at] = content[at : at + 4 * length]
+        else:
+            del content[at:]
+        if not content:
+            break
+    return bytes(content)
+
+
+def header_bytes(good, rng):
+    return any_bytes(good, rng, limit=8 + int.from_bytes(good[:8], "little"))
+
+
+def any_json(tree, rng):
+    """Text of a JSON tree of which one or two places hold something odd, or are gone, moved or there twice."""
+    tree, twice = copy.deepcopy(tree), None
+    for _ in range(rng.randint(1, 2)):
+        parent, key = None, None
+        node = tree
+        while isinstance(node, (dict, list)) and node and (parent is None or rng.random() < 0.8):
+            parent, key = node, rng.choice(list(node) if isinstance(node, dict) else range(len(node)))
+            node = parent[key]
+        kind = rng.randrange(10)
+        if parent is None or kind == 9:
+            return json.dumps(rng.choice([*ODD, nested(500)]))
+        if kind == 8 and isinstance(parent, dict):
+            twice = (key, parent[key])
+        elif kind == 7:
+            del parent[key]
+        elif kind == 6 and isinstance(parent, dict):
+            parent[str(rng.choice(ODD))] = parent.pop(key)
+        elif kind == 5:
+            parent[key] = nested(rng.choice([5, 100, 400]))
+        elif kind == 4 and isinstance(node, int):
+            parent[key] = node + rng.choice([-8, -1, 1, 4, 2**20, 2**40, 2**62])
+        else:
+            parent[key] = rng.choice(ODD)
+    text = json.dumps(tree)
+    if twice and isinstance(tree, dict):
+        text = f"{{{json.dumps(twice[0])}: {json.dumps(twice[1])}, {text[1:]}"
+    return text
+
+
+def header_json(good, rng):
+    """The structure of a safetensors header changed, its length right; sometimes the data's, or both, are not."""
+    size = int.from_bytes(good[:8], "little")
+    text = any_json(json.loads(good[8 : 8 + size]), rng).encode()
+    length = (
+        len(text) if rng.random() < 0.95 else rng.choice([0, 1, len(text) - 1, len(text) + 8, 2**32, 2**62, 2**64 - 1])
+    )
+    return struct.pack("<Q", length) + text + good[8 + size :]
+
+
+def json_file(good, rng):
+    return any_json(json.loads(good), rng).encode() if rng.random() < 0.7 else any_bytes(good, rng)
+
+
+def toml_file(good, rng):
+    lines = good.decode().splitlines()
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(lines))
+        key = lines[at].partition(" = ")[0]
+        value = rng.choice(["-1", "0", "9" * 30, "9" * 5000, f"0x{'f' * 5000}", "1e999", "nan", "-inf", "1.5", '"x"', "[]", "{}", "true",
+                            "1979-05-27T07:32:00Z", "07:32:00", "[" * 2000, "{a=" * 500, '"\\ud800"', "'''", f'"{"x" * 5000}"'])  # fmt: skip
+        lines[at] = rng.choice([f"{key} = {value}", lines[at] + "\n" + lines[at], "", f"{key}.a.b = {value}", f"[{key}]", f"[[{key}]]",
+                                f"{'a.' * 250}a = 1", f"x = {{{'a.' * 30_000}a = 1}}", f"[model.{'a.' * 250}a]", f"preset = {value}", f'"a\\u0000" = {value}'])  # fmt: skip
+    return "\n".join(lines).encode() if rng.random() < 0.8 else any_bytes(good, rng)
+
+
+# --- checkpoints
+
+
+@pytest.fixture(scope="module")
+def params():
+    return make_model(TINY)[1]
+
+
+def loads(path, params=None, **options):
+    """A reader that, where it succeeds, must give a whole model."""
+
+    def read():
+        model, got = weights.load(path, **options)
+        assert params is None or jax.tree.structure(got) == jax.tree.structure(params)
+        assert model.config.emb_dim == got["tok_emb"]["weight"].shape[1]
+
+    return read
+
+
+@pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 400), (header_json, 600)])
+def test_own_directory_with_a_damaged_header(mutate, cases, params, tmp_path):
+    weights.save(tmp_path / "model", make_model(TINY)[0], params)
+    count = fuzz(cases, tmp_path / "model" / "model.safetensors", mutate, loads(tmp_path / "model", params))
+    assert count > 0.9 * cases
+
+
+@pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 200), (header_json, 400)])
+def test_hugging_face_directory_with_a_damaged_header(mutate, cases, params, tmp_path):
+    write_hf(tmp_path, TINY, hf_tensors(params))
+    assert fuzz(cases, tmp_path / "model.safetensors", mutate, loads(tmp_path, params)) > 0.8 * cases
+
+
+@pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 200), (header_json, 400)])
+def test_book_file_with_a_damaged_header(mutate, cases, tmp_path):
+    save_file(book_tensors(make_model(BOOK)[1]), tmp_path / "book.safetensors")
+    count = fuzz(cases, tmp_path / "book.safetensors", mutate, loads(tmp_path / "book.safetensors", n_heads=3))
+    assert count > 0.8 * cases
+
+
+def test_damaged_index_of_shards(params, tmp_path):
+    write_shards(tmp_path, TINY, params)
+    assert fuzz(800, tmp_path / huggingface.INDEX, json_file, loads(tmp_path, params)) > 500
+
+
+@pytest.mark.parametrize("format", ["jaxgpt", "huggingface"])
+def test_damaged_config_json(format, params, tmp_path):
+    weights.save(tmp_path / "model", make_model(TINY)[0], params, format=format)
+    fuzz(800, tmp_path / "model" / "config.json", json_file, lambda: weights.load_config(tmp_path / "model"))
+
+
+def test_truncated_at_any_byte(params, tmp_path):
+    weights.save(tmp_path / "model", make_model(TINY)[0], params)
+    path = tmp_path / "model" / "model.safetensors"
+    good = path.read_bytes()
+    with watched(path.name):
+        for length in [*range(300), *range(300, len(good), 997)]:
+            path.write_bytes(good[:length])
+            assert refused(loads(tmp_path / "model"), length), length
+
+
+def zipped(entries, compression=zipfile.ZIP_STORED):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def torch_file(good, rng):
+    """Edits of the archive, or of the pickle in it."""
+    if rng.random() < 0.4:
+        return any_bytes(good, rng)
+    with zipfile.ZipFile(io.BytesIO(good)) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    name = next(name for name in entries if name.endswith("data.pkl"))
+    entries[name] = any_bytes(entries[name], rng)
+    return zipped(entries)
+
+
+@pytest.mark.parametrize("kind", ["book", "nanogpt"])
+@pytest.mark.filterwarnings("ignore")  # torch's own, about what it finds in damaged files
+def test_damaged_torch_file(kind, params, tmp_path):
+    torch = pytest.importorskip("torch")
+    if kind == "book":
+        content = {name: torch.from_numpy(array) for name, array in book_tensors(make_model(BOOK)[1]).items()}
+    else:
+        content = nanogpt_checkpoint(TINY, params)
+    torch.save(content, tmp_path / "model.pt")
+    options = {"n_heads": 3} if kind == "book" else {}
+    assert fuzz(250, tmp_path / "model.pt", torch_file, loads(tmp_path / "model.pt", **options)) > 125
+
+
+def test_a_torch_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
+    pytest.importorskip("torch")
+    content = pickle.dumps({"tok_emb.weight": "x" * 200_000_000}, protocol=2)
+    (tmp_path / "bomb.pt").write_bytes(zipped({"a/data.pkl": content, "a/version": b"3"}, zipfile.ZIP_DEFLATED))
+    del content
+    assert (tmp_path / "bomb.pt").stat().st_size < 1e6
+    with watched("bomb"), pytest.raises(CheckpointError, match="compressed archive"):
+        weights.load(tmp_path / "bomb.pt")
+
+
+def test_a_torch_file_of_lists_within_lists_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    content = nanogpt_checkpoint(TINY, make_model(TINY)[1])
+    laughs = ["ha"]
+    for _ in range(60):
+        laughs = [laughs, laughs]  # 2^60 of them, if written out
+    for change in ({"n_layer": laughs}, {"unknown": laughs}, {"vocab_size": {1: laughs}}):
+        torch.save({**content, "model_args": content["model_args"] | change}, tmp_path / "ckpt.pt")
+        with watched("laughs"), pytest.raises(ConfigError, match="model_args"):
+            weights.load(tmp_path / "ckpt.pt")
+
+
+# --- config files, token files, runs
+
+
+def test_damaged_config_toml(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(TRAIN.to_dict()))
+
+    def read():
+        with contextlib.suppress(ConfigError):
+            GPTConfig.from_file(path)
+        assert isinstance(TrainConfig.from_file(path, ["model.n_layers=2", "steps=9"]), TrainConfig)
+
+    assert fuzz(500, path, toml_file, read) > 300
+
+
+@pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 400), (header_json, 600)])
+def test_damaged_token_file(mutate, cases, tmp_path):
+    path = tmp_path / "text.tokens"
+    Tokens.from_text("The cat sat on the mat. " * 9, "bytes").save(path)
+
+    def read():
+        tokens = open_tokens(path, BYTES)
+        assert tokens.ids_N.max(initial=0) < 257
+        tokens.split(0.1)
+
+    assert fuzz(cases, path, mutate, read) > 0.5 * cases
+
+
+@pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
+def test_damaged_run_directory(name, tmp_path):
+    tokens = Tokens.from_text("The cat sat on the mat. " * 9, "bytes")
+    run = Run(tmp_path)
+    run.describe(TRAIN, tokens, None)
+    for step in range(1, 5):
+        run.append({"step": step, "loss": 5.0 / step, "val_loss": 6.0 / step})
+
+    def mutate(good, rng):
+        if name == "run.json":
+            return json_file(good, rng)
+        lines = good.splitlines(keepends=True)
+        at = rng.randrange(len(lines))
+        lines[at] = json_file(lines[at], rng) + b"\n"
+        return b"".join(lines)
+
+    def read():
+        run.check_resume(TRAIN, tokens, None)
+        losses = run.val_losses()
+        assert min(losses.values(), default=0.0) < 1e400
+        run.truncate_metrics(3)
+
+    fuzz(600, tmp_path / name, mutate, read)
+
+
+# --- what is not a file at all
+
+READERS = {
+    "load": weights.load,
+    "load_config": weights.load_config,
+    "open_tokens": lambda path: open_tokens(path, BYTES),
+    "GPTConfig": GPTConfig.from_file,
+    "TrainConfig": TrainConfig.from_file,
+    "read_json": read_json,
+    "read_toml": read_toml,
+    "Run": lambda path: Run(path).config(),
+}
+
+
+def place(kind, path):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "directory":
+        path.mkdir()
+    elif kind == "empty":
+        path.touch()
+    elif kind == "loop of links":
+        path.symlink_to(path.name)
+    elif kind == "link to nothing":
+        path.symlink_to("nothing")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "sparse giant":
+        with path.open("wb") as file:
+            file.write(struct.pack("<Q", 2**35) + b'{"')
+            file.truncate(2**37)
+
+
+KINDS = ["pipe", "directory", "empty", "loop of links", "link to nothing", "device", "sparse giant"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path):
+    names = ["model", "model.pt", "model.toml", "model.json", "text.tokens"]
+    for name in names:
+        place(kind, tmp_path / name)
+        for reader, read in READERS.items():
+            if kind == "empty" and reader in ("open_tokens", "read_toml", "TrainConfig"):
+                continue  # no text, and no settings
+            if kind == "sparse giant" and reader == "open_tokens":
+                continue  # a text of any size may be read
+            with watched(f"{reader} of {kind} {name}"):
+                assert refused(lambda read=read, name=name: read(tmp_path / name), f"{reader} of {kind} {name}")
+    for part in ("config.json", "model.safetensors", huggingface.INDEX):
+        directory = write_shards_or_not(part, tmp_path / part.replace(".", "_"), params)
+        (directory / part).unlink()
+        place(kind, directory / part)
+        with watched(part):
+            assert refused(lambda directory=directory: weights.load(directory), f"{kind} {part}")
+
+
+def write_shards_or_not(part, directory, params):
+    directory.mkdir()
+    if part == huggingface.INDEX:
+        write_shards(directory, TINY, params)
+    else:
+        write_hf(directory, TINY, hf_tensors(params))
+    return directory
+
+
+def test_names_that_no_file_can_have_are_refused():
+    for name in ("a" * 300, "a\0b", "~no-such-user/model", "/" * 300 + "a", "a/" * 2100):
+        for reader in ("load", "load_config", "GPTConfig", "TrainConfig"):
+            assert refused(lambda name=name, reader=reader: READERS[reader](name), f"{reader} of {name[:20]}")
+
+
+# --- pickles
+
+
+def pickles(canary):
+    """The same malicious object in everything that Python's libraries unpickle from."""
+    bad = Canary(canary)
+    yield from (pickle.dumps(bad, protocol=protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1))
+    for save in (
+        lambda file: np.save(file, np.array([bad], object)),
+        lambda file: np.savez(file, a=np.array([bad], object)),
+    ):
+        file = io.BytesIO()
+        save(file)
+        yield file.getvalue()
+    yield zipped({"archive/data.pkl": pickle.dumps(bad, protocol=2), "archive/version": b"3"})
+    yield zipped(
+        {"archive/data.pkl": pickle.dumps(bad, protocol=2), "archive/constants.pkl": pickle.dumps(bad, protocol=2)}
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, about archives that it did not write
+def test_no_pickle_is_ever_executed(params, tmp_path):
+    canary, count = tmp_path / "canary", 0
+    directory = tmp_path / "model"
+    files = [
+        tmp_path / f"model{suffix}"
+        for suffix in (".pt", ".pth", ".bin", ".npz", ".npy", ".ckpt", ".safetensors", ".toml", ".json", "")
+    ]
+    parts = [
+        directory / name
+        for name in ("config.json", "model.safetensors", huggingface.INDEX, "pytorch_model.bin", "run.json")
+    ]
+    for content in pickles(canary):
+        for path in (*files[:-1], *parts):
+            shutil.rmtree(directory, ignore_errors=True)
+            directory.mkdir()
+            write_hf(directory, TINY, hf_tensors(params))
+            if path in parts:
+                (directory / "model.safetensors").unlink()
+            path.write_bytes(content)
+            for read in READERS.values():
+                with contextlib.suppress(*DOCUMENTED, ImportError):
+                    read(path.parent if path in parts else path)
+                assert not canary.exists(), path.name
+                count += 1
+    assert count > 1000
+    with pytest.raises(TypeError):
+        os.mkdir(*Canary(canary).__reduce__()[1], 0, 0)
+    pickle.loads(pickle.dumps(Canary(canary)))
+    assert canary.exists()  # the object was dangerous indeed
