@@ -50,7 +50,11 @@ def to_toml(tables: dict[str, dict[str, Any]]) -> str:
     """Tables of plain values as TOML, which writes them as JSON does."""
     lines = []
     for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()), ""]
+        lines += [
+            f"[{name}]",
+            *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items()),
+            "",
+        ]
     return "\n".join(lines)
 
 

@@ -8,10 +8,14 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from helpers import to_toml
+from hypothesis import example, given
+from hypothesis import strategies as st
 
+from jaxgpt import config as config_module
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.train_config import TrainConfig
+from jaxgpt.train_config import OPTIMIZERS, WINDOWS, MeshConfig, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -137,11 +141,6 @@ def test_is_frozen_and_hashable_by_value():
     assert len({config, GPTConfig(), GPTConfig(n_layers=3)}) == 2
 
 
-def test_to_dict_round_trips_through_json():
-    config = GPTConfig.preset("book-355m", drop_rate_attn=0.0, ffn_dim=100, scan_layers=True)
-    assert GPTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-
-
 def test_replace_moves_what_was_derived_and_keeps_what_was_set():
     assert GPTConfig().replace(emb_dim=96, drop_rate=0.0) == GPTConfig(emb_dim=96, drop_rate=0.0)
     kept = GPTConfig(ffn_dim=100, drop_rate_emb=0.5).replace(emb_dim=96, drop_rate=0.0)
@@ -248,3 +247,117 @@ def test_a_missing_or_undecodable_file_is_refused_by_name(tmp_path):
     (tmp_path / "latin.json").write_bytes(b'{"tokenizer": "\xe9"}')
     with pytest.raises(ConfigError, match=r"latin\.json: cannot be read as JSON"):
         GPTConfig.from_file(tmp_path / "latin.json")
+
+
+# --- any values at all
+
+ODD = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(1, 64),
+    st.sampled_from([2**63, -(10**400), 10**400, 10**5000, "gelu", "alternating", "bytes", "bfloat16", "gpt2"]),
+    st.floats(),
+    st.floats(0, 1),
+    st.text(st.characters(), max_size=6),  # half characters too
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
+)
+
+
+def odd_fields(kind):
+    names = [field.name for field in dataclasses.fields(kind)]
+    keys = st.one_of(
+        st.sampled_from([*names, "preset"]), st.text(st.characters(), max_size=12), st.integers(), st.none()
+    )
+    return st.dictionaries(keys, ODD, max_size=4)
+
+
+def accepted(make):
+    """What `make` returns; None if it refuses with a ConfigError that can be shown. Anything else is a fault."""
+    try:
+        return make()
+    except ConfigError as error:
+        message = str(error)
+    assert 10 < len(message) < 1000
+    assert message.encode()
+    return None
+
+
+@given(odd_fields(GPTConfig))
+@example({"n_layers": 10**5000})
+@example({"drop_rate": 10**5000})
+@example({10**5000: 1})
+def test_any_values_make_a_valid_config_or_a_config_error(fields):
+    config = accepted(lambda: GPTConfig.from_fields(fields, source="here"))
+    if config is None:
+        return
+    assert hash(config) == hash(GPTConfig.from_dict(config.to_dict()))
+    assert config.emb_dim == config.n_heads * config.head_dim
+    assert all(1 <= getattr(config, name) <= 2**24 for name in INT_FIELDS)
+    assert all(0 <= float(getattr(config, name)) < 1 for name in RATE_FIELDS)
+    for name, value in fields.items():
+        assert name == "preset" or value is None or getattr(config, name) == value
+
+
+names = st.one_of(st.sampled_from(["model", "train", "mesh"]), st.text(max_size=5), st.none())
+tables = st.one_of(odd_fields(GPTConfig), odd_fields(TrainConfig), odd_fields(MeshConfig), ODD)
+
+
+@given(st.dictionaries(names, tables, max_size=3))
+@example({"train": {"steps": 10**5000}})
+@example({"train": {"learning_rate": 10**400}})
+@example({"mesh": {10**5000: 1}})
+def test_any_tables_make_a_valid_training_config_or_a_config_error(tables):
+    config = accepted(lambda: TrainConfig.from_dict(tables))
+    if config is not None:
+        assert config.batch_size % config.accumulate == 0
+        assert all(abs(float(getattr(config, name))) < 1e400 for name in ("learning_rate", "clip_norm", "weight_decay"))
+
+
+rates = st.floats(0, 0.999)
+configs = st.builds(
+    lambda n_heads, head_dim, **rest: GPTConfig(n_heads=n_heads, emb_dim=n_heads * head_dim, **rest),
+    n_heads=st.integers(1, 12),
+    head_dim=st.integers(1, 99),
+    vocab_size=st.integers(1, 2**24),
+    context_length=st.integers(1, 2**22),
+    n_layers=st.integers(1, 4096),
+    ffn_dim=st.one_of(st.none(), st.integers(1, 2**20)),
+    attention_window=st.integers(1, 2**22),
+    layer_norm_eps=st.floats(1e-300, 0.99),
+    embedding_std=st.floats(1e-300, 10),
+    **{name: rates if name == "drop_rate" else st.one_of(st.none(), rates) for name in RATE_FIELDS},
+    **{name: st.booleans() for name in BOOL_FIELDS},
+    **{name: st.sampled_from(config_module._CHOICES[name]) for name in CHOICE_FIELDS},
+)
+train_configs = st.builds(
+    TrainConfig,
+    model=configs.map(lambda config: config.replace(param_dtype="float32")),
+    mesh=st.builds(MeshConfig, data=st.sampled_from([-1, 1, 4]), fsdp=st.integers(1, 2**20)),
+    steps=st.integers(101, 10**9),
+    learning_rate=st.floats(0, 1e300),
+    optimizer=st.sampled_from(OPTIMIZERS),
+    windows=st.sampled_from(WINDOWS),
+    beta1=st.floats(0, 0.999),
+    sample_prompt=st.text(st.characters(exclude_categories=["C"]), max_size=20),
+)
+
+
+@given(config=configs)
+def test_every_config_comes_back_from_a_dict_from_json_and_from_toml(config, tmp_path):
+    assert GPTConfig.from_dict(config.to_dict()) == config
+    assert config.replace() == config
+    path = write(tmp_path / "a.json", json.dumps(config.to_dict()))
+    assert GPTConfig.from_file(path) == config
+    path = write(tmp_path / "a.toml", to_toml({"model": config.to_dict()}))
+    assert GPTConfig.from_file(path) == config
+
+
+@given(config=train_configs)
+def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_path):
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert MeshConfig.parse(str(config.mesh)) == config.mesh
+    path = write(tmp_path / "a.toml", to_toml(config.to_dict()))
+    assert TrainConfig.from_file(path) == config
+    assert TrainConfig.from_file(path, ["seed=7", "model.n_layers=3"]).model == config.model.replace(n_layers=3)

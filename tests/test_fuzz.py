@@ -1,5 +1,5 @@
-"""Damaged and hostile files by the thousand: every reader gives what the file holds, or the error it documents, in bounded
-memory, and executes nothing. The cases follow from their numbers, so a failure comes back."""
+"""Damaged and hostile files by the thousand: every reader gives what the file holds, or the error it documents, in
+bounded memory, and executes nothing. The cases follow from their numbers, so a failure comes back."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
 TRAIN = TrainConfig(model=BYTES, steps=8, warmup_steps=2)
 
 ODD = [
-    None, True, False, -1, 0, 1, 2, 3, 24, 255, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, -(2**63), 0.5, 2.0, -0.0, 1e308,
-    float("nan"), float("inf"), "", "a", "F32", "F16", "I8", "F4", "BOOL", "a\0b", "\ud800", "\u202e", "é" * 300, "x" * 20_000,
-    "../../elsewhere.safetensors", "/etc/passwd", "model.safetensors", [], [[]], [0, 0], [0, 2**40], [2**40, 2**40],
-    [8, 0], [-1, 5], [1.0, 2.0], ["1"], {}, {"a": 1}, list(range(1000)),
+    None, True, False, -1, 0, 1, 2, 3, 24, 255, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, -(2**63), 0.5, 2.0, -0.0,
+    1e308, float("nan"), float("inf"), "", "a", "F32", "F16", "I8", "F4", "BOOL", "a\0b", "\ud800", "\u202e",
+    "é" * 300, "x" * 20_000, "../../elsewhere.safetensors", "/etc/passwd", "model.safetensors", [], [[]], [0, 0],
+    [0, 2**40], [2**40, 2**40], [8, 0], [-1, 5], [1.0, 2.0], ["1"], {}, {"a": 1}, list(range(1000)),
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def watched(case, seconds=20):
 
 
 def refused(read, case):
-    """Whether `read` refused with a documented error that a person can read; anything else that it raises is a fault."""
+    """Whether `read` refused with a documented error that can be read; anything else that it raises is a fault."""
     try:
         read()
     except DOCUMENTED as error:
@@ -170,16 +170,31 @@ def json_file(good, rng):
     return any_json(json.loads(good), rng).encode() if rng.random() < 0.7 else any_bytes(good, rng)
 
 
+TOML_VALUES = [
+    "-1", "0", "9" * 30, "9" * 5000, f"0x{'f' * 5000}", "1e999", "nan", "-inf", "1.5", '"x"', "[]", "{}", "true",
+    "1979-05-27T07:32:00Z", "07:32:00", "[" * 2000, "{a=" * 500, '"\\ud800"', "'''", f'"{"x" * 5000}"',
+]  # fmt: skip
+TOML_LINES = [
+    "{key} = {value}", "{line}\n{line}", "", "{key}.a.b = {value}", "[{key}]", "[[{key}]]", "{long}a = 1",
+    "x = {{{longer}a = 1}}", "[model.{long}a]", "preset = {value}", '"a\\u0000" = {value}', "[mesh]\n{key} = {value}",
+]  # fmt: skip
+
+
 def toml_file(good, rng):
+    """A line or two replaced; or any bytes."""
+    if rng.random() < 0.2:
+        return any_bytes(good, rng)
     lines = good.decode().splitlines()
     for _ in range(rng.randint(1, 2)):
         at = rng.randrange(len(lines))
-        key = lines[at].partition(" = ")[0]
-        value = rng.choice(["-1", "0", "9" * 30, "9" * 5000, f"0x{'f' * 5000}", "1e999", "nan", "-inf", "1.5", '"x"', "[]", "{}", "true",
-                            "1979-05-27T07:32:00Z", "07:32:00", "[" * 2000, "{a=" * 500, '"\\ud800"', "'''", f'"{"x" * 5000}"'])  # fmt: skip
-        lines[at] = rng.choice([f"{key} = {value}", lines[at] + "\n" + lines[at], "", f"{key}.a.b = {value}", f"[{key}]", f"[[{key}]]",
-                                f"{'a.' * 250}a = 1", f"x = {{{'a.' * 30_000}a = 1}}", f"[model.{'a.' * 250}a]", f"preset = {value}", f'"a\\u0000" = {value}'])  # fmt: skip
-    return "\n".join(lines).encode() if rng.random() < 0.8 else any_bytes(good, rng)
+        lines[at] = rng.choice(TOML_LINES).format(
+            line=lines[at],
+            key=lines[at].partition(" = ")[0],
+            value=rng.choice(TOML_VALUES),
+            long="a." * 250,
+            longer="a." * 30_000,
+        )
+    return "\n".join(lines).encode()
 
 
 # --- checkpoints

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from jaxgpt import decode, reference
 from jaxgpt.decode import scan_generate
@@ -69,11 +71,39 @@ def test_greedy_equals_the_plain_loop(tiny):
     assert rows(generate(*tiny, RAGGED[:2], 24)) == [naive(*tiny, row, 24) for row in RAGGED[:2]]
 
 
-def test_a_row_does_not_depend_on_its_neighbours(tiny):
+prompts = st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=40), min_size=3, max_size=3)
+
+
+@settings(max_examples=20)
+@given(prompts=prompts, n=st.integers(0, 40), seed=st.integers(0, 2**32 - 1))
+@example(prompts=RAGGED[:3], n=30, seed=0)
+def test_each_row_of_a_ragged_batch_is_that_prompt_alone(tiny, prompts, n, seed):
+    key = jax.random.key(seed)
+    together = rows(generate(*tiny, prompts, n, sampler=SAMPLER, key=key))
+    for r, (prompt, row) in enumerate(zip(prompts, together, strict=True)):
+        assert row[: len(prompt)] == prompt
+        assert len(row) == len(prompt) + n
+        row_key = jax.random.fold_in(key, r)[None]
+        assert rows(generate(*tiny, [prompt], n, sampler=SAMPLER, key=row_key)) == [row]
+
+
+@settings(max_examples=20)
+@given(prompts=prompts, n=st.integers(0, 40), seed=st.integers(0, 2**32 - 1), data=st.data())
+@example(prompts=RAGGED[:3], n=30, seed=0, data=None)
+def test_stop_ids_end_their_own_rows_and_change_nothing_else(tiny, prompts, n, seed, data):
+    run = functools.partial(generate, *tiny, prompts, n, sampler=SAMPLER, key=jax.random.key(seed))
+    free = [new.tolist() for new in run().new_tokens]
+    drawn = sorted({token for row in free for token in row}) or [0]
+    choose = st.lists(st.one_of(st.sampled_from(drawn), st.integers(0, 96)), max_size=4)
+    for stops in [[drawn[0]], [96, drawn[-1]]] if data is None else [data.draw(choose)]:
+        stopped = run(stop_ids=stops)
+        for row, new in zip(free, stopped.new_tokens, strict=True):
+            ends = [i for i, token in enumerate(row) if token in stops]
+            assert new.tolist() == (row[: ends[0] + 1] if ends else row)
+
+
+def test_rows_may_change_places_with_their_keys(tiny):
     together = rows(generate(*tiny, RAGGED[:3], 20, sampler=SAMPLER, key=KEY))
-    for r, row in enumerate(RAGGED[:3]):
-        row_key = jax.random.fold_in(KEY, r)[None]
-        assert rows(generate(*tiny, [row], 20, sampler=SAMPLER, key=row_key)) == [together[r]]
     keys = jnp.stack([jax.random.fold_in(KEY, r) for r in (2, 0, 1)])
     shuffled = rows(generate(*tiny, [RAGGED[r] for r in (2, 0, 1)], 20, sampler=SAMPLER, key=keys))
     assert shuffled == [together[r] for r in (2, 0, 1)]
@@ -94,10 +124,10 @@ def test_lengths_of_one_bucket_compile_once(caplog):
         caplog.clear()
         with jax.log_compiles(), caplog.at_level(logging.WARNING):
             for length, n in zip(lengths, counts, strict=True):
-                generate(model, params, [list(range(length))] * (batch - 1) + [[1]], n)
+                generate(model, params, [list(range(length))] * (batch - 1) + [[1]], n, stop_ids=range(n % 5))
         return re.findall(r"Compiling jit\((\w+)\)", caplog.text)
 
-    for batch in (2, 3, 4):
+    for batch in (2, 3, 4):  # stop ids have buckets too: up to four share one
         first = compiled([10], [40], batch)
         assert first.count("prefill") == 1
         assert first.count("decode") == 1
@@ -106,16 +136,6 @@ def test_lengths_of_one_bucket_compile_once(caplog):
 
 def test_buckets_double_up_to_the_largest():
     assert [bucket(n, 16, 100) for n in (1, 16, 17, 33, 64, 65, 100)] == [16, 16, 32, 64, 64, 100, 100]
-
-
-def test_a_stop_id_ends_its_row_only(tiny):
-    free = rows(generate(*tiny, RAGGED[:3], 30, sampler=SAMPLER, key=KEY))
-    new = [row[len(prompt) :] for row, prompt in zip(free, RAGGED, strict=False)]
-    for stop in (new[0][0], new[1][5], new[2][20]):  # drawn with the prompt, from the cache, past the context
-        stopped = generate(*tiny, RAGGED[:3], 30, sampler=SAMPLER, key=KEY, stop_ids=[stop, 96])
-        for r, ids in enumerate(stopped.new_tokens):
-            ends = [i for i, token in enumerate(new[r]) if token in (stop, 96)]
-            assert ids.tolist() == (new[r][: ends[0] + 1] if ends else new[r])
 
 
 def test_nothing_is_drawn_once_every_row_has_ended(tiny, monkeypatch):

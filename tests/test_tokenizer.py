@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
+import re
 import socket
 from pathlib import Path
 
@@ -65,10 +67,11 @@ def reference_encode(text: str) -> list[int]:
     return result
 
 
-# Any text that UTF-8 can carry, with more of what the pattern treats specially than chance would give.
+# Any text, half characters too, with more of what the pattern treats specially than chance would give.
 texts = st.lists(
     st.one_of(
-        st.text(max_size=8),
+        st.text(st.characters(), max_size=8),
+        st.sampled_from(["\ud83d", "\ude42", "\udc00\ud800"]),
         st.sampled_from(
             [" ", "  ", "\n\n", "\t", "'ll", "'", "don't", "<|endoftext|>", "é", "🙂", "中文", "\u3000", "12"]
         ),
@@ -84,19 +87,26 @@ def test_gpt2_gives_openais_ids(text, ids):
     assert gpt2.decode(ids) == text
 
 
-@settings(deadline=None, max_examples=30)
+def well_formed(text: str) -> str:
+    """What UTF-8 can carry of a text: halves that meet are one character, any other is U+FFFD."""
+    text = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: json.loads(json.dumps(pair[0])), text)
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
+@settings(max_examples=30)
 @given(texts)
 def test_gpt2_equals_a_plain_implementation(text):
-    assert get_tokenizer("gpt2").encode(text) == reference_encode(text)
+    assert get_tokenizer("gpt2").encode(text) == reference_encode(well_formed(text))
 
 
-@settings(deadline=None)
 @given(texts, st.booleans())
 @example("", True)
+@example("a\ud800b\udc00 \ud83d\ude42 \ud83d", False)
 def test_any_text_comes_back(text, allow_special):
     for name in TOKENIZERS:
         tokenizer = get_tokenizer(name)
         ids = tokenizer.encode(text, allow_special=allow_special)
+        text = well_formed(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.decode_bytes(ids) == text.encode()
         assert all(0 <= i < tokenizer.vocab_size for i in ids)
@@ -123,19 +133,13 @@ def test_end_of_text_typed_by_a_user_is_text_unless_allowed(name):
     assert tokenizer.decode(expected) == text
 
 
-@pytest.mark.parametrize("name", TOKENIZERS)
-def test_lone_surrogates_are_replaced_and_pairs_joined(name):
-    tokenizer = get_tokenizer(name)
-    assert tokenizer.decode(tokenizer.encode("a\ud800b\udc00 \ud83d\ude42 \ud83d")) == "a\ufffdb\ufffd 🙂 \ufffd"
-
-
-@pytest.mark.parametrize("unit", ["a", "中", "!", " ", "\n", " \n", "\u3000"])
+@pytest.mark.parametrize("unit", ["a", "中", "!", "0", "é", " ", "\n", " \n", "\u3000", "\0"])
 @pytest.mark.parametrize("end", ["", "x"])
-def test_a_very_long_run_comes_back(unit, end):
-    # Letters cost the most, so they get a shorter run; quadratic work would still take minutes.
-    text = unit * (1_000_000 if unit.isspace() else 200_000) + end
-    gpt2 = get_tokenizer("gpt2")
-    assert gpt2.decode(gpt2.encode(text)) == text
+def test_a_megabyte_of_one_character_comes_back(unit, end):
+    text = unit * (1_000_000 // len(unit.encode())) + end  # quadratic work would take hours
+    for name in TOKENIZERS:
+        tokenizer = get_tokenizer(name)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("space", [" ", "\n", "\t", "\u3000", "\x85", " \r\n", "\x1c", "\u200b"])
@@ -176,7 +180,6 @@ def test_ids_may_be_an_array_or_an_iterator():
     assert tokenizer.decode([]) == ""
 
 
-@settings(deadline=None)
 @given(st.sampled_from(TOKENIZERS), st.lists(st.lists(st.integers(0, 256), max_size=4), max_size=12))
 def test_streamed_pieces_join_to_the_whole(name, chunks):
     # Any ids, so broken UTF-8 too.
@@ -186,7 +189,6 @@ def test_streamed_pieces_join_to_the_whole(name, chunks):
     assert "".join(pieces) + decoder.finish() == tokenizer.decode([i for chunk in chunks for i in chunk])
 
 
-@settings(deadline=None)
 @given(st.sampled_from(TOKENIZERS), st.text())
 def test_streaming_holds_a_character_back_until_it_is_whole(name, text):
     tokenizer = get_tokenizer(name)

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import ALTERNATING, TINY, make_model, random_ids
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt import weights
@@ -21,7 +23,8 @@ from jaxgpt.cli import convert, export
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.model import GPT
-from jaxgpt.weights import book, huggingface, layout, nanogpt
+from jaxgpt.weights import book, huggingface, layout, nanogpt, unstack_layers
+from jaxgpt.weights.quantise import cast_params
 
 UNTIED = TINY.replace(tie_embeddings=False)
 BOOK = TINY.replace(tie_embeddings=False, qkv_bias=False)
@@ -94,7 +97,7 @@ def write_hf(directory, config, tensors, **changes):
 def book_tensors(params):
     p = jax.tree.map(np.asarray, params)
     out = {"tok_emb.weight": p["tok_emb"]["weight"], "pos_emb.weight": p["pos_emb"]["weight"]}
-    for i in range(TINY.n_layers):
+    for i in range(len([name for name in p if name.startswith("trf_blocks_")])):
         b, t = p[f"trf_blocks_{i}"], f"trf_blocks.{i}."
         for j, name in enumerate(("W_query", "W_key", "W_value")):
             for kind, array in b["att"]["qkv"].items():
@@ -152,25 +155,92 @@ def nanogpt_checkpoint(config, params, prefix="", padded=0):
     }
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        TINY,
-        UNTIED,
-        BOOK,
-        NANOGPT_BARE,
-        TINY.replace(scan_layers=True),
-        TINY.replace(param_dtype="bfloat16"),
-        ALTERNATING,
-    ],
-    ids=["tied", "untied", "book", "no-bias", "scan", "bfloat16", "alternating"],
+small = st.builds(
+    lambda n_heads, head_dim, **rest: GPTConfig(n_heads=n_heads, emb_dim=n_heads * head_dim, drop_rate=0.0, **rest),
+    n_heads=st.integers(1, 4),
+    head_dim=st.integers(1, 5),
+    n_layers=st.integers(1, 3),
+    vocab_size=st.integers(1, 40),
+    context_length=st.integers(1, 20),
+    ffn_dim=st.one_of(st.none(), st.integers(1, 50)),
+    qkv_bias=st.booleans(),
+    bias=st.booleans(),
+    tie_embeddings=st.booleans(),
+    activation=st.sampled_from(["gelu_tanh", "gelu", "relu"]),
+    tokenizer=st.sampled_from(["gpt2", "bytes"]),
+    attention_pattern=st.sampled_from(["dense", "alternating"]),
+    attention_window=st.integers(1, 9),
+    param_dtype=st.sampled_from(["float32", "bfloat16"]),
+    scan_layers=st.booleans(),
 )
-def test_own_directory_comes_back_identical(config, tmp_path):
-    model, params = make_model(config)
+BIASED = {"bias": True, "qkv_bias": True}
+
+
+@settings(max_examples=15)
+@given(config=small, seed=st.integers(0, 99))
+@example(config=TINY, seed=0)
+@example(config=ALTERNATING.replace(scan_layers=True), seed=0)
+def test_own_directory_comes_back_identical(config, seed, tmp_path):
+    model, params = make_model(config, seed)
     weights.save(tmp_path / "model", model, params)
     loaded, got = weights.load(tmp_path / "model", check_finite=True)
     assert loaded.config == config
     assert type(got) is dict
+    assert_same(got, params)
+
+
+@settings(max_examples=10)
+@given(config=small, seed=st.integers(0, 99))
+def test_an_int8_directory_comes_back_identical(config, seed, tmp_path):
+    config = config.replace(param_dtype="int8")
+    params = cast_params(make_model(config.replace(param_dtype="float32"), seed)[1], "int8")
+    weights.save(tmp_path / "model", GPT(config), params)
+    loaded, got = weights.load(tmp_path / "model", check_finite=True)
+    assert loaded.config == config
+    assert_same(got, params)
+
+
+@settings(max_examples=15)
+@given(config=small, seed=st.integers(0, 99))
+def test_hugging_face_directory_comes_back_identical(config, seed, tmp_path):
+    config = config.replace(attention_pattern="dense")
+    model, params = make_model(config, seed)
+    weights.save(tmp_path / "hf", model, params, format="huggingface")
+    loaded, got = weights.load(tmp_path / "hf", param_dtype=config.param_dtype)
+    same = {"attention_window": 256, "scan_layers": False, "param_dtype": config.param_dtype}
+    assert loaded.config == config.replace(**BIASED, **same)
+    got, expected = layout.leaves(got), layout.leaves(unstack_layers(params) if config.scan_layers else params)
+    assert set(expected) <= set(got)
+    for name, array in got.items():
+        np.testing.assert_array_equal(array, expected.get(name, np.zeros(array.shape)), err_msg=name)
+
+
+@settings(max_examples=10)
+@given(config=small, seed=st.integers(0, 99))
+def test_book_file_gives_the_parameters_that_were_written(config, seed, tmp_path):
+    config = config.replace(tie_embeddings=False, bias=True, attention_pattern="dense", param_dtype="float32")
+    _, params = make_model(config.replace(scan_layers=False), seed)
+    save_file(book_tensors(params), tmp_path / "book.safetensors")
+    loaded, got = weights.load(tmp_path / "book.safetensors", n_heads=config.n_heads)
+    for name in ("vocab_size", "context_length", "emb_dim", "n_layers", "ffn_dim", "qkv_bias"):
+        assert getattr(loaded.config, name) == getattr(config, name), name
+    assert_same(got, params)
+
+
+@settings(max_examples=10)
+@given(config=small, seed=st.integers(0, 99))
+def test_nanogpt_file_gives_the_parameters_that_were_written(config, seed, tmp_path):
+    torch = pytest.importorskip("torch")
+    config = GPTConfig(
+        **{name: getattr(config, name) for name in ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers")},
+        **dict.fromkeys(("bias", "qkv_bias"), config.bias),
+        drop_rate=0.0,
+        activation="gelu",
+    )
+    _, params = make_model(config, seed)
+    torch.save(nanogpt_checkpoint(config, params), tmp_path / "ckpt.pt")
+    loaded, got = weights.load(tmp_path / "ckpt.pt")
+    assert loaded.config == config
     assert_same(got, params)
 
 

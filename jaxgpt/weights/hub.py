@@ -37,7 +37,7 @@ def download(name: str, *, with_tensors: bool) -> Path:
     except Exception as error:  # the family of the library's network errors has changed between its versions
         raise CheckpointError(
             name,
-            f"no such file or directory, and not to be had from the hub ({type(error).__name__}: {first_line(error)}). To do "
-            f"without the network, put config.json and model.safetensors from https://huggingface.co/{name}/tree/main "
-            "into one directory and pass its path",
+            f"no such file or directory, and not to be had from the hub ({type(error).__name__}: {first_line(error)}). "
+            "To do without the network, put config.json and model.safetensors from "
+            f"https://huggingface.co/{name}/tree/main into one directory and pass its path",
         ) from None
