@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import numbers
 import reprlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -60,8 +61,10 @@ class _Shown(reprlib.Repr):
         return repr(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
 
     def repr_instance(self, x: Any, level: int) -> str:
+        if isinstance(x, numbers.Integral) and not isinstance(x, bool):  # NumPy's
+            return self.repr_int(int(x), level)
         plain = (float, bool, type(None), bytes, datetime.date, datetime.time)
-        return repr(x)[:80] if type(x) in plain or isinstance(x, plain) else f"<{type(x).__name__}>"
+        return repr(x)[:80] if isinstance(x, plain) else f"<{type(x).__name__}>"
 
 
 def shown(value: Any) -> str:

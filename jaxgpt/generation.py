@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -133,6 +133,8 @@ class Generation:
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.prompts = check_prompts(prompts, config.vocab_size)
+        if not isinstance(stop_ids, Iterable):
+            raise ValueError(f"stop_ids must be a list of ids, not {shown(stop_ids)}")
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
         if beyond_context not in ("recompute", "error"):
             raise ValueError(f'beyond_context must be "recompute" or "error", not {shown(beyond_context)}')

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -158,3 +160,27 @@ def test_a_missing_model_is_one_line(capsys, monkeypatch):
     monkeypatch.undo()
     assert main(["generate", "--model", "no/such/model", "--prompt", "x"]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+_ISOLATED = """
+import socket, sys
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a socket was opened")
+
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from jaxgpt.cli import main
+sys.exit(main(["generate", "--prompt", "To be", "--max-new-tokens", "2"]))
+"""
+
+
+@pytest.mark.slow
+def test_the_bundled_model_needs_no_network_no_home_and_no_cache(tmp_path):
+    kept = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV")}
+    for settings in ({}, {"HOME": str(tmp_path / "none"), "XDG_CACHE_HOME": "/proc/none"}):
+        done = subprocess.run(
+            [sys.executable, "-c", _ISOLATED], capture_output=True, text=True, env=kept | settings, cwd=tmp_path
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("To be")
+    assert list(tmp_path.iterdir()) == []

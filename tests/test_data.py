@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
 import numpy as np
 import pytest
@@ -81,6 +82,26 @@ def test_safetensors_of_another_kind_is_not_a_token_file(tmp_path):
     save_file({"ids": np.zeros(4, np.float32)}, path)
     with pytest.raises(DataError, match="jaxgpt tokenize"):
         open_tokens(path, BYTES)
+
+
+@pytest.mark.parametrize(
+    ("ids", "changes", "message"),
+    [
+        (np.zeros(3, np.float32), {}, r"F32\[3\] is not 3 ids"),
+        (np.zeros((3, 1), np.uint16), {}, r"U16\[3, 1\] is not 3 ids"),
+        (np.zeros(3, np.uint16), {"count": "4"}, r"U16\[3\] is not 4 ids"),
+        (np.zeros(3, np.uint16), {"vocab_size": "many"}, "vocab_size 'many' is not a number"),
+        (np.zeros(3, np.uint16), {"tokenizer": "x" * 10_000}, "made by tokenizer 'xxx"),
+        (np.zeros(0, np.uint16), {"count": "0"}, "holds no tokens"),
+    ],
+)
+def test_token_file_whose_header_lies_is_refused_at_open(ids, changes, message, tmp_path):
+    facts = {"format": "jaxgpt-tokens", "tokenizer": "bytes", "vocab_size": "257", "count": "3"}
+    digest = hashlib.sha256(bytes(12)).hexdigest()
+    save_file({"ids": ids}, tmp_path / "a.tokens", {**facts, "sha256": digest, **changes})
+    with pytest.raises(DataError, match=message) as error:
+        open_tokens(tmp_path / "a.tokens", BYTES)
+    assert len(str(error.value)) < 1000
 
 
 def test_binary_file_and_missing_file_are_refused(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -107,3 +108,21 @@ def test_readme_commands_are_the_two():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert '    pip install -e . && python scripts/generate.py --prompt "To be, or not to be"\n' in readme
     assert "    pip install -e '.[test]' && pytest\n" in readme
+
+
+def test_every_row_of_the_errors_page_names_a_test_and_each_is_there():
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    rows = [re.split(r"(?<!\\)\|", line.strip("|")) for line in page.splitlines() if line.startswith("| ")]
+    headings = [row for row in rows if row[0].strip() == "input"]
+    rows = [row for row in rows if row not in headings]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").glob("test_*.py")]
+    known = {node.name for tree in trees for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assert len(rows) >= 40
+    for row in rows:
+        assert len(row) == 3, row
+        assert row[0].strip(), row
+        assert row[1].strip(), row
+        named = re.findall(r"`(\w+)`", row[2])
+        assert named, f"no test holds {row[0]}"
+        assert re.fullmatch(r"( `test_\w+`,?)+ ", row[2]), row[2]
+        assert set(named) <= known, f"no such test: {set(named) - known}"

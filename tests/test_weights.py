@@ -648,6 +648,9 @@ def test_saving_refuses_parameters_of_another_model(tiny, tmp_path):
     assert caught.value.path == tmp_path / "model"
     with pytest.raises(CheckpointError, match="missing"):
         weights.save(tmp_path / "model", GPT(TINY.replace(scan_layers=True)), params)
+    with pytest.raises(CheckpointError, match="1 missing: 'final_norm/shift'") as caught:
+        weights.save(tmp_path / "model", model, {**params, "final_norm": {"scale": params["final_norm"]["scale"]}})
+    assert caught.value.path == tmp_path / "model"
     with pytest.raises(ValueError, match="did you mean 'huggingface'"):
         weights.save(tmp_path / "model", model, params, format="hugingface")
     assert not list(tmp_path.iterdir())

@@ -64,7 +64,10 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
                 pass  # opening validates: header length, offsets that overlap, leave gaps or run out of the file
             header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except (OSError, SafetensorError, ValueError) as error:
-        raise CheckpointError(path, f"not a readable safetensors file: {first_line(error)}") from None
+        raise CheckpointError(
+            path,
+            f"not a readable safetensors file: {first_line(error)} (if it was copied or downloaded, do that again)",
+        ) from None
     header.pop("__metadata__", None)
     names = {code: name for name, code in TYPES.items()}
     tensors = {}
