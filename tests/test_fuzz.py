@@ -25,6 +25,7 @@ from test_weights import BOOK, book_tensors, hf_tensors, nanogpt_checkpoint, wri
 from test_weights_bad_input import Canary
 
 from jaxgpt import weights
+from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import GPTConfig, read_json, read_toml
 from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError
@@ -362,6 +363,35 @@ def test_damaged_run_directory(name, tmp_path):
         run.truncate_metrics(3)
 
     fuzz(600, tmp_path / name, mutate, read)
+
+
+@pytest.mark.filterwarnings("ignore")  # of orbax's threads, about what they cannot read
+def test_damaged_training_checkpoint(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    state = {"a": np.arange(30, dtype=np.float32), "b": {"c": np.arange(6, dtype=np.int32)}}
+    abstract = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state))
+    with contextlib.closing(Checkpoints(tmp_path / "good")) as checkpoints:
+        checkpoints.save(1, state)
+    files = sorted(path.relative_to(tmp_path / "good") for path in (tmp_path / "good").rglob("*") if path.is_file())
+    count = 0
+    for case in range(80):
+        rng = random.Random(case)
+        shutil.rmtree(tmp_path / "bad", ignore_errors=True)
+        shutil.copytree(tmp_path / "good", tmp_path / "bad")
+        path = tmp_path / "bad" / rng.choice(files)
+        content = path.read_bytes()
+        path.unlink()
+        if content and rng.random() < 0.8:
+            path.write_bytes(any_bytes(content, rng))
+
+        def read(case=case):
+            with contextlib.closing(Checkpoints(tmp_path / "bad", read_only=True)) as checkpoints:
+                got = checkpoints.restore(1, abstract)
+            assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(state))), case
+
+        # Memory is not watched: orbax's threads outlive the call, and `tracemalloc` must not be stopped beside them.
+        count += refused(read, f"{path}, case {case}")
+    assert count > 10
 
 
 # --- what is not a file at all
