@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def open_tokens(path: str | Path, config: GPTConfig) -> Tokens:
             model's vocabulary does not.
     """
     path = Path(path)
+    if os.path.exists(path) and not path.is_file():  # it is read twice; and opening a pipe could wait for ever
+        raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
     start = _read_bytes(path, 9)
     # A safetensors file starts with the header's length (8 bytes, so its last bytes are zeros) and a brace.
     tokens = _open_token_file(path) if start[6:] == b"\0\0{" else read_text(path, config.tokenizer)
@@ -117,12 +120,10 @@ def read_text(path: str | Path, tokenizer: str) -> Tokens:
 
 def _read_bytes(path: Path, size: int = -1) -> bytes:
     try:
-        if path.exists() and not path.is_file():  # opening a pipe could wait for ever
-            raise DataError(f"{path}: is not a file")
         with path.open("rb") as file:
             return file.read(size)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
 
 
 def _open_token_file(path: Path) -> Tokens:

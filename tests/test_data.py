@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Tokens, batch, check_enough, open_tokens, window_starts
+from jaxgpt.data import Tokens, batch, check_enough, open_tokens, read_text, window_starts
 from jaxgpt.errors import DataError
 from jaxgpt.train_config import TrainConfig
 
@@ -164,3 +166,15 @@ def test_split_shorter_than_a_window_is_refused():
     with pytest.raises(DataError, match="2 sliding windows, too few for batch_size=4"):
         check_enough(20, dataclasses.replace(CONFIG, windows="sliding"), "training")
     check_enough(9, CONFIG, "training")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_text_is_read_from_a_pipe_but_never_a_token_file(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor() as pool:
+        reading = pool.submit(read_text, pipe, "bytes")
+        pipe.write_text(TEXT, encoding="utf-8")
+        assert bytes(reading.result().ids_N.astype(np.uint8)) == TEXT.encode()
+    with pytest.raises(DataError, match=r"is not a file \(`jaxgpt tokenize` reads pipes\)"):
+        open_tokens(pipe, BYTES)

@@ -461,7 +461,7 @@ def write_shards_or_not(part, directory, params):
 
 def test_names_that_no_file_can_have_are_refused():
     for name in ("a" * 300, "a\0b", "~no-such-user/model", "/" * 300 + "a", "a/" * 2100):
-        for reader in ("load", "load_config", "GPTConfig", "TrainConfig"):
+        for reader in ("load", "load_config", "GPTConfig", "TrainConfig", "open_tokens"):
             assert refused(lambda name=name, reader=reader: READERS[reader](name), f"{reader} of {name[:20]}")
 
 
