@@ -43,6 +43,14 @@ class MissingExtraError(ImportError):
         super().__init__(f"{purpose} needs {module!r}: pip install 'jaxgpt[{extra}]'")
 
 
+class TrainingError(RuntimeError):
+    """A run that cannot go on. What it had saved is good."""
+
+
+class KernelError(RuntimeError):
+    """The kernel of `jaxgpt.native` cannot be built."""
+
+
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """Returns '; did you mean X?' for the known word nearest to `word`, or ''."""
     match = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) and len(word) < 100 else []
@@ -63,8 +71,8 @@ class _Shown(reprlib.Repr):
     def repr_instance(self, x: Any, level: int) -> str:
         if isinstance(x, numbers.Integral) and not isinstance(x, bool):  # NumPy's
             return self.repr_int(int(x), level)
-        plain = (float, bool, type(None), bytes, datetime.date, datetime.time)
-        return repr(x)[:80] if isinstance(x, plain) else f"<{type(x).__name__}>"
+        plain = (float, bool, type(None), datetime.date, datetime.time)
+        return repr(x) if isinstance(x, plain) else f"<{type(x).__name__}>"
 
 
 def shown(value: Any) -> str:
@@ -75,11 +83,3 @@ def shown(value: Any) -> str:
 def first_line(error: Exception) -> str:
     """What another library's error says, which may quote a whole file: the start of its first line."""
     return str(error).strip().partition("\n")[0][:300]
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on. What it had saved is good."""
-
-
-class KernelError(RuntimeError):
-    """The kernel of `jaxgpt.native` cannot be built."""

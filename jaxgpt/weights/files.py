@@ -125,14 +125,15 @@ def load_torch(path: Path) -> Any:
     except ImportError:
         raise MissingExtraError("torch", "torch", f"reading {path}") from None
     try:
-        with zipfile.ZipFile(path) as archive:  # torch compresses nothing; what another has may unpack to any size
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("a compressed archive")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as archive:
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
+        if not compressed:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch lets through whatever its parsers raise
         raise CheckpointError(
             path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {first_line(error)}"
         ) from None
+    raise CheckpointError(path, "a compressed archive, which could unpack to any size: torch.save writes none")
 
 
 def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
