@@ -287,7 +287,7 @@ def test_damaged_torch_file(kind, params, tmp_path):
         content = nanogpt_checkpoint(TINY, params)
     torch.save(content, tmp_path / "model.pt")
     options = {"n_heads": 3} if kind == "book" else {}
-    assert fuzz(250, tmp_path / "model.pt", torch_file, loads(tmp_path / "model.pt", **options)) > 125
+    assert fuzz(200, tmp_path / "model.pt", torch_file, loads(tmp_path / "model.pt", **options)) > 100
 
 
 def test_a_torch_file_that_unpacks_to_gigabytes_is_refused(tmp_path):
@@ -324,7 +324,7 @@ def test_damaged_config_toml(tmp_path):
             GPTConfig.from_file(path)
         assert isinstance(TrainConfig.from_file(path, ["model.n_layers=2", "steps=9"]), TrainConfig)
 
-    assert fuzz(500, path, toml_file, read) > 300
+    assert fuzz(300, path, toml_file, read) > 180
 
 
 @pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 400), (header_json, 600)])
@@ -374,7 +374,7 @@ def test_damaged_training_checkpoint(tmp_path):
         checkpoints.save(1, state)
     files = sorted(path.relative_to(tmp_path / "good") for path in (tmp_path / "good").rglob("*") if path.is_file())
     count = 0
-    for case in range(80):
+    for case in range(60):
         rng = random.Random(case)
         shutil.rmtree(tmp_path / "bad", ignore_errors=True)
         shutil.copytree(tmp_path / "good", tmp_path / "bad")

@@ -176,7 +176,7 @@ small = st.builds(
 BIASED = {"bias": True, "qkv_bias": True}
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(config=small, seed=st.integers(0, 99))
 @example(config=TINY, seed=0)
 @example(config=ALTERNATING.replace(scan_layers=True), seed=0)
@@ -189,7 +189,7 @@ def test_own_directory_comes_back_identical(config, seed, tmp_path):
     assert_same(got, params)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(config=small, seed=st.integers(0, 99))
 def test_an_int8_directory_comes_back_identical(config, seed, tmp_path):
     config = config.replace(param_dtype="int8")
@@ -200,7 +200,7 @@ def test_an_int8_directory_comes_back_identical(config, seed, tmp_path):
     assert_same(got, params)
 
 
-@settings(max_examples=15)
+@settings(max_examples=8)
 @given(config=small, seed=st.integers(0, 99))
 def test_hugging_face_directory_comes_back_identical(config, seed, tmp_path):
     config = config.replace(attention_pattern="dense")
@@ -215,7 +215,7 @@ def test_hugging_face_directory_comes_back_identical(config, seed, tmp_path):
         np.testing.assert_array_equal(array, expected.get(name, np.zeros(array.shape)), err_msg=name)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(config=small, seed=st.integers(0, 99))
 def test_book_file_gives_the_parameters_that_were_written(config, seed, tmp_path):
     config = config.replace(tie_embeddings=False, bias=True, attention_pattern="dense", param_dtype="float32")
@@ -227,7 +227,7 @@ def test_book_file_gives_the_parameters_that_were_written(config, seed, tmp_path
     assert_same(got, params)
 
 
-@settings(max_examples=10)
+@settings(max_examples=8)
 @given(config=small, seed=st.integers(0, 99))
 def test_nanogpt_file_gives_the_parameters_that_were_written(config, seed, tmp_path):
     torch = pytest.importorskip("torch")
