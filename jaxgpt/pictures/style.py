@@ -1,0 +1,135 @@
+"""How all pictures look, and how they become PNG and SVG. Nothing here touches pyplot or the user's own settings."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from jaxgpt.errors import MissingExtraError
+
+try:
+    import matplotlib
+    from matplotlib import font_manager
+    from matplotlib.colors import ListedColormap
+    from matplotlib.figure import Figure
+except ImportError:
+    raise MissingExtraError("matplotlib", "plot", "drawing") from None
+
+_P, _R = ParamSpec("_P"), TypeVar("_R")
+
+INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
+# On the page these follow the reader's light or dark scheme.
+_THEME = {INK: "currentColor", MUTED: "var(--muted)", PAPER: "var(--paper)"}
+# Okabe and Ito 2008: told apart with every common kind of colour blindness. Its yellow is too pale for lines.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+FONT = "DejaVu Sans"  # comes with matplotlib
+PNG_DPI = 160
+# Perceptually uniform, light for nothing and dark for much; its black end would hide marks and outlines.
+SCALE = ListedColormap(matplotlib.colormaps["magma_r"]([0.85 * i / 255 for i in range(256)]), name="probability")
+
+_SETTINGS: dict[str, Any] = {
+    "font.family": FONT,
+    "font.size": 9,
+    "text.color": INK,
+    "text.usetex": False,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": PAPER,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 11,
+    "axes.grid": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": "auto",
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.15,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "jaxgpt",  # same picture, same file
+    "pdf.fonttype": 42,
+}
+
+
+@contextlib.contextmanager
+def settings() -> Iterator[None]:
+    """matplotlib with the settings of this module, for as long as it lasts."""
+    with matplotlib.rc_context(_SETTINGS):
+        yield
+
+
+def styled(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """The function, run within `settings`."""
+
+    @functools.wraps(function)
+    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with settings():
+            return function(*args, **kwargs)
+
+    return run
+
+
+@styled
+def save(figure: Figure, path: str | Path) -> None:
+    """Writes a figure in the format that the path's suffix names: .png, .svg or .pdf."""
+    dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
+    suffix = Path(path).suffix.lower()
+    figure.savefig(path, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
+
+
+@styled
+def to_svg(figure: Figure, name: str, description: str) -> str:
+    """A figure as an <svg> element for a page: its ids begin with `name`, its ink and paper are the page's, and
+    `description` is what those hear who do not see it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None})
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
+    for colour, value in _THEME.items():
+        svg = svg.replace(colour, value)
+    width = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 96 / 72  # type: ignore[index]
+    label = escape(description)
+    head = (
+        f'<svg role="img" aria-label="{label}" style="width:clamp({min(560, width):.0f}px,100%,{width:.0f}px)" '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    )
+    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf"{head} \1>", svg, count=1)
+
+
+def escape(text: str) -> str:
+    """Text for HTML, in an attribute too."""
+    return "".join({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}.get(c, c) for c in text)
+
+
+def drawable(text: str, longest: int | None = None) -> str:
+    """Text as matplotlib draws it literally: characters that the font lacks as escapes, dollars as no formula; cut
+    with … to `longest` characters."""
+    text = "".join(c if ord(c) in _characters() else ascii(c)[1:-1] for c in text)
+    if longest is not None and len(text) > longest:
+        text = text[: longest - 1] + "…"
+    return text.replace("$", r"\$")
+
+
+def on(colour: tuple[float, ...]) -> str:
+    """Black or white, whichever is read more easily on a colour (relative luminance: WCAG 2, with gamma 2.2)."""
+    luminance = sum(weight * part**2.2 for weight, part in zip((0.2126, 0.7152, 0.0722), colour, strict=False))
+    return "#ffffff" if luminance < 0.18 else "#000000"
+
+
+@functools.cache
+def _characters() -> frozenset[int]:
+    return frozenset(font_manager.get_font(font_manager.findfont(FONT)).get_charmap())
