@@ -65,8 +65,10 @@ def look_inside(model: GPT, params: Any, ids: Any, *, top: int = 5) -> Inside:
     """
     config = model.config
     ids_T = check_ids(ids, "ids", config.vocab_size)
-    if not 1 <= len(ids_T) <= config.context_length:
-        raise ValueError(f"ids must be from 1 to context_length={config.context_length} many, not {len(ids_T)}")
+    if not len(ids_T):
+        raise ValueError("no ids: a model must read something, such as end-of-text")
+    if len(ids_T) > config.context_length:
+        raise ValueError(f"{len(ids_T)} ids do not fit context_length={config.context_length}: shorten the text")
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}")
     with sharding.use(sharding.mesh_of(params)):
@@ -83,7 +85,8 @@ def look_inside(model: GPT, params: Any, ids: Any, *, top: int = 5) -> Inside:
 
 def lens_logits(model: GPT, params: Any, x_BxTxD: Array) -> Array:
     """The final norm and the output head, applied to a residual stream: float32 logits [B, T, V]."""
-    return model.apply({"params": params}, x_BxTxD, method=lambda gpt, x: gpt.logits(gpt.final_norm(x)))
+    logits: Any = model.apply({"params": params}, x_BxTxD, method=lambda gpt, x: gpt.logits(gpt.final_norm(x)))
+    return logits
 
 
 def place_name(place: int, places: int) -> str:
@@ -111,7 +114,10 @@ def _look(model: GPT, params: Any, ids_1xT: Array, top: int) -> tuple[Array, ...
     _, state = model.apply({"params": params}, ids_1xT, mutable=["intermediates"])
     inside = state["intermediates"]
     if model.config.scan_layers:
-        (attention_Lx1xHxTxT,), (outputs_Lx1xTxD,) = inside["trf_blocks"]["att"]["weights"], inside["trf_blocks"]["output"]
+        (attention_Lx1xHxTxT,), (outputs_Lx1xTxD,) = (
+            inside["trf_blocks"]["att"]["weights"],
+            inside["trf_blocks"]["output"],
+        )
     else:
         blocks = [inside[f"trf_blocks_{i}"] for i in range(model.config.n_layers)]
         attention_Lx1xHxTxT = jnp.stack([block["att"]["weights"][0] for block in blocks])

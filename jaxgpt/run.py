@@ -164,7 +164,7 @@ class Run:
                     line = json.loads(text)
                     if (
                         isinstance(line, dict)
-                        and isinstance(line.get("step"), int)
+                        and type(line.get("step")) is int  # half a number is a number too
                         and all(map(_is_figure, line.values()))
                     ):
                         lines.append(line)
@@ -175,19 +175,11 @@ class Run:
         if not self.writes:
             return
         try:
-            from matplotlib.figure import Figure
-        except ImportError:
+            from jaxgpt.pictures import curves, style
+        except MissingExtraError:
             return
-        figure = Figure(figsize=(7, 4), layout="constrained")
-        axes = figure.subplots()
-        for key, label in (("loss", "training"), ("val_loss", "validation")):
-            points = [(line["step"], line[key]) for line in self.read_metrics() if line.get(key) is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), label=label, linewidth=1.5 if key == "val_loss" else 0.8)
-        axes.set(xlabel="step", ylabel="loss, nats a token")
-        axes.legend()
-        axes.grid(alpha=0.3)
-        figure.savefig(self.directory / "loss.png", dpi=120)
+        curve = curves.from_metrics(self.directory.resolve().name, self.read_metrics())
+        style.save(curves.draw([curve], panels=("loss",)), self.directory / "loss.png")
 
     def _described(self, key: str) -> Any:
         if not self.description.exists():

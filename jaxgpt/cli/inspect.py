@@ -1,4 +1,4 @@
-"""`jaxgpt inspect`: a model's parameter tree and what it costs, from its config alone."""
+"""`jaxgpt inspect`: a model's parameter tree and what it costs, from its config alone; and what it does with a text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 from jaxgpt import accounting
 from jaxgpt.accounting import MIB
 from jaxgpt.config import DTYPES, PRESETS, GPTConfig
+from jaxgpt.errors import ConfigError
 
 # Table 2 of Radford et al. 2019, by (n_layers, emb_dim).
 _PAPER_NAMES = {(12, 768): "117M", (24, 1024): "345M", (36, 1280): "762M", (48, 1600): "1542M"}
@@ -31,11 +32,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="rows, for operations and cache (default: 1)")
     parser.add_argument("--length", type=int, help="tokens a row, for operations and cache (default: the context)")
 
+    parser.add_argument(
+        "--prompt", metavar="TEXT", help="load the model, and show what each block would say while it reads this text"
+    )
+    parser.add_argument(
+        "--plot",
+        metavar="DIR",
+        help="write pictures, and one page of them all, DIR/index.html: of the architecture and, with --prompt, of the "
+        "attention, the next tokens and the logit lens (extra: plot)",
+    )
+
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report and returns the exit code."""
-    config = resolve_config(args.model)
+    config, inside = (resolve_config(args.model), None) if args.prompt is None else read(args.model, args.prompt)
     report = make_report(config, args.batch, config.context_length if args.length is None else args.length)
+    if inside is not None:
+        report["inside"] = inside_report(config, args.prompt, inside)
+    if args.plot is not None:
+        from jaxgpt.pictures.report import write_pictures
+
+        page, *pictures = write_pictures(args.plot, args.model, config, inside, args.prompt)
+        print(f"{page} shows {len(pictures)} picture{'s' * (len(pictures) != 1)}, beside it as PNG", file=sys.stderr)
     if args.json:
         print(json.dumps({"model": args.model, **report}, indent=2))
     else:
@@ -57,6 +75,60 @@ def resolve_config(name: str) -> GPTConfig:
     from jaxgpt.weights import load_config  # imports JAX, which presets and files do without
 
     return load_config(name)
+
+
+def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
+    """Loads a model and lets it read a prompt: its config, and the `jaxgpt.inside.Inside`.
+
+    Raises:
+        ConfigError: for what has no weights.
+        CheckpointError, MissingExtraError: if the model cannot be loaded.
+        ValueError: for a prompt beyond the context.
+    """
+    # The presets of GPT-2 itself have the hub's names, and load from there.
+    preset = name in PRESETS and not name.startswith("gpt2") and not Path(name).exists()
+    if preset or Path(name).suffix in (".toml", ".json"):
+        raise ConfigError(
+            f"{name} is a config without weights, and --prompt needs a model that can read: shakespeare, gpt2, or the "
+            "path of a checkpoint"
+        )
+    from jaxgpt.inside import look_inside
+    from jaxgpt.text import encode_prompt
+    from jaxgpt.tokenizer import get_tokenizer
+    from jaxgpt.weights import load
+
+    model, params = load(name)
+    return model.config, look_inside(model, params, encode_prompt(get_tokenizer(model.config.tokenizer), prompt))
+
+
+def inside_report(config: GPTConfig, prompt: str, inside: Any) -> dict[str, Any]:
+    """What the model makes of the prompt, as plain values: its likeliest next tokens at each position, and the same
+    after each block, "after_block" null being the embeddings; the last block's are the model's."""
+    from jaxgpt.inside import token_labels
+    from jaxgpt.tokenizer import get_tokenizer
+
+    tokenizer = get_tokenizer(config.tokenizer)
+
+    def told(ids: Any, probabilities: Any) -> list[dict[str, Any]]:
+        return [
+            {"id": int(i), "token": label, "probability": float(p)}
+            for i, label, p in zip(ids, token_labels(tokenizer, ids), probabilities, strict=True)
+        ]
+
+    said = [
+        [told(ids_K, p_K) for ids_K, p_K in zip(*place, strict=True)]
+        for place in zip(inside.top_ids_NxTxK, inside.top_probabilities_NxTxK, strict=True)
+    ]
+    came = told(inside.ids_T[1:], inside.true_probabilities_NxS[-1])
+    labels = token_labels(tokenizer, inside.ids_T)
+    return {
+        "prompt": prompt,
+        "positions": [
+            {"id": int(i), "token": label, "next": tops, "came_next": after}
+            for i, label, tops, after in zip(inside.ids_T, labels, said[-1], [*came, None], strict=True)
+        ],
+        "lens": [{"after_block": n - 1 if n else None, "positions": positions} for n, positions in enumerate(said)],
+    }
 
 
 def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
@@ -127,6 +199,10 @@ def _render(name: str, config: GPTConfig, report: dict[str, Any], expand: bool) 
         console.print(_totals_table(report))
         for note in notes(config):
             console.print(f"\n{note}")
+        if "inside" in report:
+            for title, table in _inside_tables(report["inside"]):
+                console.print(f"\n{title}")
+                console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
@@ -175,3 +251,34 @@ def _totals_table(report: dict[str, Any]) -> Any:
     for dtype, size in report["cache_bytes"].items():
         grid.add_row(f"key/value cache, {rows}, {dtype}", f"{size / MIB:,.2f} MB")
     return grid
+
+
+def _inside_tables(inside: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    def told(token: dict[str, Any] | None) -> Text:
+        # Text, because a string of rich's may hold markup.
+        return Text(f"{token['token']:<{width}.{width}} {token['probability']:>4.0%}" if token else "")
+
+    positions, lens = inside["positions"], inside["lens"]
+    told_tokens = [token for place in lens for tops in place["positions"] for token in tops]
+    width = min(12, max(len(token["token"]) for token in (*told_tokens, *positions)))
+    ranks = ["likeliest", *(f"no. {i}" for i in range(2, len(positions[0]["next"]) + 1))]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("position", justify="right")
+    for header in ("token", *ranks, "came next"):
+        table.add_column(header, no_wrap=True)
+    for i, position in enumerate(positions):
+        token = Text(f"{position['token']:.{width}}")
+        table.add_row(str(i), token, *map(told, position["next"]), told(position["came_next"]))
+    yield "What the model expects after each token:", table
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("asked after", *ranks):
+        table.add_column(header, no_wrap=True)
+    for place in lens:
+        block = place["after_block"]
+        name = "the embeddings" if block is None else f"block {block}"
+        table.add_row(name, *map(told, place["positions"][-1]))
+    yield "The logit lens after the last token; the last block's answer is the model's:", table

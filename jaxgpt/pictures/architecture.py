@@ -10,11 +10,11 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 
 from jaxgpt.accounting import count_parameters, parameter_shapes
 from jaxgpt.config import GPTConfig
-from jaxgpt.pictures.style import INK, MUTED, PAPER, drawable, styled
+from jaxgpt.pictures.style import INK, MUTED, PAPER, TIMES, drawable, styled
 
 # Inches: the column of boxes, what is left and right of it, and the rows.
 _X, _WIDTH, _HEIGHT = 4.1, 3.5, 0.56
-_SHORTCUT_X, _COUNT_X, _SHARE_X = 1.9, 7.75, 8.55
+_SHORTCUT_X, _COUNT_X, _SHARE_X = 1.9, 8.15, 8.85
 _GAP = 0.42
 _FILL = {"embedding": "#cfe8f7", "norm": "#f6efb3", "attention": "#fbdcae", "feed forward": "#c4e8db"}
 _DARK = "#000000"  # on those, in a dark page too
@@ -42,7 +42,7 @@ class _Diagram:
     def __init__(self, name: str, config: GPTConfig):
         self.config, self.y = config, 0.0
         self.total = count_parameters(config).total
-        self.figure = Figure(figsize=(8.9, 10.2))
+        self.figure = Figure(figsize=(9.2, 10.2))
         self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_axis_off()
         self._draw()
@@ -51,30 +51,32 @@ class _Diagram:
         self.axes.text(_COUNT_X, self.y, "parameters", ha="right", va="center", color=MUTED)
         self.axes.text(_SHARE_X, self.y, "share", ha="right", va="center", color=MUTED)
         height = self.y + 1.0
-        self.axes.set(xlim=(0, 8.9), ylim=(-0.3, height))
-        self.figure.set_size_inches(8.9, height + 0.3)
+        self.axes.set(xlim=(0, 9.2), ylim=(-0.3, height))
+        self.figure.set_size_inches(9.2, height + 0.3)
 
     def _draw(self) -> None:
         config = self.config
         D, V, C, L = config.emb_dim, config.vocab_size, config.context_length, config.n_layers
-        stream = f"[T, {D:,}]"
+        stream = f"T {TIMES} {D:,}"
         self.axes.text(_X, self.y, "token ids", ha="center", va="center", fontsize=10)
         self.y += 0.12
-        self.arrow("[T]")
-        self.box("tok_emb", "token embedding", f"{V:,} x {D:,}", "embedding", "tok_emb")
+        self.arrow("T")
+        self.box("tok_emb", "token embedding", f"{V:,} {TIMES} {D:,}", "embedding", "tok_emb")
         self.arrow(stream)
         middle = self.plus()
         self.axes.add_patch(_box(0.35, middle - 0.28, 2.1, 0.56, _FILL["embedding"]))
         self.axes.text(1.4, middle + 0.1, "position embedding", ha="center", va="center", color=_DARK)
-        self.axes.text(1.4, middle - 0.12, f"pos_emb  {C:,} x {D:,}", ha="center", va="center", fontsize=7.5, color=_DARK)
+        self.axes.text(
+            1.4, middle - 0.12, f"pos_emb  {C:,} {TIMES} {D:,}", ha="center", va="center", fontsize=7.5, color=_DARK
+        )
         self._line((2.45, middle), (_X - 0.13, middle), arrow=True)
         self.count(middle, "pos_emb")
         self.arrow(stream)
         bottom = self.y
-        self.y += 0.12
+        self.step()
         self.branch("norm1", "att", self._attention(), "attention", "attention")
         self.branch("norm2", "ff", self._feed_forward(), "feed-forward", "feed forward")
-        self.y += 0.12
+        self.step()
         blocks = sum(size for path, size in self._sizes() if path.startswith("trf_blocks"))
         frame = FancyBboxPatch(
             (1.45, bottom),
@@ -96,8 +98,10 @@ class _Diagram:
         self.box("final_norm", "LayerNorm", f"{D:,}", "norm", "final_norm")
         self.arrow(stream)
         tied = config.tie_embeddings
-        self.box("out_head", "output head", "tok_emb again" if tied else f"{V:,} x {D:,}", "embedding", "out_head")
-        self.arrow(f"[T, {V:,}]")
+        self.box(
+            "out_head", "output head", "tok_emb again" if tied else f"{V:,} {TIMES} {D:,}", "embedding", "out_head"
+        )
+        self.arrow(f"T {TIMES} {V:,}")
         self.axes.text(_X, self.y + 0.1, "logits of the next token", ha="center", va="center", fontsize=10)
         self.y += 0.22
 
@@ -114,13 +118,13 @@ class _Diagram:
 
     def branch(self, norm: str, name: str, detail: str, title: str, kind: str) -> None:
         """A norm, what it feeds, and the shortcut around both."""
-        D = f"[T, {self.config.emb_dim:,}]"
+        stream = f"T {TIMES} {self.config.emb_dim:,}"
         start = self.y + 0.1
         self.arrow("")
         self.box(norm, "LayerNorm", f"{self.config.emb_dim:,}", "norm", f"/{norm}/")
-        self.arrow(D)
+        self.arrow(stream)
         self.box(name, title, detail, kind, f"/{name}/")
-        self.arrow(D)
+        self.arrow(stream)
         middle = self.plus()
         self._line((_X, start), (_SHORTCUT_X, start))
         self._line((_SHORTCUT_X, start), (_SHORTCUT_X, middle))
@@ -141,8 +145,8 @@ class _Diagram:
     def count(self, y: float, prefix: str) -> None:
         """The parameters of all leaves whose path holds `prefix`, and their share, at the height y."""
         sizes = [size for path, size in self._sizes() if prefix in path]
-        blocks = prefix.startswith("/")
-        text = f"{self.config.n_layers} x {sizes[0] * 0 + sum(sizes) // self.config.n_layers:,}" if blocks else f"{sum(sizes):,}"
+        L = self.config.n_layers if prefix.startswith("/") else 1
+        text = f"{sum(sizes) // L:,}" if L == 1 else f"{L} {TIMES} {sum(sizes) // L:,}"
         self.axes.text(_COUNT_X, y, text, ha="right", va="center", fontsize=9)
         self.axes.text(_SHARE_X, y, f"{sum(sizes) / self.total:.1%}", ha="right", va="center", fontsize=9)
 
@@ -161,12 +165,15 @@ class _Diagram:
         self.axes.text(_X + 0.12, self.y + _GAP / 2 - 0.02, shape, fontsize=7.5, ha="left", va="center", color=MUTED)
         self.y += _GAP
 
+    def step(self) -> None:
+        """A piece of line, between a block's frame and what is in it."""
+        self._line((_X, self.y), (_X, self.y + 0.12))
+        self.y += 0.12
+
     def _line(self, start: tuple[float, float], end: tuple[float, float], arrow: bool = False, zorder: int = 2) -> None:
         style = "-|>,head_length=4,head_width=2" if arrow else "-"
         self.axes.add_patch(
-            FancyArrowPatch(
-                start, end, arrowstyle=style, color=INK, linewidth=1.1, shrinkA=0, shrinkB=0, zorder=zorder
-            )
+            FancyArrowPatch(start, end, arrowstyle=style, color=INK, linewidth=1.1, shrinkA=0, shrinkB=0, zorder=zorder)
         )
 
     def _sizes(self) -> list[tuple[str, int]]:

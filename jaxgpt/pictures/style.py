@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 from jaxgpt.errors import MissingExtraError
 
@@ -20,13 +18,13 @@ try:
 except ImportError:
     raise MissingExtraError("matplotlib", "plot", "drawing") from None
 
-_P, _R = ParamSpec("_P"), TypeVar("_R")
-
 INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
 # On the page these follow the reader's light or dark scheme.
 _THEME = {INK: "currentColor", MUTED: "var(--muted)", PAPER: "var(--paper)"}
 # Okabe and Ito 2008: told apart with every common kind of colour blindness. Its yellow is too pale for lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+OUTLINE = "#0a84ff"  # seen on both ends of SCALE
+TIMES = "\N{MULTIPLICATION SIGN}"
 FONT = "DejaVu Sans"  # comes with matplotlib
 PNG_DPI = 160
 # Perceptually uniform, light for nothing and dark for much; its black end would hide marks and outlines.
@@ -55,38 +53,25 @@ _SETTINGS: dict[str, Any] = {
     "legend.frameon": False,
     "figure.facecolor": PAPER,
     "savefig.facecolor": "auto",
-    "savefig.bbox": "tight",
-    "savefig.pad_inches": 0.15,
+    "figure.constrained_layout.h_pad": 0.12,
+    "figure.constrained_layout.w_pad": 0.12,
     "svg.fonttype": "path",
     "svg.hashsalt": "jaxgpt",  # same picture, same file
     "pdf.fonttype": 42,
 }
 
 
-@contextlib.contextmanager
-def settings() -> Iterator[None]:
-    """matplotlib with the settings of this module, for as long as it lasts."""
-    with matplotlib.rc_context(_SETTINGS):
-        yield
-
-
-def styled(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """The function, run within `settings`."""
-
-    @functools.wraps(function)
-    def run(*args: _P.args, **kwargs: _P.kwargs) -> _R:
-        with settings():
-            return function(*args, **kwargs)
-
-    return run
+# A decorator: the function runs with these settings, and the user's are as before.
+styled = matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]
 
 
 @styled
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format that the path's suffix names: .png, .svg or .pdf."""
+    """Writes a figure in the format that the path's suffix names: .png, .svg or .pdf. Its layout is then settled."""
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     suffix = Path(path).suffix.lower()
     figure.savefig(path, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
+    figure.set_layout_engine("none")
 
 
 @styled
@@ -95,19 +80,19 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     `description` is what those hear who do not see it."""
     file = io.StringIO()
     figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None})
-    svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
+    root, _, content = file.getvalue().partition("<svg ")[2].partition(">")
+    content = re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)
+    content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", content)
     for colour, value in _THEME.items():
-        svg = svg.replace(colour, value)
-    width = float(re.search(r'width="([\d.]+)pt"', svg)[1]) * 96 / 72  # type: ignore[index]
-    label = escape(description)
-    head = (
-        f'<svg role="img" aria-label="{label}" style="width:clamp({min(560, width):.0f}px,100%,{width:.0f}px)" '
-        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+        content = content.replace(colour, value)
+    found = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', root)
+    assert found is not None
+    width = float(found[1]) * 96 / 72  # points to CSS pixels
+    return (
+        f'<svg role="img" aria-label="{escape(description)}" style="width:clamp({min(560, width):.0f}px,100%,'
+        f'{width:.0f}px)" {found[0]} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        f"{content}"
     )
-    return re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf"{head} \1>", svg, count=1)
 
 
 def escape(text: str) -> str:

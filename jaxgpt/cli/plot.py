@@ -1,0 +1,54 @@
+"""`jaxgpt plot`: the training curves of one run or several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+SUFFIXES = (".svg", ".png", ".pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds this command's arguments."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, or its metrics.jsonl")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("curves.png"),
+        metavar="FILE",
+        help="a .png, .svg or .pdf (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--x", choices=("tokens", "steps"), help="what lies below (default: tokens, where the runs say how many)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws, prints a line for each run, and returns the exit code.
+
+    Raises:
+        ValueError: for another kind of file.
+        DataError, ConfigError: if a run holds nothing to draw, or not against tokens.
+        MissingExtraError: without the extra [plot].
+    """
+    if args.out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out must end with {', '.join(SUFFIXES)}, not {str(args.out)!r}")
+    from jaxgpt.pictures import curves, style
+
+    runs = curves.read_runs(args.runs)
+    style.save(curves.draw(runs, args.x), args.out)
+    for curve in runs:
+        print(f"{curve.name}: step {curve.last_step:,}{_losses(curve.points)}")
+    print(f"drawn to {args.out}", file=sys.stderr)
+    return 0
+
+
+def _losses(points) -> str:
+    text = ""
+    if points["loss"]:
+        text += f", training loss {points['loss'][max(points['loss'])]:.4f}"
+    if validation := points["val_loss"]:
+        best = min(validation, key=lambda step: validation[step])
+        text += f", best validation loss {validation[best]:.4f} at step {best:,}"
+    return text

@@ -1,0 +1,73 @@
+"""One HTML page that holds its pictures and needs nothing else: no script, no font, no network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxgpt import __version__
+from jaxgpt.pictures.style import escape
+
+# The browser itself is told to load nothing: the only images are those inside the page.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1a1c1f; --muted: #5f646a; --paper: #fefefe; --line: #d9dce0; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6e7e9; --muted: #a2a7ad; --paper: #17191c; --line: #383c41; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 62rem; color: var(--ink); background: var(--paper);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1 { margin: .5rem 0; font-size: 1.7rem; overflow-wrap: anywhere; }
+h2 { margin: 2.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: 1.3rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+blockquote { margin: 1rem 0; padding: .25rem 1rem; border-left: .25rem solid var(--line);
+  white-space: pre-wrap; overflow-wrap: anywhere; }
+nav ul { display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: 0; list-style: none; }
+a { color: inherit; }
+figure { margin: 1.5rem 0; }
+.picture { overflow-x: auto; }
+svg { display: block; height: auto; }
+svg image { image-rendering: pixelated; }
+footer { margin-top: 3rem; color: var(--muted); font-size: .85rem; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A part of the page.
+
+    Attributes:
+        name: of its anchor.
+        title: its heading.
+        text: how to read its pictures.
+        svgs: these, as <svg> elements.
+    """
+
+    name: str
+    title: str
+    text: str
+    svgs: Sequence[str]
+
+
+def page(title: str, prompt: str | None, sections: Sequence[Section]) -> str:
+    """The page as a text; `prompt` is quoted under the title."""
+    links = "".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>\n' for section in sections)
+    quoted = "" if prompt is None else f"<blockquote>{escape(prompt)}</blockquote>\n"
+    return (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<header>\n<h1>{escape(title)}</h1>\n{quoted}<nav><ul>\n{links}</ul></nav>\n</header>\n<main>\n"
+        f"{''.join(map(_section, sections))}</main>\n<footer>Made by jaxgpt {__version__}.</footer>\n</body>\n</html>\n"
+    )
+
+
+def _section(section: Section) -> str:
+    figures = "".join(f'<figure><div class="picture" tabindex="0">{svg}</div></figure>\n' for svg in section.svgs)
+    return (
+        f'<section id="{section.name}">\n<h2>{escape(section.title)}</h2>\n<p>{escape(section.text)}</p>\n'
+        f"{figures}</section>\n"
+    )

@@ -1,0 +1,184 @@
+"""Pictures of one text being read: attention maps, the next token at each position, the logit lens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.inside import Inside
+from jaxgpt.pictures.style import MUTED, OUTLINE, SCALE, drawable, on, styled
+
+# Labels along one side of a head's map; of more tokens, every so many is named.
+_MOST_LABELS = 24
+# Positions in one picture of the other two kinds, and inches across the last one; longer texts take several.
+_ROWS, _COLUMNS, _LENS_WIDTH = 32, 24, 10.5
+_LONGEST_LABEL = 10
+_TILE = 2.3  # inches
+# The square root shows weights of a few per cent, of which a long text has most.
+_ATTENTION_SCALE = PowerNorm(0.5, 0, 1)
+
+
+@styled
+def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[str]) -> Figure:
+    """One block's attention: a map for each head, queries down, keys across. What a query cannot see stays blank."""
+    weights_HxTxT = inside.attention_LxHxTxT[layer]
+    H, T = weights_HxTxT.shape[:2]
+    # The fullest grid that is somewhat wider than high.
+    across = min(range(math.isqrt(H - 1) + 1, math.isqrt(2 * H) + 2), key=lambda n: (-H % n, n))
+    down, gap = math.ceil(H / across), max(1, round(0.09 * T))
+    pitch = T + gap
+    # All maps are one image: matplotlib is slow at many axes, and some models have hundreds of heads.
+    image = np.full((down * pitch - gap, across * pitch - gap), np.nan)
+    window = config.attention_window if layer in config.banded_layers else T
+    visible = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)
+    tile = _TILE if down > 1 or across > 2 else 1.5 * _TILE
+    figure = Figure(figsize=(tile * across + 2.1, tile * down + 1.15), layout="constrained")
+    axes = figure.subplots()
+    for head, weights_TxT in enumerate(weights_HxTxT):
+        top, left = head // across * pitch, head % across * pitch
+        image[top : top + T, left : left + T] = np.where(visible, weights_TxT, np.nan)
+        # The edge of what a query can see, so that a map of faint weights has a shape too.
+        steps = np.repeat(np.arange(T + 1), 2)
+        axes.plot(left + steps[1:] - 0.5, top + steps[:-1] - 0.5, color=MUTED, linewidth=0.4)
+        corner = [left - 0.5, left - 0.5, left + T - 0.5], [top - 0.5, top + T - 0.5, top + T - 0.5]
+        axes.plot(*corner, color=MUTED, linewidth=0.4)
+        axes.text(left + T - 0.5, top + 0.02 * T, f"head {head}", ha="right", va="top", fontsize=8)
+    drawn = axes.imshow(image, cmap=SCALE, norm=_ATTENTION_SCALE, interpolation="none")
+    step = math.ceil(T / _MOST_LABELS)
+    shown = np.arange(0, T, step)
+    names = [drawable(labels[t], _LONGEST_LABEL) for t in shown]
+    last_row = [min((H - 1 - column) // across, down - 1) for column in range(across)]
+    axes.set_yticks(np.concatenate([shown + row * pitch for row in range(down)]), names * down)
+    axes.set_xticks(np.concatenate([shown + column * pitch for column in range(across)]), names * across, rotation=90)
+    size = min(7.5, 0.8 * 72 * tile / (T + gap) * step)
+    axes.tick_params(length=0, labelsize=size)
+    if min(last_row) < down - 1:  # the labels under maps that have none below them
+        for label, column in zip(axes.get_xticklabels(), np.repeat(range(across), len(shown)), strict=True):
+            label.set_visible(last_row[column] == down - 1)
+    axes.spines[:].set_visible(False)
+    axes.set_facecolor("none")
+    every = "" if step == 1 else f" (every {_ordinal(step)} is named)"
+    axes.set(xlabel=f"key: the token looked at{every}", ylabel="query: the token that looks")
+    axes.set_title(f"attention in block {layer}", fontsize=13, fontweight="bold", loc="left")
+    _bar(figure, axes, drawn, "attention weight")
+    return figure
+
+
+@styled
+def next_tokens(inside: Inside, labels: Sequence[str], top_labels: Any) -> list[Figure]:
+    """The likeliest next tokens after each position, and what came; some positions a figure. `top_labels` are those
+    of `inside.top_ids_NxTxK`."""
+    T = len(inside.ids_T)
+    widest = max(4, *(len(_cut(label)) for ranks in top_labels[-1] for label in ranks))
+    return [
+        _next_tokens(inside, labels, top_labels[-1], range(i, min(T, i + _ROWS)), widest) for i in range(0, T, _ROWS)
+    ]
+
+
+def _next_tokens(inside: Inside, labels: Sequence[str], top_labels_TxK: Any, rows: range, widest: int) -> Figure:
+    T, K = inside.top_ids_NxTxK.shape[1:]
+    probabilities_RxK = inside.top_probabilities_NxTxK[-1, rows.start : rows.stop]
+    figure = Figure(figsize=(K * (0.5 + 0.075 * widest) + 2.6, 0.25 * len(rows) + 1.0), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(probabilities_RxK, cmap=SCALE, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    came = []
+    for row, t in enumerate(rows):
+        for rank in range(K):
+            p = float(probabilities_RxK[row, rank])
+            style: dict[str, Any] = {"va": "center", "color": on(SCALE(p))}
+            axes.text(rank - 0.44, row, _cut(top_labels_TxK[t][rank]), ha="left", fontsize=8, **style)
+            axes.text(rank + 0.46, row, _percent(p), ha="right", fontsize=6.5, **style)
+            if t + 1 < T and inside.top_ids_NxTxK[-1, t, rank] == inside.ids_T[t + 1]:
+                _outline(axes, rank, row)
+        came.append(f"{_cut(labels[t + 1])}   {_percent(inside.true_probabilities_NxS[-1, t])}" if t + 1 < T else "")
+    axes.set_yticks(range(len(rows)), [f"{t}   {_cut(labels[t])}" for t in rows])
+    axes.set_xticks(range(K), ["likeliest", *map(_ordinal, range(2, K + 1))])
+    axes.xaxis.tick_top()
+    _bare(axes)
+    right = axes.secondary_yaxis("right")
+    right.set_yticks(range(len(rows)), came)
+    _bare(right)
+    header: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "bottom", "fontsize": 8}
+    axes.annotate("just read", (0, 1), (-4, 4), ha="right", **header)
+    axes.annotate("came next", (1, 1), (4, 4), ha="left", **header)
+    _title(axes, "the next token", rows, T)
+    return figure
+
+
+@styled
+def lens(inside: Inside, labels: Sequence[str], top_labels: Any) -> list[Figure]:
+    """What the model would say after each block, at each position; some positions a figure. `top_labels` as above."""
+    N, T = inside.top_ids_NxTxK.shape[:2]
+    shown = [*labels, *(top_labels[n][t][0] for n in range(N) for t in range(T))]
+    width = 0.17 + 0.075 * max(2, *(len(_cut(label)) for label in shown))
+    most = min(_COLUMNS, int(_LENS_WIDTH / width))
+    return [_lens(inside, labels, top_labels, range(i, min(T, i + most)), width) for i in range(0, T, most)]
+
+
+def _lens(inside: Inside, labels: Sequence[str], top_labels: Any, columns: range, width: float) -> Figure:
+    N, T = inside.top_ids_NxTxK.shape[:2]
+    probabilities_NxC = inside.top_probabilities_NxTxK[:, columns.start : columns.stop, 0]
+    figure = Figure(figsize=(max(4.5, len(columns) * width + 2.4), 0.29 * N + 1.3), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(
+        probabilities_NxC, cmap=SCALE, vmin=0, vmax=1, aspect="auto", origin="lower", interpolation="none"
+    )
+    for n in range(N):
+        for column, t in enumerate(columns):
+            colour = on(SCALE(float(probabilities_NxC[n, column])))
+            axes.text(column, n, _cut(top_labels[n][t][0]), ha="center", va="center", fontsize=8, color=colour)
+            if t + 1 < T and inside.top_ids_NxTxK[n, t, 0] == inside.ids_T[t + 1]:
+                _outline(axes, column, n)
+    places = ["embeddings", *(f"block {i}" for i in range(N - 2)), f"block {N - 2}: the model"]
+    axes.set_yticks(range(N), places)
+    axes.set_xticks(range(len(columns)), [_cut(labels[t]) for t in columns])
+    _bare(axes)
+    axes.set_xlabel("the token just read")
+    _title(axes, "the logit lens", columns, T)
+    _bar(figure, axes, drawn, "probability")
+    return figure
+
+
+def _bar(figure: Figure, axes: Axes, drawn: ScalarMappable, label: str) -> None:
+    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=18, pad=0.02, ticks=[0, 0.1, 0.25, 0.5, 1])
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.ax.set_yticklabels(["0", "0.1", "0.25", "0.5", "1"])
+    bar.set_label(label)
+    bar.ax.tick_params(length=0)
+
+
+def _title(axes: Axes, title: str, positions: range, T: int) -> None:
+    if len(positions) < T:
+        title += f", positions {positions.start} to {positions.stop - 1}"
+    axes.set_title(title, fontsize=13, fontweight="bold", loc="left")
+
+
+def _bare(axes: Any) -> None:
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _outline(axes: Axes, x: float, y: float) -> None:
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fill=False, edgecolor=OUTLINE, linewidth=1.8, zorder=3))
+
+
+def _cut(label: str) -> str:
+    return drawable(label, _LONGEST_LABEL)
+
+
+def _percent(p: float) -> str:
+    return f"{p:.0%}" if p >= 0.1 else f"{p:.1%}" if p >= 0.0005 else "<0.05%"
+
+
+def _ordinal(n: int) -> str:
+    ending = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{ending}"
