@@ -200,7 +200,7 @@ def _render(name: str, config: GPTConfig, report: dict[str, Any], expand: bool) 
         for note in notes(config):
             console.print(f"\n{note}")
         if "inside" in report:
-            for title, table in _inside_tables(report["inside"]):
+            for title, table in _inside_tables(report["inside"], console.width):
                 console.print(f"\n{title}")
                 console.print(table)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
@@ -253,26 +253,31 @@ def _totals_table(report: dict[str, Any]) -> Any:
     return grid
 
 
-def _inside_tables(inside: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _inside_tables(inside: dict[str, Any], line: int) -> Iterator[tuple[str, Any]]:
+    """Titles and tables, with as many of the likeliest tokens as a line holds."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    def told(token: dict[str, Any] | None) -> Text:
-        # Text, because a string of rich's may hold markup.
-        return Text(f"{token['token']:<{width}.{width}} {token['probability']:>4.0%}" if token else "")
-
     positions, lens = inside["positions"], inside["lens"]
     told_tokens = [token for place in lens for tops in place["positions"] for token in tops]
-    width = min(12, max(len(token["token"]) for token in (*told_tokens, *positions)))
+    width = min(10, max(len(token["token"]) for token in (*told_tokens, *positions)))
+    cell = width + len(" 100%") + 2
     ranks = ["likeliest", *(f"no. {i}" for i in range(2, len(positions[0]["next"]) + 1))]
+    ranks = ranks[: max(1, (line - 20 - cell) // cell)]  # 20: the first columns
+
+    def told(tokens: list[dict[str, Any]]) -> list[Text]:
+        # Text, because a string of rich's may hold markup.
+        return [Text(f"{token['token']:<{width}.{width}} {token['probability']:>4.0%}") for token in tokens]
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("position", justify="right")
+    table.add_column("", justify="right")
     for header in ("token", *ranks, "came next"):
         table.add_column(header, no_wrap=True)
     for i, position in enumerate(positions):
+        came = [position["came_next"]] if position["came_next"] else []
         token = Text(f"{position['token']:.{width}}")
-        table.add_row(str(i), token, *map(told, position["next"]), told(position["came_next"]))
+        table.add_row(str(i), token, *told(position["next"][: len(ranks)]), *told(came))
     yield "What the model expects after each token:", table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for header in ("asked after", *ranks):
@@ -280,5 +285,5 @@ def _inside_tables(inside: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for place in lens:
         block = place["after_block"]
         name = "the embeddings" if block is None else f"block {block}"
-        table.add_row(name, *map(told, place["positions"][-1]))
+        table.add_row(name, *told(place["positions"][-1][: len(ranks)]))
     yield "The logit lens after the last token; the last block's answer is the model's:", table

@@ -42,7 +42,7 @@ class _Diagram:
     def __init__(self, name: str, config: GPTConfig):
         self.config, self.y = config, 0.0
         self.total = count_parameters(config).total
-        self.figure = Figure(figsize=(9.2, 10.2))
+        self.figure = Figure(figsize=(9.25, 10.2))
         self.axes: Axes = self.figure.add_axes((0, 0, 1, 1))
         self.axes.set_axis_off()
         self._draw()
@@ -50,9 +50,9 @@ class _Diagram:
         self.axes.text(0.35, self.y + 0.42, f"{self.total:,} parameters", fontsize=10, va="center", color=MUTED)
         self.axes.text(_COUNT_X, self.y, "parameters", ha="right", va="center", color=MUTED)
         self.axes.text(_SHARE_X, self.y, "share", ha="right", va="center", color=MUTED)
-        height = self.y + 1.0
-        self.axes.set(xlim=(0, 9.2), ylim=(-0.3, height))
-        self.figure.set_size_inches(9.2, height + 0.3)
+        height = self.y + 1.15
+        self.axes.set(xlim=(0, 9.25), ylim=(-0.3, height))
+        self.figure.set_size_inches(9.25, height + 0.3)
 
     def _draw(self) -> None:
         config = self.config

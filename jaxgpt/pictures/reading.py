@@ -69,7 +69,7 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
     every = "" if step == 1 else f" (every {_ordinal(step)} is named)"
     axes.set(xlabel=f"key: the token looked at{every}", ylabel="query: the token that looks")
     axes.set_title(f"attention in block {layer}", fontsize=13, fontweight="bold", loc="left")
-    _bar(figure, axes, drawn, "attention weight")
+    _bar(figure, axes, drawn, "attention weight", (0, 0.1, 0.25, 0.5, 1), 0.6)
     return figure
 
 
@@ -144,14 +144,14 @@ def _lens(inside: Inside, labels: Sequence[str], top_labels: Any, columns: range
     _bare(axes)
     axes.set_xlabel("the token just read")
     _title(axes, "the logit lens", columns, T)
-    _bar(figure, axes, drawn, "probability")
+    _bar(figure, axes, drawn, "probability", (0, 0.5, 1), 1)
     return figure
 
 
-def _bar(figure: Figure, axes: Axes, drawn: ScalarMappable, label: str) -> None:
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.6, aspect=18, pad=0.02, ticks=[0, 0.1, 0.25, 0.5, 1])
+def _bar(figure: Figure, axes: Axes, drawn: ScalarMappable, label: str, ticks: Sequence[float], shrink: float) -> None:
+    bar = figure.colorbar(drawn, ax=axes, shrink=shrink, aspect=18, pad=0.02)
     bar.outline.set_visible(False)  # type: ignore[operator]
-    bar.ax.set_yticklabels(["0", "0.1", "0.25", "0.5", "1"])
+    bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])
     bar.set_label(label)
     bar.ax.tick_params(length=0)
 

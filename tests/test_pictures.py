@@ -1,0 +1,559 @@
+"""What the model does inside, against float64; the pictures of it, the page, and training curves."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from helpers import ALTERNATING, TINY, make_model, random_ids, stack_blocks, to_numpy
+
+import jaxgpt
+from jaxgpt import reference
+from jaxgpt.cli import main
+from jaxgpt.config import PRESETS, GPTConfig
+from jaxgpt.errors import ConfigError, DataError
+from jaxgpt.inside import Inside, lens_logits, look_inside, token_labels
+from jaxgpt.run import Run
+from jaxgpt.tokenizer import get_tokenizer
+
+matplotlib = pytest.importorskip("matplotlib")
+
+from jaxgpt.pictures import curves, reading, report, style  # noqa: E402
+from jaxgpt.pictures.architecture import architecture, describe  # noqa: E402
+
+BYTES = TINY.replace(vocab_size=257, tokenizer="bytes", context_length=160)
+PROMPT = 'To be, $5 < "né"\n'
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def inside64(params, config, ids) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(attention_LxHxTxT, residual_NxTxD, probabilities_NxTxV), by the reference's formulas."""
+    x = params["tok_emb"]["weight"][ids] + params["pos_emb"]["weight"][: len(ids)]
+    attention, residual = [], [x]
+    for i in range(config.n_layers):
+        p, window = reference.block_params(params, i), config.attention_window if i in config.banded_layers else None
+        normed = reference.layer_norm(p["norm1"], x, config.layer_norm_eps)
+        biases = p["att"]["qkv"].get("bias", np.zeros((3, config.emb_dim)))
+        q, k = (normed @ p["att"]["qkv"]["weight"][j].T + biases[j] for j in range(2))
+        heads = [slice(h * config.head_dim, (h + 1) * config.head_dim) for h in range(config.n_heads)]
+        attention.append([reference.attention_weights(q[:, head], k[:, head], window) for head in heads])
+        x = reference.block(p, config, x, window)
+        residual.append(x)
+    head = params["tok_emb" if config.tie_embeddings else "out_head"]["weight"]
+    logits = [reference.layer_norm(params["final_norm"], x, config.layer_norm_eps) @ head.T for x in residual]
+    return np.array(attention), np.array(residual), reference.softmax(np.array(logits))
+
+
+def forms():
+    plain = TINY.replace(tie_embeddings=False, qkv_bias=False, bias=False, activation="relu", n_layers=1)
+    return {"gpt2": TINY, "untied": plain, "banded": ALTERNATING, "scanned": ALTERNATING.replace(scan_layers=True)}
+
+
+@pytest.mark.parametrize("config", [pytest.param(config, id=name) for name, config in forms().items()])
+def test_everything_inside_equals_the_float64_reference(config):
+    model, params = make_model(config.replace(scan_layers=False), seed=3)
+    if config.scan_layers:
+        model, params = jaxgpt.GPT(config), stack_blocks(params, config.n_layers)
+    ids = random_ids(config, 1, 13)[0]
+    seen = look_inside(model, params, ids, top=4)
+    attention, residual, probabilities = inside64(to_numpy(params), config, ids)
+    np.testing.assert_allclose(seen.attention_LxHxTxT, attention, atol=2e-6)
+    np.testing.assert_allclose(seen.residual_NxTxD, residual, atol=2e-5)
+    np.testing.assert_allclose(seen.top_probabilities_NxTxK, np.sort(probabilities)[..., :-5:-1], atol=5e-6)
+    told = np.take_along_axis(probabilities, seen.top_ids_NxTxK, axis=-1)  # by id, where there might be ties
+    np.testing.assert_allclose(seen.top_probabilities_NxTxK, told, atol=5e-6)
+    true = probabilities[:, np.arange(12), ids[1:]]
+    np.testing.assert_allclose(seen.true_probabilities_NxS, true, atol=5e-6)
+    assert seen.ids_T.tolist() == ids.tolist()
+
+
+@pytest.fixture(scope="module")
+def banded() -> Inside:
+    return look_inside(*make_model(ALTERNATING), random_ids(ALTERNATING, 1, 16)[0])
+
+
+def test_attention_rows_sum_to_1_and_are_exactly_0_where_a_query_sees_nothing(banded):
+    weights_LxHxTxT = banded.attention_LxHxTxT
+    np.testing.assert_allclose(weights_LxHxTxT.sum(-1), 1, atol=1e-6)
+    query, key = np.indices((16, 16))
+    assert not weights_LxHxTxT[..., key > query].any()
+    assert not weights_LxHxTxT[1][..., key <= query - ALTERNATING.attention_window].any()
+    assert weights_LxHxTxT[1][..., (key <= query) & (key > query - ALTERNATING.attention_window)].all()
+    assert weights_LxHxTxT[[0, 2]][..., key <= query].all()
+
+
+# The tolerance is for two programs' roundings: of operands to bfloat16, and of int8's digits.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-4)])
+def test_the_last_place_is_the_model_itself(dtype, tolerance):
+    model, params = jaxgpt.prepare(*make_model(TINY.replace(n_layers=1)), dtype)
+    ids = random_ids(TINY, 1, 9)[0]
+    seen = look_inside(model, params, ids, top=TINY.vocab_size)
+    logits_1xTxV = jax.jit(model.apply)({"params": params}, ids[None])
+    own = np.take_along_axis(np.asarray(jax.nn.softmax(logits_1xTxV[0])), seen.top_ids_NxTxK[-1], axis=-1)
+    np.testing.assert_allclose(seen.top_probabilities_NxTxK[-1], own, atol=tolerance)
+    by_lens = jax.jit(lens_logits, static_argnums=0)(model, params, seen.residual_NxTxD[-1:])
+    np.testing.assert_allclose(by_lens, logits_1xTxV, atol=100 * tolerance)
+
+
+def test_one_id_and_more_tops_than_the_vocabulary_holds(tiny):
+    seen = look_inside(*tiny, [5], top=1000)
+    assert seen.attention_LxHxTxT.tolist() == [[[[1.0]]] * 3] * 2
+    assert seen.top_ids_NxTxK.shape == (3, 1, TINY.vocab_size)
+    assert seen.true_probabilities_NxS.shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("ids", "top", "message"),
+    [
+        ([], 5, "no ids: a model must read something"),
+        ([1] * 17, 5, "17 ids do not fit context_length=16"),
+        ([1, 97], 5, r"ids\[1\] is 97, outside the vocabulary: 0 to 96"),
+        ([1.0], 5, r"ids\[0\] is 1\.0 \(float\)"),
+        ([1], 0, "top must be at least 1, not 0"),
+    ],
+)
+def test_looking_inside_refuses_what_cannot_be_read(tiny, ids, top, message):
+    with pytest.raises(ValueError, match=message):
+        look_inside(*tiny, ids, top=top)
+
+
+def test_parameters_that_are_not_numbers_are_named_by_place(tiny):
+    model, params = tiny
+    broken = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * math.nan if "trf_blocks_0" in str(path) and "fc_out" in str(path) else x, params
+    )
+    with pytest.raises(FloatingPointError, match="the logits after block 0, position 0, are NaN"):
+        look_inside(model, broken, [1, 2])
+
+
+def test_labels_show_what_does_not_print():
+    assert token_labels(get_tokenizer("bytes"), [84, 32, 10, 0xC3, 256]) == ["T", "␣", "\\n", "\\xc3", "<|endoftext|>"]
+    gpt2 = get_tokenizer("gpt2")
+    ids = gpt2.encode(" the é 你\x1b\u200b")
+    assert "".join(token_labels(gpt2, ids)) == "␣the␣é␣\\xe4\\xbd\\xa0\\x1b\\u200b".replace(
+        "\\u200b", "".join(token_labels(gpt2, gpt2.encode("\u200b")))
+    )
+    assert token_labels(gpt2, [50256, 50257]) == ["<|endoftext|>", "#50257"]
+
+
+@pytest.fixture(scope="module")
+def read() -> tuple[GPTConfig, Inside]:
+    model, params = make_model(BYTES)
+    return BYTES, look_inside(model, params, list(PROMPT.encode()))
+
+
+@pytest.fixture(scope="module")
+def written(read, tmp_path_factory) -> tuple[Path, list[Path]]:
+    directory = tmp_path_factory.mktemp("pictures") / "deep"
+    return directory, report.write_pictures(directory, "a <model> of $1", *read, PROMPT)
+
+
+def test_pictures_are_written(written):
+    directory, (page, *pictures) = written
+    names = ["architecture", "attention-00", "attention-01", "lens", "next-tokens"]
+    assert (page.name, sorted(path.stem for path in pictures)) == ("index.html", names)
+    assert {path.name for path in directory.iterdir()} == {"index.html", *(f"{name}.png" for name in names)}
+    for path in pictures:
+        pixels = matplotlib.image.imread(path)
+        assert pixels.shape[0] > 300
+        assert pixels.shape[1] > 600
+        assert len(np.unique(pixels @ (1, 100, 10_000, 0))) > 50  # colours
+
+
+class _Page(html.parser.HTMLParser):
+    """Every tag, in order; raises where one is closed that is not open."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        assert len({name for name, _ in attributes}) == len(attributes), attributes
+        self.tags.append((tag, dict(attributes)))
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_needs_nothing_else(written):
+    text = written[1][0].read_text(encoding="utf-8")
+    page = _Page(text)
+    assert page.open == []
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+    for tag, attributes in page.tags:
+        for name in ("src", "href", "xlink:href", "srcset", "action"):
+            assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
+    assert set(re.findall(r"url\(\s*['\"]?(.)", text)) <= {"#"}
+    assert "@import" not in text
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    pointed = [*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)]
+    assert set(pointed) <= set(ids)
+    assert ("meta", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in [
+        (tag, attributes.get("content")) for tag, attributes in page.tags
+    ]
+
+
+def test_the_pages_pictures_are_svg_with_words_and_in_the_pages_colours(written):
+    text = written[1][0].read_text(encoding="utf-8")
+    svgs = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert len(svgs) == 5
+    for svg in svgs:
+        root = ElementTree.fromstring(svg)
+        assert root.get("role") == "img"
+        assert len(root.get("aria-label", "")) > 60
+        assert "currentColor" in svg
+        assert not re.search(f"{style.INK}|{style.MUTED}|{style.PAPER}", svg)
+    assert "after T " in ElementTree.fromstring(svgs[0]).get("aria-label", "")
+    assert "<h1>Inside a &lt;model&gt; of $1</h1>" in text
+    assert "<blockquote>To be, $5 &lt; &quot;né&quot;\n</blockquote>" in text
+
+
+def test_the_same_pictures_make_the_same_files(read, written, tmp_path):
+    again = report.write_pictures(tmp_path, "a <model> of $1", *read, PROMPT)
+    assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written[1]]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with")
+def test_a_browser_without_network_shows_the_page(written, tmp_path):
+    page, shot = written[1][0], tmp_path / "shot.png"
+    common = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    offline = "--disable-component-update --disable-sync --host-resolver-rules=MAP * ~NOTFOUND"
+    command = [
+        *(CHROMIUM, *common.split(), *offline.split(maxsplit=2), f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--enable-logging=stderr", "--window-size=1000,1400", "--hide-scrollbars", page.as_uri()),
+    ]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run([*command, *more], capture_output=True, text=True, encoding="utf-8", timeout=120)
+        assert done.returncode == 0, done.stderr
+        assert "CONSOLE" not in done.stderr, done.stderr
+        return done
+
+    dom = run("--dump-dom").stdout
+    assert dom.count("<svg ") == 5
+    assert dom.count("<image ") == len(re.findall("<image ", page.read_text(encoding="utf-8"))) > 4
+    run(f"--screenshot={shot}")
+    pixels = matplotlib.image.imread(shot)[..., :3]
+    paper = pixels[0, 0]
+    drawn = np.abs(pixels - paper).max(-1) > 0.05
+    coloured = pixels.max(-1) - pixels.min(-1) > 0.3  # text has no colour, only the pictures do
+    assert pixels.shape[:2] == (1400, 1000)
+    assert 0.1 < drawn.mean() < 0.9
+    assert coloured.mean() > 0.03
+
+
+def texts(figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(matplotlib.text.Text) if text.get_visible()]
+
+
+def test_a_map_of_each_head_holds_its_weights_and_is_blank_where_nothing_is_seen(banded):
+    figure = reading.attention(ALTERNATING, banded, 1, [f"t{i}" for i in range(16)])
+    image = figure.axes[0].images[0].get_array()
+    seen = np.tril(np.ones((16, 16), bool)) & ~np.tril(np.ones((16, 16), bool), -ALTERNATING.attention_window)
+    assert image.shape == (16, 3 * 17 - 1)
+    for head in range(3):
+        tile = image[:, 17 * head : 17 * head + 16]
+        assert (np.ma.getmaskarray(tile) == ~seen).all()
+        np.testing.assert_array_equal(tile.filled(0), banded.attention_LxHxTxT[1, head])
+    assert {"head 0", "head 1", "head 2", "t0", "t15"} <= set(texts(figure))
+
+
+def blank(T: int, heads: int = 1) -> Inside:
+    """What a model of two blocks that knows nothing would show."""
+    weights = np.tril(np.ones((2, heads, T, T), np.float32))
+    return Inside(np.arange(T), weights, np.zeros((3, T, 1)), *np.zeros((2, 3, T, 5)), np.zeros((3, T - 1)))
+
+
+@pytest.mark.parametrize(("heads", "shape"), [(1, (1, 1)), (6, (2, 3)), (12, (3, 4)), (25, (5, 5)), (7, (2, 4))])
+def test_heads_fill_a_grid(heads, shape):
+    T, config = 30, TINY.replace(n_heads=heads, emb_dim=heads)
+    figure = reading.attention(config, blank(T, heads), 0, [f"t{i}" for i in range(T)])
+    rows, columns = shape
+    assert figure.axes[0].images[0].get_array().shape == (rows * (T + 3) - 3, columns * (T + 3) - 3)
+    names = texts(figure)
+    assert {"t0", "t2", "t28"} <= set(names)
+    assert "t1" not in names
+    assert "key: the token looked at (every 2nd is named)" in names
+
+
+def test_the_next_tokens_and_the_lens_say_what_was_seen(read):
+    seen = read[1]
+    tokenizer = get_tokenizer("bytes")
+    labels = token_labels(tokenizer, seen.ids_T)
+    tops = [[token_labels(tokenizer, ids) for ids in place] for place in seen.top_ids_NxTxK]
+    (figure,) = reading.next_tokens(seen, labels, tops)
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), seen.top_probabilities_NxTxK[-1])
+    shown = texts(figure)
+    for t, label in enumerate(labels):
+        assert f"{t}   {style.drawable(label)}" in shown
+    assert {style.drawable(label) for ranks in tops[-1] for label in ranks} <= set(shown)
+    came = [text for text in shown if text.startswith("o   ")]
+    assert came == [f"o   {reading._percent(seen.true_probabilities_NxS[-1, 0])}"]
+    outlined = {(box.get_x() + 0.5, box.get_y() + 0.5) for box in figure.axes[0].patches}
+    follows = seen.top_ids_NxTxK[-1, :-1] == seen.ids_T[1:, None]
+    assert outlined == {(rank, t) for t, rank in np.argwhere(follows)}
+    (figure,) = reading.lens(seen, labels, tops)
+    np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), seen.top_probabilities_NxTxK[..., 0])
+    assert {style.drawable(place[t][0]) for place in tops for t in range(len(labels))} <= set(texts(figure))
+    assert {"embeddings", "block 0", "block 1: the model"} <= set(texts(figure))
+
+
+def test_long_texts_take_several_pictures_and_too_long_ones_are_refused(tmp_path):
+    labels, tops = ["W" * 20] * 40, [[["$x$" * 7] * 5] * 40] * 3
+    figures = reading.next_tokens(blank(40), labels, tops)
+    assert len(figures) == 2
+    assert "the next token, positions 32 to 39" in texts(figures[-1])
+    figures = reading.lens(blank(40), labels, tops)
+    assert sum(figure.axes[0].images[0].get_array().shape[1] for figure in figures) == 40
+    assert max(figure.get_size_inches()[0] for figure in figures) < 14
+    style.save(figures[-1], tmp_path / "formula.png")  # a dollar is no formula
+    with pytest.raises(ValueError, match="pictures of 129 tokens could not be read: the most is 128"):
+        report.write_pictures(tmp_path / "none", "m", BYTES, blank(129), "T" * 129)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_parameters_beside_the_diagram_add_up(name):
+    config = GPTConfig.preset(name)
+    shown = texts(architecture(name, config))
+    total = jaxgpt.accounting.count_parameters(config).total
+    assert f"{total:,} parameters" in shown
+    numbers = [re.fullmatch(rf"(?:(\d+) {style.TIMES} )?([\d,]+)", text) for text in shown]
+    assert sum(int(n[1] or 1) * int(n[2].replace(",", "")) for n in numbers if n) == total
+    shares = [float(text[:-1]) for text in shown if re.fullmatch(r"[\d.]+%", text)]
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    assert f"T {style.TIMES} {config.emb_dim:,}" in shown
+    assert f"{config.n_layers} blocks" in describe(config)
+
+
+def test_characters_that_the_font_lacks_are_spelled_out():
+    assert style.drawable("a你$é") == r"a\u4f60\$é"
+    assert style.drawable("abcdef", 4) == "abc…"
+
+
+def test_nothing_of_pyplot_or_of_the_users_settings_is_touched():
+    code = (
+        "import sys, matplotlib\nread = lambda x: {k: dict.__getitem__(x, k) for k in x if k != 'backend'}\n"
+        "before = read(matplotlib.rcParams)\n"
+        "from jaxgpt.config import GPTConfig\nfrom jaxgpt.pictures import style\n"
+        "from jaxgpt.pictures.architecture import architecture\n"
+        "style.to_svg(architecture('gpt2', GPTConfig.preset('gpt2')), 'a', 'b')\n"
+        "assert read(matplotlib.rcParams) == before\n"
+        "assert not {'matplotlib.pyplot', 'jax'} & {*sys.modules}"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# Training curves
+
+
+def metrics(*steps: int, scale: float = 1.0) -> list[dict]:
+    return [{"step": s, "loss": scale / s, "learning_rate": 1e-3, "tokens_per_second": 100.0 * s} for s in steps]
+
+
+def write_run(directory: Path, lines: list[dict], batch: int | None = 2) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    if batch:
+        config = jaxgpt.TrainConfig(model=TINY, batch_size=batch, length=8)
+        (directory / "run.json").write_text(json.dumps({"config": config.to_dict()}), encoding="utf-8")
+    return directory
+
+
+def lines_of(figure, panel: int) -> list[tuple[list, list]]:
+    return [(list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[panel].lines]
+
+
+def test_a_resumed_run_is_drawn_once_a_step():
+    lines = [*metrics(10, 20, 30, 40), {"step": 40, "val_loss": 9.0}, *metrics(30, 40, scale=2.0)]
+    points = curves.from_metrics("a", lines).points
+    assert points["loss"] == {10: 0.1, 20: 0.05, 30: 2 / 30, 40: 2 / 40}
+    assert points["val_loss"] == {}  # measured in what was thrown away
+    points = curves.from_metrics("a", [*metrics(10, 20, 30), {"step": 30, "val_loss": 9.0}, *metrics(20)]).points
+    assert list(points["loss"]) == [10, 20]
+
+
+def test_losses_that_are_not_finite_are_left_out():
+    lines = [
+        {"step": 1, "loss": None},
+        {"step": 2, "loss": math.nan},
+        {"step": 3, "loss": True},
+        {"step": 4, "loss": 2},
+    ]
+    assert curves.from_metrics("a", lines).points["loss"] == {4: 2.0}
+
+
+def test_damaged_lines_are_passed_over(tmp_path):
+    directory = write_run(tmp_path / "run", metrics(1, 2))
+    with (directory / "metrics.jsonl").open("ab") as file:
+        file.write(b'17\n[1]\n{"loss": 3.0}\n{"step": "4", "loss": 1}\n\xff\xfe\n{"step": 3, "loss": 0.')
+    assert [line["step"] for line in Run(directory).read_metrics()] == [1, 2]
+    (run,) = curves.read_runs([directory])
+    assert (run.last_step, run.points["loss"], run.tokens_per_step) == (2, {1: 1.0, 2: 0.5}, 16)
+
+
+def test_runs_are_overlaid_against_tokens_or_steps(tmp_path):
+    write_run(tmp_path / "a", [*metrics(1, 2), {"step": 2, "val_loss": 3.0}], batch=2)
+    write_run(tmp_path / "x" / "b", metrics(1, 3), batch=4)
+    runs = curves.read_runs([tmp_path / "a", tmp_path / "x" / "b" / "metrics.jsonl"])
+    assert [run.name for run in runs] == ["a", "b"]
+    figure = curves.draw(runs)
+    assert lines_of(figure, 0) == [([16, 32], [1, 0.5]), ([32], [3.0]), ([32, 96], [1, 1 / 3]), ([], [])]
+    assert lines_of(figure, 1) == [([16, 32], [1e-3] * 2), ([32, 96], [1e-3] * 2)]
+    assert lines_of(figure, 2) == [([16, 32], [100, 200]), ([32, 96], [100, 300])]
+    assert {"tokens", "a", "b", "training", "validation"} <= set(texts(figure))
+    assert lines_of(curves.draw(runs, "steps"), 2) == [([1, 2], [100, 200]), ([1, 3], [100, 300])]
+
+
+def test_runs_that_do_not_tell_their_tokens_are_drawn_against_steps(tmp_path):
+    runs = curves.read_runs(
+        [write_run(tmp_path / "a", metrics(1, 2)), write_run(tmp_path / "b", metrics(1), batch=None)]
+    )
+    assert "steps" in texts(curves.draw(runs))
+    with pytest.raises(ConfigError, match=r"b has no run\.json that says how many tokens a step has"):
+        curves.draw(runs, "tokens")
+    with pytest.raises(ConfigError, match="x must be one of tokens, steps, not 'epochs'"):
+        curves.draw(runs, "epochs")
+
+
+def test_runs_of_one_name_are_told_apart_by_path(tmp_path):
+    paths = [write_run(tmp_path / parent / "run", metrics(1)) for parent in "ab"]
+    assert [run.name for run in curves.read_runs(paths)] == [str(path) for path in paths]
+
+
+def test_many_runs_look_different():
+    assert len({curves._look(i) for i in range(24)}) == 24
+
+
+@pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}]])
+def test_a_run_without_figures_is_refused(tmp_path, lines):
+    with pytest.raises(DataError, match="holds no figures to draw"):
+        curves.read_runs([write_run(tmp_path / "run", lines)])
+
+
+# The commands
+
+
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("png", b"\x89PNG"), ("pdf", b"%PDF")])
+def test_plot_writes_what_the_suffix_says(tmp_path, capsys, suffix, start):
+    run, out = write_run(tmp_path / "run", [*metrics(1, 2), {"step": 2, "val_loss": 3.0}]), tmp_path / f"c.{suffix}"
+    assert main(["plot", str(run), "--out", str(out)]) == 0
+    assert out.read_bytes().startswith(start)
+    captured = capsys.readouterr()
+    assert captured.out == "run: step 2, training loss 0.5000, best validation loss 3.0000 at step 2\n"
+    assert captured.err == f"drawn to {out}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["nothing"], "nothing: expected a run's directory, with a metrics.jsonl in it"),
+        (["run", "--out", "curves.gif"], "--out must end with .svg, .png, .pdf, not 'curves.gif'"),
+        (["run", "--out", "absent/curves.svg"], "No such file or directory"),
+    ],
+)
+def test_plot_says_what_is_wrong(tmp_path, monkeypatch, capsys, argv, message):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", metrics(1))
+    assert main(["plot", *argv]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["plot", "run"], ["inspect", "gpt2", "--plot", "out"]])
+def test_drawing_without_its_extra_names_it(tmp_path, monkeypatch, capsys, argv):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", metrics(1))
+    for name in [name for name in sys.modules if name.startswith("jaxgpt.pictures")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(argv) == 2
+    assert "drawing needs 'matplotlib': pip install 'jaxgpt[plot]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("saved") / "model"
+    jaxgpt.save(path, *make_model(BYTES))
+    return str(path)
+
+
+def test_inspect_tells_what_the_model_makes_of_a_prompt(saved, read, capsys):
+    assert main(["inspect", saved, "--prompt", PROMPT, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["inside"]
+    seen = read[1]
+    assert [position["id"] for position in told["positions"]] == seen.ids_T.tolist()
+    assert [position["token"] for position in told["positions"]][:3] == ["T", "o", "␣"]
+    last = [[token["id"] for token in position["next"]] for position in told["positions"]]
+    assert last == seen.top_ids_NxTxK[-1].tolist()
+    assert [place["after_block"] for place in told["lens"]] == [None, 0, 1]
+    lens = [[[token["probability"] for token in tops] for tops in place["positions"]] for place in told["lens"]]
+    np.testing.assert_allclose(lens, seen.top_probabilities_NxTxK, rtol=1e-6)
+    came = [position["came_next"] for position in told["positions"]]
+    assert came[-1] is None
+    assert [token["id"] for token in came[:-1]] == seen.ids_T[1:].tolist()
+    np.testing.assert_allclose(
+        [token["probability"] for token in came[:-1]], seen.true_probabilities_NxS[-1], rtol=1e-6
+    )
+
+
+def test_inspect_prints_the_prompt_and_the_lens(saved, read, capsys):
+    assert main(["inspect", saved, "--prompt", PROMPT]) == 0
+    out = capsys.readouterr().out
+    assert "total" in out
+    assert re.search(r"^ +0 +T .*%", out, re.MULTILINE)
+    assert re.search(r"^ +16 +\\x", out, re.MULTILINE) or "\\xc3" in out
+    for place in ("the embeddings", "block 0", "block 1"):
+        assert re.search(rf"^ *{place} .*\d%", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 120
+
+
+def test_inspect_of_an_empty_prompt_starts_from_end_of_text(saved, capsys):
+    assert main(["inspect", saved, "--prompt", "", "--json"]) == 0
+    (position,) = json.loads(capsys.readouterr().out)["inside"]["positions"]
+    assert (position["id"], position["token"], position["came_next"]) == (256, "<|endoftext|>", None)
+
+
+def test_inspect_draws_the_prompt(saved, tmp_path, capsys):
+    assert main(["inspect", saved, "--prompt", "Hi", "--plot", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'out' / 'index.html'} shows 5 pictures, beside it as PNG\n"
+    assert "<blockquote>Hi</blockquote>" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+
+
+def test_inspect_without_a_prompt_draws_the_architecture(tmp_path, capsys):
+    assert main(["inspect", "gpt3-175b", "--plot", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"architecture.png", "index.html"}
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert "<h1>Inside gpt3-175b</h1>" in text
+    assert "<blockquote>" not in text
+
+
+@pytest.mark.parametrize("model", ["book-124m", "configs/gpt2.toml"])
+def test_inspect_cannot_prompt_what_has_no_weights(model, capsys):
+    assert main(["inspect", model, "--prompt", "Hi"]) == 2
+    assert f"{model} is a config without weights, and --prompt needs a model that can read" in capsys.readouterr().err
+
+
+def test_inspect_refuses_a_prompt_beyond_the_context(saved, capsys):
+    assert main(["inspect", saved, "--prompt", "a" * 161]) == 2
+    assert capsys.readouterr().err == "jaxgpt: error: 161 ids do not fit context_length=160: shorten the text\n"
