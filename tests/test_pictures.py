@@ -526,6 +526,16 @@ def test_inspect_prints_the_prompt_and_the_lens(saved, read, capsys):
     for place in ("the embeddings", "block 0", "block 1"):
         assert re.search(rf"^ *{place} .*\d%", out, re.MULTILINE)
     assert max(map(len, out.splitlines())) <= 120
+    assert "no. 5" in out
+
+
+def test_inspect_leaves_out_tokens_that_a_narrow_terminal_does_not_hold(saved, monkeypatch, capsys):
+    monkeypatch.setattr("jaxgpt.cli.inspect._PIPED_WIDTH", 80)
+    assert main(["inspect", saved, "--prompt", PROMPT]) == 0
+    out = capsys.readouterr().out.partition("What the model expects")[2]
+    assert max(map(len, out.splitlines())) <= 80
+    assert "no. 2" in out
+    assert "no. 5" not in out
     assert "…" not in out
 
 

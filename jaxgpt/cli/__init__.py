@@ -15,7 +15,7 @@ from jaxgpt.errors import CheckpointError, ConfigError, DataError, KernelError, 
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, help). JAX may be imported only within `run`.
 COMMANDS = {
     "generate": ("jaxgpt.cli.generate", "continue a text"),
-    "inspect": ("jaxgpt.cli.inspect", "show a model's parameters, memory and operations, and what it does with a text"),
+    "inspect": ("jaxgpt.cli.inspect", "show a model's size and cost, and how it reads a text"),
     "convert": ("jaxgpt.cli.convert", "write a checkpoint in another layout"),
     "tokenize": ("jaxgpt.cli.tokenize", "turn text into a token file to train on"),
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),

@@ -261,10 +261,11 @@ def _inside_tables(inside: dict[str, Any], line: int) -> Iterator[tuple[str, Any
 
     positions, lens = inside["positions"], inside["lens"]
     told_tokens = [token for place in lens for tops in place["positions"] for token in tops]
-    width = min(10, max(len(token["token"]) for token in (*told_tokens, *positions)))
-    cell = width + len(" 100%") + 2
-    ranks = ["likeliest", *(f"no. {i}" for i in range(2, len(positions[0]["next"]) + 1))]
-    ranks = ranks[: max(1, (line - 20 - cell) // cell)]  # 20: the first columns
+    width = min(9, max(len(token["token"]) for token in (*told_tokens, *positions)))
+    gap = 3  # between columns
+    cell = max(width + len(" 100%"), len("likeliest")) + gap
+    fits = (line + gap - len("999") - gap - width - gap) // cell - 1  # one is what came
+    ranks = ["likeliest", *(f"no. {i}" for i in range(2, len(positions[0]["next"]) + 1))][: max(1, fits)]
 
     def told(tokens: list[dict[str, Any]]) -> list[Text]:
         # Text, because a string of rich's may hold markup.
