@@ -17,6 +17,7 @@ _MODULES = {
     "evaluation": ("Evaluation", "evaluate"),
     "generation": ("GenerationResult", "generate"),
     "inference": ("prepare",),
+    "inside": ("Inside", "look_inside"),
     "model": ("GPT", "FeedForward", "LayerNorm", "MultiHeadAttention", "TransformerBlock"),
     "sampling": ("Greedy", "MinP", "Temperature", "TopK", "TopP"),
     "sharding": ("make_mesh", "shard"),
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from jaxgpt.generation import GenerationResult as GenerationResult
     from jaxgpt.generation import generate as generate
     from jaxgpt.inference import prepare as prepare
+    from jaxgpt.inside import Inside as Inside
+    from jaxgpt.inside import look_inside as look_inside
     from jaxgpt.model import GPT as GPT
     from jaxgpt.model import FeedForward as FeedForward
     from jaxgpt.model import LayerNorm as LayerNorm
