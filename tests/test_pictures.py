@@ -548,7 +548,9 @@ def test_inspect_of_an_empty_prompt_starts_from_end_of_text(saved, capsys):
 def test_inspect_draws_the_prompt(saved, tmp_path, capsys):
     assert main(["inspect", saved, "--prompt", "Hi", "--plot", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == f"{tmp_path / 'out' / 'index.html'} shows 5 pictures, beside it as PNG\n"
-    assert "<blockquote>Hi</blockquote>" in (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert "<h1>Inside model</h1>" in text  # of the path its name
+    assert "<blockquote>Hi</blockquote>" in text
 
 
 def test_inspect_without_a_prompt_draws_the_architecture(tmp_path, capsys):

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         from jaxgpt.pictures.report import write_pictures
 
-        page, *pictures = write_pictures(args.plot, args.model, config, inside, args.prompt)
+        name = Path(args.model).resolve().name
+        page, *pictures = write_pictures(args.plot, name, config, inside, args.prompt)
         print(f"{page} shows {len(pictures)} picture{'s' * (len(pictures) != 1)}, beside it as PNG", file=sys.stderr)
     if args.json:
         print(json.dumps({"model": args.model, **report}, indent=2))

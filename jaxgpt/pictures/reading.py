@@ -51,7 +51,8 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
         axes.plot(left + steps[1:] - 0.5, top + steps[:-1] - 0.5, color=MUTED, linewidth=0.4)
         corner = [left - 0.5, left - 0.5, left + T - 0.5], [top - 0.5, top + T - 0.5, top + T - 0.5]
         axes.plot(*corner, color=MUTED, linewidth=0.4)
-        axes.text(left + T - 0.5, top + 0.02 * T, f"head {head}", ha="right", va="top", fontsize=8)
+        place: dict[str, Any] = {"xytext": (0, 2), "textcoords": "offset points", "va": "bottom", "fontsize": 8}
+        axes.annotate(f"head {head}", (left - 0.5, top - 0.5), **place)
     drawn = axes.imshow(image, cmap=SCALE, norm=_ATTENTION_SCALE, interpolation="none")
     step = math.ceil(T / _MOST_LABELS)
     shown = np.arange(0, T, step)
@@ -68,7 +69,7 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
     axes.set_facecolor("none")
     every = "" if step == 1 else f" (every {_ordinal(step)} is named)"
     axes.set(xlabel=f"key: the token looked at{every}", ylabel="query: the token that looks")
-    axes.set_title(f"attention in block {layer}", fontsize=13, fontweight="bold", loc="left")
+    axes.set_title(f"attention in block {layer}", fontsize=13, fontweight="bold", loc="left", pad=18)
     _bar(figure, axes, drawn, "attention weight", (0, 0.1, 0.25, 0.5, 1), 0.6)
     return figure
 
