@@ -15,6 +15,7 @@ from jax import Array, lax
 
 from jaxgpt import distributed, sharding
 from jaxgpt.errors import CheckpointError, MissingExtraError
+from jaxgpt.weights.layout import leaves
 
 
 def import_orbax() -> Any:
@@ -116,7 +117,7 @@ class Checkpoints:
         manifest = self._item(self._ocp.JsonCheckpointHandler, directory / "manifest", self._ocp.args.JsonRestore())
         if not isinstance(manifest, dict):
             raise CheckpointError(directory, "damaged: its manifest is not an object")
-        expected = {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in _named_leaves(abstract_state)}
+        expected = {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in leaves(abstract_state).items()}
         found = {name: entry[1:] for name, entry in manifest.items()}
         if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
             reason = f"is not this run's: {differing[0]} and {len(differing) - 1} more are missing or of another shape"
@@ -183,24 +184,16 @@ def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
 
-def _named_leaves(tree: Any) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
-
-
 def _manifest(state: Any) -> dict[str, list]:
     """By name, each array's checksum, sizes and type."""
-    leaves = _named_leaves(state)
-    checksums = jax.device_get(_checksums([leaf for _, leaf in leaves]))
-    return {
-        name: [int(checksum), *leaf.shape, str(leaf.dtype)]
-        for (name, leaf), checksum in zip(leaves, checksums, strict=True)
-    }
+    arrays = leaves(state)
+    checksums = jax.device_get(_checksums(arrays))
+    return {name: [int(checksums[name]), *array.shape, str(array.dtype)] for name, array in arrays.items()}
 
 
 @jax.jit
-def _checksums(leaves: list[Array]) -> list[Array]:
-    return [_checksum(leaf) for leaf in leaves]
+def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
+    return jax.tree.map(_checksum, arrays)
 
 
 def _checksum(x: Array) -> Array:

@@ -79,10 +79,10 @@ def _arithmetic(dtype: str) -> str:
     import jax
     import numpy as np
 
-    from jaxgpt import native, reference
+    from jaxgpt import kernel, reference
     from jaxgpt.inference import prepare
 
-    with mock.patch.dict(os.environ, {native.VARIABLE: "0"}):  # the kernel has a check of its own
+    with mock.patch.dict(os.environ, {kernel.VARIABLE: "0"}):  # the kernel has a check of its own
         model, params = prepare(*_small_model(), dtype)
     rounded = _float64(params)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 80)).astype(np.int32)
@@ -152,18 +152,18 @@ def _large_product() -> str:
 
 
 def _kernel() -> str:
-    from jaxgpt import native
+    from jaxgpt import kernel
     from jaxgpt.errors import KernelError
 
-    if os.environ.get(native.VARIABLE) == "0":
-        return f"switched off by {native.VARIABLE}"
-    file = native.path()
+    if os.environ.get(kernel.VARIABLE) == "0":
+        return f"switched off by {kernel.VARIABLE}"
+    file = kernel.path()
     if not file.is_file():
         return "not built: jaxgpt build-kernel makes decoding on a CPU faster"
     try:
-        native.check_apart(file)
+        kernel.check_apart(file)
     except KernelError as error:
-        raise Wrong(str(error), f"jaxgpt build-kernel, or {native.VARIABLE}=0 to do without") from None
+        raise Wrong(str(error), f"jaxgpt build-kernel, or {kernel.VARIABLE}=0 to do without") from None
     return f"{file}: equals float64"
 
 

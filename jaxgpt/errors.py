@@ -48,7 +48,7 @@ class TrainingError(RuntimeError):
 
 
 class KernelError(RuntimeError):
-    """The kernel of `jaxgpt.native` cannot be built."""
+    """The kernel of `jaxgpt.kernel` cannot be built."""
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

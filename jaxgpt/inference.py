@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt import native, sharding
+from jaxgpt import kernel, sharding
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import ConfigError, did_you_mean
 from jaxgpt.model import GPT
@@ -42,4 +42,4 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
             params = cast_params(params, dtype)
         config = config.replace(param_dtype=dtype, dtype=config.dtype if dtype == "int8" else dtype)
     one_cpu = jax.default_backend() == "cpu" and sharding.mesh_of(params) is None
-    return GPT(config.replace(native_kernel=one_cpu and native.available())), params
+    return GPT(config.replace(native_kernel=one_cpu and kernel.available())), params

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.experimental.xla_metadata import set_xla_metadata
 
-from jaxgpt import native
+from jaxgpt import kernel
 from jaxgpt.sharding import is_distributed
 
 
@@ -79,7 +79,7 @@ def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str,
     """x W^T in float32, [B, T, O], for W in any type; an int8 W comes with a scale for each of its rows.
 
     Operands are rounded to `dtype`, except that an int8 W is exact in either. On a CPU few rows of x take forms
-    of the product that read W once, in the type it is stored in: that of `jaxgpt.native`, which has no gradient, if
+    of the product that read W once, in the type it is stored in: that of `jaxgpt.kernel`, which has no gradient, if
     `native_kernel` says so, or else XLA's. There, with an int8 W, 2 to `FEW_ROWS` rows of x are rounded to 15
     bits, and have no gradient.
     """
@@ -91,7 +91,7 @@ def linear(x_BxTxD: Array, weight_OxD: Array, scale_O: Array | None, dtype: str,
     on_cpu = full
     # The kernel takes W as it is.
     exact = weight_OxD.dtype != jnp.float32 or dtype == "float32"
-    if native_kernel and B * T <= native.MOST_ROWS and exact and not is_distributed():
+    if native_kernel and B * T <= kernel.MOST_ROWS and exact and not is_distributed():
         on_cpu = functools.partial(_native, dtype=dtype)
     elif B * T == 1:
         on_cpu = functools.partial(_one_row, dtype=dtype)
@@ -120,7 +120,7 @@ def _one_row(x_1x1xD: Array, weight_OxD: Array, dtype: str) -> Array:
 
 
 def _native(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
-    y_RxO = native.few_rows(_rounded(x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), dtype), weight_OxD)
+    y_RxO = kernel.few_rows(_rounded(x_BxTxD.reshape(-1, x_BxTxD.shape[-1]), dtype), weight_OxD)
     return y_RxO.reshape(*x_BxTxD.shape[:2], -1)
 
 

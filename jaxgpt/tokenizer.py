@@ -160,18 +160,28 @@ def _gpt2_tokens() -> list[bytes]:
     The table is a version line, then one merge a line: two tokens and a space between, each byte written as one
     character: itself if it prints in Latin-1, else the next from U+0100 on.
     """
-    table = _read_merges().decode("utf-8")
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    written = {256 + i: byte for i, byte in enumerate(others)}
+    alphabet = gpt2_alphabet()
     # All lines at once is several times faster than one by one. A line end, U+0200 for the moment, must be told
     # from the byte 10.
-    text = table.translate({**written, ord(" "): None, ord("\n"): 0x200})
+    bytes_of = {ord(character): byte for byte, character in alphabet.items()}
+    text = gpt2_merges().translate({**bytes_of, ord(" "): None, ord("\n"): 0x200})
     merged = [token.encode("latin-1") for token in text.split("\u0200")[1:-1]]
-    return [bytes([byte]) for byte in printable + others] + merged
+    return [bytes([byte]) for byte in alphabet] + merged
 
 
-def _read_merges() -> bytes:
+def gpt2_alphabet() -> dict[int, str]:
+    """By byte, in order of rank, the character by which the merge table writes it."""
+    printable = [byte for byte in range(ord("!"), 256) if chr(byte).isprintable()]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def gpt2_merges() -> str:
+    """The merge table.
+
+    Raises:
+        DataError: if the package's file is not the one that was released.
+    """
     path = files("jaxgpt").joinpath("assets", "gpt2", "vocab.bpe")
     try:
         data = path.read_bytes()
@@ -182,7 +192,7 @@ def _read_merges() -> bytes:
         raise DataError(
             f"{path}: expected sha256 {_MERGES_SHA256}, found {digest}: the package is damaged; reinstall jaxgpt"
         )
-    return data
+    return data.decode("utf-8")
 
 
 def _well_formed(text: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from helpers import TINY, make_model
 from hypothesis import HealthCheck, settings
 
-# A kernel that the developer has built decides no test but those of tests/test_native.py.
+# A kernel that the developer has built decides no test but those of tests/test_kernel.py.
 os.environ["JAXGPT_KERNEL"] = "0"
 # Simulated ones, for tests/test_sharding.py; all other tests use the first.
 jax.config.update("jax_num_cpu_devices", 8)

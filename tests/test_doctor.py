@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from jaxgpt import doctor, native, ops
+from jaxgpt import doctor, kernel, ops
 from jaxgpt.cli import main
 
 
@@ -76,11 +76,11 @@ def test_a_cache_that_cannot_be_written_is_told(home, monkeypatch, capsys):
 
 def test_a_kernel_that_went_bad_is_told(home, monkeypatch, capsys):
     only(monkeypatch, "native kernel")
-    monkeypatch.delenv(native.VARIABLE)
+    monkeypatch.delenv(kernel.VARIABLE)
     assert main(["doctor"]) == 0
     assert "not built: jaxgpt build-kernel" in capsys.readouterr().out
-    native.path().parent.mkdir(parents=True)
-    native.path().write_bytes(b"no library")
+    kernel.path().parent.mkdir(parents=True)
+    kernel.path().write_bytes(b"no library")
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "FAIL  native kernel: the kernel is wrong" in out

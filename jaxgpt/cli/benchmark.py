@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for --only that fits nothing, or --rounds below 1.
         MissingExtraError: for --peers without any.
     """
-    from jaxgpt import benchmark, benchmark_peers, native
+    from jaxgpt import benchmark, benchmark_peers, kernel
     from jaxgpt.errors import MissingExtraError
 
     if args.rounds < 1:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         "preset": args.preset,
         "read_bytes_per_s": read,
         "matmul_flops_per_s": flops,
-        "native_kernel": native.available(),
+        "native_kernel": kernel.available(),
         "rows": [],
     }
     for work in chosen:

@@ -15,8 +15,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         KernelError: if it cannot be built.
     """
-    from jaxgpt import native
+    from jaxgpt import kernel
 
-    path = native.build()
-    print(f"{path}: built and checked; jaxgpt generate uses it from now on ({native.VARIABLE}=0 leaves it unused)")
+    path = kernel.build()
+    print(f"{path}: built and checked; jaxgpt generate uses it from now on ({kernel.VARIABLE}=0 leaves it unused)")
     return 0

@@ -8,13 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import GPTConfig, read_json
 from jaxgpt.errors import CheckpointError, ConfigError, shown
-from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer
+from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer, gpt2_alphabet, gpt2_merges
 from jaxgpt.weights.files import Tensor, open_safetensors, without_prefix, write_safetensors
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 
@@ -178,12 +177,9 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
 
 def write_tokenizer(directory: Path, config: GPTConfig) -> None:
     """GPT-2's tokenizer as transformers keeps it: the merge table, and the vocabulary that follows from it."""
-    table = files("jaxgpt").joinpath("assets", "gpt2", "vocab.bpe").read_text(encoding="utf-8")
-    # The 256 bytes as the table writes them: themselves where they print, else the characters from U+0100 on.
-    printable = [character for character in map(chr, range(ord("!"), 256)) if character.isprintable()]
-    others = [chr(256 + i) for i in range(256 - len(printable))]
+    table = gpt2_merges()
     merged = [merge.replace(" ", "") for merge in table.split("\n")[1:] if merge]
-    tokens = [*printable, *others, *merged, END_OF_TEXT]
+    tokens = [*gpt2_alphabet().values(), *merged, END_OF_TEXT]
     (directory / "merges.txt").write_text(table, encoding="utf-8")
     _write_json(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
     _write_json(

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, random_ids
 
-from jaxgpt import cli, generate, load, native, ops, prepare, save, scan_generate, sharding
+from jaxgpt import cli, generate, kernel, load, ops, prepare, save, scan_generate, sharding
 from jaxgpt.errors import KernelError
 from jaxgpt.train_config import MeshConfig
 
@@ -33,21 +33,21 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, (home / "lock").open("w") as lock:
         patch.setenv("XDG_CACHE_HOME", str(home))
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not native.path().is_file():
-            native.build()
+        if not kernel.path().is_file():
+            kernel.build()
     return home
 
 
 @pytest.fixture
 def built(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.delenv(native.VARIABLE)
+    monkeypatch.delenv(kernel.VARIABLE)
 
 
 @pytest.fixture
 def no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(native.VARIABLE)
+    monkeypatch.delenv(kernel.VARIABLE)
     return tmp_path / "jaxgpt"
 
 
@@ -55,7 +55,7 @@ def no_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rows", [(1, 1), (1, 5), (4, 2)])
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
 def test_the_kernels_products_equal_xlas(built, rows, kind):
-    assert native.available()
+    assert kernel.available()
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*rows, 200)), jnp.float32)
     weight = jnp.asarray(30 * rng.normal(size=(77, 200))).astype(kind)
@@ -67,7 +67,7 @@ def test_the_kernels_products_equal_xlas(built, rows, kind):
 
     ours, xlas = (jax.jit(product, static_argnums=1)(x, which) for which in (True, False))
     text = jax.jit(product, static_argnums=1).lower(x, True).as_text()
-    assert native.TARGET in text
+    assert kernel.TARGET in text
     # XLA's int8 product rounds several rows to 15 bits.
     np.testing.assert_allclose(ours, xlas, atol=(1e-4 if kind == "int8" else 2e-6) * float(jnp.abs(xlas).max()))
     each = jax.vmap(lambda x: product(x[None], True)[0])(x)
@@ -90,7 +90,7 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
     with_kernel, its_params = prepare(model, params, dtype)
     assert with_kernel.config.native_kernel
     ours = generate(with_kernel, its_params, prompts, 40).tokens
-    monkeypatch.setenv(native.VARIABLE, "0")
+    monkeypatch.setenv(kernel.VARIABLE, "0")
     without, params = prepare(model, params, dtype)
     assert not without.config.native_kernel
     for row, want in zip(ours, generate(without, params, prompts, 40).tokens, strict=True):
@@ -111,7 +111,7 @@ def test_the_kernel_is_the_users_own(cache):
 
 
 def test_nothing_is_built_unasked(no_cache):
-    assert not native.available()
+    assert not kernel.available()
     assert not no_cache.exists()
 
 
@@ -125,37 +125,37 @@ def test_a_missing_compiler_is_told(no_cache, monkeypatch, capsys):
 def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(KernelError, match=r"the compiler failed .*few_rows\.cc.*exit 1"):
-        native.build()
+        kernel.build()
     assert not list(no_cache.glob("*/*"))
 
 
 @needs_compiler
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
-    source = native.SOURCE.read_text()
+    source = kernel.SOURCE.read_text()
     assert source.count("sums[b][r][s] += ") == 1
     wrong = tmp_path / "few_rows.cc"
     wrong.write_text(source.replace("sums[b][r][s] += ", "sums[b][r][s] -= "))
-    monkeypatch.setattr(native, "SOURCE", wrong)
+    monkeypatch.setattr(kernel, "SOURCE", wrong)
     with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*1 rows by .*off by"):
-        native.build()
+        kernel.build()
     assert not list(no_cache.glob("*/*"))
 
 
 def test_a_file_that_is_no_kernel_is_not_used(no_cache):
-    path = native.path()
+    path = kernel.path()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
     with pytest.warns(UserWarning, match="does not load, XLA does its work: .* Run jaxgpt build-kernel"):
-        assert not native.available()
+        assert not kernel.available()
 
 
 def test_a_kernel_that_others_could_have_put_there_is_not_used(no_cache):
-    path = native.path()
+    path = kernel.path()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
     no_cache.chmod(0o770)
     with pytest.warns(UserWarning, match=f"the native kernel is not used: others can write to {no_cache}"):
-        assert not native.available()
+        assert not kernel.available()
 
 
 @needs_compiler
@@ -166,7 +166,7 @@ def test_a_prepared_model_can_be_exported(built):
     ids = random_ids(TINY, 1, 5)
     program = jax.jit(lambda params, ids: scan_generate(model, params, ids, 6))
     exported = jax.export.export(program)(params, ids)
-    assert native.TARGET not in exported.mlir_module()
+    assert kernel.TARGET not in exported.mlir_module()
     np.testing.assert_array_equal(exported.call(params, ids)[0], generate(model, params, ids.tolist(), 6).tokens[0][5:])
 
 
@@ -176,7 +176,7 @@ def test_the_kernel_is_left_to_single_devices(built):
     mesh = sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
     with sharding.use(mesh):
         text = jax.jit(model.apply).lower({"params": sharding.shard(params, mesh)}, random_ids(TINY, 1, 5)).as_text()
-    assert native.TARGET not in text
+    assert kernel.TARGET not in text
 
 
 @needs_compiler
@@ -187,7 +187,7 @@ def test_the_command_finds_the_kernel_in_a_later_process(cache):
     )
     printed = {}
     for setting in ("0", "1"):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), native.VARIABLE: setting}
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), kernel.VARIABLE: setting}
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         printed[setting] = done.stdout.splitlines()
     assert [printed["0"][0], printed["1"][0]] == ["False", "True"]

@@ -90,7 +90,7 @@ def check_apart(file: Path) -> None:
     Raises:
         KernelError: if it does not load, or computes something else than XLA.
     """
-    _run([sys.executable, "-m", "jaxgpt.native", str(file)], "the kernel is wrong")
+    _run([sys.executable, "-m", "jaxgpt.kernel", str(file)], "the kernel is wrong")
 
 
 def _chosen() -> list[str]:
