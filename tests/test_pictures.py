@@ -283,16 +283,22 @@ def blank(T: int, heads: int = 1) -> Inside:
     return Inside(np.arange(T), weights, np.zeros((3, T, 1)), *np.zeros((2, 3, T, 5)), np.zeros((3, T - 1)))
 
 
+@pytest.mark.parametrize("width", [1, 10])
 @pytest.mark.parametrize(("heads", "shape"), [(1, (1, 1)), (6, (2, 3)), (12, (3, 4)), (25, (5, 5)), (7, (2, 4))])
-def test_heads_fill_a_grid(heads, shape):
+def test_heads_fill_a_grid(heads, shape, width):
     T, config = 30, TINY.replace(n_heads=heads, emb_dim=heads)
-    figure = reading.attention(config, blank(T, heads), 0, [f"t{i}" for i in range(T)])
+    figure = reading.attention(config, blank(T, heads), 0, [f"t{i}".ljust(width, "m") for i in range(T)])
     rows, columns = shape
     assert figure.axes[0].images[0].get_array().shape == (rows * (T + 3) - 3, columns * (T + 3) - 3)
     names = texts(figure)
-    assert {"t0", "t2", "t28"} <= set(names)
-    assert "t1" not in names
+    assert {"t0".ljust(width, "m"), "t2".ljust(width, "m"), "t28".ljust(width, "m")} <= set(names)
+    assert not any(name.startswith("t1m") or name == "t1" for name in names)
     assert "key: the token looked at (every 2nd is named)" in names
+    style.styled(figure.draw_without_rendering)()
+    for text in figure.findobj(matplotlib.text.Text):
+        if text.get_visible() and text.get_text():
+            x0, y0, x1, y1 = text.get_window_extent().extents / np.tile(figure.bbox.size, 2)
+            assert 0 <= min(x0, y0) <= max(x1, y1) <= 1, text
 
 
 def test_the_next_tokens_and_the_lens_say_what_was_seen(read):

@@ -41,7 +41,7 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
     window = config.attention_window if layer in config.banded_layers else T
     visible = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)
     tile = _TILE if down > 1 or across > 2 else 1.5 * _TILE
-    figure = Figure(figsize=(tile * across + 2.1, tile * down + 1.15), layout="constrained")
+    figure = Figure(figsize=(tile * across + 2.1, tile * down + 1.7), layout="constrained")
     axes = figure.subplots()
     for head, weights_TxT in enumerate(weights_HxTxT):
         top, left = head // across * pitch, head % across * pitch
