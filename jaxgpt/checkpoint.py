@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt import distributed, sharding
-from jaxgpt.errors import CheckpointError, MissingExtraError
+from jaxgpt.errors import CheckpointError, require
 from jaxgpt.weights.layout import leaves
 
 
@@ -24,12 +24,9 @@ def import_orbax() -> Any:
     Raises:
         MissingExtraError: without the extra [train].
     """
-    try:
-        import orbax.checkpoint
-    except ImportError:
-        raise MissingExtraError("orbax-checkpoint", "train", "saving and reading training checkpoints") from None
+    library = require("orbax.checkpoint", "train", "saving and reading training checkpoints")
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # it narrates, at length
-    return orbax.checkpoint
+    return library
 
 
 class Checkpoints:

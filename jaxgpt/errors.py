@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import difflib
+import importlib
 import numbers
 import reprlib
 from collections.abc import Iterable
@@ -49,6 +50,18 @@ class TrainingError(RuntimeError):
 
 class KernelError(RuntimeError):
     """The kernel of `jaxgpt.kernel` cannot be built."""
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Imports an optional dependency.
+
+    Raises:
+        MissingExtraError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise MissingExtraError(module, extra, purpose) from None
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from typing import Any
 
 from jaxgpt.config import read_json
 from jaxgpt.data import Tokens
-from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, shown
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, require, shown
 from jaxgpt.train_config import TrainConfig
 
 # Not part of what a run computes, so they may differ when it resumes; nor is the mesh.
@@ -34,11 +34,7 @@ def import_tensorboard() -> Any:
     Raises:
         MissingExtraError: without the extra [tensorboard].
     """
-    try:
-        import tensorboardX
-    except ImportError:
-        raise MissingExtraError("tensorboardX", "tensorboard", "writing for TensorBoard") from None
-    return tensorboardX
+    return require("tensorboardX", "tensorboard", "writing for TensorBoard")
 
 
 class Run:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxgpt.errors import CheckpointError, MissingExtraError, first_line, shown
+from jaxgpt.errors import CheckpointError, first_line, require, shown
 
 # NumPy's name to safetensors' name of each type that a parameter may have in a file.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -120,10 +120,7 @@ def load_torch(path: Path) -> Any:
         CheckpointError: if torch refuses the file, which it does if it holds anything but plain data.
         MissingExtraError: without PyTorch.
     """
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtraError("torch", "torch", f"reading {path}") from None
+    torch = require("torch", "torch", f"reading {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())

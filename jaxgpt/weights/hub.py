@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jaxgpt.errors import CheckpointError, MissingExtraError, first_line
+from jaxgpt.errors import CheckpointError, first_line, require
 
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 
@@ -25,15 +25,10 @@ def download(name: str, *, with_tensors: bool) -> Path:
         CheckpointError: if it is neither in the cache nor to be had; says which files to put where.
         MissingExtraError: without huggingface_hub.
     """
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtraError(
-            "huggingface_hub", "hub", f"no file or directory {name!r}: getting it from the hub"
-        ) from None
+    hub = require("huggingface_hub", "hub", f"no file or directory {name!r}: getting it from the hub")
     patterns = ["config.json", *(_TENSORS if with_tensors else ())]
     try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the family of the library's network errors has changed between its versions
         raise CheckpointError(
             name,
