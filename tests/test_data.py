@@ -46,6 +46,11 @@ def test_gpt2_ids_fit_uint16_and_larger_vocabularies_get_uint32(tmp_path):
         open_tokens(path, GPTConfig(vocab_size=80000))
 
 
+def test_a_token_file_that_cannot_be_written_is_told(tmp_path):
+    with pytest.raises(DataError, match=r"a\.tokens: cannot be written"):
+        Tokens.from_text(TEXT, "bytes").save(tmp_path / "nowhere" / "a.tokens")
+
+
 def test_split_keeps_the_last_part_for_validation():
     tokens = Tokens.from_text("abcdefghij", "bytes")
     train_N, val_N = tokens.split(0.1)

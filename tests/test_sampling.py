@@ -161,6 +161,14 @@ def test_draws_follow_the_filtered_distribution():
     assert chi_square < 25  # 5 degrees of freedom at most: 1 in 7,000
 
 
+def test_one_row_is_drawn_as_in_a_batch():
+    sampler = Temperature(1.7) | TopK(6)
+    keys = jax.random.split(jax.random.key(1), 20)
+    batch = sampler(jnp.broadcast_to(jnp.asarray(LOGITS), (20, 9)), keys)
+    assert [int(sampler(jnp.asarray(LOGITS), key)) for key in keys] == batch.tolist()
+    assert len(set(batch.tolist())) > 2
+
+
 def test_filters_apply_from_left_to_right():
     # After sharpening, one id holds 0.7 of the probability; before, two are needed.
     assert kept(Temperature(0.3) | TopP(0.7), LOGITS) == {3}

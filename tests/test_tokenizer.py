@@ -117,6 +117,7 @@ def test_sizes_and_end_of_text():
     assert (gpt2.name, gpt2.vocab_size, gpt2.end_of_text) == ("gpt2", 50257, 50256)
     assert (byte.name, byte.vocab_size, byte.end_of_text) == ("bytes", 257, 256)
     assert gpt2.decode([0]) == "!"
+    assert eval(repr(gpt2)) is gpt2
 
 
 def test_bytes_are_their_own_ids():

@@ -85,6 +85,26 @@ def test_file_that_shrinks_between_opening_and_reading_is_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(CheckpointError, match="shorter"):
         tensor.read()
+    path.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        tensor.read()
+
+
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "book.safetensors"
+    path.write_bytes(b"")
+
+    def deny(*_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(path), "open", deny)  # root may open anything
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*Permission denied"):
+        weights.load(path)
+
+
+def test_errors_pass_between_processes_whole():
+    error = pickle.loads(pickle.dumps(CheckpointError("a/b", "is truncated")))
+    assert (str(error), error.path.name, error.reason) == ("a/b: is truncated", "b", "is truncated")
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
