@@ -36,10 +36,12 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """For modules that test what is around the compiled programs: XLA's compiler takes half the time."""
+    """For modules that test what is around the compiled programs: XLA's compiler takes half the time. What it makes
+    for them is not used by others."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from jaxgpt.cli import COMMANDS, main
 from jaxgpt.config import PRESETS
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 SCRIPT_COMMANDS = {
     "convert": "convert",

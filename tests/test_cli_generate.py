@@ -19,6 +19,8 @@ from jaxgpt.cli import main
 from jaxgpt.sampling import from_options
 from jaxgpt.text import generate_text
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = TINY.replace(vocab_size=257, tokenizer="bytes", context_length=32)
 N = ["--max-new-tokens", "8"]
 

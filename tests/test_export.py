@@ -13,6 +13,8 @@ from jaxgpt.decode import scan_generate
 from jaxgpt.model import GPT
 from jaxgpt.sampling import Temperature
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 

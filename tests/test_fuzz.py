@@ -33,6 +33,8 @@ from jaxgpt.run import Run
 from jaxgpt.train_config import TrainConfig
 from jaxgpt.weights import huggingface
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 DOCUMENTED = (CheckpointError, ConfigError, DataError)
 # Of Python and NumPy, beside what a good file of that size takes (a few hundred kilobytes).
 MEMORY = 32e6

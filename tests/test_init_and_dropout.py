@@ -14,6 +14,8 @@ from helpers import TINY, make_model, random_ids
 from jaxgpt.config import GPTConfig
 from jaxgpt.model import GPT, MultiHeadAttention, TransformerBlock
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 WIDE = GPTConfig(
     vocab_size=300, context_length=64, emb_dim=64, n_heads=4, n_layers=3, drop_rate=0.0, tie_embeddings=False
 )

@@ -19,6 +19,8 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.generation import bucket, generate
 from jaxgpt.sampling import Greedy, Temperature, TopK
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # One layer: what is counted here does not depend on depth.
 CONFIG = GPTConfig(vocab_size=61, context_length=32, emb_dim=16, n_heads=2, n_layers=1, drop_rate=0.0)
 SAMPLERS = (Greedy(), Temperature(1.3) | TopK(20))

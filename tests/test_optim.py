@@ -16,6 +16,8 @@ from jaxgpt.optim import is_matrix, optimizer, schedule
 from jaxgpt.train_config import TrainConfig
 from jaxgpt.train_step import init_state, make_step
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = TrainConfig(
     model=TINY, steps=20, batch_size=4, warmup_steps=4, learning_rate=3e-3, final_learning_rate=0.1, clip_norm=0.0
 )

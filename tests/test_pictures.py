@@ -31,6 +31,8 @@ matplotlib = pytest.importorskip("matplotlib")
 from jaxgpt.pictures import curves, reading, report, style  # noqa: E402
 from jaxgpt.pictures.architecture import architecture, describe  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes", context_length=160)
 PROMPT = 'To be, $5 < "né"\n'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -26,6 +26,8 @@ from jaxgpt.model import GPT
 from jaxgpt.weights import book, huggingface, layout, nanogpt, unstack_layers
 from jaxgpt.weights.quantise import cast_params
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 UNTIED = TINY.replace(tie_embeddings=False)
 BOOK = TINY.replace(tie_embeddings=False, qkv_bias=False)
 NANOGPT_BARE = TINY.replace(bias=False, qkv_bias=False, activation="gelu")
