@@ -113,6 +113,17 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_sigterm_ends_a_process_that_has_joined():
+    """JAX's own service for preemptions would swallow it."""
+    program = (
+        "import os, signal, time; from jaxgpt import distributed;"
+        f"distributed.initialize('127.0.0.1:{free_port()}', 1, 0);"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, ""), done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
