@@ -47,7 +47,7 @@ class Checkpoints:
         self._stale: list[int] = []
         self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=_LatestAndBest(keep, self.best_of),
+            preservation_policy=_LatestAndBest(keep, self.best_of, self._stale),
             enable_async_checkpointing=False,  # a save that has returned is on disk
             cleanup_tmp_directories=not read_only,  # what a killed save left
             read_only=read_only,
@@ -84,12 +84,18 @@ class Checkpoints:
             state=self._ocp.args.StandardSave(state), manifest=self._ocp.args.JsonSave(_manifest(state))
         )
         try:
-            while self._stale:
-                self._manager.delete(self._stale.pop())
+            if step in self._stale:
+                self._delete(step)
             self._manager.save(step, args=args, force=True)
+            for stale in list(self._stale):
+                self._delete(stale)
         except (OSError, ValueError) as error:  # a full disk reaches us as either
             reason = f"step {step} could not be written, earlier checkpoints are untouched: {_first_line(error)}"
             raise CheckpointError(self._directory, reason) from error
+
+    def _delete(self, step: int) -> None:
+        self._manager.delete(step)
+        self._stale.remove(step)
 
     def restore(self, step: int, abstract_state: Any) -> Any:
         """Reads the state of one step.
@@ -104,8 +110,10 @@ class Checkpoints:
         directory = self._directory / str(step)
         with distributed.together(CheckpointError(directory, "another process could not read it")):
             state, manifest = self._read(directory, abstract_state)
-        if damaged := [name for name, entry in _manifest(state).items() if entry != manifest[name]]:
-            raise CheckpointError(directory, f"damaged: {', '.join(damaged[:5])}")
+        found = _manifest(state)
+        with distributed.together(CheckpointError(directory, "another process found it damaged")):
+            if damaged := [name for name, entry in found.items() if entry != manifest[name]]:
+                raise CheckpointError(directory, f"damaged: {', '.join(damaged[:5])}")
         return state
 
     def _read(self, directory: Path, abstract_state: Any) -> tuple[Any, dict[str, list]]:
@@ -125,31 +133,34 @@ class Checkpoints:
     def _item(self, handler: Callable[[], Any], directory: Path, args: Any) -> Any:
         try:
             return handler().restore(directory, args=args)
-        except MemoryError:
-            raise  # says nothing of the files
         except Exception as error:  # whatever orbax and its storage raise at damaged files is open-ended
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # says nothing of the files
             raise CheckpointError(directory.parent, f"cannot be restored: {_first_line(error)}") from error
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
         """(step, state) of the latest checkpoint that is whole. Says so through `warn` when one had to be passed
-        over; those are deleted when the next one is saved.
+        over; those are deleted once the next one is saved.
 
         Raises:
             CheckpointError: if there is none.
         """
         passed_over: list[int] = []
+        reason = ""
         for step in reversed(self.steps()):
             try:
                 state = self.restore(step, abstract_state)
             except CheckpointError as error:
                 warn(f"{error}; falling back to the checkpoint before it")
                 passed_over.append(step)
+                reason = error.reason
             else:
-                self._stale = passed_over
+                self._stale[:] = passed_over
                 return step, state
         raise CheckpointError(
             self._directory,
-            "no checkpoint fits: they are damaged, or the model, the optimizer or the averaging is not the run's own",
+            "no checkpoint fits: they are damaged, or the model, the optimizer or the averaging is not the run's own; "
+            f"the last that was tried {reason}",
         )
 
     def close(self) -> None:
@@ -163,11 +174,12 @@ class _LatestAndBest:
 
     keep: int
     best_of: Callable[[Sequence[int]], int | None]
+    stale: Sequence[int]  # they go later, and do not count here
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = {*sorted(steps)[-self.keep :], self.best_of(steps)}
-        return [step in kept for step in steps]
+        good = [checkpoint.step for checkpoint in checkpoints if checkpoint.step not in self.stale]
+        kept = {*sorted(good)[-self.keep :], self.best_of(good), *self.stale}
+        return [checkpoint.step in kept for checkpoint in checkpoints]
 
 
 def _first_line(error: Exception) -> str:

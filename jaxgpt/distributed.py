@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +28,8 @@ def initialize(
             are given.
         processes: how many there are. Without it, all is as the cluster that JAX finds itself in says (Slurm, Open
             MPI, Kubernetes, Cloud TPU).
-        process: which of them this is, from 0.
+        process: which of them this is, from 0. On a host with several accelerators, let the environment give each
+            process its own (CUDA_VISIBLE_DEVICES, say).
         timeout: seconds to wait for the others.
 
     Raises:
@@ -100,10 +103,24 @@ def highest(value: int) -> int:
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
 
+def check_same(what: str, value: Any) -> None:
+    """Raises ConfigError, in every process, unless all of them bring a value with the same `repr`."""
+    if jax.process_count() == 1:
+        return
+    from jax.experimental import multihost_utils
+
+    digest = hashlib.sha256(repr(value).encode()).digest()
+    everyones = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
+    differing = np.flatnonzero((everyones != everyones[0]).any(axis=-1))
+    if differing.size:
+        raise ConfigError(f"processes 0 and {differing[0]} differ in {what}: start them alike, on the same files")
+
+
 @contextlib.contextmanager
 def together(otherwise: Exception) -> Iterator[None]:
     """For what may fail in one process and not in another: it ends when all have come to its end, and where it fails
-    in one, it fails in all. (Left to itself, each would wait for the others at their next exchange.)
+    in one, it fails in all. (Left to itself, each would wait for the others at their next exchange.) It is an exchange
+    itself, so there must be none within it.
 
     Raises:
         `otherwise`, where only other processes failed; in these, what they raised.

@@ -157,12 +157,12 @@ def _kernel() -> str:
 
     if os.environ.get(kernel.VARIABLE) == "0":
         return f"switched off by {kernel.VARIABLE}"
-    file = kernel.path()
-    if not file.is_file():
-        return "not built: jaxgpt build-kernel makes decoding on a CPU faster"
     try:
+        file = kernel.built()
+        if file is None:
+            return "not built: jaxgpt build-kernel makes decoding on a CPU faster"
         kernel.check_apart(file)
-    except KernelError as error:
+    except (KernelError, OSError) as error:
         raise Wrong(str(error), f"jaxgpt build-kernel, or {kernel.VARIABLE}=0 to do without") from None
     return f"{file}: equals float64"
 

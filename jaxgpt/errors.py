@@ -42,6 +42,10 @@ class MissingExtraError(ImportError):
 
     def __init__(self, module: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs {module!r}: pip install 'jaxgpt[{extra}]'")
+        self._arguments = module, extra, purpose
+
+    def __reduce__(self):
+        return type(self), self._arguments
 
 
 class TrainingError(RuntimeError):
@@ -57,10 +61,13 @@ def require(module: str, extra: str, purpose: str) -> Any:
 
     Raises:
         MissingExtraError: if it is not installed.
+        ImportError: its own, if it is, and does not work.
     """
     try:
         return importlib.import_module(module)
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # something that it needs itself
         raise MissingExtraError(module, extra, purpose) from None
 
 

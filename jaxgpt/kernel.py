@@ -4,7 +4,6 @@ user's cache, and used from then on by what `jaxgpt.prepare` returns. Without it
 from __future__ import annotations
 
 import ctypes
-import functools
 import hashlib
 import os
 import shlex
@@ -49,15 +48,28 @@ def available() -> bool:
     if os.environ.get(VARIABLE) == "0":
         return False
     try:
-        file = path()
-        if not file.is_file():
-            return False
-        for directory in (file.parent, file.parent.parent):
-            startup.check_private(directory)
-    except (OSError, RuntimeError) as error:  # a RuntimeError if there is no home
+        file = built()
+    except OSError as error:
         warnings.warn(f"the native kernel is not used: {error}. {VARIABLE}=0 switches it off.", stacklevel=2)
         return False
-    return _load(file)
+    return file is not None and _load(file)
+
+
+def built() -> Path | None:
+    """The kernel's file, if there is one.
+
+    Raises:
+        OSError: if others could have written it, or it cannot be looked at.
+    """
+    try:
+        file = path()
+    except RuntimeError:  # no home
+        return None
+    if not file.is_file():
+        return None
+    for directory in (file.parent, file.parent.parent):
+        startup.check_private(directory)
+    return file
 
 
 def build() -> Path:
@@ -80,7 +92,6 @@ def build() -> Path:
         _run(command, "the compiler failed")
         check_apart(made)
         made.replace(file)
-    _load.cache_clear()
     return file
 
 
@@ -112,14 +123,20 @@ def path() -> Path:
     return startup.cache_directory(DIRECTORY) / f"few_rows-{digest}.so"
 
 
-@functools.cache
+# JAX takes a kernel's name once a process.
+_loaded: set[Path] = set()
+
+
 def _load(path: Path) -> bool:
+    if path in _loaded:
+        return True
     try:
         handler = ctypes.CDLL(str(path)).JaxgptFewRows
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     except (OSError, AttributeError) as error:
         warnings.warn(f"{path} does not load, XLA does its work: {error}. Run jaxgpt build-kernel.", stacklevel=3)
         return False
+    _loaded.add(path)
     return True
 
 

@@ -68,6 +68,18 @@ class Run:
                 raise CheckpointError(self.directory, "another trainer is running in this directory") from None
             yield
 
+    def make(self) -> None:
+        """Makes the directories."""
+        if self.writes:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def check_shared(self) -> None:
+        """Raises CheckpointError if this process does not see what another has made."""
+        if not self.checkpoints.is_dir():
+            raise CheckpointError(
+                self.directory, "not seen by every process: they need one directory, on a disk that they share"
+            )
+
     def check_new(self) -> None:
         """Raises CheckpointError if the directory holds a run."""
         if self.description.exists():

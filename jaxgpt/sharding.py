@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -126,8 +127,9 @@ def abstract(tree: Any, layout: Any) -> Any:
 
 
 def default_device() -> Any:
-    """Where new arrays are made."""
-    return jax.config.jax_default_device or jax.local_devices()[0]  # type: ignore[attr-defined]
+    """The device on which new arrays are made."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
 
 
 def on_host() -> Any:
@@ -151,7 +153,8 @@ def shard(params: Any, mesh: Mesh) -> Any:
 
 def _put(leaf: Any, sharding: NamedSharding) -> Array:
     # A callback, because each process holds the whole array and puts only its own devices' parts.
-    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def mesh_of(params: Any) -> Mesh | None:

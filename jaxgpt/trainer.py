@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -106,10 +107,14 @@ def train(
                 run.check_resume(config, tokens, init_from)
             elif not resume:
                 run.check_new()
-        checkpoints = held.enter_context(
-            contextlib.closing(Checkpoints(run.checkpoints, config.keep, run.val_losses()))
-        )
+            run.make()
+        distributed.check_same("their arguments or their data", (config, tokens.sha256, resume, force, init_from))
+        with distributed.together(alone):
+            run.check_shared()
+            val_losses = run.val_losses()
+        checkpoints = held.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.keep, val_losses)))
         progress = held.enter_context(TrainProgress(config.steps, quiet=not run.writes))
+        distributed.check_same("the checkpoints that they see", checkpoints.steps())
         if resume and checkpoints.steps():
             start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
         else:
@@ -152,7 +157,7 @@ class _Loop:
         with _signals() as received:
             while done < config.steps and not (stop := self.stop(received, done)):
                 # The batch is made while the device works on the step before.
-                state, figures = step_fn(state, self.batch(done))
+                state, figures = step_fn(state, self.global_batch(done))
                 done += 1
                 running.append((done, figures))
                 if len(running) > 1:
@@ -163,16 +168,18 @@ class _Loop:
                     self.pause(done, state)
             while running:
                 self.record(*running.popleft())
-            stop = stop or self.stop(received, config.steps)
             if stop:
                 if done not in self.checkpoints.steps() and self.healthy(state):
                     self.checkpoints.save(done, state)
                 self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
-        self.run.plot_losses()
+        try:
+            self.run.plot_losses()
+        except Exception as error:  # a picture is not worth a finished run
+            self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
         return TrainResult(done, eval_params(state), config.model, last_val_loss, stop)
 
-    def batch(self, step: int) -> Any:
+    def global_batch(self, step: int) -> Any:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
         config, mesh = self.config, self.mesh
         if mesh is None:
@@ -225,7 +232,7 @@ class _Loop:
         config, loss, improved = self.config, None, False
         evaluating = self.due(config.eval_interval, step)
         if evaluating and config.val_fraction:
-            evaluation = self.evaluate(eval_params(state), config.eval_windows)
+            evaluation = self.validate(eval_params(state), config.eval_windows)
             loss = evaluation.loss
             improved = loss < min(self.val_losses.values(), default=math.inf)
             self.run.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
@@ -240,7 +247,7 @@ class _Loop:
             self.progress.say(self.sample(step, eval_params(state)))
         self.clock = time.perf_counter(), step
 
-    def evaluate(self, params: Any, windows: int, batch_size: int = 8) -> Evaluation:
+    def validate(self, params: Any, windows: int, batch_size: int = 8) -> Evaluation:
         ids_N = self.val_N if self.config.val_fraction else self.train_N
         window = self.config.window
         return evaluate(self.model, params, ids_N, window=window, max_windows=windows, batch_size=batch_size)
@@ -248,7 +255,7 @@ class _Loop:
     def healthy(self, state: State) -> bool:
         """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
         it does not tell of an update that has just ruined them."""
-        return math.isfinite(self.evaluate(state["params"], windows=1, batch_size=1).loss)
+        return math.isfinite(self.validate(state["params"], windows=1, batch_size=1).loss)
 
     def sample(self, step: int, params: Any) -> str:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
@@ -280,8 +287,9 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         if chosen not in steps:
             raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
         with sharding.on_host():  # with the optimiser's state, it may be more than a device has
-            params = eval_params(checkpoints.restore(chosen, abstract_state(config)))
-    params = jax.device_put(cast_params(params, param_dtype), sharding.default_device())
+            state = checkpoints.restore(chosen, abstract_state(config))
+            params = jax.tree.map(np.asarray, cast_params(eval_params(state), param_dtype))
+    params = jax.tree.map(jax.device_put, params)
     return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import random
 import re
 import tracemalloc
@@ -54,7 +55,7 @@ def run(model, number):
 
 def resident():
     """Bytes of this process in memory."""
-    return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
 
 
 @pytest.mark.slow
@@ -78,7 +79,7 @@ def test_two_thousand_generations_keep_no_memory_and_compile_no_more(model, capl
     assert {bucket(n, 16, 32) for n in range(1, 33)} == {16, 32}
     assert 0 < len(compiled) <= len(BATCHES) * len(SAMPLERS) * (2 + 2)
     assert late == []
-    assert len(jax.live_arrays()) == arrays
+    assert len(jax.live_arrays()) <= arrays
     # Python's own objects: a generation that kept its ids alone would keep 1,600 times 500 bytes.
     assert kept < 300_000
     # A generation's cache and logits are 20 kB: kept, they would be 32 MB. The allocator's own noise is below a fourth.

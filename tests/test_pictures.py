@@ -142,9 +142,7 @@ def test_labels_show_what_does_not_print():
     assert token_labels(get_tokenizer("bytes"), [84, 32, 10, 0xC3, 256]) == ["T", "␣", "\\n", "\\xc3", "<|endoftext|>"]
     gpt2 = get_tokenizer("gpt2")
     ids = gpt2.encode(" the é 你\x1b\u200b")
-    assert "".join(token_labels(gpt2, ids)) == "␣the␣é␣\\xe4\\xbd\\xa0\\x1b\\u200b".replace(
-        "\\u200b", "".join(token_labels(gpt2, gpt2.encode("\u200b")))
-    )
+    assert "".join(token_labels(gpt2, ids)) == "␣the␣é␣\\xe4\\xbd\\xa0\\x1b\\u200b"
     assert token_labels(gpt2, [50256, 50257]) == ["<|endoftext|>", "#50257"]
 
 
@@ -487,16 +485,33 @@ def test_plot_says_what_is_wrong(tmp_path, monkeypatch, capsys, argv, message):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [["plot", "run"], ["inspect", "gpt2", "--plot", "out"]])
-def test_drawing_without_its_extra_names_it(tmp_path, monkeypatch, capsys, argv):
-    monkeypatch.chdir(tmp_path)
+BARE = """
+import sys
+
+class NoMatplotlib:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] == "matplotlib":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NoMatplotlib())
+from jaxgpt.cli import main
+print([main(arguments.split()) for arguments in sys.argv[1:]])
+"""
+
+
+def test_drawing_without_its_extra_names_it_and_training_does_without(tmp_path):
     write_run(tmp_path / "run", metrics(1))
-    for name in [name for name in sys.modules if name.startswith("jaxgpt.pictures")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert main(argv) == 2
-    assert "drawing needs 'matplotlib': pip install 'jaxgpt[plot]'" in capsys.readouterr().err
+    sizes = "context_length = 8\nemb_dim = 8\nn_heads = 1\nn_layers = 1\n"
+    (tmp_path / "config.toml").write_text(
+        f'[model]\ntokenizer = "bytes"\nvocab_size = 257\n{sizes}[train]\nsteps = 2\nwarmup_steps = 0\nbatch_size = 1\n'
+    )
+    (tmp_path / "text").write_text("a text " * 100)
+    commands = ["plot run", "inspect gpt2 --plot out", "train config.toml --data text --out trained"]
+    done = subprocess.run([sys.executable, "-c", BARE, *commands], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "[2, 2, 0]\n", done.stderr
+    assert done.stderr.count("drawing needs 'matplotlib': pip install 'jaxgpt[plot]'") == 2
     assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "curves.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -530,7 +545,7 @@ def test_inspect_prints_the_prompt_and_the_lens(saved, read, capsys):
     out = capsys.readouterr().out
     assert "total" in out
     assert re.search(r"^ +0 +T .*%", out, re.MULTILINE)
-    assert re.search(r"^ +16 +\\x", out, re.MULTILINE) or "\\xc3" in out
+    assert "\\xc3" in out
     for place in ("the embeddings", "block 0", "block 1"):
         assert re.search(rf"^ *{place} .*\d%", out, re.MULTILINE)
     assert max(map(len, out.splitlines())) <= 120

@@ -75,8 +75,10 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
     with sharding.use(mesh):
         after, got = jit_step(config, mesh)(state, ids)
     assert_close(got, figures)
-    # Adam's first moment is (1 - beta1) times the gradient.
     assert_close(after["opt_state"], want["opt_state"])
+    # Adam's first moment is (1 - beta1) times the gradient.
+    gradients, its = (optax.tree.get(state["opt_state"], "mu") for state in (after, want))
+    assert_close(gradients, its, atol=1e-5 * (1 - config.beta1))
     # Its first step is learning_rate * g / (|g| + 1e-8), which of a gradient near 0 shows every rounding.
     moments = jax.tree.leaves(optax.tree.get(want["opt_state"], "mu"))
     steady = [np.abs(moment) > (1 - config.beta1) * 1e-6 for moment in moments]
@@ -252,6 +254,15 @@ def test_the_commands_take_a_mesh(capsys):
     assert capsys.readouterr().out == want
     assert main(["generate", "--prompt", "A", "--mesh", "tensor=5"]) == 2
     assert "tensor=5 does not divide n_heads=6" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", ["cpu", 3, None])
+def test_the_default_device_is_the_users(chosen):
+    device = chosen if chosen in ("cpu", None) else jax.devices()[chosen]
+    with jax.default_device(device):
+        assert sharding.default_device() == jax.devices()[chosen if chosen == 3 else 0]
+    with jax.default_device(jax.devices()[3]), sharding.on_host():
+        assert jnp.ones(1).device == jax.devices("cpu")[0]
 
 
 def test_without_a_mesh_nothing_is_constrained():

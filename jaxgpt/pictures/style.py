@@ -8,15 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import MissingExtraError
-
-try:
-    import matplotlib
-    from matplotlib import font_manager
-    from matplotlib.colors import ListedColormap
-    from matplotlib.figure import Figure
-except ImportError:
-    raise MissingExtraError("matplotlib", "plot", "drawing") from None
+import matplotlib
+from matplotlib import font_manager
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 
 INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
 # On the page these follow the reader's light or dark scheme.
