@@ -197,15 +197,16 @@ RUN = dataclasses.replace(
 
 @pytest.mark.slow
 def test_a_checkpoint_resumes_on_other_devices(tmp_path):
-    many, want = "data=2,fsdp=2,tensor=2", train(RUN, tokens(), tmp_path / "from 1").params
-    train(dataclasses.replace(RUN, mesh=MeshConfig.parse(many)), tokens(), tmp_path / "from 8")
-    for written, then in (("from 8", ""), ("from 8", "tensor=4"), ("from 1", many)):
-        copy = tmp_path / f"{written} on {then}"
+    meshes = {"1": "", "4": "tensor=4", "8": "data=2,fsdp=2,tensor=2"}
+    configs = {name: dataclasses.replace(RUN, mesh=MeshConfig.parse(text)) for name, text in meshes.items()}
+    written = {name: train(config, tokens(), tmp_path / name).params for name, config in configs.items()}
+    for first, then in (("8", "1"), ("8", "4"), ("1", "8"), ("4", "8")):
+        copy = tmp_path / f"{first} to {then}"
         # As if it had been stopped after the checkpoint of step 2.
-        shutil.copytree(tmp_path / written, copy, ignore=lambda _, names: {"4"} & set(names))
-        result = train(dataclasses.replace(RUN, mesh=MeshConfig.parse(then)), tokens(), copy, resume=True)
+        shutil.copytree(tmp_path / first, copy, ignore=lambda _, names: {"4"} & set(names))
+        result = train(configs[then], tokens(), copy, resume=True)
         assert result.step == 4
-        assert_close(result.params, want)
+        assert_close(result.params, written["1"])
 
 
 @pytest.mark.parametrize(
