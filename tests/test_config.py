@@ -189,10 +189,11 @@ def test_gpt3_files_hold_the_published_training(name, published):
     tokens, learning_rate = published
     assert config.window == 2048
     assert config.learning_rate == learning_rate
-    assert config.batch_size % 4 == 0
-    assert config.batch_size * 2048 == pytest.approx(tokens, abs=2 * 2048)
-    assert config.steps * config.batch_size * 2048 == pytest.approx(300e9, rel=1e-5)
-    assert config.warmup_steps * config.batch_size * 2048 == pytest.approx(375e6, rel=5e-3)
+    assert config.batch_size % 256 == 0
+    assert config.batch_size * 2048 == pytest.approx(tokens, rel=0.05)
+    step = config.batch_size * 2048
+    assert config.steps * step == pytest.approx(300e9, abs=step / 2)
+    assert config.warmup_steps * step == pytest.approx(375e6, abs=step / 2)
     same = {"beta1": 0.9, "beta2": 0.95, "clip_norm": 1.0, "weight_decay": 0.1, "final_learning_rate": 0.1}
     assert {field: getattr(config, field) for field in same} == same
     assert config.optimizer == "adamw"

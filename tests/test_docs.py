@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
+import dataclasses
 import io
 import re
+import shlex
 import shutil
 from pathlib import Path
 from xml.etree import ElementTree
@@ -15,7 +18,9 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, config, weights
+from jaxgpt import cli, config, planner, weights
+from jaxgpt.cli import plan, train
+from jaxgpt.train_config import MeshConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -24,6 +29,9 @@ PICTURES = ROOT / "docs" / "pictures"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
+MESH_COMMAND = re.compile(
+    r"(?:^    |`)(?:jaxgpt (?:train|plan) )?((?:configs/)?gpt3-\S+ [^`\n]*--(?:mesh|topology) [^`\n#]*)", re.M
+)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
@@ -86,6 +94,21 @@ def plotted(picture: Path) -> dict[str, list[float]]:
 def test_links_lead_somewhere(page):
     for target in LINK.findall(page.read_text(encoding="utf-8")):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize(("page", "commands"), [("README.md", 2), ("docs/scaling.md", 11)])
+def test_meshes_on_the_page_divide_the_models_and_their_batches(page, commands):
+    found = MESH_COMMAND.findall((ROOT / page).read_text(encoding="utf-8"))
+    assert len(found) == commands
+    for command in found:
+        parser = argparse.ArgumentParser()
+        (plan if "--topology" in command else train).add_arguments(parser)
+        args = parser.parse_args(shlex.split(command))
+        if "--topology" in command:
+            planner.resolve(args.config, planner.Topology.parse(args.topology), args.mesh, args.set, args.batch)
+        else:
+            run = TrainConfig.from_file(ROOT / args.config, args.set)
+            planner.check(dataclasses.replace(run, mesh=MeshConfig.parse(args.mesh)))
 
 
 def test_readme_names_every_module():
