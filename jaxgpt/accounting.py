@@ -150,14 +150,17 @@ def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:
 def training_flops(config: GPTConfig, batch: int, length: int) -> Flops:
     """Operations of one training step over [B, T] ids: the forward pass, and twice it for the backward pass.
 
-    With `remat="block"` the backward pass computes the blocks' forward again: four times in all for the blocks
-    and three for the output head. ("dots" keeps the results of the matrix products, so it adds nothing here.)
-    Rows of scores that attention itself recomputes to save memory are not counted. For the utilisation of a
-    machine as usually quoted, recomputation is left out: use three times `forward_flops`.
+    With `remat="block"` the backward pass computes the blocks' forward again, but for their last product, fc_out, whose
+    result no gradient needs: four times in all for a block's other products and three for fc_out and the output head.
+    With "dots" it keeps the linear layers' products, and only attention is computed four times. Rows of scores that
+    attention itself recomputes to save memory are not counted. For the utilisation of a machine as usually quoted,
+    recomputation is left out: use three times `forward_flops`.
     """
     body, head = _linear_flops(config, batch, length)
-    passes = 4 if config.remat == "block" else 3
-    return Flops(linear=passes * body + 3 * head, attention=passes * _attention_flops(config, batch, length))
+    fc_out = 2 * batch * length * config.n_layers * config.emb_dim * config.ffn_dim
+    again = body - fc_out if config.remat == "block" else 0
+    passes = 3 if config.remat == "none" else 4
+    return Flops(linear=3 * (body + head) + again, attention=passes * _attention_flops(config, batch, length))
 
 
 def causal_attention_flops(config: GPTConfig, batch: int, length: int) -> int:

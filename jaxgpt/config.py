@@ -73,7 +73,7 @@ class GPTConfig:
         scan_layers: one scanned block with parameters stacked on a leading axis [L, ...] instead of L
             blocks: compile time no longer grows with depth.
         remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
-            everything but the matrix products ("dots").
+            everything but the linear layers' products ("dots").
         native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.kernel`. `jaxgpt.prepare` sets it
             where that is built; it is not for training, and not saved.
     """

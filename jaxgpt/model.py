@@ -337,7 +337,7 @@ def _block(config: GPTConfig) -> type[nn.Module]:
     Block: Any = TransformerBlock
     alternates = config.scan_layers and bool(config.banded_layers)  # then `banded` is data, one value a layer
     if config.remat != "none":
-        policy = jax.checkpoint_policies.checkpoint_dots if config.remat == "dots" else None
+        policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if config.remat == "dots" else None
         # Argument 4 is `deterministic`, 5 `banded` (0 is self). A scan cannot be undone by common subexpression
         # elimination.
         static = (4,) if alternates else (4, 5)

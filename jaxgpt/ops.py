@@ -30,17 +30,21 @@ def dot(subscripts: str, x: Array, y: Array, dtype: str) -> Array:
 
     Every index must appear in two of the three terms (true of any matrix product).
     """
+    return _einsum(subscripts, x.astype(dtype), y.astype(dtype))
+
+
+def _einsum(subscripts: str, x: Array, y: Array) -> Array:
     # HIGHEST keeps float32 from being rounded to TF32 or bfloat16 on accelerators.
-    precision = lax.Precision.HIGHEST if dtype == "float32" else lax.Precision.DEFAULT
-    return jnp.einsum(
-        subscripts, x.astype(dtype), y.astype(dtype), precision=precision, preferred_element_type=jnp.float32
-    )
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
 
 
 def _dot_forward(subscripts, x, y, dtype):
     # Types travel as empty arrays, because residuals must be arrays.
     kinds = jnp.empty(0, x.dtype), jnp.empty(0, y.dtype)
-    return dot(subscripts, x, y, dtype), (x.astype(dtype), y.astype(dtype), *kinds)
+    operands = x.astype(dtype), y.astype(dtype)
+    # The product itself and not `dot`, in which a rematerialisation's policy would not see it.
+    return _einsum(subscripts, *operands), (*operands, *kinds)
 
 
 def _dot_backward(subscripts, dtype, residuals, g):

@@ -149,17 +149,30 @@ def test_a_banded_layer_counts_its_band():
         accounting.causal_attention_flops(ALTERNATING, 1, 17)
 
 
-def test_remat_adds_one_forward_pass_of_the_blocks():
-    plain = accounting.training_flops(TINY, 2, 8)
+def test_remat_adds_a_forward_pass_without_what_no_gradient_needs():
     forward = accounting.forward_flops(TINY, 2, 8)
-    head = 2 * 2 * 8 * TINY.vocab_size * TINY.emb_dim
-    block = accounting.training_flops(TINY.replace(remat="block"), 2, 8)
-    assert (plain.linear, plain.attention) == (3 * forward.linear, 3 * forward.attention)
-    assert (block.linear - plain.linear, block.attention - plain.attention) == (
-        forward.linear - head,
-        forward.attention,
+    head_and_fc_out = 2 * 2 * 8 * TINY.emb_dim * (TINY.vocab_size + TINY.n_layers * TINY.ffn_dim)
+    plain, dots, block = (
+        accounting.training_flops(TINY.replace(remat=remat), 2, 8) for remat in ("none", "dots", "block")
     )
-    assert accounting.training_flops(TINY.replace(remat="dots"), 2, 8) == plain
+    assert (plain.linear, plain.attention) == (3 * forward.linear, 3 * forward.attention)
+    assert (dots.linear, dots.attention) == (3 * forward.linear, 4 * forward.attention)
+    assert (block.linear, block.attention) == (4 * forward.linear - head_and_fc_out, 4 * forward.attention)
+
+
+def test_what_a_training_step_computes_again_is_what_its_program_does():
+    programs = {}
+    for remat in ("none", "dots", "block"):
+        config, ids = SHAPES["odd feed-forward"].replace(remat=remat), jnp.zeros((3, 7), jnp.int32)
+        model = GPT(config)
+        params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+        gradient = jax.grad(lambda params, model=model, ids=ids: jnp.sum(model.apply({"params": params}, ids) ** 2))
+        programs[remat] = product_flops(jax.make_jaxpr(gradient)(params).jaxpr)
+        assert programs[remat].linear == accounting.training_flops(config, 3, 7).linear
+    # Attention computes scores again in every backward pass, so only what a policy adds is exact.
+    forward = accounting.forward_flops(SHAPES["odd feed-forward"], 3, 7).attention
+    for remat in ("dots", "block"):
+        assert programs[remat].attention == programs["none"].attention + forward
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

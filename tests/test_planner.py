@@ -294,8 +294,8 @@ def test_gpt2_compiled_for_four_chips():
     for part in ("parameters", "optimiser"):  # all sharded, but LayerNorms and biases
         assert training["memory_bytes"][part] == pytest.approx(analytic["memory_bytes"][part], rel=0.01)
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.3)
-    # Attention skips what is masked.
-    assert 0.9 * analytic["flops"] < training["flops"] < analytic["flops"]
+    # Attention skips what is masked; the loss's last chunk is filled up, from 357 positions to 667.
+    assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
     assert analytic["hbm_bytes"] < training["hbm_bytes"]
     sent, expected = (sum(way["wire_bytes"].values()) for way in (training, analytic))
     assert expected < sent < 3 * expected
@@ -317,7 +317,8 @@ def test_gpt3_compiled_for_a_pod_it_fits():
     # Biases and LayerNorms are on every chip.
     assert training["memory_bytes"]["parameters"] == pytest.approx(4 * 174_604_259_328 / 1024, rel=0.06)
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.5)
-    assert 0.9 * analytic["flops"] < training["flops"] < analytic["flops"]
+    # Banded layers are counted as dense ones in the program, and as bands in the formulae.
+    assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
     # Nothing is gathered that the formulae do not know of: XLA once gathered all of the qkv weights on every chip.
     for kind in ("all-gather", "reduce-scatter"):
         assert training["wire_bytes"][kind] == pytest.approx(analytic["wire_bytes"][kind], rel=0.2)
