@@ -154,7 +154,7 @@ def test_replace_validates():
         GPTConfig().replace(layers=2)
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith(("gpt2", "gpt3-", "book-"))])
 def test_preset_names_and_their_kind(name):
     config = GPTConfig.preset(name)
     assert config.vocab_size == 50257
@@ -178,7 +178,7 @@ def test_an_unknown_preset_is_told_the_nearest():
 def test_each_preset_is_also_a_file_that_spells_it_out(name):
     path = CONFIGS / f"{name}.toml"
     assert GPTConfig.from_file(path) == GPTConfig.preset(name)
-    spelt = ARCHITECTURE | (BAND if name.startswith("gpt3-") else set())
+    spelt = ARCHITECTURE | (BAND if GPTConfig.preset(name).banded_layers else set())
     assert set(tomllib.loads(path.read_text(encoding="utf-8"))["model"]) == spelt
 
 
