@@ -62,6 +62,15 @@ def test_malformed_safetensors_is_refused_before_anything_is_allocated(header, s
     assert peak < 1e6
 
 
+def test_a_header_longer_than_any_models_is_refused(tmp_path):
+    """safetensors takes up to 100 MB of it, which would take gigabytes when parsed."""
+    header = b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}'.ljust(files.HEADER_LIMIT + 8)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    with pytest.raises(CheckpointError, match=r"a header of 16,777,224 bytes is longer than any model's"):
+        weights.load(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"abc", b"To be, or not to be, that is the question."])
 def test_files_of_another_kind_are_refused(content, tmp_path):
     (tmp_path / "model").write_bytes(content)
