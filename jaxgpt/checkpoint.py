@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt import distributed, sharding
-from jaxgpt.errors import CheckpointError, require
+from jaxgpt.errors import CheckpointError, first_line, require
 from jaxgpt.weights.layout import leaves
 
 
@@ -86,11 +89,12 @@ class Checkpoints:
         try:
             if step in self._stale:
                 self._delete(step)
-            self._manager.save(step, args=args, force=True)
+            with _without_aftermath():
+                self._manager.save(step, args=args, force=True)
             for stale in list(self._stale):
                 self._delete(stale)
         except (OSError, ValueError) as error:  # a full disk reaches us as either
-            reason = f"step {step} could not be written, earlier checkpoints are untouched: {_first_line(error)}"
+            reason = f"step {step} could not be written, earlier checkpoints are untouched: {first_line(error)}"
             raise CheckpointError(self._directory, reason) from error
 
     def _delete(self, step: int) -> None:
@@ -132,11 +136,13 @@ class Checkpoints:
 
     def _item(self, handler: Callable[[], Any], directory: Path, args: Any) -> Any:
         try:
-            return handler().restore(directory, args=args)
+            with _without_aftermath():
+                return handler().restore(directory, args=args)
         except Exception as error:  # whatever orbax and its storage raise at damaged files is open-ended
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise  # says nothing of the files
-            raise CheckpointError(directory.parent, f"cannot be restored: {_first_line(error)}") from error
+            reason = first_line(error.__cause__ or error)  # orbax's own is of pages
+            raise CheckpointError(directory.parent, f"cannot be restored: {reason}") from error
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
         """(step, state) of the latest checkpoint that is whole. Says so through `warn` when one had to be passed
@@ -167,6 +173,28 @@ class Checkpoints:
         self._manager.close()
 
 
+@contextlib.contextmanager
+def _without_aftermath() -> Iterator[None]:
+    """Orbax closes its event loop at the first file that fails, and leaves its reads and writes still under way. They
+    then complain, a page each, to the interpreter or to asyncio, and bury the reason. They come late, so after a
+    failure this stays."""
+    report, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def hook(unraisable: Any) -> None:
+        code = getattr(unraisable.object, "cr_code", None)
+        if str(unraisable.exc_value) != "Event loop is closed" and "orbax" not in getattr(code, "co_filename", ""):
+            report(unraisable)
+
+    def not_orbax(record: logging.LogRecord) -> bool:
+        return not re.search("orbax|TensorStore|OCDBT", record.getMessage())
+
+    sys.unraisablehook = hook
+    asyncio_log.addFilter(not_orbax)
+    yield
+    sys.unraisablehook = report
+    asyncio_log.removeFilter(not_orbax)
+
+
 @dataclasses.dataclass
 class _LatestAndBest:
     """Orbax's preservation policy: which checkpoints stay. (Its own policy for the best keeps the losses in files of
@@ -180,11 +208,6 @@ class _LatestAndBest:
         good = [checkpoint.step for checkpoint in checkpoints if checkpoint.step not in self.stale]
         kept = {*sorted(good)[-self.keep :], self.best_of(good), *self.stale}
         return [checkpoint.step in kept for checkpoint in checkpoints]
-
-
-def _first_line(error: Exception) -> str:
-    """Storage errors run to pages."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

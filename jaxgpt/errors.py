@@ -100,6 +100,7 @@ def shown(value: Any) -> str:
     return _Shown().repr(value)
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, which may quote a whole file: the start of its first line."""
-    return str(error).strip().partition("\n")[0][:300]
+def first_line(error: BaseException) -> str:
+    """What another library's error says, which may quote a whole file: its first line, or that line's two ends."""
+    line = str(error).strip().partition("\n")[0] or type(error).__name__
+    return line if len(line) <= 300 else f"{line[:140]} ... {line[-150:]}"

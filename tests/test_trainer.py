@@ -161,8 +161,6 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed_one(
     assert_same_run(tmp_path, undisturbed[0])
 
 
-# Orbax's reads of the other arrays, abandoned at the damage, complain when they are collected: here, then.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_resume_steps_over_a_damaged_checkpoint_and_says_so(tmp_path, tokens, undisturbed, monkeypatch, capsys):
     with stopping_after(monkeypatch, 5):
         train(CONFIG, tokens, tmp_path)
@@ -174,7 +172,22 @@ def test_resume_steps_over_a_damaged_checkpoint_and_says_so(tmp_path, tokens, un
     train(CONFIG, tokens, tmp_path, resume=True)
     assert "falling back" in capsys.readouterr().err
     assert_same_run(tmp_path, undisturbed[0])
-    gc.collect()
+
+
+def test_a_damaged_checkpoint_says_why_once(tmp_path, caplog):
+    """Orbax's reads of the other arrays, abandoned at the damage, would each complain of that."""
+    rng = np.random.default_rng(0)
+    state = {f"array_{i}": rng.normal(size=(50, 50)).astype(np.float32) for i in range(300)}
+    with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
+        checkpoints.save(1, state)
+        for path in (tmp_path / "c" / "1" / "state").rglob("d/*"):
+            raw = np.fromfile(path, np.uint8)
+            raw[::1000] ^= 0x55
+            raw.tofile(path)
+        with pytest.raises(CheckpointError, match=r"cannot be restored: .*OCDBT"):
+            checkpoints.restore(1, jax.eval_shape(lambda: state))
+    gc.collect()  # what is reported here fails the test: pytest holds unraisable exceptions to be errors
+    assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16", "int32", "bool"])
@@ -213,7 +226,7 @@ def test_the_latest_few_and_the_best_checkpoint_stay(tmp_path):
     checkpoints.close()
 
 
-def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, tokens, undisturbed, monkeypatch):
+def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, tokens, undisturbed, monkeypatch, caplog):
     """As on a full disk: no file may grow beyond a few kilobytes, from the fifth step on."""
     make_batch, (soft, hard) = trainer.batch, resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -225,12 +238,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, to
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "batch", fill)
         try:
-            with pytest.raises(CheckpointError, match="step 6 could not be written, earlier checkpoints are untouched"):
+            message = "step 6 could not be written, earlier checkpoints are untouched: .* File too large"
+            with pytest.raises(CheckpointError, match=message):
                 train(CONFIG, tokens, tmp_path)
+            gc.collect()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with contextlib.closing(Checkpoints(Run(tmp_path).checkpoints, read_only=True)) as checkpoints:
         assert checkpoints.steps()[-1] == 4
+    assert not [record for record in caplog.records if record.name == "asyncio"]
     train(CONFIG, tokens, tmp_path, resume=True)
     assert_same_run(tmp_path, undisturbed[0])
 
