@@ -49,7 +49,7 @@ class Traffic:
     def __add__(self, other: Traffic) -> Traffic:
         return Traffic(self.hbm_bytes + other.hbm_bytes, self.collectives | other.collectives)
 
-    def times(self, n: int) -> Traffic:
+    def times(self, n: float) -> Traffic:
         """That of n runs."""
         sent = {channel: c._replace(wire_bytes=n * c.wire_bytes) for channel, c in self.collectives.items()}
         return Traffic(n * self.hbm_bytes, sent)
@@ -104,7 +104,7 @@ class Program:
                 if branches
                 else re.findall(r"_computation=%([\w.\-]+)", op.rest)
             )
-            return max((self.traffic(name) for name in names), key=lambda traffic: traffic.hbm_bytes)
+            return _in_turn([self.traffic(name) for name in names])
         if op.code == "call":
             return self.traffic(_called(op))
         if op.code in _FREE or op.code.endswith("-done"):
@@ -201,6 +201,14 @@ class Program:
             called = _called(op)
             return self._written(called, _root(self.computations[called]), type)
         return whole
+
+
+def _in_turn(branches: list[Traffic]) -> Traffic:
+    """Of a choice, the mean of the branches that do something: layers that see all positions take turns with those
+    that see a band, and a decoding step is either made or nothing is."""
+    most = max(branch.hbm_bytes for branch in branches)
+    working = [branch for branch in branches if branch.hbm_bytes >= most / 1000]
+    return functools.reduce(Traffic.__add__, working).times(1 / len(working))
 
 
 def _parse(line: str) -> _Op | None:

@@ -90,9 +90,11 @@ def head_cross_entropy(
         (sum in nats, count), as `cross_entropy`.
     """
     B, T, _ = x_BxTxD.shape
-    length = max(1, chunk // B)
-    if chunk == 0 or length >= T:
+    if chunk == 0 or chunk // B >= T:
         return _chunk_loss(x_BxTxD, head_VxD, labels_BxT, dtype)
+    # As few chunks as the size allows, and all as short: their ends are padded, by less than a position a chunk.
+    chunks = -(-T // max(1, chunk // B))
+    length = -(-T // chunks)
     padding = -T % length
     x_BxTxD = jnp.pad(x_BxTxD, ((0, 0), (0, padding), (0, 0)))
     labels_BxT = jnp.pad(labels_BxT, ((0, 0), (0, padding)), constant_values=IGNORE)

@@ -115,7 +115,8 @@ def _shard_bytes(leaf: Any) -> int:
 
 def product_flops(jaxpr: Any) -> int:
     """Operations of the matrix products of a traced program, loops as often as they run: attention without the
-    blocks it skips and with the scores it computes again, unlike `accounting`'s."""
+    blocks it skips and with the scores it computes again, unlike `accounting`'s. Of a choice, the mean of the branches
+    that multiply at all: layers that see all positions and layers that see a band take turns."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -123,7 +124,8 @@ def product_flops(jaxpr: Any) -> int:
             terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             total += 2 * math.prod(equation.outvars[0].aval.shape) * terms
         if equation.primitive.name == "cond":
-            total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
+            branches = [flops for branch in equation.params["branches"] if (flops := product_flops(branch.jaxpr))]
+            total += sum(branches) // max(1, len(branches))
             continue
         runs = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in equation.params.values():

@@ -35,7 +35,7 @@ def by_hand(x_BxTxD, head_VxD, labels_BxT):
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     counts = labels_BxT != IGNORE
     one_hot = np.eye(head.shape[0])[np.where(counts, labels_BxT, 0)]
-    total = -(np.log((probabilities * one_hot).sum(-1), where=counts, out=np.zeros(counts.shape))).sum()
+    total = ((np.log(np.exp(logits).sum(-1)) - (logits * one_hot).sum(-1)) * counts).sum()
     dlogits = (probabilities - one_hot) * counts[..., None]
     return total, counts.sum(), dlogits @ head, np.einsum("BTV,BTD->VD", dlogits, x)
 
@@ -91,6 +91,17 @@ def test_chunked_loss_never_holds_all_logits():
     logits = 64 * 1000 * 4
     assert largest(0) >= logits
     assert largest(8) < logits
+
+
+@pytest.mark.parametrize(("T", "chunk", "lengths"), [(64, 40, 32), (64, 64, 64), (64, 22, 22), (61, 8, 8), (5, 1, 1)])
+def test_chunks_are_balanced(T, chunk, lengths):
+    """66 of 64 positions, not 80: what is padded costs as much as what is not."""
+    x, head, labels = jnp.ones((2, T, 8)), jnp.ones((1000, 8)), jnp.zeros((2, T), jnp.int32)
+    loss = functools.partial(head_cross_entropy, dtype="float32", chunk=2 * chunk)
+    program = str(jax.make_jaxpr(loss)(x, head, labels))
+    assert f"f32[2,{lengths},1000]" in program
+    if lengths < T:
+        assert f"length={-(-T // lengths)}" in program
 
 
 @pytest.mark.parametrize("label", [11, 12345, -2])

@@ -89,6 +89,42 @@ def test_traffic_of_a_program():
     assert {c.group for c in traffic.collectives.values()} == {(0, 1, 2, 3)}
 
 
+CHOICE = """HloModule jit_choice, is_scheduled=true
+
+%band (a: f32[256]) -> f32[256] {
+  %a = f32[256]{0:T(256)} parameter(0)
+  ROOT %negate.1 = f32[256]{0:T(256)} negate(%a)
+}
+
+%dense (b: f32[256]) -> f32[256] {
+  %b = f32[256]{0:T(256)} parameter(0)
+  %negate.2 = f32[256]{0:T(256)} negate(%b)
+  %all-reduce.1 = f32[256]{0:T(256)} all-reduce(%negate.2), channel_id=1, replica_groups={{0,1}}, to_apply=%sum
+  ROOT %negate.3 = f32[256]{0:T(256)} negate(%all-reduce.1)
+}
+
+%nothing (c: f32[256]) -> f32[256] {
+  ROOT %c = f32[256]{0:T(256)} parameter(0)
+}
+
+ENTRY %main (p: s32[], x: f32[256]) -> f32[256] {
+  %p = s32[]{:T(128)} parameter(0)
+  %x = f32[256]{0:T(256)} parameter(1)
+  ROOT %conditional.1 = f32[256]{0:T(256)} conditional(%p, %x, %x), branch_computations={BRANCHES}
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("branches", "read_and_written", "sent"),
+    [("%band, %dense", 3 * 1024, 512), ("%nothing, %dense", 4 * 1024, 1024), ("%nothing, %nothing", 0, 0)],
+)
+def test_traffic_of_a_choice_is_the_mean_of_what_does_something(branches, read_and_written, sent):
+    traffic = Program(CHOICE.replace("BRANCHES", branches)).traffic()
+    assert traffic.hbm_bytes == read_and_written
+    assert sum(c.wire_bytes for c in traffic.collectives.values()) == sent
+
+
 @pytest.mark.parametrize(
     ("text", "group"),
     [
@@ -113,6 +149,24 @@ def test_products_are_counted_as_often_as_they_run():
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     traced = jax.make_jaxpr(lambda params: model.apply({"params": params}, ids))(params)
     assert product_flops(traced.jaxpr) == accounting.forward_flops(config, 3, 7).total
+
+
+def test_products_of_layers_that_take_turns_are_counted_in_turn():
+    from jaxgpt.planner_compile import product_flops
+
+    def count(scan_layers, pattern):
+        config = TINY.replace(
+            context_length=1024, n_layers=4, scan_layers=scan_layers, attention_pattern=pattern, attention_window=64
+        )
+        model, ids = GPT(config), jnp.zeros((1, 1024), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
+
+        def loss(params):
+            return model.apply({"params": params}, ids).sum()
+
+        return product_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
+
+    assert count(True, "alternating") == count(False, "alternating") < 0.9 * count(True, "dense")
 
 
 @pytest.mark.parametrize(("name", "size"), [("v5e:4x8", 32), ("v5p:8x8x16", 1024), ("v4:2x2x1", 4), ("v6e:16x16", 256)])
