@@ -189,21 +189,40 @@ def _bundled_model() -> str:
     return f"as released; {model.config.n_layers} layers, all values finite"
 
 
-def _caches() -> str:
+def _compile_cache() -> str:
     from jaxgpt import startup
 
     if os.environ.get(startup.CACHE_VARIABLE) == "0":
         return f"switched off by {startup.CACHE_VARIABLE}"
     try:
         directory = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or startup.private_directory("xla"))
-        probe = directory / f"doctor-{os.getpid()}"
-        probe.write_bytes(b"?")
-        probe.unlink()
+        _try_to_write(directory)
     except (OSError, RuntimeError) as error:
         raise Wrong(
             f"{error}", f"make it writable to you alone, set XDG_CACHE_HOME, or {startup.CACHE_VARIABLE}=0"
         ) from None
     return f"{directory} can be written"
+
+
+def _hub_cache() -> str:
+    try:
+        from huggingface_hub import constants
+    except ModuleNotFoundError:
+        return "none: without the extra [hub] nothing is downloaded"
+    directory = Path(constants.HF_HUB_CACHE)
+    if constants.HF_HUB_OFFLINE:
+        return f"{directory} is only read, because of HF_HUB_OFFLINE"
+    try:
+        _try_to_write(next(path for path in (directory, *directory.parents) if path.exists()))
+    except OSError as error:
+        raise Wrong(f"{error}", "make it writable, set HF_HOME, or HF_HUB_OFFLINE=1 to do without") from None
+    return f"{directory} can be written"
+
+
+def _try_to_write(directory: Path) -> None:
+    probe = directory / f"doctor-{os.getpid()}"
+    probe.write_bytes(b"?")
+    probe.unlink()
 
 
 CHECKS: dict[str, Callable[[], str]] = {
@@ -216,7 +235,8 @@ CHECKS: dict[str, Callable[[], str]] = {
     "native kernel": _kernel,
     "tokenizer": _tokenizer,
     "bundled model": _bundled_model,
-    "compile cache": _caches,
+    "compile cache": _compile_cache,
+    "hub cache": _hub_cache,
 }
 
 

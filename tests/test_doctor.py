@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 
 import pytest
+from huggingface_hub import constants
 
 from jaxgpt import doctor, kernel, ops
 from jaxgpt.cli import main
@@ -26,7 +28,7 @@ def test_a_good_installation_passes_every_check(home, capsys):
     assert main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert [check["name"] for check in checks] == list(doctor.CHECKS)
-    assert len(checks) == 12
+    assert len(checks) == 13
     assert all(check["good"] and check["found"] and not check["advice"] for check in checks)
 
 
@@ -72,6 +74,24 @@ def test_a_cache_that_cannot_be_written_is_told(home, monkeypatch, capsys):
     assert "what to do: make it writable to you alone, set XDG_CACHE_HOME, or JAXGPT_COMPILE_CACHE=0" in (
         capsys.readouterr().out
     )
+
+
+def test_a_hub_cache_that_cannot_be_written_is_told(monkeypatch, capsys, tmp_path):
+    only(monkeypatch, "hub cache")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet" / "there"))
+    assert main(["doctor"]) == 0
+    assert not (tmp_path / "not").exists()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    assert main(["doctor"]) == 1
+    assert "what to do: make it writable, set HF_HOME, or HF_HUB_OFFLINE=1" in capsys.readouterr().out
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert main(["doctor"]) == 0
+    assert "is only read, because of HF_HUB_OFFLINE" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    assert main(["doctor"]) == 0
+    assert "without the extra [hub] nothing is downloaded" in capsys.readouterr().out
 
 
 def test_a_kernel_that_went_bad_is_told(home, monkeypatch, capsys):
