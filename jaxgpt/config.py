@@ -74,7 +74,7 @@ class GPTConfig:
             blocks: compile time no longer grows with depth.
         remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
             everything but the linear layers' products ("dots").
-        native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.kernel`. `jaxgpt.prepare` sets it
+        native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.cpu.kernel`. `jaxgpt.prepare` sets it
             where that is built; it is not for training, and not saved.
     """
 

@@ -53,7 +53,7 @@ class TrainingError(RuntimeError):
 
 
 class KernelError(RuntimeError):
-    """The kernel of `jaxgpt.kernel` cannot be built."""
+    """The kernel of `jaxgpt.cpu.kernel` cannot be built."""
 
 
 def require(module: str, extra: str, purpose: str) -> Any:

@@ -22,7 +22,7 @@ import sys
 import jax
 import numpy as np
 
-from jaxgpt import distributed
+from jaxgpt.parallel import distributed
 
 
 def main() -> None:
@@ -32,8 +32,10 @@ def main() -> None:
     from jax.experimental import multihost_utils
     from test_sharding import RUN, tokens
 
-    from jaxgpt import checkpoint, data, trainer
-    from jaxgpt.train_config import MeshConfig
+    from jaxgpt.training import checkpoints as checkpoint
+    from jaxgpt.training import data
+    from jaxgpt.training import loop as trainer
+    from jaxgpt.training.config import MeshConfig
 
     config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
     deadly, read = {}, []  # step: the signal that process 1 sends itself before it

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt import reference
 from jaxgpt.accounting import Flops
 from jaxgpt.config import GPTConfig
-from jaxgpt.model import GPT
+from jaxgpt.model import reference
+from jaxgpt.model.gpt import GPT
 
 TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 # An odd number of layers, of which the middle one is banded; the band's width divides nothing here.

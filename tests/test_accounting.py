@@ -10,10 +10,10 @@ import pytest
 from helpers import ALTERNATING, TINY, make_model, product_flops
 
 from jaxgpt import accounting, prepare
-from jaxgpt.cache import Cache
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.model import GPT
+from jaxgpt.model.cache import Cache
+from jaxgpt.model.gpt import GPT
 
 # preset: (all parameters, less the output head, MB in float32)
 TOTALS = {

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from helpers import product_flops
 
-from jaxgpt import reference
-from jaxgpt.attention import attention
+from jaxgpt.model import reference
+from jaxgpt.model.attention import attention
 
 
 def normal(seed, *shape):

@@ -8,9 +8,10 @@ import re
 
 import pytest
 
-from jaxgpt import benchmark, benchmark_peers
-from jaxgpt.benchmark import Work
 from jaxgpt.cli import main
+from jaxgpt.measuring import benchmark
+from jaxgpt.measuring import peers as benchmark_peers
+from jaxgpt.measuring.benchmark import Work
 
 
 def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
@@ -65,10 +66,10 @@ def test_a_work_is_measured_and_profiled(tmp_path):
 
 
 def test_a_limit_is_measured_in_its_own_process():
-    result = benchmark.run_in_process("jaxgpt.benchmark", "matmul-float32", "gpt2")
+    result = benchmark.run_in_process("jaxgpt.measuring.benchmark", "matmul-float32", "gpt2")
     assert result["seconds"] > 0
     with pytest.raises(RuntimeError, match="no-such-work"):
-        benchmark.run_in_process("jaxgpt.benchmark", "no-such-work", "gpt2")
+        benchmark.run_in_process("jaxgpt.measuring.benchmark", "no-such-work", "gpt2")
 
 
 @pytest.fixture
@@ -118,7 +119,10 @@ def test_a_program_that_fails_costs_its_own_figure_only(canned, capsys, monkeypa
     run = benchmark.run_in_process
 
     def fail(module, name, preset, *arguments, **_):
-        if (module, name) in (("jaxgpt.benchmark", "decode-1-int8"), ("jaxgpt.benchmark_peers", "decode-8-int8")):
+        if (module, name) in (
+            ("jaxgpt.measuring.benchmark", "decode-1-int8"),
+            ("jaxgpt.measuring.peers", "decode-8-int8"),
+        ):
             raise RuntimeError(f"{name}: no memory [left]")
         return run(module, name, preset, *arguments)
 
@@ -137,7 +141,7 @@ def test_a_program_that_fails_costs_its_own_figure_only(canned, capsys, monkeypa
 
 def test_a_process_that_hangs_is_a_failure(monkeypatch):
     with pytest.raises(RuntimeError, match=r"read: no result within 0 s"):
-        benchmark.run_in_process("jaxgpt.benchmark", "read", "gpt2", timeout=0.01)
+        benchmark.run_in_process("jaxgpt.measuring.benchmark", "read", "gpt2", timeout=0.01)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from helpers import ALTERNATING, TINY, make_model, random_ids
 
-from jaxgpt.cache import Cache
-from jaxgpt.model import GPT
+from jaxgpt.model.cache import Cache
+from jaxgpt.model.gpt import GPT
 
 ATOL = 1e-5
 dense_or_alternating = pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])

@@ -13,11 +13,12 @@ import jax
 import pytest
 from helpers import TINY, make_model
 
-from jaxgpt import prepare, weights
-from jaxgpt.cache import Cache
+from jaxgpt import prepare
 from jaxgpt.cli import main
-from jaxgpt.sampling import from_options
-from jaxgpt.text import generate_text
+from jaxgpt.generation.sampling import from_options
+from jaxgpt.generation.text import generate_text
+from jaxgpt.model.cache import Cache
+from jaxgpt.weights import formats as weights
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from test_sharding import RUN, assert_close, tokens
 
-from jaxgpt import distributed
 from jaxgpt.cli import main
 from jaxgpt.errors import ConfigError
-from jaxgpt.run import Run
-from jaxgpt.trainer import train
+from jaxgpt.parallel import distributed
+from jaxgpt.training.loop import train
+from jaxgpt.training.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -116,7 +116,7 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
 def test_sigterm_ends_a_process_that_has_joined():
     """JAX's own service for preemptions would swallow it."""
     program = (
-        "import os, signal, time; from jaxgpt import distributed;"
+        "import os, signal, time; from jaxgpt.parallel import distributed;"
         f"distributed.initialize('127.0.0.1:{free_port()}', 1, 0);"
         "os.kill(os.getpid(), signal.SIGTERM); time.sleep(5); print('alive')"
     )
@@ -143,8 +143,8 @@ def test_bad_arguments_are_told(config_file, tmp_path, capsys, arguments, told):
 
 
 def test_a_mesh_without_every_process_is_refused(monkeypatch):
-    from jaxgpt import sharding
-    from jaxgpt.train_config import MeshConfig
+    from jaxgpt.parallel import sharding
+    from jaxgpt.training.config import MeshConfig
 
     @dataclasses.dataclass(frozen=True)
     class Device:

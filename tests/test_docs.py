@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 import jaxgpt
-from jaxgpt import cli, config, planner, weights
+from jaxgpt import cli, config
 from jaxgpt.cli import plan, train
-from jaxgpt.train_config import MeshConfig, TrainConfig
+from jaxgpt.planning import plan as planner
+from jaxgpt.training.config import MeshConfig, TrainConfig
+from jaxgpt.weights import formats as weights
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -124,10 +126,12 @@ def test_meshes_on_the_page_divide_the_models_and_their_batches(page, commands):
             planner.check(dataclasses.replace(run, mesh=MeshConfig.parse(args.mesh)))
 
 
-def test_readme_names_every_module():
+def test_readme_names_every_room():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for module in (ROOT / "jaxgpt").glob("*.py"):
-        assert module.name in ("__init__.py", "__main__.py", "errors.py") or f"`{module.name}`" in readme, module.name
+    apart = {"__init__.py", "__init__.pyi", "__main__.py", "__pycache__", "assets", "py.typed", "version.py"}
+    for room in (ROOT / "jaxgpt").iterdir():
+        name = f"{room.name}/" if room.is_dir() else room.name
+        assert room.name in apart or f"`{name}`" in readme, name
 
 
 def test_api_pages_have_every_module_command_and_public_name():
@@ -135,11 +139,11 @@ def test_api_pages_have_every_module_command_and_public_name():
     text = "\n".join(pages.values())
     files = [path.relative_to(ROOT).with_suffix("") for path in (ROOT / "jaxgpt").rglob("*.py")]
     modules = {".".join(file.parts).removesuffix(".__init__") for file in files}
-    apart = {"jaxgpt", "jaxgpt.__main__", *(module for module, _ in cli.COMMANDS.values())}
+    apart = {"jaxgpt", "jaxgpt.__main__", "jaxgpt.version", *(module for module, _ in cli.COMMANDS.values())}
     assert set(re.findall(r"automodule:: (\S+)", text)) == modules - apart
     assert re.findall(r"command-help:: (\S+)", text) == list(cli.COMMANDS)
     named = set(re.findall(r"`~jaxgpt\.[\w.]*\.(\w+)`", pages["index"]))
-    assert named == set(jaxgpt._MODULE_OF)
+    assert named == set(jaxgpt.__all__) - {"__version__"}
 
 
 def test_readme_commands_are_the_two():

@@ -9,8 +9,10 @@ import sys
 import pytest
 from huggingface_hub import constants
 
-from jaxgpt import doctor, kernel, ops
 from jaxgpt.cli import main
+from jaxgpt.cpu import kernel
+from jaxgpt.measuring import doctor
+from jaxgpt.model import ops
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from helpers import TINY, random_ids
 
-from jaxgpt.decode import scan_generate
-from jaxgpt.model import GPT
-from jaxgpt.sampling import Temperature
+from jaxgpt.generation.decode import scan_generate
+from jaxgpt.generation.sampling import Temperature
+from jaxgpt.model.gpt import GPT
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

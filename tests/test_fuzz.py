@@ -25,13 +25,13 @@ from safetensors.numpy import save_file
 from test_weights import BOOK, book_tensors, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
 from test_weights_bad_input import Canary
 
-from jaxgpt import weights
-from jaxgpt.checkpoint import Checkpoints
 from jaxgpt.config import GPTConfig, read_json, read_toml
-from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError
-from jaxgpt.run import Run
-from jaxgpt.train_config import TrainConfig
+from jaxgpt.training.checkpoints import Checkpoints
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.data import Tokens, open_tokens
+from jaxgpt.training.run_directory import Run
+from jaxgpt.weights import formats as weights
 from jaxgpt.weights import huggingface
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

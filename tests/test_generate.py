@@ -15,12 +15,13 @@ from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt import decode, reference
-from jaxgpt.decode import scan_generate
-from jaxgpt.generation import bucket, generate
-from jaxgpt.model import GPT
-from jaxgpt.sampling import Greedy, Temperature, TopK, TopP
-from jaxgpt.text import generate_text, stream, text_pieces
+from jaxgpt.generation import decode
+from jaxgpt.generation.decode import scan_generate
+from jaxgpt.generation.sampling import Greedy, Temperature, TopK, TopP
+from jaxgpt.generation.session import bucket, generate
+from jaxgpt.generation.text import generate_text, stream, text_pieces
+from jaxgpt.model import reference
+from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
 
 RAGGED = [[5, 9, 2], [17, 3, 88, 41, 6, 0, 12], [33], list(range(40, 60))]

@@ -11,7 +11,7 @@ from helpers import to_numpy
 from safetensors.numpy import load_file
 
 import jaxgpt
-from jaxgpt import reference
+from jaxgpt.model import reference
 
 GOLDENS = Path(__file__).parent / "goldens"
 FILES = {"huggingface": "huggingface", "book": "book.safetensors", "nanogpt": "nanogpt.pt"}

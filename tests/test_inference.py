@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, random_ids
 
-from jaxgpt import decode, ops, prepare, weights
+from jaxgpt import prepare
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.generation import Generation, generate
-from jaxgpt.model import GPT
-from jaxgpt.sampling import Greedy
-from jaxgpt.weights.quantise import quantise
+from jaxgpt.generation import decode
+from jaxgpt.generation.sampling import Greedy
+from jaxgpt.generation.session import Generation, generate
+from jaxgpt.model import ops
+from jaxgpt.model.gpt import GPT
+from jaxgpt.model.params import quantise
+from jaxgpt.weights import formats as weights
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -217,9 +220,9 @@ def test_the_compiled_decode_writes_a_cache_row_in_place_and_no_copy_of_a_weight
 def test_a_growing_cache_changes_no_token(monkeypatch, chunk):
     model, params = make_model(SHAPES)
     want = generate(model, params, [[1, 2, 3], [4]], 90)  # into the window, past the context of 80
-    monkeypatch.setattr("jaxgpt.generation.FIRST_NEW_TOKENS", 2)
-    monkeypatch.setattr("jaxgpt.generation.CACHE_BUCKET", 4)
-    monkeypatch.setattr("jaxgpt.generation.CHUNK", 8)
+    monkeypatch.setattr("jaxgpt.generation.session.FIRST_NEW_TOKENS", 2)
+    monkeypatch.setattr("jaxgpt.generation.session.CACHE_BUCKET", 4)
+    monkeypatch.setattr("jaxgpt.generation.session.CHUNK", 8)
     slots = []
     grow = decode.grow
     monkeypatch.setattr(decode, "grow", lambda state, n: slots.append(n) or grow(state, n))

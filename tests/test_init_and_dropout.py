@@ -12,7 +12,7 @@ import pytest
 from helpers import TINY, make_model, random_ids
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.model import GPT, MultiHeadAttention, TransformerBlock
+from jaxgpt.model.gpt import GPT, MultiHeadAttention, TransformerBlock
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

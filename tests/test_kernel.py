@@ -15,9 +15,12 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, random_ids
 
-from jaxgpt import cli, generate, kernel, load, ops, prepare, save, scan_generate, sharding
+from jaxgpt import cli, generate, load, prepare, save, scan_generate
+from jaxgpt.cpu import kernel
 from jaxgpt.errors import KernelError
-from jaxgpt.train_config import MeshConfig
+from jaxgpt.model import ops
+from jaxgpt.parallel import sharding
+from jaxgpt.training.config import MeshConfig
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"

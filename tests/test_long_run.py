@@ -17,8 +17,8 @@ import pytest
 from helpers import make_model
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.generation import bucket, generate
-from jaxgpt.sampling import Greedy, Temperature, TopK
+from jaxgpt.generation.sampling import Greedy, Temperature, TopK
+from jaxgpt.generation.session import bucket, generate
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

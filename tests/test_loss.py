@@ -13,12 +13,12 @@ from helpers import TINY, make_model, random_ids, to_numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt import reference
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Tokens
 from jaxgpt.errors import DataError
-from jaxgpt.evaluation import evaluate
-from jaxgpt.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
+from jaxgpt.model import reference
+from jaxgpt.training.data import Tokens
+from jaxgpt.training.evaluation import evaluate
+from jaxgpt.training.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
 
 RNG = np.random.default_rng(0)
 X_BxTxD = RNG.normal(size=(3, 7, 5)).astype(np.float32)

@@ -20,11 +20,11 @@ from helpers import (
     to_numpy,
 )
 
-import jaxgpt.model as model_module
-from jaxgpt import reference
-from jaxgpt.attention import attention
+import jaxgpt.model.gpt as model_module
 from jaxgpt.config import GPTConfig
-from jaxgpt.model import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
+from jaxgpt.model import reference
+from jaxgpt.model.attention import attention
+from jaxgpt.model.gpt import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
 TOLERANCE = 2e-5  # of float32 logits against float64
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from helpers import ALTERNATING, TINY, gradient_errors, logits_error, make_model, random_ids
 
-import jaxgpt.model as model_module
-from jaxgpt import ops
-from jaxgpt.model import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
+import jaxgpt.model.gpt as model_module
+from jaxgpt.model import ops
+from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 
 TOLERANCE = 2e-5  # the parity tests'
 CONFIG = TINY.replace(tie_embeddings=False)

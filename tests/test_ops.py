@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxgpt import ops, reference
+from jaxgpt.model import ops, reference
 
 
 def normal(seed, *shape):

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, random_ids, stack_blocks, to_numpy
 
-from jaxgpt.loss import IGNORE, model_loss
-from jaxgpt.optim import is_matrix, optimizer, schedule
-from jaxgpt.train_config import TrainConfig
-from jaxgpt.train_step import init_state, make_step
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.loss import IGNORE, model_loss
+from jaxgpt.training.optimizer import is_matrix, optimizer, schedule
+from jaxgpt.training.step import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

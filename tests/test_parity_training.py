@@ -10,9 +10,9 @@ import pytest
 from helpers import TINY, random_ids
 
 import jaxgpt
-from jaxgpt.optim import schedule
-from jaxgpt.train_config import TrainConfig
-from jaxgpt.train_step import init_state, make_step
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.optimizer import schedule
+from jaxgpt.training.step import init_state, make_step
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -18,18 +18,19 @@ import pytest
 from helpers import ALTERNATING, TINY, make_model, random_ids, stack_blocks, to_numpy
 
 import jaxgpt
-from jaxgpt import reference
 from jaxgpt.cli import main
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError, DataError
-from jaxgpt.inside import Inside, lens_logits, look_inside, token_labels
-from jaxgpt.run import Run
+from jaxgpt.interpret import Inside, lens_logits, look_inside, token_labels
+from jaxgpt.model import reference
 from jaxgpt.tokenizer import get_tokenizer
+from jaxgpt.training.run_directory import Run
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from jaxgpt.pictures import curves, reading, report, style  # noqa: E402
+from jaxgpt.pictures import reading, report, style  # noqa: E402
 from jaxgpt.pictures.architecture import architecture, describe  # noqa: E402
+from jaxgpt.training import curves  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

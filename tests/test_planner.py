@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import pytest
 from helpers import TINY
 
-from jaxgpt import accounting, planner
+from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.hlo import Program, _group
-from jaxgpt.model import GPT
-from jaxgpt.planner import Cost, Topology
+from jaxgpt.model.gpt import GPT
+from jaxgpt.planning import plan as planner
+from jaxgpt.planning.hlo import Program, _group
+from jaxgpt.planning.plan import Cost, Topology
 
 # Three times round a loop, each with a sum over a ring of four that two fusions share, and a slice of a stack of
 # weights; what lies in S(1) is no traffic with HBM. At the end an all-reduce of which each chip keeps a part.
@@ -142,7 +143,7 @@ def test_groups_of_chips_as_xla_writes_them(text, group):
 
 
 def test_products_are_counted_as_often_as_they_run():
-    from jaxgpt.planner_compile import product_flops
+    from jaxgpt.planning.compile import product_flops
 
     config = TINY.replace(scan_layers=True, n_layers=5)
     model, ids = GPT(config), jnp.zeros((3, 7), jnp.int32)
@@ -152,7 +153,7 @@ def test_products_are_counted_as_often_as_they_run():
 
 
 def test_products_of_layers_that_take_turns_are_counted_in_turn():
-    from jaxgpt.planner_compile import product_flops
+    from jaxgpt.planning.compile import product_flops
 
     def count(scan_layers, pattern):
         config = TINY.replace(
@@ -282,7 +283,7 @@ def test_a_roofline():
 
 
 def test_a_program_that_the_compiler_cannot_place_is_a_result():
-    from jaxgpt.planner_compile import _cost
+    from jaxgpt.planning.compile import _cost
 
     def failing(reason):
         def compile(**_):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, from_options
+from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, from_options
 
 LOGITS = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], np.float32)
 

@@ -18,15 +18,16 @@ from helpers import TINY, make_model, random_ids
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import generate, prepare, sharding
+from jaxgpt import generate, prepare
 from jaxgpt.cli import main
-from jaxgpt.data import Tokens
 from jaxgpt.errors import ConfigError
-from jaxgpt.evaluation import evaluate
-from jaxgpt.sampling import Temperature
-from jaxgpt.train_config import MeshConfig, TrainConfig
-from jaxgpt.train_step import abstract_state, init_state, jit_step, make_step
-from jaxgpt.trainer import train
+from jaxgpt.generation.sampling import Temperature
+from jaxgpt.parallel import sharding
+from jaxgpt.training.config import MeshConfig, TrainConfig
+from jaxgpt.training.data import Tokens
+from jaxgpt.training.evaluation import evaluate
+from jaxgpt.training.loop import train
+from jaxgpt.training.step import abstract_state, init_state, jit_step, make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

@@ -21,16 +21,18 @@ import pytest
 from helpers import make_model, random_ids, to_numpy
 
 import jaxgpt
-from jaxgpt import reference, train_step, trainer
-from jaxgpt.checkpoint import Checkpoints, _checksum, import_orbax
 from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, TrainingError
-from jaxgpt.evaluation import evaluate
-from jaxgpt.run import Run
-from jaxgpt.train_config import TrainConfig
-from jaxgpt.trainer import load_run, train
+from jaxgpt.model import reference
+from jaxgpt.training import loop as trainer
+from jaxgpt.training import step as train_step
+from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.data import Tokens
+from jaxgpt.training.evaluation import evaluate
+from jaxgpt.training.loop import load_run, train
+from jaxgpt.training.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

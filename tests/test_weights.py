@@ -18,13 +18,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt import weights
 from jaxgpt.cli import convert, export
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
-from jaxgpt.model import GPT
-from jaxgpt.weights import book, huggingface, layout, nanogpt, unstack_layers
-from jaxgpt.weights.quantise import cast_params
+from jaxgpt.model.gpt import GPT
+from jaxgpt.model.params import cast_params
+from jaxgpt.weights import book, huggingface, nanogpt
+from jaxgpt.weights import formats as weights
+from jaxgpt.weights.formats import layout, unstack_layers
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

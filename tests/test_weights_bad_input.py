@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from test_weights import BOOK, book_tensors, hf_config, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
 
-from jaxgpt import weights
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.weights import files, huggingface
+from jaxgpt.weights import formats as weights
+from jaxgpt.weights import huggingface
+from jaxgpt.weights import tensors as files
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -9,8 +9,9 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from jaxgpt import __version__, startup
+from jaxgpt import startup
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, KernelError, MissingExtraError, TrainingError
+from jaxgpt.version import __version__
 
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, help). JAX may be imported only within `run`.
 COMMANDS = {

@@ -34,8 +34,10 @@ def run(args: argparse.Namespace) -> int:
         ValueError: for --only that fits nothing, or --rounds below 1.
         MissingExtraError: for --peers without any.
     """
-    from jaxgpt import benchmark, benchmark_peers, kernel
+    from jaxgpt.cpu import kernel
     from jaxgpt.errors import MissingExtraError
+    from jaxgpt.measuring import benchmark
+    from jaxgpt.measuring import peers as benchmark_peers
 
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
@@ -54,9 +56,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name} {' '.join(arguments)}".strip(), file=sys.stderr)
         return benchmark.run_in_process(module, name, args.preset, *arguments)
 
-    read = benchmark.READ_BYTES / measured("jaxgpt.benchmark", "read")["seconds"]
+    read = benchmark.READ_BYTES / measured("jaxgpt.measuring.benchmark", "read")["seconds"]
     flops = {
-        dtype: 2 * benchmark.MATMUL**3 / measured("jaxgpt.benchmark", f"matmul-{dtype}")["seconds"]
+        dtype: 2 * benchmark.MATMUL**3 / measured("jaxgpt.measuring.benchmark", f"matmul-{dtype}")["seconds"]
         for dtype in ("float32", "bfloat16")
     }
     report: dict[str, Any] = {
@@ -73,9 +75,12 @@ def run(args: argparse.Namespace) -> int:
         failures: dict[str, str] = {}
         for _ in range(args.rounds):  # in turn, so that a busy moment hits all
             for program, results in runs.items():
-                module, extra = "jaxgpt.benchmark_peers", [program]
+                module, extra = "jaxgpt.measuring.peers", [program]
                 if program == "jaxgpt":
-                    module, extra = "jaxgpt.benchmark", [str(args.profile / work.name)] if args.profile else []
+                    module, extra = (
+                        "jaxgpt.measuring.benchmark",
+                        [str(args.profile / work.name)] if args.profile else [],
+                    )
                 try:
                     results.append(measured(module, work.name, *extra))
                 except RuntimeError as error:  # the other rows are still wanted

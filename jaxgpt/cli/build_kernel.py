@@ -15,7 +15,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         KernelError: if it cannot be built.
     """
-    from jaxgpt import kernel
+    from jaxgpt.cpu import kernel
 
     path = kernel.build()
     print(f"{path}: built and checked; jaxgpt generate uses it from now on ({kernel.VARIABLE}=0 leaves it unused)")

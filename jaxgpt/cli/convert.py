@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(args.dst, "exists: choose another name, or pass --force to replace it")
 
     from jaxgpt.accounting import count_parameters
-    from jaxgpt.weights import load, save
+    from jaxgpt.weights.formats import load, save
 
     overrides = {} if args.n_heads is None else {"n_heads": args.n_heads}
     model, params = load(args.src, param_dtype=args.param_dtype, check_finite=args.check_finite, **overrides)

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures and returns the exit code."""
-    from jaxgpt.data import open_tokens
-    from jaxgpt.evaluation import evaluate
+    from jaxgpt.training.data import open_tokens
+    from jaxgpt.training.evaluation import evaluate
 
     model, params = load_model(args)
     tokens = open_tokens(args.data, model.config)

@@ -73,13 +73,13 @@ def resolve_config(name: str) -> GPTConfig:
         return GPTConfig.preset(name)
     if Path(name).suffix in (".toml", ".json"):
         return GPTConfig.from_file(name)
-    from jaxgpt.weights import load_config  # imports JAX, which presets and files do without
+    from jaxgpt.weights.formats import load_config
 
     return load_config(name)
 
 
 def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
-    """Loads a model and lets it read a prompt: its config, and the `jaxgpt.inside.Inside`.
+    """Loads a model and lets it read a prompt: its config, and the `jaxgpt.interpret.Inside`.
 
     Raises:
         ConfigError: for what has no weights.
@@ -93,10 +93,10 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
             f"{name} is a config without weights, and --prompt needs a model that can read: shakespeare, gpt2, or the "
             "path of a checkpoint"
         )
-    from jaxgpt.inside import look_inside
-    from jaxgpt.text import encode_prompt
+    from jaxgpt.generation.text import encode_prompt
+    from jaxgpt.interpret import look_inside
     from jaxgpt.tokenizer import get_tokenizer
-    from jaxgpt.weights import load
+    from jaxgpt.weights.formats import load
 
     model, params = load(name)
     return model.config, look_inside(model, params, encode_prompt(get_tokenizer(model.config.tokenizer), prompt))
@@ -105,7 +105,7 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
 def inside_report(config: GPTConfig, prompt: str, inside: Any) -> dict[str, Any]:
     """What the model makes of the prompt, as plain values: its likeliest next tokens at each position, and the same
     after each block, "after_block" null being the embeddings; the last block's are the model's."""
-    from jaxgpt.inside import token_labels
+    from jaxgpt.interpret import token_labels
     from jaxgpt.tokenizer import get_tokenizer
 
     tokenizer = get_tokenizer(config.tokenizer)

@@ -28,10 +28,10 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model cannot be read, or the mesh not be made.
     """
-    from jaxgpt import sharding
-    from jaxgpt.inference import prepare
-    from jaxgpt.train_config import MeshConfig
-    from jaxgpt.weights import load
+    from jaxgpt.generation.prepare import prepare
+    from jaxgpt.parallel import sharding
+    from jaxgpt.training.config import MeshConfig
+    from jaxgpt.weights.formats import load
 
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
     # What is to be spread must not first fill one device.

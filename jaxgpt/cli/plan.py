@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: for a slice, mesh or config that cannot be.
     """
-    from jaxgpt import planner
+    from jaxgpt.planning import plan as planner
 
     topology = planner.Topology.parse(args.topology)
     config, chosen = planner.resolve(args.config, topology, args.mesh, args.set, args.batch)

@@ -34,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out must end with {', '.join(SUFFIXES)}, not {str(args.out)!r}")
-    from jaxgpt.pictures import curves, style
+    from jaxgpt.pictures import style
+    from jaxgpt.training import curves
 
     runs = curves.read_runs(args.runs)
     style.save(curves.draw(runs, args.x), args.out)

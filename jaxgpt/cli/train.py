@@ -31,18 +31,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, and returns the exit code: 128 + the signal's number if one ended the run."""
     from jaxgpt.errors import ConfigError
-    from jaxgpt.train_config import MeshConfig, TrainConfig
+    from jaxgpt.training.config import MeshConfig, TrainConfig
 
     config = TrainConfig.from_file(args.config, args.set)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))
     if args.distributed:
-        from jaxgpt import distributed
+        from jaxgpt.parallel import distributed
 
         distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
     elif (args.coordinator, args.processes, args.process) != (None, None, None):
         raise ConfigError("--coordinator, --processes and --process belong to --distributed")
-    from jaxgpt.trainer import train
+    from jaxgpt.training.loop import train
 
     result = train(
         config,

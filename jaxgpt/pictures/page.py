@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jaxgpt import __version__
 from jaxgpt.pictures.style import escape
+from jaxgpt.version import __version__
 
 # The browser itself is told to load nothing: the only images are those inside the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.inside import Inside
+from jaxgpt.interpret import Inside
 from jaxgpt.pictures.style import MUTED, OUTLINE, SCALE, drawable, on, styled
 
 # Labels along one side of a head's map; of more tokens, every so many is named.

@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.inside import Inside, token_labels
+from jaxgpt.interpret import Inside, token_labels
 from jaxgpt.pictures import reading
 from jaxgpt.pictures.architecture import architecture, describe
 from jaxgpt.pictures.page import Section, page
@@ -31,7 +31,7 @@ def write_pictures(
         directory: made if it does not exist.
         name: the model's, for titles.
         config: the model's.
-        inside: of `jaxgpt.inside.look_inside`.
+        inside: of `jaxgpt.interpret.look_inside`.
         prompt: the text of `inside`, to be quoted.
 
     Returns:

@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, shown
-from jaxgpt.weights.files import Tensor, tensors_of, without_prefix
 from jaxgpt.weights.layout import Checkpoint, Row
+from jaxgpt.weights.tensors import Tensor, tensors_of, without_prefix
 
 HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
 

@@ -14,8 +14,8 @@ from typing import Any
 from jaxgpt.config import GPTConfig, read_json
 from jaxgpt.errors import CheckpointError, ConfigError, shown
 from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer, gpt2_alphabet, gpt2_merges
-from jaxgpt.weights.files import Tensor, open_safetensors, without_prefix, write_safetensors
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
+from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
 
 INDEX = "model.safetensors.index.json"
 FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json")

@@ -22,8 +22,8 @@ from flax.traverse_util import unflatten_dict
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, shown
-from jaxgpt.model import GPT
-from jaxgpt.weights.files import FLOATS, Tensor
+from jaxgpt.model.gpt import GPT
+from jaxgpt.weights.tensors import FLOATS, Tensor
 
 BLOCKS = "trf_blocks/"
 _LISTED = 20

@@ -14,8 +14,8 @@ from typing import Any
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, did_you_mean, shown
 from jaxgpt.weights import huggingface
-from jaxgpt.weights.files import tensors_of, without_prefix
 from jaxgpt.weights.layout import Checkpoint
+from jaxgpt.weights.tensors import tensors_of, without_prefix
 
 # nanoGPT rounds GPT-2's vocabulary up to a multiple of 64 for speed. No text contains the ids above it.
 PADDED_VOCAB, VOCAB = 50304, 50257

@@ -13,8 +13,8 @@ from typing import Any
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, shown
-from jaxgpt.weights.files import open_safetensors, write_safetensors
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
+from jaxgpt.weights.tensors import open_safetensors, write_safetensors
 
 VERSION = 1
 FILES = ("config.json", "model.safetensors")

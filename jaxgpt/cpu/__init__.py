@@ -1,0 +1,1 @@
+"""Forms of the model's arithmetic that run well on a CPU."""

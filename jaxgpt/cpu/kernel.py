@@ -1,0 +1,169 @@
+"""The optional C++ kernel for products of few rows, `few_rows.cc`: built once, by `jaxgpt build-kernel`, into the
+user's cache, and used from then on by what `jaxgpt.prepare` returns. Without it, XLA does the same products."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+from jax import Array
+
+from jaxgpt import startup
+from jaxgpt.errors import KernelError
+
+SOURCE = Path(__file__).with_name("few_rows.cc")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
+MOST_ROWS = 8
+# Set to 0 to leave a kernel that was built unused.
+VARIABLE = "JAXGPT_KERNEL"
+TARGET = "jaxgpt_few_rows"
+DIRECTORY = "kernel"  # in the user's cache
+
+
+def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
+    """x W^T in float32, [R, O], for a float32 x of 1 to `MOST_ROWS` rows and W in float32, bfloat16 or int8.
+
+    Sums are float32. Only on a CPU, where `available()`; no gradient.
+    """
+    result = jax.ShapeDtypeStruct((x_RxD.shape[0], weight_OxD.shape[0]), jnp.float32)
+    return jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(x_RxD, weight_OxD)
+
+
+def available() -> bool:
+    """Whether the kernel is built for this source, jaxlib and processor, and loads. Makes nothing.
+
+    Warns of one that is there and cannot be used.
+    """
+    if os.environ.get(VARIABLE) == "0":
+        return False
+    try:
+        file = built()
+    except OSError as error:
+        warnings.warn(f"the native kernel is not used: {error}. {VARIABLE}=0 switches it off.", stacklevel=2)
+        return False
+    return file is not None and _load(file)
+
+
+def built() -> Path | None:
+    """The kernel's file, if there is one.
+
+    Raises:
+        OSError: if others could have written it, or it cannot be looked at.
+    """
+    try:
+        file = path()
+    except RuntimeError:  # no home
+        return None
+    if not file.is_file():
+        return None
+    for directory in (file.parent, file.parent.parent):
+        startup.check_private(directory)
+    return file
+
+
+def build() -> Path:
+    """Compiles the kernel with $CXX, c++, g++ or clang++, checks it in a process of its own, and keeps it.
+
+    Returns:
+        The file that was made.
+
+    Raises:
+        KernelError: if there is no compiler, it fails, or the kernel computes something else than XLA.
+        OSError: if the user's cache cannot be written, or others can write to it.
+    """
+    compiler = next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise KernelError("no C++ compiler: install g++ or clang++, or name one in CXX; without it XLA does the work")
+    file = path()
+    with tempfile.TemporaryDirectory(dir=startup.private_directory(DIRECTORY)) as work:
+        made = Path(work) / file.name
+        command = [compiler, *_chosen()[1:], *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+        _run(command, "the compiler failed")
+        check_apart(made)
+        made.replace(file)
+    return file
+
+
+def check_apart(file: Path) -> None:
+    """`check` in a process of its own, because a kernel that was compiled wrongly may end it.
+
+    Raises:
+        KernelError: if it does not load, or computes something else than XLA.
+    """
+    _run([sys.executable, "-m", "jaxgpt.cpu.kernel", str(file)], "the kernel is wrong")
+
+
+def _chosen() -> list[str]:
+    return shlex.split(os.environ.get("CXX", ""))
+
+
+def _run(command: list[str], failure: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise KernelError(
+            f"{failure} ({shlex.join(command)}): {done.stderr.strip()[-500:] or f'exit {done.returncode}'}"
+        )
+
+
+def path() -> Path:
+    """Where the kernel is, or will be: another source, jaxlib or set of flags has another name."""
+    parts = (SOURCE.read_text(encoding="utf-8"), jaxlib.__version__, *FLAGS)
+    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+    return startup.cache_directory(DIRECTORY) / f"few_rows-{digest}.so"
+
+
+# JAX takes a kernel's name once a process.
+_loaded: set[Path] = set()
+
+
+def _load(path: Path) -> bool:
+    if path in _loaded:
+        return True
+    try:
+        handler = ctypes.CDLL(str(path)).JaxgptFewRows
+        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+    except (OSError, AttributeError) as error:
+        warnings.warn(f"{path} does not load, XLA does its work: {error}. Run jaxgpt build-kernel.", stacklevel=3)
+        return False
+    _loaded.add(path)
+    return True
+
+
+def check(file: Path) -> None:
+    """Loads a kernel and compares it with float64, over its numbers of rows, types and odd sizes.
+
+    Raises:
+        KernelError: if they differ.
+    """
+    import numpy as np
+
+    if not _load(file):
+        raise KernelError(f"{file} does not load")
+    rng = np.random.default_rng(0)
+    for rows in range(1, MOST_ROWS + 1):
+        for inner, outer in ((7, 1), (100, 33), (768, 50), (3072, 700)):
+            for kind in ("float32", "bfloat16", "int8"):
+                x = rng.normal(size=(rows, inner)).astype(np.float32)
+                weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(kind))
+                want = x.astype(np.float64) @ weight.astype(np.float64).T
+                error = np.abs(np.asarray(few_rows(jnp.asarray(x), jnp.asarray(weight))) - want).max()
+                if not error < 1e-5 * np.abs(want).max():
+                    raise KernelError(f"{rows} rows by [{outer}, {inner}] {kind}: off by {error}")
+
+
+if __name__ == "__main__":
+    try:
+        check(Path(sys.argv[1]))
+    except KernelError as error:
+        sys.exit(str(error))

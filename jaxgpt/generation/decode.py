@@ -1,0 +1,213 @@
+"""Decoding on the device: one prefill, then a scan of single-token steps. Pure functions of fixed shapes.
+
+`jaxgpt.generate` drives these from the host. `scan_generate` is the whole generator as one pure function, for
+`jax.jit`, `jax.export` or a larger program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jax import Array, lax
+
+from jaxgpt.generation.sampling import Greedy, Sampler
+from jaxgpt.model.cache import Cache, Window
+from jaxgpt.model.gpt import GPT
+from jaxgpt.parallel.sharding import constrain
+
+
+@struct.dataclass
+class State:
+    """A generation between two tokens.
+
+    Attributes:
+        memory: what the model has read: a key/value cache, or the last C ids once a row is that long.
+        token_B: the last id drawn, not yet read.
+        drawn: ids drawn so far a row, int32.
+        done_B: whether the row has drawn a stop id.
+        broken_B: number of the first draw whose logits were not finite, or -1.
+    """
+
+    memory: Cache | Window
+    token_B: Array
+    drawn: Array
+    done_B: Array
+    broken_B: Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "sampler", "cache_dtype"))
+def prefill(
+    model: GPT,
+    params: Any,
+    ids_BxT: Array,
+    lengths_B: Array,
+    length: Array,
+    key: Array | None,
+    stop_ids: Array,
+    *,
+    slots: int,
+    sampler: Sampler,
+    cache_dtype: str | None = None,
+) -> State:
+    """Reads the prompts into a new cache and draws the first id of each row.
+
+    Args:
+        model: the model; static.
+        params: its parameters.
+        ids_BxT: row b's prompt ends at column `length`; what stands left and right of it is ignored.
+        lengths_B: ids in each prompt.
+        length: the largest of them.
+        key: one key, of which row b takes fold_in(key, b); or one key a row, [B]; or None.
+        stop_ids: ids that end a row, [any number].
+        slots: size of the cache; at least T.
+        sampler: how ids are drawn; static.
+        cache_dtype: type of the cache; None for `Cache.empty`'s default.
+    """
+    B = ids_BxT.shape[0]
+    cache: Any = Cache.empty(model.config, start_B=length - lengths_B, slots=slots, dtype=cache_dtype)
+    x_BxTxD, cache = model.apply({"params": params}, ids_BxT, cache=cache, method="features")
+    # Slots from `length` on hold the padding's keys: masked until a real token's replace them.
+    cache = dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
+    x_Bx1xD = lax.dynamic_slice_in_dim(x_BxTxD, length - 1, 1, axis=1)
+    state = State(
+        memory=cache,
+        token_B=jnp.zeros(B, jnp.int32),
+        drawn=jnp.zeros((), jnp.int32),
+        done_B=jnp.zeros(B, bool),
+        broken_B=jnp.full(B, -1, jnp.int32),
+    )
+    return _draw(model, params, state, x_Bx1xD, _row_keys(key, B), stop_ids, sampler)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk", "sampler"), donate_argnames=("state",))
+def decode(
+    model: GPT,
+    params: Any,
+    state: State,
+    steps: Array | int,
+    key: Array | None,
+    stop_ids: Array,
+    *,
+    chunk: int,
+    sampler: Sampler,
+) -> tuple[State, Array]:
+    """Draws up to `steps` more ids a row, fewer if every row is done first; `chunk` at most, and that is static.
+
+    Returns:
+        (state, ids_BxN): N is `chunk`; how many columns count is the growth of `state.drawn`.
+    """
+    keys_B = _row_keys(key, state.token_B.shape[0])
+
+    def step(state: State) -> State:
+        if isinstance(state.memory, Window):
+            memory: Any = state.memory.append(state.token_B)
+            x_BxTxD, _ = model.apply(
+                {"params": params}, memory.ids_BxC, cache=memory.cache(model.config), method="features"
+            )
+            x_BxTxD = x_BxTxD[:, -1:]
+        else:
+            x_BxTxD, memory = model.apply(
+                {"params": params}, state.token_B[:, None], cache=state.memory, method="features"
+            )
+        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, keys_B, stop_ids, sampler)
+
+    def step_if_needed(state: State, i: Array) -> tuple[State, Array]:
+        state = lax.cond((i < steps) & ~jnp.all(state.done_B), step, lambda state: state, state)
+        return state, state.token_B
+
+    state, ids_NxB = lax.scan(step_if_needed, state, jnp.arange(chunk))
+    return state, ids_NxB.T
+
+
+@functools.partial(jax.jit, static_argnames=("slots",))
+def grow(state: State, slots: int) -> State:
+    """The same state with a cache of `slots` slots, at least as many as it has."""
+
+    def pad(kept: Array) -> Array:
+        return jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, slots - kept.shape[-2]), (0, 0)])
+
+    assert isinstance(state.memory, Cache)
+    memory = dataclasses.replace(state.memory, layers=jax.tree.map(pad, state.memory.layers))
+    return dataclasses.replace(state, memory=memory)
+
+
+def scan_generate(
+    model: GPT,
+    params: Any,
+    ids_BxT: Array,
+    max_new_tokens: int,
+    *,
+    sampler: Sampler | None = None,
+    key: Array | None = None,
+) -> Array:
+    """The generator as one pure function: `jax.jit`, `jax.export` or a larger program can hold it.
+
+    It draws what `jaxgpt.generate` draws, past the context too, for prompts of one length and without stop ids.
+    It checks nothing: ids outside the vocabulary and parameters that are not finite are the caller's error.
+
+    Args:
+        model: the model; static.
+        params: its parameters.
+        ids_BxT: prompts, integers.
+        max_new_tokens: ids to draw a row, 1 or more; static.
+        sampler: how ids are drawn; default `Greedy()`.
+        key: one key, of which row b takes fold_in(key, b); or one key a row, [B].
+
+    Returns:
+        ids_BxN: the new ids only.
+    """
+    sampler = sampler or Greedy()
+    model = GPT(model.config.replace(native_kernel=False))  # which no other machine would have
+    C = model.config.context_length
+    ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
+    B, T = ids_BxT.shape
+    no_stops = jnp.zeros(0, jnp.int32)
+    cached = min(max_new_tokens, C - T + 1)
+    lengths_B = jnp.full(B, T, jnp.int32)
+    state = prefill(
+        model, params, ids_BxT, lengths_B, jnp.int32(T), key, no_stops, slots=T + cached - 1, sampler=sampler
+    )
+    pieces = [ids_BxT, state.token_B[:, None]]
+    if cached > 1:
+        state, ids = decode(model, params, state, cached - 1, key, no_stops, chunk=cached - 1, sampler=sampler)
+        pieces.append(ids)
+    windowed = max_new_tokens - cached
+    if windowed > 0:
+        read_BxC = jnp.concatenate(pieces, axis=1)[:, -C - 1 : -1]
+        state = dataclasses.replace(state, memory=Window(read_BxC, jnp.full(B, C, jnp.int32)))
+        _, ids = decode(model, params, state, windowed, key, no_stops, chunk=windowed, sampler=sampler)
+        pieces.append(ids)
+    return jnp.concatenate(pieces[1:], axis=1)
+
+
+def _draw(model, params, state: State, x_Bx1xD, keys_B, stop_ids, sampler: Sampler) -> State:
+    """The next id of each row, from the features of the row's last token."""
+    logits_BxV = model.apply({"params": params}, x_Bx1xD, method="logits")[:, 0]
+    with jax.named_scope("sample"):
+        keys_B = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.drawn)
+        token_B = constrain(sampler(logits_BxV, keys_B), None)  # every process reads them
+        broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
+        return dataclasses.replace(
+            state,
+            token_B=token_B,
+            drawn=state.drawn + 1,
+            done_B=state.done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1),
+            broken_B=constrain(jnp.where(broken, state.drawn, state.broken_B), None),
+        )
+
+
+def _row_keys(key: Array | None, B: int) -> Array | None:
+    """A key a row: its own, so that a row's draws do not depend on its neighbours."""
+    if key is None:
+        return None
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
+        key = jax.random.wrap_key_data(key)
+    if key.ndim == 1:
+        return key
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(B))

@@ -1,0 +1,291 @@
+"""Text generation: checks on the host, buckets of shapes, and one loop over `jaxgpt.generation.decode`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.errors import shown
+from jaxgpt.generation import decode
+from jaxgpt.generation.prepare import prepare
+from jaxgpt.generation.prompts import check_ids, check_key, check_prompts, whole_number
+from jaxgpt.generation.sampling import Greedy, Sampler
+from jaxgpt.model.cache import Window
+from jaxgpt.model.gpt import GPT
+from jaxgpt.parallel import sharding
+
+# Shapes are rounded up to powers of two from these on, so that lengths in one bucket share a compilation.
+PROMPT_BUCKET = 16
+CACHE_BUCKET = 64
+# New tokens that the first cache has room for; where more come it grows, to four times its slots and so on, so that
+# a short answer does not pay for the longest one that was allowed.
+FIRST_NEW_TOKENS = 192
+# Tokens between two looks at the result by the host.
+CHUNK = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationResult:
+    """What `generate` returns.
+
+    Attributes:
+        tokens: one int32 array a row: the prompt, then the new ids, ending with the stop id if one was drawn.
+        prompt_lengths: ids in each row's prompt.
+        seconds: time taken, compilation included.
+        tokens_per_second: ids drawn a second, all rows together, measured where nothing was compiled; `None` for a
+            text too short to tell.
+    """
+
+    tokens: list[np.ndarray]
+    prompt_lengths: list[int]
+    seconds: float
+    tokens_per_second: float | None
+
+    @property
+    def new_tokens(self) -> list[np.ndarray]:
+        """The rows without their prompts."""
+        return [row[length:] for row, length in zip(self.tokens, self.prompt_lengths, strict=True)]
+
+
+def generate(
+    model: GPT,
+    params: Any,
+    prompts: Any,
+    max_new_tokens: int,
+    *,
+    sampler: Sampler | None = None,
+    key: jax.Array | None = None,
+    stop_ids: Sequence[int] = (),
+    beyond_context: str = "recompute",
+    cache_dtype: str | None = None,
+) -> GenerationResult:
+    """Continues each prompt by up to `max_new_tokens` ids.
+
+    Each row gets what it would get alone, whatever the other rows are. Compiles once per model, batch size,
+    sampler and bucket of lengths (powers of two). A model with `scan_layers` is unstacked in each call: `prepare` it
+    once instead.
+
+    Past the context the result is the reference generator's: each id is drawn from the last `context_length`
+    ids alone, at positions from 0. No cache can serve that (see `jaxgpt.model.cache.Window`), so from there on every
+    token costs a forward pass over the whole context.
+
+    Args:
+        model: the model.
+        params: its parameters; not modified, not donated.
+        prompts: integers [B, T], or a list of lists of ids, of any lengths.
+        max_new_tokens: most ids to add to a row; 0 returns the prompts.
+        sampler: how ids are drawn, `jaxgpt.generation.sampling`; default `Greedy()`.
+        key: for a sampler that draws: one key, of which row b takes fold_in(key, b), or an array of one key a
+            row. The n-th new id of a row takes fold_in(row's key, n).
+        stop_ids: a row that draws one of these ends with it.
+        beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
+        cache_dtype: type of the key/value cache, "float32" or "bfloat16"; default the model's compute type, but
+            float32 on a CPU.
+
+    Raises:
+        ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
+            empty prompt; for arguments out of their range; for a sampler that draws without a key.
+        FloatingPointError: if logits are NaN or infinite, naming the row and the step.
+    """
+    run = Generation(
+        model,
+        params,
+        prompts,
+        max_new_tokens,
+        sampler=sampler,
+        key=key,
+        stop_ids=stop_ids,
+        beyond_context=beyond_context,
+        cache_dtype=cache_dtype,
+    )
+    for _ in run:
+        pass
+    return run.result()
+
+
+class Generation:
+    """One generation, checked when made. Iterating draws, and yields each row's new ids as a list of arrays.
+
+    The arguments are `generate`'s; `chunk` is the number of tokens drawn between two yields.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        params: Any,
+        prompts: Any,
+        max_new_tokens: int,
+        *,
+        sampler: Sampler | None = None,
+        key: jax.Array | None = None,
+        stop_ids: Sequence[int] = (),
+        beyond_context: str = "recompute",
+        cache_dtype: str | None = None,
+        chunk: int = CHUNK,
+    ):
+        model, params = prepare(model, params)
+        config, self.mesh = model.config, sharding.mesh_of(params)
+        self.model, self.params, self.sampler, self.key = model, params, sampler or Greedy(), key
+        self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
+        self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
+        self.prompts = check_prompts(prompts, config.vocab_size)
+        if not isinstance(stop_ids, Iterable):
+            raise ValueError(f"stop_ids must be a list of ids, not {shown(stop_ids)}")
+        self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
+        if beyond_context not in ("recompute", "error"):
+            raise ValueError(f'beyond_context must be "recompute" or "error", not {shown(beyond_context)}')
+        if cache_dtype not in (None, "float32", "bfloat16"):
+            raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {shown(cache_dtype)}')
+        longest = max(map(len, self.prompts))
+        if beyond_context == "error" and longest + self.max_new_tokens > config.context_length:
+            raise ValueError(
+                f"a prompt of {longest} ids and max_new_tokens={self.max_new_tokens} exceed "
+                f"context_length={config.context_length}"
+            )
+        if self.sampler.draws:
+            check_key(self.sampler, key, len(self.prompts))
+        self.drawn: list[list[np.ndarray]] = [[] for _ in self.prompts]
+        self._timings: list[_Timing] = []
+
+    def result(self) -> GenerationResult:
+        """What has been drawn so far."""
+        # The first piece of each kind of work may include its compilation.
+        seen, steps, seconds = set(), 0, 0.0
+        for timing in self._timings:
+            if timing.work in seen:
+                steps, seconds = steps + timing.steps, seconds + timing.seconds
+            seen.add(timing.work)
+        return GenerationResult(
+            tokens=self._rows(),
+            prompt_lengths=[len(row) for row in self.prompts],
+            seconds=sum(timing.seconds for timing in self._timings),
+            tokens_per_second=len(self.prompts) * steps / seconds if steps else None,
+        )
+
+    def __iter__(self) -> Iterator[list[np.ndarray]]:
+        if self.max_new_tokens == 0:
+            return
+        C = self.model.config.context_length
+        longest = min(C, max(map(len, self.prompts)))
+        # With the prompt read one id is drawn, and one more for each id that the cache still takes.
+        cached = min(self.max_new_tokens, C - longest + 1)
+        started = time.perf_counter()
+        slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
+        with sharding.use(self.mesh):
+            state = self._prefill(longest, slots)
+        yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
+        drawn = 1
+        while drawn < self.max_new_tokens and not np.all(state.done_B):
+            started = time.perf_counter()
+            if drawn == cached:
+                state = dataclasses.replace(state, memory=self._window())
+            work, end = ("cached", cached) if drawn < cached else ("windowed", self.max_new_tokens)
+            steps = min(self.chunk, end - drawn)
+            if work == "cached" and longest + drawn + steps - 1 > slots:
+                slots = self._slots(min(4 * slots, longest + cached - 1))
+                with sharding.use(self.mesh):
+                    state = decode.grow(state, slots)
+            with sharding.use(self.mesh):
+                state, ids_BxN = decode.decode(
+                    self.model,
+                    self.params,
+                    state,
+                    np.int32(steps),
+                    self.key,
+                    self._padded_stop_ids(),
+                    chunk=CHUNK,
+                    sampler=self.sampler,
+                )
+            before, drawn = drawn, int(state.drawn)
+            yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
+
+    def _slots(self, needed: int) -> int:
+        """Size of a cache that holds `needed` slots; never less than the padded prompts."""
+        C = self.model.config.context_length
+        padded = bucket(min(C, max(map(len, self.prompts))), PROMPT_BUCKET, C)
+        return max(padded, bucket(needed, CACHE_BUCKET, C))
+
+    def _prefill(self, longest: int, slots: int) -> decode.State:
+        C = self.model.config.context_length
+        ids_BxT = np.zeros((len(self.prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
+        for row, prompt in zip(ids_BxT, self.prompts, strict=True):
+            prompt = prompt[-C:]
+            row[longest - len(prompt) : longest] = prompt
+        return decode.prefill(
+            self.model,
+            self.params,
+            ids_BxT,
+            np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32),
+            np.int32(longest),
+            self.key,
+            self._padded_stop_ids(),
+            slots=slots,
+            sampler=self.sampler,
+            cache_dtype=self.cache_dtype,
+        )
+
+    def _window(self) -> Window:
+        """The ids read so far: all but the last one drawn."""
+        C = self.model.config.context_length
+        ids_BxC = np.zeros((len(self.prompts), C), np.int32)
+        lengths_B = np.zeros(len(self.prompts), np.int32)
+        for r, ids in enumerate(self._rows()):
+            read = ids[:-1][-C:]
+            ids_BxC[r, C - len(read) :] = read
+            lengths_B[r] = len(read)
+        return Window(ids_BxC, lengths_B)  # type: ignore[arg-type]
+
+    def _accept(self, state: decode.State, ids_BxN: jax.Array, timing: _Timing) -> list[np.ndarray]:
+        """Brings ids to the host, keeps them, and returns those that are not past a row's end."""
+        ids_BxN, broken_B = jax.device_get((ids_BxN, state.broken_B))
+        timing.seconds = time.perf_counter() - timing.started
+        self._timings.append(timing)
+        if np.any(broken_B >= 0):
+            row = int(np.argmax(broken_B >= 0))
+            raise FloatingPointError(
+                f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
+                "the parameters hold such values, or overflow"
+            )
+        new = [self._until_stop(r, ids[: timing.steps]) for r, ids in enumerate(ids_BxN)]
+        for r, ids in enumerate(new):
+            self.drawn[r].append(ids)
+        return new
+
+    def _until_stop(self, r: int, ids: np.ndarray) -> np.ndarray:
+        """The ids that row r gains: none if it has ended, and none after a stop id."""
+        last = self.drawn[r][-1] if self.drawn[r] else None
+        if last is not None and (not last.size or last[-1] in self.stop_ids):
+            return ids[:0]
+        stops = np.flatnonzero(np.isin(ids, self.stop_ids))
+        return ids[: stops[0] + 1] if stops.size else ids
+
+    def _rows(self) -> list[np.ndarray]:
+        return [np.concatenate([prompt, *new]) for prompt, new in zip(self.prompts, self.drawn, strict=True)]
+
+    def _padded_stop_ids(self) -> np.ndarray:
+        """The stop ids in a bucket of their own, filled with an id that is never drawn."""
+        padded = np.full(bucket(len(self.stop_ids), 4, 2**31), -1, np.int32)
+        padded[: len(self.stop_ids)] = self.stop_ids
+        return padded
+
+
+@dataclasses.dataclass
+class _Timing:
+    """One piece of work: its kind, the ids it drew a row, when it began and how long it took."""
+
+    work: str
+    steps: int
+    started: float
+    seconds: float = 0.0
+
+
+def bucket(size: int, smallest: int, largest: int) -> int:
+    """`smallest` doubled until it holds `size`, at most `largest`."""
+    while smallest < size:
+        smallest *= 2
+    return min(smallest, largest)

@@ -1,0 +1,100 @@
+"""Text in, text out: the tokenizer around `jaxgpt.generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxgpt.generation.session import Generation, generate
+from jaxgpt.model.gpt import GPT
+from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
+
+# Few, so that text appears as it is drawn; more than one, so that the host costs little.
+STREAM_CHUNK = 4
+
+
+def generate_text(
+    model: GPT,
+    params: Any,
+    prompts: str | Sequence[str],
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    **options: Any,
+) -> list[str]:
+    """`generate` from text to text, by the model's own tokenizer.
+
+    Args:
+        model: the model; `model.config.tokenizer` names the tokenizer.
+        params: its parameters.
+        prompts: one text or several. An empty one starts from end-of-text.
+        max_new_tokens: most ids to add to a text.
+        stop_ids: as in `generate`; default: end-of-text.
+        options: `generate`'s.
+
+    Returns:
+        Each prompt with its continuation, the stop token left out.
+    """
+    tokenizer = get_tokenizer(model.config.tokenizer)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids
+    rows = [encode_prompt(tokenizer, text) for text in texts]
+    result = generate(model, params, rows, max_new_tokens, stop_ids=stop_ids, **options)
+    return [
+        text + tokenizer.decode(without_stop(new, stop_ids)) for text, new in zip(texts, result.new_tokens, strict=True)
+    ]
+
+
+def stream(
+    model: GPT,
+    params: Any,
+    prompt: str | Sequence[int],
+    max_new_tokens: int,
+    *,
+    stop_ids: Sequence[int] | None = None,
+    **options: Any,
+) -> Iterator[str]:
+    """The text that `generate` would add to one prompt, in pieces as it is drawn.
+
+    A piece never ends inside a character: bytes that do not make one yet wait for the next token.
+
+    Args:
+        model: the model; `model.config.tokenizer` names the tokenizer.
+        params: its parameters.
+        prompt: text, or ids. An empty text starts from end-of-text.
+        max_new_tokens: most ids to draw.
+        stop_ids: as in `generate`; default: end-of-text. A stop id itself gives no text.
+        options: `generate`'s.
+
+    Raises:
+        ValueError, FloatingPointError: as `generate` does; bad arguments at the call, before the first piece.
+    """
+    tokenizer = get_tokenizer(model.config.tokenizer)
+    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
+    stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids
+    return text_pieces(
+        Generation(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options)
+    )
+
+
+def text_pieces(run: Generation) -> Iterator[str]:
+    """The new text of a run's only row, as it is drawn."""
+    decoder = StreamDecoder(get_tokenizer(run.model.config.tokenizer))
+    for (new,) in run:
+        if piece := decoder.feed(without_stop(new, run.stop_ids)):
+            yield piece
+    if piece := decoder.finish():
+        yield piece
+
+
+def encode_prompt(tokenizer: Any, text: str) -> list[int]:
+    """A prompt's ids; an empty text is one end-of-text, because a model must read something."""
+    return list(tokenizer.encode(text)) or [tokenizer.end_of_text]
+
+
+def without_stop(ids: Sequence[int] | np.ndarray, stop_ids: Sequence[int]) -> list[int]:
+    """The ids, less a stop id at their end."""
+    ids = [int(i) for i in ids]
+    return ids[:-1] if ids and ids[-1] in stop_ids else ids

@@ -1,0 +1,1 @@
+"""How fast and how sound this machine runs the model."""

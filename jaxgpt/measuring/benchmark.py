@@ -1,0 +1,323 @@
+"""`jaxgpt benchmark`: how fast this machine runs the model, and how fast it could.
+
+Every work is measured in a process of its own, so that nothing is warm but what the work warms, and its peak memory
+is its own: `python -m jaxgpt.measuring.benchmark WORK` prints one JSON object. `peers` runs other programs likewise.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import gzip
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jaxgpt import accounting, startup
+from jaxgpt.config import GPTConfig
+
+PROMPT, NEW = 32, 128
+CHARACTER_MODEL = {
+    "vocab_size": 65,
+    "context_length": 256,
+    "emb_dim": 384,
+    "n_heads": 6,
+    "n_layers": 6,
+    "drop_rate": 0.2,
+}
+# The bundled model's first text, as the README's first command asks for it.
+START_UP = ["generate", "--prompt", "ROMEO:", "--max-new-tokens", "64"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Something to measure.
+
+    Attributes:
+        kind: "decode" (`PROMPT` ids in, `NEW` ids drawn), "forward" (logits at every position), "train" (a whole
+            optimiser step), "read" or "matmul" (the machine's limits).
+        preset: the model; "character" is `CHARACTER_MODEL`.
+        dtype: of parameters while decoding, and of the products' operands.
+        batch: rows.
+        length: tokens a row.
+    """
+
+    kind: str
+    preset: str = "gpt2"
+    dtype: str = "float32"
+    batch: int = 1
+    length: int = 1024
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line."""
+        if self.kind == "read":
+            return self.kind
+        if self.kind == "matmul":
+            return f"matmul-{self.dtype}"
+        model = "character-" if self.preset == "character" else ""
+        size = f"{self.batch}" if self.kind == "decode" else f"{self.batch}x{self.length}"
+        return f"{model}{self.kind}-{size}-{self.dtype}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that one repetition draws, reads or trains on."""
+        return self.batch * (NEW if self.kind == "decode" else self.length)
+
+    def config(self) -> GPTConfig:
+        """The model's."""
+        if self.preset == "character":
+            return GPTConfig(**CHARACTER_MODEL)  # type: ignore[arg-type]
+        return GPTConfig.preset(self.preset, drop_rate=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What a process measured: the median of the repetitions, and the most memory it held."""
+
+    seconds: float
+    peak_bytes: int
+
+
+def works(preset: str) -> list[Work]:
+    """All works for a preset, the limits first."""
+    return [
+        Work("read"),
+        Work("matmul", dtype="float32"),
+        Work("matmul", dtype="bfloat16"),
+        *(Work("decode", preset, dtype, batch) for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")),
+        *(Work("forward", preset, dtype, 4, 1024) for dtype in ("float32", "bfloat16")),
+        *(Work("train", preset, dtype, 2, 512) for dtype in ("float32", "bfloat16")),
+        *(Work("train", "character", dtype, 32, 256) for dtype in ("float32", "bfloat16")),
+    ]
+
+
+def limit(work: Work, read_bytes_per_s: float, flops_per_s: dict[str, float]) -> tuple[float, str] | None:
+    """(tokens/s that the machine allows, the formula); None where no limit applies."""
+    config = work.config()
+    if work.kind == "decode":
+        # Embeddings are looked up, not read; a tied one is read as the head. The cache grows to PROMPT + NEW.
+        counts, size = accounting.count_parameters(config), accounting.parameter_bytes(config, work.dtype)
+        unread = counts.pos_emb + (0 if config.tie_embeddings else counts.tok_emb)
+        weights = size - unread * size / counts.total
+        cache = accounting.cache_bytes(config, work.batch, PROMPT + NEW // 2, "float32")
+        return (
+            work.batch * read_bytes_per_s / (weights + cache),
+            "rows x read bandwidth / (bytes of weights + of the mean cache)",
+        )
+    if work.kind in ("forward", "train"):
+        passes = 3 if work.kind == "train" else 1
+        linear = accounting.forward_flops(config, work.batch, work.length).linear
+        needed = passes * (linear + accounting.causal_attention_flops(config, work.batch, work.length))
+        factor = "3 x " if passes == 3 else ""
+        formula = f"tokens x matrix product FLOP/s / ({factor}FLOPs of a forward pass, causal)"
+        return work.tokens * flops_per_s[work.dtype] / needed, formula
+    return None
+
+
+def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
+    """The JSON object that `python -m module NAME PRESET ...` prints last.
+
+    Raises:
+        RuntimeError: with the end of its stderr, if it fails or takes longer than `timeout` seconds.
+    """
+    command = [sys.executable, "-m", module, name, preset, *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"{name}: no result within {timeout:.0f} s") from None
+    if done.returncode:
+        raise RuntimeError(f"{name}: {done.stderr.strip()[-500:] or f'exit {done.returncode}'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def timed(
+    run: Callable[[], Any], repeats: int, warm_up: int, pick: Callable[[list[float]], float] = statistics.median
+) -> float:
+    """Seconds of `run`: the median of the repetitions, or what else `pick` makes of them."""
+    for _ in range(warm_up):
+        run()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return pick(seconds)
+
+
+def measure(work: Work, profile: Path | None = None) -> tuple[Measurement, list[tuple[str, float]]]:
+    """Runs a work in this process: what it measured, and with `profile` its ten costliest operations in ms."""
+    import jax
+
+    make = {"decode": _decode, "forward": _forward, "train": _train, "read": _read, "matmul": _matmul}[work.kind]
+    run = make(work)
+    # A limit is the best that was seen.
+    is_limit = work.kind in ("read", "matmul")
+    seconds = timed(run, 30, 2, min) if is_limit else timed(run, repeats=3, warm_up=2)
+    peak = peak_bytes()  # before tracing adds to it
+    costliest: list[tuple[str, float]] = []
+    if profile is not None:
+        with jax.profiler.trace(str(profile), create_perfetto_trace=True):
+            run()
+        costliest = costliest_operations(profile)
+    return Measurement(seconds, peak), costliest
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held."""
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def costliest_operations(directory: Path, most: int = 10) -> list[tuple[str, float]]:
+    """The compiled operations that took longest in a trace, without what they call: (kind and how many, ms)."""
+    trace = max(directory.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
+    with gzip.open(trace) as file:
+        content = json.load(file)
+    events = content["traceEvents"] if isinstance(content, dict) else content
+    threads = collections.defaultdict(list)
+    for event in events:
+        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
+            threads[event["pid"], event["tid"]].append(event)
+    own: dict[str, float] = collections.defaultdict(float)
+    times: dict[str, int] = collections.defaultdict(int)
+    for thread in threads.values():
+        thread.sort(key=lambda event: (event["ts"], -event["dur"]))
+        callers: list[tuple[float, str]] = []
+        for event in thread:
+            kind, end = event["name"].split(".")[0], event["ts"] + event["dur"]
+            while callers and callers[-1][0] <= event["ts"]:
+                callers.pop()
+            if callers and end <= callers[-1][0]:
+                own[callers[-1][1]] -= event["dur"]
+            own[kind] += event["dur"]
+            times[kind] += 1
+            callers.append((end, kind))
+    ranked = sorted(own, key=own.__getitem__, reverse=True)[:most]
+    return [(f"{kind} x {times[kind]}", own[kind] / 1000) for kind in ranked]
+
+
+def _decode(work: Work) -> Callable[[], Any]:
+    import numpy as np
+
+    from jaxgpt.generation.session import generate
+
+    model, params = _model(work.config(), work.dtype)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, PROMPT))
+    return lambda: generate(model, params, ids, NEW)
+
+
+def _forward(work: Work) -> Callable[[], Any]:
+    import jax
+    import numpy as np
+
+    model, params = _model(work.config().replace(dtype=work.dtype), None)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.length))
+    forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
+    return lambda: forward(params, ids).block_until_ready()
+
+
+def _train(work: Work) -> Callable[[], Any]:
+    import jax
+    import numpy as np
+
+    from jaxgpt.training.config import TrainConfig
+    from jaxgpt.training.step import init_state, make_step
+
+    model = work.config().replace(dtype=work.dtype)
+    config = TrainConfig(model=model, batch_size=work.batch, length=work.length)
+    step = jax.jit(make_step(config), donate_argnums=0)
+    ids = np.random.default_rng(0).integers(0, model.vocab_size, (work.batch, work.length + 1)).astype(np.int32)
+    state = init_state(config)
+
+    def run() -> None:
+        nonlocal state
+        state, figures = step(state, ids)
+        float(figures["loss"])
+
+    return run
+
+
+def _model(config: GPTConfig, dtype: str | None) -> tuple[Any, Any]:
+    """A model with random parameters, in the form it decodes fastest."""
+    import jax
+    import numpy as np
+
+    from jaxgpt.generation.prepare import prepare
+    from jaxgpt.model.gpt import GPT
+
+    model = GPT(config if dtype is None else config.replace(param_dtype=dtype))
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    return prepare(model, params, dtype)
+
+
+def _read(work: Work) -> Callable[[], Any]:
+    """A sum over 512 MiB."""
+    import jax
+    import jax.numpy as jnp
+
+    x = jnp.ones(2**27, jnp.float32)
+    total = jax.jit(jnp.sum)
+    return lambda: total(x).block_until_ready()
+
+
+READ_BYTES = 2**29
+MATMUL = 2048
+
+
+def _matmul(work: Work) -> Callable[[], Any]:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxgpt.model.ops import dot
+
+    x, y = (jax.random.normal(jax.random.key(i), (MATMUL, MATMUL)).astype(work.dtype) for i in range(2))
+    product = jax.jit(lambda x, y: dot("ij,kj->ik", x, y, work.dtype))
+    x, y = jnp.asarray(x), jnp.asarray(y)
+    return lambda: product(x, y).block_until_ready()
+
+
+def _start_up() -> float:
+    """Seconds of a whole `jaxgpt generate` process."""
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "jaxgpt", *START_UP], check=True, capture_output=True)
+    return time.perf_counter() - started
+
+
+def cold_and_warm_start() -> tuple[float, float]:
+    """Seconds of the bundled model's first process, with an empty compile cache, and of the second."""
+    with tempfile.TemporaryDirectory() as cache:
+        others = ("JAX_COMPILATION_CACHE_DIR", startup.CACHE_VARIABLE)
+        before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", *others)}
+        os.environ["XDG_CACHE_HOME"] = cache
+        for name in others:
+            os.environ.pop(name, None)
+        try:
+            return _start_up(), _start_up()
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
+
+
+def main(arguments: list[str]) -> None:
+    """`python -m jaxgpt.measuring.benchmark WORK PRESET [PROFILE_DIR]`: runs the work and prints what it measured."""
+    startup.configure()
+    name, preset, *profile = arguments
+    work = next(work for work in works(preset) if work.name == name)
+    measurement, costliest = measure(work, Path(profile[0]) if profile else None)
+    print(json.dumps({**dataclasses.asdict(measurement), "costliest": costliest}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

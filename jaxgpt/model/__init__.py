@@ -1,0 +1,1 @@
+"""The book's chapter 4: the GPT, and the arithmetic under it."""

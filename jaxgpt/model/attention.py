@@ -1,0 +1,224 @@
+"""Causal scaled dot-product attention, dense or in a band, forward and backward, without ever holding all [T, T]
+weights. (With dropout, the backward pass keeps its mask, a byte a weight.)
+
+Source: Vaswani et al. 2017, section 3.2.1; the backward pass, which recomputes the weights
+instead of storing them, is that of Dao et al. 2022 (FlashAttention), section 3; the band is the local part of Child
+et al. 2019 (Sparse Transformer), section 4.3.
+
+Sizes: B batch, H heads, T queries, S keys, K head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxgpt.model.ops import dot, dropout_mask, keep
+from jaxgpt.parallel.sharding import is_distributed, platform
+
+# Finite, so that a row with every score masked gives a uniform row and not NaN.
+MASKED_SCORE = -1e30
+# Scores that a CPU works on at a time: few enough to stay in a core's cache from their product to their use.
+CPU_SCORES = 3 * 2**16
+
+
+class _Plan(NamedTuple):
+    """What is static about a call."""
+
+    dtype: str
+    drop_rate: float
+    query_slot: int | Array
+    query_block: int
+    window: int | None
+
+    def blocks(self, T: int, S: int) -> Iterator[tuple[slice, slice]]:
+        """Each block's queries, and those of the S keys that any of them can see."""
+        for first in range(0, T, self.query_block):
+            last = min(T, first + self.query_block)
+            seen = slice(0, S)
+            if isinstance(self.query_slot, int):
+                lowest = 0 if self.window is None else max(0, self.query_slot + first + 1 - self.window)
+                seen = slice(lowest, min(S, self.query_slot + last))
+            yield slice(first, last), seen
+
+
+def attention(
+    q_BxHxTxK: Array,
+    k_BxHxSxK: Array,
+    v_BxHxSxK: Array,
+    *,
+    dtype: str,
+    window: int | None = None,
+    query_slot: int | Array = 0,
+    start_B: Array | None = None,
+    drop_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    query_block: int | None = None,
+    group_scores: int | None = None,
+    inspect: Callable[[Array], Any] | None = None,
+) -> Array:
+    """softmax(q k^T / sqrt(K)) v with causal masking, in float32. Returns [B, H, T, K].
+
+    Query t stands at slot `query_slot` + t and sees the key slots from `start_B` (0 by default) up to and
+    including its own; with a `window`, only the last `window` of these. Where `query_slot` is a Python int, queries are
+    taken in blocks of `query_block`, each against only the keys it can see, so most of what is masked is never
+    computed: a band costs T (window + query_block) scores, not T^2 / 2. And rows and heads are taken in groups, one
+    after another, so small that a block's scores stay in a core's cache.
+
+    Args:
+        q_BxHxTxK: queries.
+        k_BxHxSxK: keys.
+        v_BxHxSxK: values.
+        dtype: type of the products' operands.
+        window: width of the band, from 1: slots that a query sees, itself included; None for no band.
+        query_slot: slot of the first query; a Python int when known at trace time.
+        start_B: first visible slot of each row, int32.
+        drop_rate: dropout on the attention weights.
+        dropout_key: its key; None for no dropout.
+        query_block: queries a block; default a quarter of T, but from 64 to 128.
+        group_scores: most scores a group and block; default `CPU_SCORES` on one CPU, and elsewhere no limit.
+        inspect: called at trace time with the whole weights [B, H, T, S]; costs their memory.
+    """
+    B, H, T, K = q_BxHxTxK.shape
+    S = k_BxHxSxK.shape[2]
+    q_BxHxTxK = q_BxHxTxK * K**-0.5
+    start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
+    if window is not None and window >= S:
+        window = None  # everything is in the band
+    if inspect is not None:
+        visible = _visible(query_slot, slice(0, T), slice(0, S), start_B, window)
+        inspect(jax.nn.softmax(_scores(q_BxHxTxK, k_BxHxSxK, visible, dtype)))
+    if not isinstance(query_slot, int):
+        # While decoding T is small: there is nothing to divide. But of a long cache, only the band is read.
+        if window is not None and (width := window + T - 1) < S:
+            first = jnp.maximum(query_slot + 1 - window, 0)
+            k_BxHxSxK, v_BxHxSxK = (lax.dynamic_slice_in_dim(x, first, width, 2) for x in (k_BxHxSxK, v_BxHxSxK))
+            query_slot, start_B = query_slot - first, start_B - first
+        plan = _Plan(dtype, drop_rate, query_slot, T, window)
+        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
+    query_block = min(T, query_block or min(128, max(64, T // 4)))
+    seen = S if window is None else min(S, window + query_block - 1)
+    if group_scores is None:
+        # Groups follow one another, so on several devices they would wait for each other.
+        grouped = platform() == "cpu" and not is_distributed()
+        group_scores = CPU_SCORES if grouped else B * H * T * S
+    rows, heads = _group(B, H, group_scores // (query_block * seen))
+
+    def split(x: Array) -> Array:
+        """[B, H, ...] to [groups, rows, heads, ...]; one of the two axes is always whole."""
+        return (
+            x.reshape(B // rows, rows, H // heads, heads, *x.shape[2:])
+            .swapaxes(1, 2)
+            .reshape(-1, rows, heads, *x.shape[2:])
+        )
+
+    plan = _Plan(dtype, drop_rate, query_slot, query_block, window)
+    groups = (B // rows) * (H // heads)
+    start_GxR = jnp.repeat(start_B.reshape(-1, rows), H // heads, axis=0)
+    keys_G = None if dropout_key is None else jax.random.split(dropout_key, groups)
+    context = _attend(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
+    return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
+
+
+def _group(B: int, H: int, most: int) -> tuple[int, int]:
+    """(rows, heads) of a group of at most `most` heads in all, and at least one: whole rows, or heads of one row."""
+    if most >= H:
+        return next(rows for rows in range(min(B, most // H), 0, -1) if B % rows == 0), H
+    return 1, next(heads for heads in range(max(1, most), 0, -1) if H % heads == 0)
+
+
+def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
+    """Which of the slots `keys` each of `queries`, counted from `query_slot`, may see: [B, 1, T, S]."""
+    slot_S = jnp.arange(keys.start, keys.stop)
+    query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
+    visible = (slot_S <= query_slot_Tx1) & (slot_S >= start_B[:, None, None, None])
+    return visible if window is None else visible & (slot_S > query_slot_Tx1 - window)
+
+
+def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str) -> Array:
+    return jnp.where(visible, dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype), MASKED_SCORE)
+
+
+def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """`function` over the leading axis, one group after another."""
+    if jax.tree.leaves(arrays)[0].shape[0] > 1:
+        return lax.map(function, arrays)
+    return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], arrays)))
+
+
+# G groups, one after another, of which each is B rows by H heads; T is cut into blocks.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G):
+    return _attend_forward(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G)[0]
+
+
+def _attend_forward(plan, *arrays):
+    out, kept = _over_groups(functools.partial(_forward, plan), arrays)
+    return out, (*arrays[:4], out, *kept)
+
+
+def _attend_backward(plan, residuals, g_GxBxHxTxK):
+    return *_over_groups(functools.partial(_backward, plan), (*residuals, g_GxBxHxTxK)), None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
+    """(out, (highest, total, masks)): per query the highest score and the sum of exp(score - highest), [B, H, T, 1];
+    per block the mask of dropout."""
+    q, k, v, start_B, key = arrays
+    T, S = q.shape[2], k.shape[2]
+    outs, highests, totals, masks = [], [], [], []
+    for i, (block, seen) in enumerate(plan.blocks(T, S)):
+        visible = _visible(plan.query_slot, block, seen, start_B, plan.window)
+        scores = _scores(q[:, :, block], k[:, :, seen], visible, plan.dtype)
+        highest = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - highest)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        if key is not None:
+            masks.append(dropout_mask(jax.random.fold_in(key, i), plan.drop_rate, scores.shape))
+            weights = keep(weights, masks[-1], plan.drop_rate)
+        outs.append(dot("BHTS,BHSK->BHTK", weights, v[:, :, seen], plan.dtype) / total)
+        highests.append(highest)
+        totals.append(total)
+    return _joined(outs), (_joined(highests), _joined(totals), masks)
+
+
+def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
+    q, k, v, start_B, out, highest, total, masks, g = arrays
+    T, S = q.shape[2], k.shape[2]
+    # sum_S weights * d_weights, without a pass over them.
+    inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
+    dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for i, (block, seen) in enumerate(plan.blocks(T, S)):
+        visible = _visible(plan.query_slot, block, seen, start_B, plan.window)
+        # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
+        scores = _scores(q[:, :, block], k[:, :, seen], visible, plan.dtype)
+        weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]
+        d_weights = dot("BHTK,BHSK->BHTS", g[:, :, block], v[:, :, seen], plan.dtype)
+        dropped = weights
+        if masks:
+            dropped, d_weights = (keep(x, masks[i], plan.drop_rate) for x in (weights, d_weights))
+        d_scores = jnp.where(visible, weights * (d_weights - inner_BxHxTx1[:, :, block]), 0)
+        dqs.append(dot("BHTS,BHSK->BHTK", d_scores, k[:, :, seen], plan.dtype))
+        dk = dk.at[:, :, seen].add(_transposed_dot(q[:, :, block], d_scores, plan.dtype))
+        dv = dv.at[:, :, seen].add(_transposed_dot(g[:, :, block], dropped, plan.dtype))
+    return _joined(dqs).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
+
+
+def _joined(blocks: list[Array]) -> Array:
+    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=2)
+
+
+def _transposed_dot(x_BxHxTxK, y_BxHxTxS, dtype):
+    """y^T x as (x^T y)^T, [B, H, S, K], because x is the small one to transpose. The barriers keep XLA from folding
+    the transposes into the product: on CPU a batched product with a transposed left side has no bfloat16 kernel."""
+    x_BxHxKxT = lax.optimization_barrier(x_BxHxTxK.astype(dtype).swapaxes(2, 3))
+    product_BxHxKxS = dot("BHKT,BHTS->BHKS", x_BxHxKxT, y_BxHxTxS, dtype)
+    return lax.optimization_barrier(product_BxHxKxS).swapaxes(2, 3)

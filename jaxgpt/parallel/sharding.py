@@ -1,0 +1,196 @@
+"""One program on many devices: the mesh, and where each parameter, batch and activation lies on it.
+
+XLA's partitioner (GSPMD) turns the single-device program into the one of each device; what it needs are the layouts
+of the program's inputs and, where it would have to guess, of a few activations. The mesh has three axes:
+
+    data     replicas of the model, each with its part of the batch
+    fsdp     parts of the batch too, over which parameters and optimiser state are spread and gathered for use
+             (ZeRO-3: Rajbhandari et al. 2020)
+    tensor   attention heads, feed-forward columns and vocabulary (Shoeybi et al. 2019)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.training.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+# The axes over which a batch is spread.
+BATCH = ("data", "fsdp")
+
+# Where parameters lie, by the end of their path; the optimiser's copies of them have the same ends. The first rule
+# that fits the path decides. Weights are [out, in]; a stacked layer axis comes before.
+RULES: tuple[tuple[str, P], ...] = (
+    # By width, because the vocabulary is rarely divisible. In this order, gathering over fsdp leaves whole stretches.
+    (r"(tok_emb|out_head|pos_emb)/weight", P(None, ("tensor", "fsdp"))),
+    (r"att/qkv/weight", P(None, "tensor", "fsdp")),
+    (r"ff/fc_in/weight", P("tensor", "fsdp")),
+    (r"(att/out_proj|ff/fc_out)/weight", P("fsdp", "tensor")),
+    (r"att/qkv/(bias|weight_scale)", P(None, "tensor")),
+    (r"ff/fc_in/(bias|weight_scale)", P("tensor")),
+    (r"(bias|weight_scale|scale|shift)", P()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of a config, over the first so many of `devices` (default: all of JAX's).
+
+    Raises:
+        ConfigError: if there are too few devices, or, with an axis of -1, if the others do not divide them; or if
+            some process would have no device in it.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.resolve(len(devices))
+    needed = math.prod(sizes)
+    if needed > len(devices):
+        raise ConfigError(f"a mesh of {config} needs {needed} devices, and there are {len(devices)}")
+    chosen = devices[:needed]
+    missing = {device.process_index for device in devices} - {device.process_index for device in chosen}
+    if missing:
+        raise ConfigError(
+            f"a mesh of {config} has {needed} of the {len(devices)} devices, and none of process {min(missing)}'s: "
+            "let it have them all (-1 for one axis), or start fewer processes"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
+
+
+def check(mesh: Mesh, config: GPTConfig, batch_size: int | None = None) -> None:
+    """Raises ConfigError unless the mesh divides the model's heads and widths, and the batch if there is one."""
+    tensor, fsdp, rows = mesh.shape["tensor"], mesh.shape["fsdp"], mesh.shape["data"] * mesh.shape["fsdp"]
+    for axes, size, names, value in (
+        ("tensor", tensor, "n_heads", config.n_heads),
+        ("tensor", tensor, "ffn_dim", config.ffn_dim),
+        ("fsdp", fsdp, "emb_dim", config.emb_dim),
+        ("fsdp x tensor", fsdp * tensor, "emb_dim", config.emb_dim),
+        ("data x fsdp", rows, "the batch of a step or micro-batch", batch_size),
+    ):
+        if value is not None and value % size:
+            raise ConfigError(f"the mesh's {axes}={size} does not divide {names}={value}")
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+    """The `NamedSharding` of every leaf of a tree of parameters, or of a training state around them.
+
+    Leaves without a rule of their own (counters, say) are on every device.
+
+    Raises:
+        ConfigError: if the mesh does not divide one of them.
+    """
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, _spec(name, tuple(leaf.shape), mesh))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    for pattern, spec in RULES:
+        if not fits(pattern, name):
+            continue
+        # Axes before those of the rule are stacked layers.
+        aligned = (*(None,) * (len(shape) - len(spec)), *spec)
+        for size, axes in zip(shape, aligned, strict=True):
+            if size % _size(mesh, axes):
+                raise ConfigError(f"the mesh's {axes}, {_size(mesh, axes)} parts, do not divide {name} {shape}")
+        return P(*aligned)
+    return P()
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a rule is for the parameter of this path."""
+    return re.search(rf"(^|/){pattern}$", name) is not None
+
+
+def _size(mesh: Any, axes: str | Sequence[str] | None) -> int:
+    """How many parts an axis or several make."""
+    names = () if axes is None else (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[name] for name in names)
+
+
+def abstract(tree: Any, layout: Any) -> Any:
+    """The shapes and types of a tree's leaves, with the shardings of another tree like it."""
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), tree, layout)
+
+
+def default_device() -> Any:
+    """The device on which new arrays are made."""
+    chosen = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return jax.local_devices(backend=chosen)[0] if chosen is None or isinstance(chosen, str) else chosen
+
+
+def on_host() -> Any:
+    """A context manager in which new arrays are made in the host's memory, where it counts among JAX's devices: for
+    parameters that would not fit the one device they would otherwise lie on before they are spread."""
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+        return contextlib.nullcontext()
+
+
+def shard(params: Any, mesh: Mesh) -> Any:
+    """Parameters (arrays of any kind) laid out over a mesh. What `generate`, `evaluate` and `model.apply` get from
+    here runs on all of it: they find the mesh in the parameters.
+
+    Raises:
+        ConfigError: if the mesh does not divide one of them.
+    """
+    return jax.tree.map(_put, params, shardings(mesh, params))
+
+
+def _put(leaf: Any, sharding: NamedSharding) -> Array:
+    # A callback, because each process holds the whole array and puts only its own devices' parts.
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that `shard` put parameters on; None for those on one device, or not on any."""
+    for leaf in jax.tree.leaves(params):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
+            return sharding.mesh
+    return None
+
+
+def use(mesh: Mesh | None) -> Any:
+    """A context manager in which `constrain` refers to this mesh; without one it changes nothing."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def is_distributed() -> bool:
+    """Whether the function being traced is for more than one device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1
+
+
+def platform() -> str:
+    """The platform that the function being traced is for: the mesh in use's (which a host without such devices can
+    compile for), or else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return getattr(device, "platform", None) or jax.default_backend()
+
+
+def constrain(x: Array, *axes: Any) -> Array:
+    """x, laid out over the mesh in use: `axes` name a mesh axis, several, or None for each of x's axes.
+
+    An axis of x with fewer elements than parts stays whole. Without a mesh of several devices, x itself.
+    """
+    if not is_distributed():
+        return x
+    mesh = jax.sharding.get_abstract_mesh()
+    spec = P(*(part if size >= _size(mesh, part) else None for size, part in zip(x.shape, axes, strict=True)))
+    return lax.with_sharding_constraint(x, spec)

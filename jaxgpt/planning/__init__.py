@@ -1,0 +1,1 @@
+"""What a model needs on a TPU pod slice, with no TPU at hand."""

@@ -1,0 +1,163 @@
+"""Training curves of one run or several, from their metrics.jsonl."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+from jaxgpt.errors import ConfigError, DataError
+from jaxgpt.pictures.style import COLOURS, MUTED, drawable, styled
+from jaxgpt.training.run_directory import Run
+
+AXES = ("tokens", "steps")
+# By panel: its axis' label, and the figures of metrics.jsonl that it draws.
+PANELS = {
+    "loss": ("loss, nats a token", ("loss", "val_loss")),
+    "learning_rate": ("learning rate", ("learning_rate",)),
+    "speed": ("tokens a second", ("tokens_per_second",)),
+}
+# Runs beyond the colours differ by their dashes.
+_DASHES = ("-", "--", ":", "-.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Curves:
+    """What a run measured.
+
+    Attributes:
+        name: what to call it.
+        points: by figure ("loss", "val_loss", "learning_rate", "tokens_per_second") its values by step, in order.
+        tokens_per_step: tokens that a step reads; None where the run does not say.
+    """
+
+    name: str
+    points: Mapping[str, Mapping[int, float]]
+    tokens_per_step: int | None = None
+
+    @property
+    def last_step(self) -> int:
+        """The last step measured."""
+        return max(step for values in self.points.values() for step in values)
+
+
+def from_metrics(name: str, lines: Iterable[Mapping[str, Any]], tokens_per_step: int | None = None) -> Curves:
+    """Curves from the lines of metrics.jsonl. Where the steps go back, a run was resumed, and what it had measured from
+    there on is replaced. Figures that are not finite are left out."""
+    points: dict[str, dict[int, float]] = {key: {} for _, keys in PANELS.values() for key in keys}
+    last = -1
+    for line in lines:
+        step = line["step"]
+        if step < last:
+            points = {key: {s: v for s, v in values.items() if s < step} for key, values in points.items()}
+        last = step
+        for key, values in points.items():
+            value = line.get(key)
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                values[step] = float(value)
+    return Curves(name, points, tokens_per_step)
+
+
+def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
+    """The curves of runs' directories, or of their metrics.jsonl, named by directory.
+
+    Raises:
+        DataError: naming a path that holds no metrics, or none that can be drawn.
+    """
+    directories = [Path(path).parent if Path(path).name == "metrics.jsonl" else Path(path) for path in paths]
+    names = [directory.resolve().name for directory in directories]
+    runs = []
+    for directory, name in zip(directories, names, strict=True):
+        run = Run(directory, writes=False)
+        if not run.metrics.is_file():
+            raise DataError(f"{directory}: expected a run's directory, with a metrics.jsonl in it")
+        try:
+            config = run.config()
+            tokens_per_step = config.batch_size * config.window
+        except ValueError:  # no run.json, or a damaged one: then the curves are against steps
+            tokens_per_step = None
+        curves = from_metrics(name if names.count(name) == 1 else str(directory), run.read_metrics(), tokens_per_step)
+        if not any(curves.points.values()):
+            raise DataError(f"{run.metrics}: holds no figures to draw: has the run logged a step yet?")
+        runs.append(curves)
+    return runs
+
+
+@styled
+def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = tuple(PANELS)) -> Figure:
+    """One figure of all runs: training loss thin, validation loss thick; under it the other panels.
+
+    Args:
+        runs: at least one.
+        x: "tokens" or "steps"; default: tokens where every run says how many a step has.
+        panels: of `PANELS`.
+
+    Raises:
+        ConfigError: for tokens where a run does not say; for another x.
+    """
+    unknown = [run.name for run in runs if run.tokens_per_step is None]
+    x = x or ("steps" if unknown else "tokens")
+    if x not in AXES:
+        raise ConfigError(f"x must be one of {', '.join(AXES)}, not {x!r}")
+    if x == "tokens" and unknown:
+        raise ConfigError(f"{unknown[0]} has no run.json that says how many tokens a step has: draw it against steps")
+    heights = [3.4 if panel == "loss" else 1.5 for panel in panels]
+    figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
+    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, panel in zip(grid, panels, strict=True):
+        label, keys = PANELS[panel]
+        for i, run in enumerate(runs):
+            for key in keys:
+                values = run.points[key]
+                scale = run.tokens_per_step if x == "tokens" and run.tokens_per_step else 1
+                _line(axes, [step * scale for step in values], list(values.values()), key, i, len(runs))
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25, linewidth=0.6, color=MUTED)
+        axes.set_axisbelow(True)
+    grid[-1].set_xlabel(x)
+    grid[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes, panel in zip(grid, panels, strict=True):
+        if panel == "speed":
+            axes.set_ylim(bottom=0)
+            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    _legend(figure, grid[0], runs)
+    return figure
+
+
+def _line(axes: Axes, xs: list[int], ys: list[float], key: str, i: int, runs: int) -> None:
+    colour, dashes = _look(i)
+    if key == "val_loss":
+        colour = COLOURS[1] if runs == 1 else colour
+        axes.plot(xs, ys, color=colour, linestyle=dashes, linewidth=2, marker="o", markersize=3.5, zorder=3)
+    else:
+        alpha = 0.55 if key == "loss" and runs > 1 else 1
+        # One point makes no line.
+        axes.plot(xs, ys, color=colour, linestyle=dashes, linewidth=1, alpha=alpha, marker="." if len(xs) == 1 else "")
+
+
+def _legend(figure: Figure, axes: Axes, runs: Sequence[Curves]) -> None:
+    validated = any(run.points["val_loss"] for run in runs)
+    both = COLOURS[:2] if len(runs) == 1 else (MUTED, MUTED)
+    kinds = [Line2D([], [], color=both[0], linewidth=1, label="training")]
+    if validated:
+        kinds.append(Line2D([], [], color=both[1], linewidth=2, marker="o", markersize=3.5, label="validation"))
+    axes.add_artist(axes.legend(handles=kinds, loc="upper right"))
+    if len(runs) == 1:
+        axes.set_title(drawable(runs[0].name, 80), loc="left", fontweight="bold")
+        return
+    handles = []
+    for i, run in enumerate(runs):
+        colour, dashes = _look(i)
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2, label=drawable(run.name, 60)))
+    figure.legend(handles=handles, loc="outside upper left", ncols=min(len(runs), 3), fontsize=8)
+
+
+def _look(i: int) -> tuple[str, Any]:
+    return COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]

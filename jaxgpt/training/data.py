@@ -1,0 +1,210 @@
+"""Token files, and batches that are a pure function of (seed, step, shard): there is no iterator to save or to lose."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import DataError, first_line, shown
+from jaxgpt.tokenizer import get_tokenizer
+from jaxgpt.training.config import TrainConfig
+
+Ids = NDArray[np.integer]
+
+_FORMAT = "jaxgpt-tokens"
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """A text as token ids.
+
+    Attributes:
+        ids_N: the ids, uint16 or uint32; memory-mapped if they come from a token file.
+        tokenizer: name of the tokenizer that made them.
+        vocab_size: ids are below this.
+        sha256: of the ids as little-endian uint32, so that text and token file of the same ids agree.
+    """
+
+    ids_N: Ids
+    tokenizer: str
+    vocab_size: int
+    sha256: str
+
+    @classmethod
+    def from_text(cls, text: str, tokenizer: str) -> Tokens:
+        """Encodes a text."""
+        encoding = get_tokenizer(tokenizer)
+        kind = np.uint16 if encoding.vocab_size <= 2**16 else np.uint32
+        ids_N: Ids = np.array(encoding.encode(text)).astype(kind)
+        return cls(ids_N, tokenizer, encoding.vocab_size, _hash(ids_N))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a token file: safetensors with one tensor, "ids", and the header's facts as its metadata.
+
+        Raises:
+            DataError: if it cannot be written.
+        """
+        metadata = {
+            "format": _FORMAT,
+            "tokenizer": self.tokenizer,
+            "vocab_size": str(self.vocab_size),
+            "count": str(len(self.ids_N)),
+            "sha256": self.sha256,
+        }
+        partial = Path(path).with_name(Path(path).name + ".partial")
+        try:
+            save_file({"ids": np.ascontiguousarray(self.ids_N)}, partial, metadata)
+            partial.replace(path)
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{path}: cannot be written: {error}") from None
+
+    def split(self, val_fraction: float) -> tuple[Ids, Ids]:
+        """(train, validation): the validation split is the last `val_fraction` of the tokens."""
+        boundary = int(len(self.ids_N) * (1 - val_fraction))
+        return self.ids_N[:boundary], self.ids_N[boundary:]
+
+
+def open_tokens(path: str | Path, config: GPTConfig) -> Tokens:
+    """Opens a token file (memory-mapped), or encodes a UTF-8 text with the config's tokenizer.
+
+    Raises:
+        DataError: if the file cannot be read, is damaged, was made by another tokenizer, or holds ids that the
+            model's vocabulary does not.
+    """
+    path = Path(path)
+    if os.path.exists(path) and not path.is_file():  # it is read twice; and opening a pipe could wait for ever
+        raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
+    start = _read_bytes(path, 9)
+    # A safetensors file starts with the header's length (8 bytes, so its last bytes are zeros) and a brace.
+    tokens = _open_token_file(path) if start[6:] == b"\0\0{" else read_text(path, config.tokenizer)
+    check_tokens(tokens, config, str(path))
+    return tokens
+
+
+def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
+    """Raises DataError, naming `source`, unless a model can read these tokens."""
+    if tokens.tokenizer != config.tokenizer:
+        raise DataError(
+            f"{source}: made by tokenizer {shown(tokens.tokenizer)}, but the model has {config.tokenizer!r}: "
+            "tokenize the text again with the model's"
+        )
+    highest = int(tokens.ids_N.max(initial=0))
+    if highest >= config.vocab_size:
+        where = int(np.argmax(tokens.ids_N >= config.vocab_size))
+        raise DataError(f"{source}: id {tokens.ids_N[where]} at {where} is not below vocab_size={config.vocab_size}")
+
+
+def read_text(path: str | Path, tokenizer: str) -> Tokens:
+    """Encodes a text file.
+
+    Raises:
+        DataError: if it cannot be read or is not UTF-8.
+    """
+    try:
+        text = _read_bytes(Path(path)).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: neither a token file nor UTF-8 text (byte {error.start})") from None
+    return Tokens.from_text(text, tokenizer)
+
+
+def _read_bytes(path: Path, size: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+
+
+def _open_token_file(path: Path) -> Tokens:
+    try:
+        with safe_open(path, framework="numpy") as file:  # checks the header against the file's size
+            metadata = file.metadata() or {}
+            names = list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise DataError(f"{path}: damaged or not a token file: {first_line(error)}") from None
+    facts = {"format", "tokenizer", "vocab_size", "count", "sha256"}
+    if metadata.get("format") != _FORMAT or names != ["ids"] or not facts <= set(metadata):
+        raise DataError(f"{path}: a safetensors file, but not a token file: make one with `jaxgpt tokenize`")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))["ids"]
+    kinds = {"U16": np.uint16, "U32": np.uint32}
+    if header["dtype"] not in kinds or [str(size) for size in header["shape"]] != [metadata["count"]]:
+        claim = f"{header['dtype']}{shown(header['shape'])} is not {metadata['count'][:20]} ids"
+        raise DataError(f"{path}: damaged: {claim}")
+    if not re.fullmatch(r"[0-9]{1,9}", metadata["vocab_size"]):
+        raise DataError(f"{path}: damaged: vocab_size {shown(metadata['vocab_size'])} is not a number")
+    if metadata["count"] == "0":
+        raise DataError(f"{path}: holds no tokens")
+    ids_N: Ids = np.memmap(
+        path, kinds[header["dtype"]], "r", offset=8 + length + header["data_offsets"][0], shape=tuple(header["shape"])
+    )
+    if _hash(ids_N) != metadata["sha256"]:
+        raise DataError(f"{path}: damaged: the ids do not have the sha256 that its header states")
+    return Tokens(ids_N, metadata["tokenizer"], int(metadata["vocab_size"]), metadata["sha256"])
+
+
+def _hash(ids_N: Ids) -> str:
+    digest = hashlib.sha256()
+    for i in range(0, len(ids_N), 2**20):
+        digest.update(ids_N[i : i + 2**20].astype("<u4").tobytes())
+    return digest.hexdigest()
+
+
+def window_starts(n_tokens: int, length: int, stride: int) -> NDArray[np.int64]:
+    """First tokens of the sliding windows, as in the book: every `stride`-th with `length` + 1 tokens left."""
+    return np.arange(0, n_tokens - length, stride, dtype=np.int64)
+
+
+def batch(ids_N: Ids, config: TrainConfig, step: int, rows: slice = slice(None)) -> NDArray[np.int32]:
+    """The windows of one step: int32 [`batch_size`, T + 1]; inputs are [:, :-1], labels [:, 1:].
+
+    A pure function of its arguments. Whoever needs only some rows reads only these, and they are the same whoever
+    reads the others.
+
+    Args:
+        ids_N: the training tokens.
+        config: seed, batch size, window length and kind.
+        step: counts optimiser steps from 0.
+        rows: which windows of the batch.
+    """
+    starts = _starts(len(ids_N), config, step)[rows]
+    return ids_N[starts[:, None] + np.arange(config.window + 1)].astype(np.int32)
+
+
+def _starts(n_tokens: int, config: TrainConfig, step: int) -> NDArray[np.int64]:
+    if config.windows == "random":
+        generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
+        return generator.integers(0, n_tokens - config.window, config.batch_size)
+    starts = window_starts(n_tokens, config.window, config.stride or config.window)
+    # Windows that fill no batch are left out, as by the book's drop_last.
+    epoch, index = divmod(step, len(starts) // config.batch_size)
+    return starts[_order(len(starts), config.seed, epoch)[index * config.batch_size :][: config.batch_size]]
+
+
+@functools.lru_cache(maxsize=2)  # an epoch has many steps
+def _order(n_windows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(n_windows)
+
+
+def check_enough(n_tokens: int, config: TrainConfig, split: str) -> None:
+    """Raises DataError if the split cannot fill one batch (training) or one window (validation)."""
+    if n_tokens <= config.window:
+        raise DataError(f"the {split} split has {n_tokens} tokens; windows of {config.window} need one more than that")
+    if split == "training" and config.windows == "sliding":
+        windows = len(window_starts(n_tokens, config.window, config.stride or config.window))
+        if windows < config.batch_size:
+            raise DataError(
+                f"the {split} split has {windows} sliding windows, too few for batch_size={config.batch_size}"
+            )

@@ -1,0 +1,99 @@
+"""The loss of a model over a whole text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt.errors import DataError
+from jaxgpt.model.gpt import GPT
+from jaxgpt.parallel import sharding
+from jaxgpt.tokenizer import get_tokenizer
+from jaxgpt.training.data import Ids
+from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` measured.
+
+    Attributes:
+        loss: mean of -log p(token | tokens before it in its window), in nats a token.
+        perplexity: exp(loss).
+        bits_per_byte: of the text's UTF-8 bytes.
+        tokens: how many tokens were predicted.
+    """
+
+    loss: float
+    perplexity: float
+    bits_per_byte: float
+    tokens: int
+
+
+def evaluate(
+    model: GPT, params: Any, ids_N: Ids, *, window: int = 0, stride: int = 0, batch_size: int = 8, max_windows: int = 0
+) -> Evaluation:
+    """Evaluates windows of tokens, one each `stride`; every token but the first is predicted once.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        ids_N: the text's ids.
+        window: tokens a window; 0 means the context length.
+        stride: tokens between windows; 0 means `window`, so that they do not overlap. A smaller one gives each token
+            more context before it (at least window - stride) and costs more.
+        batch_size: windows a call.
+        max_windows: only the first so many windows; 0 means all.
+
+    Raises:
+        DataError: if there are fewer than two tokens.
+        ValueError: for sizes out of range.
+    """
+    T = window or model.config.context_length
+    stride = stride or T
+    if not 1 <= T <= model.config.context_length:
+        raise ValueError(f"window must be from 1 to context_length={model.config.context_length}, not {T}")
+    if not 1 <= stride <= T:
+        raise ValueError(f"stride must be from 1 to the window's {T} tokens, not {stride}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
+    if len(ids_N) < 2:
+        raise DataError(f"{len(ids_N)} tokens are too few to evaluate: at least 2 are needed")
+    rows = []
+    predicted = 1  # the first token has nothing before it
+    for start in range(0, len(ids_N) - 1, stride):
+        rows.append((start, predicted))
+        predicted = min(start + T, len(ids_N) - 1) + 1
+        if predicted == len(ids_N) or len(rows) == max_windows:
+            break
+    total, count = 0.0, 0.0
+    for i in range(0, len(rows), batch_size):
+        batch = [_window(ids_N, start, first, T) for start, first in rows[i : i + batch_size]]
+        batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
+        inputs_BxT, labels_BxT = (np.stack(side) for side in zip(*batch, strict=True))
+        with sharding.use(sharding.mesh_of(params)):
+            losses, counted = _losses(model, params, inputs_BxT, labels_BxT)
+        total, count = total + float(losses), count + float(counted)
+    loss = total / count
+    text_bytes = len(get_tokenizer(model.config.tokenizer).decode_bytes(ids_N[1:predicted].tolist()))
+    return Evaluation(loss, perplexity(loss), bits_per_byte(total, text_bytes), int(count))
+
+
+def _window(ids_N: Ids, start: int, first: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels [T] of the window at `start`; labels before token `first` and past the end do not count."""
+    ids = np.asarray(ids_N[start : start + T + 1], np.int32)
+    inputs, labels = np.zeros(T, np.int32), np.full(T, IGNORE, np.int32)
+    inputs[: len(ids) - 1] = ids[:-1]
+    labels[: len(ids) - 1] = ids[1:]
+    labels[: max(0, first - start - 1)] = IGNORE
+    return inputs, labels
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(model: GPT, params: Any, inputs_BxT: jax.Array, labels_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Logits of about 2^24 elements at a time, whatever the vocabulary.
+    return model_loss(model, params, inputs_BxT, labels_BxT, chunk=max(1, 2**24 // model.config.vocab_size))

@@ -1,0 +1,351 @@
+"""The trainer: a loop of `train_step.py`'s steps that evaluates, saves, stops at a signal and resumes bit for bit."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError, ConfigError, TrainingError
+from jaxgpt.generation.sampling import Temperature
+from jaxgpt.generation.text import generate_text
+from jaxgpt.model.gpt import GPT
+from jaxgpt.model.params import cast_params
+from jaxgpt.parallel import distributed, sharding
+from jaxgpt.tokenizer import get_tokenizer
+from jaxgpt.training.checkpoints import Checkpoints, import_orbax
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
+from jaxgpt.training.evaluation import Evaluation, evaluate
+from jaxgpt.training.progress import TrainProgress
+from jaxgpt.training.run_directory import Run, import_tensorboard
+from jaxgpt.training.step import SAMPLE, State, abstract_state, eval_params, init_state, jit_step, stream_key
+from jaxgpt.weights.formats import load, load_config
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        step: steps done.
+        params: the parameters to use, `eval_params`.
+        config: the model's config.
+        val_loss: of the last evaluation, in nats a token; None if there was none.
+        stopped_by: the signal that ended it early, saved; None if it ran to its end.
+    """
+
+    step: int
+    params: Any
+    config: GPTConfig
+    val_loss: float | None
+    stopped_by: signal.Signals | None
+
+
+def train(
+    config: TrainConfig,
+    data: str | Path | Tokens,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    init_from: str | None = None,
+    tensorboard: bool = False,
+) -> TrainResult:
+    """Trains a model into the directory `out` (see `run_directory.py` for what is written there).
+
+    On the devices of `config.mesh`; where `jaxgpt.parallel.distributed` has joined several processes, each calls this
+    with the same arguments and a directory that all of them see, reads its own rows of each batch, and the first one
+    writes.
+
+    Args:
+        config: the run. With `init_from`, the shape of its model gives way to the checkpoint's.
+        data: a token file, a text file or tokens.
+        out: the run's directory.
+        resume: continue from the last good checkpoint in `out`; bit for bit what an uninterrupted run gives.
+        force: resume even though config or data differ from the run's.
+        init_from: anything `jaxgpt.load` takes, to fine-tune. A resumed run remembers it.
+        tensorboard: write the metrics for TensorBoard too.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: before the first step, for what cannot be used.
+        TrainingError: if the loss stays not finite. The last good checkpoint is kept.
+    """
+    run = Run(out, writes=distributed.is_primary())
+    alone = TrainingError("another process failed before the first step; its own message tells why")
+    with contextlib.ExitStack() as held:
+        with distributed.together(alone):
+            if resume and init_from is None:
+                init_from = run.init_from()
+            if init_from is not None:
+                config = _fine_tuned(config, init_from)
+            mesh = _mesh(config)
+            tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
+            check_tokens(tokens, config.model, "the tokens" if isinstance(data, Tokens) else str(data))
+            _check_samples(config)
+            train_N, val_N = tokens.split(config.val_fraction)
+            check_enough(len(train_N), config, "training")
+            if config.val_fraction:
+                check_enough(len(val_N), config, "validation")
+            import_orbax()
+            if tensorboard:
+                import_tensorboard()
+            held.enter_context(run.locked())
+            if resume and not force:
+                run.check_resume(config, tokens, init_from)
+            elif not resume:
+                run.check_new()
+            run.make()
+        distributed.check_same("their arguments or their data", (config, tokens.sha256, resume, force, init_from))
+        with distributed.together(alone):
+            run.check_shared()
+            val_losses = run.val_losses()
+        checkpoints = held.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.keep, val_losses)))
+        progress = held.enter_context(TrainProgress(config.steps, quiet=not run.writes))
+        distributed.check_same("the checkpoints that they see", checkpoints.steps())
+        if resume and checkpoints.steps():
+            start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
+        else:
+            with distributed.together(alone):
+                params = None if init_from is None else _initial_params(config, init_from, mesh)
+            start, state = 0, init_state(config, params, mesh)
+            del params  # the state holds them
+        with distributed.together(alone):
+            run.describe(config, tokens, init_from)
+            run.truncate_metrics(start)
+            if tensorboard:
+                run.write_tensorboard(start)
+        with sharding.use(mesh):
+            return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
+
+
+class _Loop:
+    """One call of `train`: what its steps share."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh | None,
+        train_N: Ids,
+        val_N: Ids,
+        run: Run,
+        checkpoints: Checkpoints,
+        progress: TrainProgress,
+    ):
+        self.config, self.mesh, self.train_N, self.val_N = config, mesh, train_N, val_N
+        self.run, self.checkpoints, self.progress = run, checkpoints, progress
+        self.model = GPT(config.model.replace(remat="none"))
+        self.val_losses = run.val_losses()
+
+    def train(self, start: int, state: State) -> TrainResult:
+        config, done = self.config, start
+        step_fn, stop = jit_step(config, self.mesh), None
+        running: collections.deque = collections.deque()  # (step, figures) still on the device
+        self.clock = time.perf_counter(), start
+        with _signals() as received:
+            while done < config.steps and not (stop := self.stop(received, done)):
+                # The batch is made while the device works on the step before.
+                state, figures = step_fn(state, self.global_batch(done))
+                done += 1
+                running.append((done, figures))
+                if len(running) > 1:
+                    self.record(*running.popleft())
+                if self.due(config.eval_interval, done) or self.due(config.checkpoint_interval, done):
+                    while running:
+                        self.record(*running.popleft())
+                    self.pause(done, state)
+            while running:
+                self.record(*running.popleft())
+            if stop:
+                if done not in self.checkpoints.steps() and self.healthy(state):
+                    self.checkpoints.save(done, state)
+                self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
+        try:
+            self.run.plot_losses()
+        except Exception as error:  # a picture is not worth a finished run
+            self.progress.say(f"the losses could not be drawn: {error}")
+        last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
+        return TrainResult(done, eval_params(state), config.model, last_val_loss, stop)
+
+    def global_batch(self, step: int) -> Any:
+        """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
+        config, mesh = self.config, self.mesh
+        if mesh is None:
+            return batch(self.train_N, config, step)
+        layout = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
+        shape = (config.batch_size, config.window + 1)
+
+        @functools.cache  # devices along `tensor` hold the same rows
+        def rows(start: int | None, stop: int | None) -> Any:
+            return batch(self.train_N, config, step, slice(start, stop))
+
+        def part(index: Any) -> Any:
+            return rows(index[0].start, index[0].stop)
+
+        return jax.make_array_from_callback(shape, layout, part)
+
+    def stop(self, received: list[signal.Signals], step: int) -> signal.Signals | None:
+        """The signal by which to stop. Several processes must do so after the same step, so they ask each other, and
+        only at the steps that are logged, because that waits for the devices."""
+        if jax.process_count() > 1 and not self.due(self.config.log_interval, step):
+            return None
+        number = distributed.highest(received[0] if received else 0)
+        return signal.Signals(number) if number else None
+
+    def due(self, interval: int, step: int) -> bool:
+        return step % interval == 0 or step == self.config.steps
+
+    def record(self, step: int, figures: dict[str, Array]) -> None:
+        """Waits for a step to end; logs it; stops a run that has gone bad."""
+        loss, grad_norm, rate, bad = (float(figures[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
+        if bad:
+            self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was left out")
+        if bad >= self.config.bad_steps:
+            raise TrainingError(
+                f"{bad:.0f} steps in a row, up to {step}, had a loss or gradient that is not finite; the checkpoints "
+                f"in {self.run.checkpoints} are good. Lower the learning rate, or look at the data"
+            )
+        if not self.due(self.config.log_interval, step):
+            return
+        now = time.perf_counter()
+        seconds = (now - self.clock[0]) / (step - self.clock[1])  # a step
+        self.clock = now, step
+        speed = self.config.batch_size * self.config.window / seconds
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
+        self.run.append({**line, "tokens_per_second": round(speed, 1)})
+        self.progress.update(step, loss, speed, seconds * (self.config.steps - step))
+
+    def pause(self, step: int, state: State) -> None:
+        """Evaluates, saves and samples, as the intervals say. None of it touches the training's random numbers."""
+        config, loss, improved = self.config, None, False
+        evaluating = self.due(config.eval_interval, step)
+        if evaluating and config.val_fraction:
+            evaluation = self.validate(eval_params(state), config.eval_windows)
+            loss = evaluation.loss
+            improved = loss < min(self.val_losses.values(), default=math.inf)
+            self.run.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
+            self.progress.say(f"step {step}  validation loss {loss:.4f}  ({evaluation.tokens:,} tokens)")
+            if math.isfinite(loss):
+                self.val_losses[step] = loss
+        # Processes that read the run's earlier losses at different times must not save at different steps.
+        improved = bool(distributed.highest(improved))
+        if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
+            self.checkpoints.save(step, state, loss)
+        if evaluating and config.sample_tokens and self.healthy(state):
+            self.progress.say(self.sample(step, eval_params(state)))
+        self.clock = time.perf_counter(), step
+
+    def validate(self, params: Any, windows: int, batch_size: int = 8) -> Evaluation:
+        ids_N = self.val_N if self.config.val_fraction else self.train_N
+        window = self.config.window
+        return evaluate(self.model, params, ids_N, window=window, max_windows=windows, batch_size=batch_size)
+
+    def healthy(self, state: State) -> bool:
+        """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
+        it does not tell of an update that has just ruined them."""
+        return math.isfinite(self.validate(state["params"], windows=1, batch_size=1).loss)
+
+    def sample(self, step: int, params: Any) -> str:
+        config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
+        prompt, length = config.sample_prompt, config.sample_tokens
+        return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
+
+
+def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: str = "float32") -> tuple[int, GPT, Any]:
+    """A run's model as it stood at a checkpoint: (step, model, params), with the averaged parameters if it has them.
+
+    Args:
+        directory: the run's directory; nothing in it is changed.
+        step: a step that has a checkpoint, "latest", or "best": the one with the lowest validation loss (the latest,
+            where none was evaluated).
+        param_dtype: type of the parameters returned.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint or it is damaged.
+    """
+    run = Run(directory)
+    config = run.config()
+    if not run.checkpoints.is_dir():
+        raise CheckpointError(run.checkpoints, "no checkpoint yet")
+    with contextlib.closing(Checkpoints(run.checkpoints, losses=run.val_losses(), read_only=True)) as checkpoints:
+        steps = checkpoints.steps()
+        if not steps:
+            raise CheckpointError(run.checkpoints, "no checkpoint yet")
+        chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
+        if chosen not in steps:
+            raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
+        with sharding.on_host():  # with the optimiser's state, it may be more than a device has
+            state = checkpoints.restore(chosen, abstract_state(config))
+            params = jax.tree.map(np.asarray, cast_params(eval_params(state), param_dtype))
+    params = jax.tree.map(jax.device_put, params)
+    return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    """The config's mesh, checked; None for one device."""
+    mesh = sharding.make_mesh(config.mesh)
+    if mesh.size == 1:
+        return None
+    sharding.check(mesh, config.model, config.batch_size // config.accumulate)
+    return mesh
+
+
+# What a run decides for itself when it starts from a checkpoint; the rest, the architecture, is the checkpoint's.
+_OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut", "dtype", "scan_layers", "remat")
+
+
+def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
+    own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+    return dataclasses.replace(config, model=load_config(source, param_dtype="float32", **own))
+
+
+def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
+    own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+    # What is to be spread must not first fill one device.
+    with contextlib.nullcontext() if mesh is None else sharding.on_host():
+        return load(source, param_dtype="float32", **own)[1]
+
+
+def _check_samples(config: TrainConfig) -> None:
+    known = get_tokenizer(config.model.tokenizer).vocab_size
+    if config.sample_tokens and config.model.vocab_size != known:
+        raise ConfigError(
+            f"sample_tokens: the model has {config.model.vocab_size} ids and its tokenizer "
+            f"{config.model.tokenizer!r} {known}, so samples could not be shown as text; set it to 0"
+        )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[signal.Signals]]:
+    """Collects the first SIGINT or SIGTERM, so that the loop can save; a second one acts as it usually does."""
+    received: list[signal.Signals] = []
+    usual: dict[signal.Signals, Any] = {}
+
+    def receive(number, _frame):
+        received.append(signal.Signals(number))
+        for name, handler in usual.items():
+            signal.signal(name, handler)
+
+    try:
+        for name in (signal.SIGINT, signal.SIGTERM):
+            usual[name] = signal.signal(name, receive)
+    except ValueError:
+        pass  # signals belong to the main thread; in another one, the caller handles them
+    try:
+        yield received
+    finally:
+        for name, handler in usual.items():
+            signal.signal(name, handler)

@@ -1,0 +1,62 @@
+"""The optimiser and its schedule, from a `TrainConfig`, out of optax's parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from optax import contrib
+
+from jaxgpt.training.config import TrainConfig
+
+
+def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Linear warm-up from 0 to `peak` over `warmup_steps`, then a cosine to `final_learning_rate` * `peak` at `steps`.
+
+    Step 0 with a warm-up has learning rate peak / (warmup + 1) and not 0: no step is spent on nothing.
+    """
+    warmup, end = config.warmup_steps, config.final_learning_rate
+    cosine = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), alpha=end)
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else cosine
+    return optax.join_schedules([rise, cosine], [warmup])
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with decay on matrices only; with
+    `optimizer="muon"` the blocks' matrices take Muon's orthogonalised momentum instead (Jordan et al. 2024)."""
+    adamw = optax.adamw(
+        schedule(config, config.learning_rate),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=is_matrix,
+    )
+    if config.optimizer == "muon":
+        muon = contrib.muon(
+            schedule(config, config.matrix_learning_rate),
+            weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=_muon_dimensions,
+            consistent_rms=0.2,  # updates as large as AdamW's typically are: Liu et al. 2025, section 2.2
+        )
+        adamw = optax.partition({"muon": muon, "adamw": adamw}, _optimizer_labels)
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, adamw)
+
+
+def is_matrix(params: Any) -> Any:
+    """A tree of bools: which leaves weight decay acts on. By name, because stacked biases have two axes too."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
+
+
+def _optimizer_labels(params: Any) -> Any:
+    def label(path, _):
+        in_block = str(path[0].key).startswith("trf_blocks")
+        return "muon" if in_block and path[-1].key == "weight" else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _muon_dimensions(params: Any) -> Any:
+    # Axes before the last two (query/key/value, layer) count as separate matrices.
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers(reduction_axis=-1, output_axis=-2), params)

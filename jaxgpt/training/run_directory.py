@@ -1,0 +1,209 @@
+"""A run's directory: what was run, on what, and what it measured. One trainer at a time.
+
+DIR/run.json        the resolved config, the data's hash, versions
+DIR/metrics.jsonl   one line a logged step or evaluation
+DIR/checkpoints/    see checkpoint.py
+DIR/loss.png        the curves, with the extra [plot]
+DIR/tensorboard/    the metrics again, if asked for
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import read_json
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, require, shown
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.data import Tokens
+
+# Not part of what a run computes, so they may differ when it resumes; nor is the mesh.
+_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
+
+
+def import_tensorboard() -> Any:
+    """The library that writes for TensorBoard.
+
+    Raises:
+        MissingExtraError: without the extra [tensorboard].
+    """
+    return require("tensorboardX", "tensorboard", "writing for TensorBoard")
+
+
+class Run:
+    """A run's directory. See the module's docstring for what is in it.
+
+    Of several processes that train together one `writes`; for the others, what would write does nothing.
+    """
+
+    def __init__(self, directory: str | Path, writes: bool = True):
+        self.directory, self.writes = Path(directory), writes
+        self.checkpoints = self.directory / "checkpoints"
+        self.metrics = self.directory / "metrics.jsonl"
+        self.description = self.directory / "run.json"
+        self._tensorboard: Any = None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the directory for one trainer; the lock goes with the process, however it ends.
+
+        Raises:
+            CheckpointError: if another process holds it.
+        """
+        if not self.writes:
+            yield
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".lock").open("a+") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise CheckpointError(self.directory, "another trainer is running in this directory") from None
+            yield
+
+    def make(self) -> None:
+        """Makes the directories."""
+        if self.writes:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+
+    def check_shared(self) -> None:
+        """Raises CheckpointError if this process does not see what another has made."""
+        if not self.checkpoints.is_dir():
+            raise CheckpointError(
+                self.directory, "not seen by every process: they need one directory, on a disk that they share"
+            )
+
+    def check_new(self) -> None:
+        """Raises CheckpointError if the directory holds a run."""
+        if self.description.exists():
+            raise CheckpointError(self.directory, "holds a run already: --resume continues it, or choose another --out")
+
+    def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
+        """Writes run.json."""
+        if not self.writes:
+            return
+        packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+        description = {
+            "config": config.to_dict(),
+            "init_from": init_from,
+            "data": {"sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
+            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "python": platform.python_version(),
+        }
+        _replace_text(self.description, json.dumps(description, indent=2) + "\n")
+
+    def config(self) -> TrainConfig:
+        """The config that the run was started with."""
+        return TrainConfig.from_dict(self._described("config"), source=str(self.description))
+
+    def init_from(self) -> str | None:
+        """What the run was fine-tuned from, if anything."""
+        return self._described("init_from")
+
+    def check_resume(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
+        """Compares config, data and starting point with the run's own.
+
+        Raises:
+            ConfigError: naming every difference.
+        """
+        # By way of a config, which knows the defaults of fields that came after the run began.
+        was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
+        differences = [
+            f"{table}.{name}: {shown(was[table].get(name))} before, {shown(value)} now"
+            for table in ("model", "train")
+            for name, value in now[table].items()
+            if was[table].get(name) != value and name not in _FREE_FIELDS
+        ]
+        sha256 = str(data.get("sha256")) if isinstance(data, dict) else "unknown"
+        if sha256 != tokens.sha256:
+            differences.append(f"data: sha256 {shown(sha256[:12])} before, {shown(tokens.sha256[:12])} now")
+        if self.init_from() != init_from:
+            differences.append(f"init-from: {shown(self.init_from())} before, {shown(init_from)} now")
+        if differences:
+            raise ConfigError(f"{self.directory} was run with other settings (--force): {'; '.join(differences)}")
+
+    def write_tensorboard(self, step: int) -> None:
+        """From here on, `append` writes for TensorBoard too, replacing what is there after `step`.
+
+        Raises:
+            MissingExtraError: without the extra [tensorboard].
+        """
+        if self.writes:
+            writer = import_tensorboard().SummaryWriter
+            self._tensorboard = writer(str(self.directory / "tensorboard"), purge_step=step + 1)
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl: "step" and its figures; one that is not finite is null, as JSON has no NaN."""
+        if not self.writes:
+            return
+        with self.metrics.open("a", encoding="utf-8") as file:
+            figures = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            file.write(json.dumps(figures) + "\n")
+        if self._tensorboard is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._tensorboard.add_scalar(name, value, line["step"])
+            self._tensorboard.flush()
+
+    def truncate_metrics(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run writes anew, and a last line that a kill cut short."""
+        if not self.writes:
+            return
+        lines = [line for line in self.read_metrics() if line["step"] <= step]
+        _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def val_losses(self) -> dict[int, float]:
+        """The validation losses so far, by step."""
+        return {line["step"]: line["val_loss"] for line in self.read_metrics() if line.get("val_loss") is not None}
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are whole."""
+        lines = []
+        if self.metrics.exists():
+            for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if (
+                        isinstance(line, dict)
+                        and type(line.get("step")) is int  # half a number is a number too
+                        and all(map(_is_figure, line.values()))
+                    ):
+                        lines.append(line)
+        return lines
+
+    def plot_losses(self) -> None:
+        """Writes loss.png, if the extra [plot] is there."""
+        if not self.writes:
+            return
+        try:
+            from jaxgpt.pictures import style
+            from jaxgpt.training import curves
+        except MissingExtraError:
+            return
+        curve = curves.from_metrics(self.directory.resolve().name, self.read_metrics())
+        style.save(curves.draw([curve], panels=("loss",)), self.directory / "loss.png")
+
+    def _described(self, key: str) -> Any:
+        if not self.description.exists():
+            raise CheckpointError(self.directory, "holds no run (no run.json)")
+        description = read_json(self.description)
+        if not isinstance(description, dict) or key not in description:
+            raise CheckpointError(self.description, f"damaged: it has no {key!r}")
+        return description[key]
+
+
+def _is_figure(value: Any) -> bool:
+    return value is None or isinstance(value, (int, float))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,135 @@
+"""One step of training: the state, how it begins, and the jitted function that takes it to the next."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxgpt.model.gpt import GPT
+from jaxgpt.parallel import sharding
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.loss import model_loss
+from jaxgpt.training.optimizer import optimizer, schedule
+
+State = dict[str, Any]
+
+# Streams of random numbers that must not meet, whatever the seed.
+INIT, DROPOUT, SAMPLE = range(3)
+
+
+def stream_key(config: TrainConfig, stream: int) -> Array:
+    """The key of one of the run's streams of random numbers: `INIT`, `DROPOUT` or `SAMPLE`."""
+    return jax.random.fold_in(jax.random.key(config.seed), stream)
+
+
+def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> State:
+    """The state before the first step:
+
+        params, opt_state   the optimiser's
+        average             of the parameters, if the config asks for one
+        step                steps taken, int32
+        updates             those of them that changed the parameters
+        bad                 how many of the latest in a row did not
+
+    Args:
+        config: the run.
+        params: start from these instead of drawing new ones.
+        mesh: what to lay it out over. Every array is made in its parts: no device ever holds all of it.
+    """
+    if params is not None and mesh is not None:
+        params = sharding.shard(params, mesh)
+    layout = None if mesh is None else sharding.shardings(mesh, abstract_state(config))
+    with sharding.use(mesh):
+        return jax.jit(functools.partial(_initial, config), out_shardings=layout)(params)
+
+
+def _initial(config: TrainConfig, params: Any = None) -> State:
+    if params is None:
+        params = GPT(config.model).init(stream_key(config, INIT), jnp.zeros((1, 1), jnp.int32))["params"]
+    state = {"params": params, "opt_state": optimizer(config).init(params)}
+    if config.average_decay:
+        state["average"] = params
+    return state | {name: jnp.int32(0) for name in ("step", "updates", "bad")}
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> State:
+    """The shapes, types and, with a mesh, layouts of `init_state`, without allocating it."""
+    state = jax.eval_shape(functools.partial(_initial, config))
+    return state if mesh is None else sharding.abstract(state, sharding.shardings(mesh, state))
+
+
+def eval_params(state: State) -> Any:
+    """The parameters to evaluate, sample from and export: the moving average if there is one."""
+    return state.get("average", state["params"])
+
+
+def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
+    """The optimiser step, not yet jitted: (state, ids [B, T + 1]) -> (state, figures).
+
+    Gradients are those of the mean loss over all labels that count, in however many micro-batches they are taken.
+    A step whose loss or gradient is not finite changes none of the parameters and the optimiser's state.
+
+    The figures are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
+    """
+    model, tx = GPT(config.model), optimizer(config)
+    rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
+
+    def losses_and_grads(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
+        def losses(params):
+            dropout_key = key if any(rates) else None
+            inputs_BxT, labels_BxT = ids_BxT1[:, :-1], ids_BxT1[:, 1:]
+            return model_loss(model, params, inputs_BxT, labels_BxT, chunk=config.loss_chunk, dropout_key=dropout_key)
+
+        (total, count), grads = jax.value_and_grad(losses, has_aux=True)(params)
+        return total, count, grads
+
+    def accumulated(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
+        if config.accumulate == 1:
+            return losses_and_grads(params, ids_BxT1, key)
+
+        def add(total, micro):
+            return jax.tree.map(jnp.add, total, losses_and_grads(params, *micro)), None
+
+        # Every so many-th row, so that a micro-batch has rows on every device.
+        micro_ids = ids_BxT1.reshape(-1, config.accumulate, ids_BxT1.shape[1]).swapaxes(0, 1)
+        micro_keys = jax.random.split(key, config.accumulate)
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        return lax.scan(add, zero, (micro_ids, micro_keys))[0]
+
+    def step(state: State, ids_BxT1: Array) -> tuple[State, dict[str, Array]]:
+        params = state["params"]
+        key = jax.random.fold_in(stream_key(config, DROPOUT), state["step"])
+        total, count, grads = accumulated(params, ids_BxT1, key)
+        loss = total / count
+        grads = jax.tree.map(lambda g: g / count, grads)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = tx.update(grads, state["opt_state"], params)
+        new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
+        if config.average_decay:
+            decay = config.average_decay
+            new["average"] = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["average"], new["params"])
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {k: state[k] for k in new})
+        bad = jnp.where(finite, 0, state["bad"] + 1)
+        counters = {"step": state["step"] + 1, "updates": state["updates"] + finite, "bad": bad}
+        learning_rate = schedule(config, config.learning_rate)(state["updates"])
+        return new | counters, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
+
+    return step
+
+
+def jit_step(config: TrainConfig, mesh: Mesh | None = None) -> Any:
+    """`make_step`, jitted; it donates the state. With a mesh, the state keeps its layout, and calls belong into
+    `sharding.use(mesh)`."""
+    layout = None
+    if mesh is not None:
+        everywhere = NamedSharding(mesh, PartitionSpec())
+        layout = (sharding.shardings(mesh, abstract_state(config)), everywhere)
+    return jax.jit(make_step(config), donate_argnums=0, out_shardings=layout)

@@ -1,0 +1,186 @@
+"""Checkpoints: `load`, `load_config` and `save`. One file a format, each essentially one table of names.
+
+| what | recognised by | read | written |
+|---|---|---|---|
+| the project's own directory | config.json with "format": "jaxgpt" | yes | yes |
+| Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
+| the book's .pth or .safetensors | a tensor tok_emb.weight | yes | |
+| nanoGPT's ckpt.pt | the keys model and model_args | yes | |
+
+A format is a module, entered in `FORMATS` or `FILE_FORMATS`. Both kinds have
+
+- `recognises(content)`: whether what was found is this format's: a directory's config.json, as a dict; or what a file
+  holds by name: from .safetensors a `files.Tensor` each, and from .pt and .pth whatever `torch.save` was given;
+- `read(path, content, overrides)`: the `layout.Checkpoint`, its tensors not read yet. `overrides` are the fields of
+  `GPTConfig` that the caller gave, for what the content does not say.
+
+Those of `FORMATS` are written too, and have
+
+- `FILES`: names of all files they may write;
+- `refusal(config)`: why the format cannot hold such a model, or `None`;
+- `write(directory, config, params)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxgpt.config import GPTConfig, read_json
+from jaxgpt.errors import CheckpointError, did_you_mean, shown
+from jaxgpt.model.gpt import GPT
+from jaxgpt.model.params import cast_params
+from jaxgpt.weights import book, hub, huggingface, nanogpt, own
+from jaxgpt.weights.layout import Checkpoint, read_params, stack_layers, unstack_layers
+from jaxgpt.weights.tensors import load_torch, open_safetensors, replacing
+
+__all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save", "stack_layers", "unstack_layers"]
+
+# Models that ship with the package, by name: their directories under jaxgpt/assets.
+BUNDLED = {"shakespeare": "shakespeare"}
+
+# By name, directories and single files; of several that recognise the same content the first is taken.
+FORMATS: dict[str, Any] = {"jaxgpt": own, "huggingface": huggingface}
+FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
+
+
+def load(
+    path_or_name: str | Path, *, param_dtype: str | None = None, check_finite: bool = False, **config_overrides: Any
+) -> tuple[GPT, dict[str, Any]]:
+    """Loads a model and its parameters from any format, recognised by content.
+
+    Memory holds the parameters once, and one more array at a time. Nothing in a file is executed.
+
+    Args:
+        path_or_name: a file or directory, the name of a bundled model, or of a GPT-2 on the Hugging Face hub. A
+            bundled name comes before a path (write "./shakespeare" for that), a path before the hub.
+        param_dtype: type to convert the parameters to, of `jaxgpt.config.PARAM_DTYPES`; by default the project's own
+            directories keep theirs, and everything else becomes float32. To and from int8, memory holds both.
+        check_finite: whether to look for NaN and infinite values.
+        config_overrides: fields of `GPTConfig` to change: those the file does not know (`n_heads` for the book's
+            files), or that leave the parameters' shapes alone (`dtype`, `drop_rate`, `scan_layers`, ...).
+
+    Returns:
+        (model, params): a `GPT`, and a plain nested dict of JAX arrays.
+
+    Raises:
+        CheckpointError: if it cannot be read, or its tensors are not exactly those of the model; lists them all.
+        ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
+        MissingExtraError: if the format needs a package that is not installed.
+    """
+    checkpoint = _recognise(path_or_name, config_overrides, with_tensors=True)
+    stored = checkpoint.config.param_dtype
+    config = checkpoint.config.replace(**config_overrides, param_dtype=param_dtype or stored)
+    if config.param_dtype == stored or "int8" not in (config.param_dtype, stored):
+        return GPT(config), read_params(checkpoint, config, check_finite)
+    params = read_params(checkpoint, config.replace(param_dtype=stored), check_finite)
+    return GPT(config), cast_params(params, config.param_dtype)
+
+
+def load_config(path_or_name: str | Path, **config_overrides: Any) -> GPTConfig:
+    """The configuration that `load` would use. Reads no tensors, and downloads none."""
+    return _recognise(path_or_name, config_overrides, with_tensors=False).config.replace(**config_overrides)
+
+
+def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str = "jaxgpt") -> None:
+    """Writes a checkpoint directory: the project's own, or one that transformers loads as it is.
+
+    `path` appears, or changes from the checkpoint it was, only when everything is on the disk. Parameters keep
+    their types. Beside them, memory holds one array at a time.
+
+    Args:
+        path: the directory.
+        model: the model, for its config.
+        params: its parameters.
+        format: "jaxgpt" or "huggingface"; a key of `FORMATS`.
+
+    Raises:
+        CheckpointError: if `params` do not fit the model, or the format cannot express it; if `path` holds anything
+            but a checkpoint; or if writing fails, and then `path` is as it was.
+        ValueError: for an unknown format.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}")
+    path = Path(path).expanduser()
+    if reason := FORMATS[format].refusal(model.config):
+        raise CheckpointError(path, reason)
+    _refuse_foreign_content(path)
+    with replacing(path) as directory:
+        FORMATS[format].write(directory, model.config, params)
+
+
+def _refuse_foreign_content(path: Path) -> None:
+    """Saving replaces the whole directory, so it must hold nothing but what saving writes."""
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(path, "exists and is not a directory")
+    known = {file for layout in FORMATS.values() for file in layout.FILES}
+    others = sorted({entry.name for entry in path.iterdir()} - known) if path.exists() else []
+    if others:
+        raise CheckpointError(path, f"holds {others[0]!r}, which is not part of a checkpoint: save to a new directory")
+
+
+def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_tensors: bool) -> Checkpoint:
+    if path_or_name in BUNDLED:
+        path = Path(__file__).parent.parent / "assets" / BUNDLED[str(path_or_name)]
+        if not path.is_dir():
+            raise CheckpointError(
+                str(path_or_name),
+                "this installation has no bundled model: train one (jaxgpt train), or give the path of a checkpoint "
+                "or the name of a GPT-2 on the Hugging Face hub, such as gpt2",
+            )
+        return _read_directory(path, overrides)
+    path = Path(path_or_name)
+    try:
+        path = path.expanduser()
+        is_there = path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a directory without permission, an unknown user's home
+        raise CheckpointError(path, f"cannot be read: {error}") from None
+    if path.is_dir():
+        return _read_directory(path, overrides)
+    if is_there:
+        return _read_file(path, overrides)
+    if (
+        not isinstance(path_or_name, str)
+        or not hub.is_name(path_or_name)
+        or path.suffix in (".pt", ".pth", ".safetensors")
+    ):
+        raise CheckpointError(path, "no such file or directory")
+    return _read_directory(hub.download(path_or_name, with_tensors=with_tensors), overrides)
+
+
+def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    if not (path / "config.json").is_file():
+        raise CheckpointError(path, "expected a directory with config.json (for a .pt or .pth, give the file itself)")
+    fields = read_json(path / "config.json")
+    for layout in FORMATS.values():
+        if isinstance(fields, dict) and layout.recognises(fields):
+            return layout.read(path, fields, overrides)
+    raise CheckpointError(
+        path / "config.json", "expected jaxgpt's own form ('format': 'jaxgpt') or Hugging Face's ('model_type': 'gpt2')"
+    )
+
+
+def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
+    if not path.is_file():  # opening a pipe could wait for ever
+        raise CheckpointError(path, "is neither a file nor a directory")
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from None
+    if start.startswith(b"\x80"):
+        raise CheckpointError(path, "a bare pickle, which is never loaded: save it anew with a PyTorch later than 1.6")
+    content = load_torch(path) if start == b"PK\x03\x04" else open_safetensors(path)
+    if isinstance(content, dict):
+        for layout in FILE_FORMATS.values():
+            if layout.recognises(content):
+                return layout.read(path, content, overrides)
+        found = ", ".join(map(shown, list(content)[:5])) or "nothing"
+    else:
+        found = type(content).__name__
+    raise CheckpointError(
+        path,
+        f"not a file of a known format ({', '.join(FILE_FORMATS)}): it holds {found}. If it belongs to a directory "
+        "with a config.json, give the directory",
+    )
