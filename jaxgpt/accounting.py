@@ -116,14 +116,14 @@ def _component(path: str) -> str:
     )
 
 
-def parameter_bytes(config: GPTConfig, dtype: str | None = None) -> int:
-    """Bytes of all parameters stored in `dtype` (default: the config's `param_dtype`). In int8 only matrices are, each
-    with a float32 scale a row, and the rest is float32.
+def parameter_bytes(config: GPTConfig, dtype: str = "float32") -> int:
+    """Bytes of all parameters stored in `dtype`. In int8 only matrices are, each with a float32 scale per row, and the
+    rest is float32.
 
     Raises:
         ConfigError: for a dtype that is not one of `DTYPE_BYTES`.
     """
-    size = _itemsize(dtype := dtype or config.param_dtype)
+    size = _itemsize(dtype)
     if dtype != "int8":
         return count_parameters(config).total * size
     shapes = parameter_shapes(config).items()
@@ -147,7 +147,7 @@ def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:
     return Flops(linear=body + head, attention=_attention_flops(config, batch, length))
 
 
-def training_flops(config: GPTConfig, batch: int, length: int) -> Flops:
+def training_flops(config: GPTConfig, batch: int, length: int, remat: str = "none") -> Flops:
     """Operations of one training step over [B, T] ids: the forward pass, and twice it for the backward pass.
 
     With `remat="block"` the backward pass computes the blocks' forward again, but for their last product, fc_out, whose
@@ -158,8 +158,8 @@ def training_flops(config: GPTConfig, batch: int, length: int) -> Flops:
     """
     body, head = _linear_flops(config, batch, length)
     fc_out = 2 * batch * length * config.n_layers * config.emb_dim * config.ffn_dim
-    again = body - fc_out if config.remat == "block" else 0
-    passes = 3 if config.remat == "none" else 4
+    again = body - fc_out if remat == "block" else 0
+    passes = 3 if remat == "none" else 4
     return Flops(linear=3 * (body + head) + again, attention=passes * _attention_flops(config, batch, length))
 
 

@@ -63,19 +63,9 @@ class GPTConfig:
         drop_rate_emb: dropout after the embedding sum.
         drop_rate_attn: dropout on the attention weights.
         drop_rate_shortcut: dropout on each residual branch.
-        param_dtype: type the parameters are initialised and stored in. "int8", not for training, is that of the
-            matrices, each with a float32 `weight_scale` for every output; the other parameters are float32 then.
-        dtype: type of the operands of matrix products. Everything else, the residual stream, LayerNorm,
-            softmax, logits and loss, is float32 always, and products accumulate in float32.
         embedding_std: standard deviation that token embeddings are initialised with; position embeddings have
             half of it. (GPT-2: 0.02; the book: PyTorch's 1.0, with which a tied head would start absurdly sure.)
         tokenizer: name for `jaxgpt.get_tokenizer`; it travels with a checkpoint.
-        scan_layers: one scanned block with parameters stacked on a leading axis [L, ...] instead of L
-            blocks: compile time no longer grows with depth.
-        remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
-            everything but the linear layers' products ("dots").
-        native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.cpu.kernel`. `jaxgpt.prepare` sets it
-            where that is built; it is not for training, and not saved.
     """
 
     vocab_size: int = 50257
@@ -96,13 +86,8 @@ class GPTConfig:
     drop_rate_emb: float = None  # type: ignore[assignment]
     drop_rate_attn: float = None  # type: ignore[assignment]
     drop_rate_shortcut: float = None  # type: ignore[assignment]
-    param_dtype: str = "float32"
-    dtype: str = "float32"
     embedding_std: float = 0.02
     tokenizer: str = "gpt2"
-    scan_layers: bool = False
-    remat: str = "none"
-    native_kernel: bool = False
 
     def __post_init__(self):
         derived = {"ffn_dim": lambda: 4 * self.emb_dim} | dict.fromkeys(_BRANCH_RATES, lambda: self.drop_rate)
@@ -215,15 +200,77 @@ class GPTConfig:
                 raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}{hint}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a GPT is run, on which its results do not depend but for rounding.
+
+    Attributes:
+        dtype: type of the operands of matrix products. Everything else, the residual stream, LayerNorm,
+            softmax, logits and loss, is float32 always, and products accumulate in float32.
+        param_dtype: type the parameters are initialised and stored in. "int8", not for training, is that of the
+            matrices, each with a float32 `weight_scale` for every output; the other parameters are float32 then.
+        scan_layers: one scanned block with parameters stacked on a leading axis [L, ...] instead of L
+            blocks: compile time no longer grows with depth.
+        remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
+            everything but the linear layers' products ("dots").
+        custom_derivatives: hand-written derivatives, the fastest in reverse mode. Without them they are JAX's own,
+            which forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) needs.
+        native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.cpu.kernel`. `jaxgpt.prepare` sets it
+            where that is built; it is not for training, and not saved.
+    """
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = False
+    remat: str = "none"
+    custom_derivatives: bool = True
+    native_kernel: bool = False
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check_type(field.name, getattr(self, field.name), str(field.type))
+        for name, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES), ("remat", REMAT_POLICIES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                hint = did_you_mean(value, allowed)
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}{hint}")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> ComputeConfig:
+        """Builds a config from plain values; unknown keys are errors that name `source`."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                raise ConfigError(f"{source}: unknown key {shown(key)}{did_you_mean(key, known)}")
+        try:
+            return cls(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: {error}") from None
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The fields' names."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def portable(self) -> ComputeConfig:
+        """The same without what only this machine may have: its kernel."""
+        return self.replace(native_kernel=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, ready for JSON or TOML."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> ComputeConfig:
+        """A copy with fields changed."""
+        return dataclasses.replace(self, **changes)
+
+
 _FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig)}
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 _CHOICES = {
     "activation": ACTIVATIONS,
     "attention_pattern": ATTENTION_PATTERNS,
-    "param_dtype": PARAM_DTYPES,
-    "dtype": DTYPES,
     "tokenizer": TOKENIZERS,
-    "remat": REMAT_POLICIES,
 }
 
 

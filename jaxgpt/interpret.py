@@ -21,7 +21,6 @@ from jax import Array, lax
 
 from jaxgpt.generation.prompts import check_ids
 from jaxgpt.model.gpt import GPT
-from jaxgpt.parallel import sharding
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -71,8 +70,7 @@ def look_inside(model: GPT, params: Any, ids: Any, *, top: int = 5) -> Inside:
         raise ValueError(f"{len(ids_T)} ids do not fit context_length={config.context_length}: shorten the text")
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}")
-    with sharding.use(sharding.mesh_of(params)):
-        seen = jax.device_get(_look(model, params, ids_T[None], min(top, config.vocab_size)))
+    seen = jax.device_get(_look(model, params, ids_T[None], min(top, config.vocab_size)))
     attention, residual, top_ids, top_probabilities, true_probabilities = seen
     if not np.isfinite(top_probabilities).all():
         place, position = np.argwhere(~np.isfinite(top_probabilities))[0, :2]
@@ -113,7 +111,7 @@ def token_labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
 def _look(model: GPT, params: Any, ids_1xT: Array, top: int) -> tuple[Array, ...]:
     _, state = model.apply({"params": params}, ids_1xT, mutable=["intermediates"])
     inside = state["intermediates"]
-    if model.config.scan_layers:
+    if model.compute.scan_layers:
         (attention_Lx1xHxTxT,), (outputs_Lx1xTxD,) = (
             inside["trf_blocks"]["att"]["weights"],
             inside["trf_blocks"]["output"],

@@ -35,8 +35,9 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.accounting import count_parameters
     from jaxgpt.weights.formats import load, save
 
-    overrides = {} if args.n_heads is None else {"n_heads": args.n_heads}
-    model, params = load(args.src, param_dtype=args.param_dtype, check_finite=args.check_finite, **overrides)
+    given = {"n_heads": args.n_heads, "param_dtype": args.param_dtype}
+    overrides = {name: value for name, value in given.items() if value is not None}
+    model, params = load(args.src, check_finite=args.check_finite, **overrides)
     save(args.dst, model, params, format=args.format)
     count = count_parameters(model.config).total
     print(f"{args.dst}: {args.format}, {count:,} parameters", file=sys.stderr)

@@ -36,7 +36,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
     # What is to be spread must not first fill one device.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
-        model, params = prepare(*load(args.model, param_dtype=args.dtype), args.dtype)
+        stored = {} if args.dtype is None else {"param_dtype": args.dtype}
+        model, params = prepare(*load(args.model, **stored), args.dtype)
     if mesh is not None:
         sharding.check(mesh, model.config)
         params = sharding.shard(params, mesh)

@@ -17,13 +17,13 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model.cache import Cache, Window
+from jaxgpt.model.cache import Cache, RecentTokens
 from jaxgpt.model.gpt import GPT
-from jaxgpt.parallel.sharding import constrain
+from jaxgpt.parallel.sharding import replicate
 
 
 @struct.dataclass
-class State:
+class DecodeState:
     """A generation between two tokens.
 
     Attributes:
@@ -34,7 +34,7 @@ class State:
         broken_B: number of the first draw whose logits were not finite, or -1.
     """
 
-    memory: Cache | Window
+    memory: Cache | RecentTokens
     token_B: Array
     drawn: Array
     done_B: Array
@@ -54,7 +54,7 @@ def prefill(
     slots: int,
     sampler: Sampler,
     cache_dtype: str | None = None,
-) -> State:
+) -> DecodeState:
     """Reads the prompts into a new cache and draws the first id of each row.
 
     Args:
@@ -70,12 +70,12 @@ def prefill(
         cache_dtype: type of the cache; None for `Cache.empty`'s default.
     """
     B = ids_BxT.shape[0]
-    cache: Any = Cache.empty(model.config, start_B=length - lengths_B, slots=slots, dtype=cache_dtype)
+    cache: Any = Cache.empty(model.config, model.compute, start_B=length - lengths_B, slots=slots, dtype=cache_dtype)
     x_BxTxD, cache = model.apply({"params": params}, ids_BxT, cache=cache, method="features")
     # Slots from `length` on hold the padding's keys: masked until a real token's replace them.
     cache = dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
     x_Bx1xD = lax.dynamic_slice_in_dim(x_BxTxD, length - 1, 1, axis=1)
-    state = State(
+    state = DecodeState(
         memory=cache,
         token_B=jnp.zeros(B, jnp.int32),
         drawn=jnp.zeros((), jnp.int32),
@@ -89,14 +89,14 @@ def prefill(
 def decode(
     model: GPT,
     params: Any,
-    state: State,
+    state: DecodeState,
     steps: Array | int,
     key: Array | None,
     stop_ids: Array,
     *,
     chunk: int,
     sampler: Sampler,
-) -> tuple[State, Array]:
+) -> tuple[DecodeState, Array]:
     """Draws up to `steps` more ids a row, fewer if every row is done first; `chunk` at most, and that is static.
 
     Returns:
@@ -104,12 +104,11 @@ def decode(
     """
     keys_B = _row_keys(key, state.token_B.shape[0])
 
-    def step(state: State) -> State:
-        if isinstance(state.memory, Window):
+    def step(state: DecodeState) -> DecodeState:
+        if isinstance(state.memory, RecentTokens):
             memory: Any = state.memory.append(state.token_B)
-            x_BxTxD, _ = model.apply(
-                {"params": params}, memory.ids_BxC, cache=memory.cache(model.config), method="features"
-            )
+            cache = memory.cache(model.config, model.compute)
+            x_BxTxD, _ = model.apply({"params": params}, memory.ids_BxC, cache=cache, method="features")
             x_BxTxD = x_BxTxD[:, -1:]
         else:
             x_BxTxD, memory = model.apply(
@@ -117,7 +116,7 @@ def decode(
             )
         return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, keys_B, stop_ids, sampler)
 
-    def step_if_needed(state: State, i: Array) -> tuple[State, Array]:
+    def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Array]:
         state = lax.cond((i < steps) & ~jnp.all(state.done_B), step, lambda state: state, state)
         return state, state.token_B
 
@@ -126,7 +125,7 @@ def decode(
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))
-def grow(state: State, slots: int) -> State:
+def grow(state: DecodeState, slots: int) -> DecodeState:
     """The same state with a cache of `slots` slots, at least as many as it has."""
 
     def pad(kept: Array) -> Array:
@@ -163,7 +162,7 @@ def scan_generate(
         ids_BxN: the new ids only.
     """
     sampler = sampler or Greedy()
-    model = GPT(model.config.replace(native_kernel=False))  # which no other machine would have
+    model = GPT(model.config, model.compute.portable())
     C = model.config.context_length
     ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
     B, T = ids_BxT.shape
@@ -180,25 +179,25 @@ def scan_generate(
     windowed = max_new_tokens - cached
     if windowed > 0:
         read_BxC = jnp.concatenate(pieces, axis=1)[:, -C - 1 : -1]
-        state = dataclasses.replace(state, memory=Window(read_BxC, jnp.full(B, C, jnp.int32)))
+        state = dataclasses.replace(state, memory=RecentTokens(read_BxC, jnp.full(B, C, jnp.int32)))
         _, ids = decode(model, params, state, windowed, key, no_stops, chunk=windowed, sampler=sampler)
         pieces.append(ids)
     return jnp.concatenate(pieces[1:], axis=1)
 
 
-def _draw(model, params, state: State, x_Bx1xD, keys_B, stop_ids, sampler: Sampler) -> State:
+def _draw(model, params, state: DecodeState, x_Bx1xD, keys_B, stop_ids, sampler: Sampler) -> DecodeState:
     """The next id of each row, from the features of the row's last token."""
     logits_BxV = model.apply({"params": params}, x_Bx1xD, method="logits")[:, 0]
     with jax.named_scope("sample"):
         keys_B = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.drawn)
-        token_B = constrain(sampler(logits_BxV, keys_B), None)  # every process reads them
+        token_B = replicate(sampler(logits_BxV, keys_B))  # every process reads them
         broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
         return dataclasses.replace(
             state,
             token_B=token_B,
             drawn=state.drawn + 1,
             done_B=state.done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1),
-            broken_B=constrain(jnp.where(broken, state.drawn, state.broken_B), None),
+            broken_B=replicate(jnp.where(broken, state.drawn, state.broken_B)),
         )
 
 

@@ -10,9 +10,8 @@ from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import ConfigError, did_you_mean
 from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params
+from jaxgpt.model.params import cast_params, unstack_layers
 from jaxgpt.parallel import sharding
-from jaxgpt.weights.layout import unstack_layers
 
 
 def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any]:
@@ -26,21 +25,21 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
         model: the model.
         params: its parameters; not modified.
         dtype: "float32", "bfloat16" (parameters and the operands of products), or "int8" (matrices;
-            operands stay in `model.config.dtype`); default: as they are.
+            operands stay in `model.compute.dtype`); default: as they are.
 
     Raises:
         ConfigError: for another dtype.
     """
-    config = model.config
+    compute = model.compute
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ConfigError(
             f"dtype must be one of {', '.join(PARAM_DTYPES)}, not {dtype!r}{did_you_mean(dtype, PARAM_DTYPES)}"
         )
-    if config.scan_layers:
-        config, params = config.replace(scan_layers=False), unstack_layers(params)
+    if compute.scan_layers:
+        params = unstack_layers(params)
     if dtype is not None:
-        if config.param_dtype != dtype:
+        if compute.param_dtype != dtype:
             params = cast_params(params, dtype)
-        config = config.replace(param_dtype=dtype, dtype=config.dtype if dtype == "int8" else dtype)
+        compute = compute.replace(param_dtype=dtype, dtype=compute.dtype if dtype == "int8" else dtype)
     one_cpu = jax.default_backend() == "cpu" and sharding.mesh_of(params) is None
-    return GPT(config.replace(native_kernel=one_cpu and kernel.available())), params
+    return GPT(model.config, compute.replace(scan_layers=False, native_kernel=one_cpu and kernel.available())), params

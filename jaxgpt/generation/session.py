@@ -15,9 +15,8 @@ from jaxgpt.generation import decode
 from jaxgpt.generation.prepare import prepare
 from jaxgpt.generation.prompts import check_ids, check_key, check_prompts, whole_number
 from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model.cache import Window
+from jaxgpt.model.cache import RecentTokens
 from jaxgpt.model.gpt import GPT
-from jaxgpt.parallel import sharding
 
 # Shapes are rounded up to powers of two from these on, so that lengths in one bucket share a compilation.
 PROMPT_BUCKET = 16
@@ -71,8 +70,8 @@ def generate(
     once instead.
 
     Past the context the result is the reference generator's: each id is drawn from the last `context_length`
-    ids alone, at positions from 0. No cache can serve that (see `jaxgpt.model.cache.Window`), so from there on every
-    token costs a forward pass over the whole context.
+    ids alone, at positions from 0. No cache can serve that (see `RecentTokens` in `model/cache.py`), so from there on
+    every token costs a forward pass over the whole context.
 
     Args:
         model: the model.
@@ -129,7 +128,7 @@ class Generation:
         chunk: int = CHUNK,
     ):
         model, params = prepare(model, params)
-        config, self.mesh = model.config, sharding.mesh_of(params)
+        config = model.config
         self.model, self.params, self.sampler, self.key = model, params, sampler or Greedy(), key
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
@@ -176,31 +175,28 @@ class Generation:
         cached = min(self.max_new_tokens, C - longest + 1)
         started = time.perf_counter()
         slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
-        with sharding.use(self.mesh):
-            state = self._prefill(longest, slots)
+        state = self._prefill(longest, slots)
         yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
         drawn = 1
         while drawn < self.max_new_tokens and not np.all(state.done_B):
             started = time.perf_counter()
             if drawn == cached:
-                state = dataclasses.replace(state, memory=self._window())
-            work, end = ("cached", cached) if drawn < cached else ("windowed", self.max_new_tokens)
+                state = dataclasses.replace(state, memory=self._recent_tokens())
+            work, end = ("cached", cached) if drawn < cached else ("recomputed", self.max_new_tokens)
             steps = min(self.chunk, end - drawn)
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
-                with sharding.use(self.mesh):
-                    state = decode.grow(state, slots)
-            with sharding.use(self.mesh):
-                state, ids_BxN = decode.decode(
-                    self.model,
-                    self.params,
-                    state,
-                    np.int32(steps),
-                    self.key,
-                    self._padded_stop_ids(),
-                    chunk=CHUNK,
-                    sampler=self.sampler,
-                )
+                state = decode.grow(state, slots)
+            state, ids_BxN = decode.decode(
+                self.model,
+                self.params,
+                state,
+                np.int32(steps),
+                self.key,
+                self._padded_stop_ids(),
+                chunk=CHUNK,
+                sampler=self.sampler,
+            )
             before, drawn = drawn, int(state.drawn)
             yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
 
@@ -210,7 +206,7 @@ class Generation:
         padded = bucket(min(C, max(map(len, self.prompts))), PROMPT_BUCKET, C)
         return max(padded, bucket(needed, CACHE_BUCKET, C))
 
-    def _prefill(self, longest: int, slots: int) -> decode.State:
+    def _prefill(self, longest: int, slots: int) -> decode.DecodeState:
         C = self.model.config.context_length
         ids_BxT = np.zeros((len(self.prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
         for row, prompt in zip(ids_BxT, self.prompts, strict=True):
@@ -229,7 +225,7 @@ class Generation:
             cache_dtype=self.cache_dtype,
         )
 
-    def _window(self) -> Window:
+    def _recent_tokens(self) -> RecentTokens:
         """The ids read so far: all but the last one drawn."""
         C = self.model.config.context_length
         ids_BxC = np.zeros((len(self.prompts), C), np.int32)
@@ -238,9 +234,9 @@ class Generation:
             read = ids[:-1][-C:]
             ids_BxC[r, C - len(read) :] = read
             lengths_B[r] = len(read)
-        return Window(ids_BxC, lengths_B)  # type: ignore[arg-type]
+        return RecentTokens(ids_BxC, lengths_B)  # type: ignore[arg-type]
 
-    def _accept(self, state: decode.State, ids_BxN: jax.Array, timing: _Timing) -> list[np.ndarray]:
+    def _accept(self, state: decode.DecodeState, ids_BxN: jax.Array, timing: _Timing) -> list[np.ndarray]:
         """Brings ids to the host, keeps them, and returns those that are not past a row's end."""
         ids_BxN, broken_B = jax.device_get((ids_BxN, state.broken_B))
         timing.seconds = time.perf_counter() - timing.started

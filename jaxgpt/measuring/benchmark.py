@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import accounting, startup
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 
 PROMPT, NEW = 32, 128
 CHARACTER_MODEL = {
@@ -211,7 +211,7 @@ def _decode(work: Work) -> Callable[[], Any]:
 
     from jaxgpt.generation.session import generate
 
-    model, params = _model(work.config(), work.dtype)
+    model, params = _model(work.config(), ComputeConfig(param_dtype=work.dtype), work.dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, PROMPT))
     return lambda: generate(model, params, ids, NEW)
 
@@ -220,7 +220,7 @@ def _forward(work: Work) -> Callable[[], Any]:
     import jax
     import numpy as np
 
-    model, params = _model(work.config().replace(dtype=work.dtype), None)
+    model, params = _model(work.config(), ComputeConfig(dtype=work.dtype), None)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.length))
     forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     return lambda: forward(params, ids).block_until_ready()
@@ -233,8 +233,10 @@ def _train(work: Work) -> Callable[[], Any]:
     from jaxgpt.training.config import TrainConfig
     from jaxgpt.training.step import init_state, make_step
 
-    model = work.config().replace(dtype=work.dtype)
-    config = TrainConfig(model=model, batch_size=work.batch, length=work.length)
+    model = work.config()
+    config = TrainConfig(
+        model=model, compute=ComputeConfig(dtype=work.dtype), batch_size=work.batch, length=work.length
+    )
     step = jax.jit(make_step(config), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (work.batch, work.length + 1)).astype(np.int32)
     state = init_state(config)
@@ -247,7 +249,7 @@ def _train(work: Work) -> Callable[[], Any]:
     return run
 
 
-def _model(config: GPTConfig, dtype: str | None) -> tuple[Any, Any]:
+def _model(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tuple[Any, Any]:
     """A model with random parameters, in the form it decodes fastest."""
     import jax
     import numpy as np
@@ -255,7 +257,7 @@ def _model(config: GPTConfig, dtype: str | None) -> tuple[Any, Any]:
     from jaxgpt.generation.prepare import prepare
     from jaxgpt.model.gpt import GPT
 
-    model = GPT(config if dtype is None else config.replace(param_dtype=dtype))
+    model = GPT(config, compute)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     return prepare(model, params, dtype)
 

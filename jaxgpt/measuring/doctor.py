@@ -142,11 +142,12 @@ def _large_product() -> str:
     import jax.numpy as jnp
     import numpy as np
 
+    from jaxgpt.config import ComputeConfig
     from jaxgpt.model import ops
 
     rng = np.random.default_rng(2)
     x, weight = rng.normal(size=(1, 1, 64)).astype(np.float32), rng.normal(size=(50_257, 64)).astype(np.float32)
-    got = jax.jit(lambda x, w: jnp.max(ops.linear(x, w, None, "float32"), axis=-1))(x, weight)
+    got = jax.jit(lambda x, w: jnp.max(ops.product(x, ops.Matrix(w, None), ComputeConfig()), axis=-1))(x, weight)
     return _compare(
         "largest of 50,257 products", np.asarray(got)[0], (x[0] @ weight.astype(np.float64).T).max(-1), 1e-5
     )

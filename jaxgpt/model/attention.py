@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt.model.cache import Seen
 from jaxgpt.model.ops import dot, dropout_mask, keep
 from jaxgpt.parallel.sharding import is_distributed, platform
 
@@ -35,79 +36,114 @@ class _Plan(NamedTuple):
     query_slot: int | Array
     query_block: int
     window: int | None
+    custom_derivatives: bool
 
     def blocks(self, T: int, S: int) -> Iterator[tuple[slice, slice]]:
         """Each block's queries, and those of the S keys that any of them can see."""
         for first in range(0, T, self.query_block):
             last = min(T, first + self.query_block)
-            seen = slice(0, S)
+            keys = slice(0, S)
             if isinstance(self.query_slot, int):
                 lowest = 0 if self.window is None else max(0, self.query_slot + first + 1 - self.window)
-                seen = slice(lowest, min(S, self.query_slot + last))
-            yield slice(first, last), seen
+                keys = slice(lowest, min(S, self.query_slot + last))
+            yield slice(first, last), keys
 
 
-def attention(
+def attend(
     q_BxHxTxK: Array,
-    k_BxHxSxK: Array,
-    v_BxHxSxK: Array,
+    seen: Seen,
     *,
-    dtype: str,
     window: int | None = None,
-    query_slot: int | Array = 0,
-    start_B: Array | None = None,
+    banded: bool | Array = True,
+    return_weights: bool = False,
+    **options: Any,
+) -> tuple[Array, Array | None]:
+    """softmax(q k^T / sqrt(K)) v with causal masking, in float32.
+
+    Query t stands at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
+    with a `window`, only the last `window` of these.
+
+    Args:
+        q_BxHxTxK: queries.
+        seen: keys and values, and where the queries stand among them.
+        window: width of the band, from 1: slots that a query sees, itself included; None for no band.
+        banded: whether the window counts. An array where a scan takes dense and banded layers in turn.
+        return_weights: whether to return the whole weights too; costs their memory.
+        options: of `blocked`: dropout, block sizes, derivatives.
+
+    Returns:
+        (context [B, H, T, K], weights [B, H, T, S] or None).
+    """
+
+    def form(window: int | None) -> tuple[Array, Array | None]:
+        weights = attention_weights(q_BxHxTxK, seen, window) if return_weights else None
+        return blocked(q_BxHxTxK, seen, window=window, **options), weights
+
+    if isinstance(banded, bool):
+        return form(window if banded else None)
+    # One of two static patterns, not one mask that depends on data: so the band's blocks still skip what they
+    # cannot see, and a scan still compiles each pattern once whatever the depth. (Without rematerialisation
+    # the backward pass keeps room for what either of them keeps: about a tenth more memory.)
+    return lax.cond(banded, lambda: form(window), lambda: form(None))
+
+
+def attention_weights(q_BxHxTxK: Array, seen: Seen, window: int | None) -> Array:
+    """softmax(q k^T / sqrt(K)), whole: [B, H, T, S]."""
+    B, _, T, K = q_BxHxTxK.shape
+    start_B = jnp.zeros(B, jnp.int32) if seen.start_B is None else seen.start_B
+    visible = _visible(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start_B, window)
+    return jax.nn.softmax(_scores(q_BxHxTxK * K**-0.5, seen.k_BxHxSxK, visible, seen.dtype))
+
+
+def blocked(
+    q_BxHxTxK: Array,
+    seen: Seen,
+    *,
+    window: int | None = None,
     drop_rate: float = 0.0,
     dropout_key: Array | None = None,
     query_block: int | None = None,
     group_scores: int | None = None,
-    inspect: Callable[[Array], Any] | None = None,
+    custom_derivatives: bool = True,
 ) -> Array:
-    """softmax(q k^T / sqrt(K)) v with causal masking, in float32. Returns [B, H, T, K].
-
-    Query t stands at slot `query_slot` + t and sees the key slots from `start_B` (0 by default) up to and
-    including its own; with a `window`, only the last `window` of these. Where `query_slot` is a Python int, queries are
-    taken in blocks of `query_block`, each against only the keys it can see, so most of what is masked is never
+    """`attend`'s context, block by block. Where `seen.query_slot` is a Python int, queries are taken in blocks of
+    `query_block`, each against only the keys it can see, so most of what is masked is never
     computed: a band costs T (window + query_block) scores, not T^2 / 2. And rows and heads are taken in groups, one
     after another, so small that a block's scores stay in a core's cache.
 
     Args:
         q_BxHxTxK: queries.
-        k_BxHxSxK: keys.
-        v_BxHxSxK: values.
-        dtype: type of the products' operands.
-        window: width of the band, from 1: slots that a query sees, itself included; None for no band.
-        query_slot: slot of the first query; a Python int when known at trace time.
-        start_B: first visible slot of each row, int32.
+        seen: keys, values, and where the queries stand among them.
+        window: width of the band, or None.
         drop_rate: dropout on the attention weights.
         dropout_key: its key; None for no dropout.
-        query_block: queries a block; default a quarter of T, but from 64 to 128.
-        group_scores: most scores a group and block; default `CPU_SCORES` on one CPU, and elsewhere no limit.
-        inspect: called at trace time with the whole weights [B, H, T, S]; costs their memory.
+        query_block: queries per block; default a quarter of T, but from 64 to 128.
+        group_scores: most scores per group and block; default `CPU_SCORES` on one CPU, and elsewhere no limit.
+        custom_derivatives: whether the backward pass recomputes the weights; if not, the derivatives are JAX's own, in
+            forward mode too.
     """
+    k_BxHxSxK, v_BxHxSxK, query_slot, start_B, dtype = seen
     B, H, T, K = q_BxHxTxK.shape
     S = k_BxHxSxK.shape[2]
     q_BxHxTxK = q_BxHxTxK * K**-0.5
     start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if window is not None and window >= S:
         window = None  # everything is in the band
-    if inspect is not None:
-        visible = _visible(query_slot, slice(0, T), slice(0, S), start_B, window)
-        inspect(jax.nn.softmax(_scores(q_BxHxTxK, k_BxHxSxK, visible, dtype)))
     if not isinstance(query_slot, int):
         # While decoding T is small: there is nothing to divide. But of a long cache, only the band is read.
         if window is not None and (width := window + T - 1) < S:
             first = jnp.maximum(query_slot + 1 - window, 0)
             k_BxHxSxK, v_BxHxSxK = (lax.dynamic_slice_in_dim(x, first, width, 2) for x in (k_BxHxSxK, v_BxHxSxK))
             query_slot, start_B = query_slot - first, start_B - first
-        plan = _Plan(dtype, drop_rate, query_slot, T, window)
+        plan = _Plan(dtype, drop_rate, query_slot, T, window, custom_derivatives)
         return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
     query_block = min(T, query_block or min(128, max(64, T // 4)))
-    seen = S if window is None else min(S, window + query_block - 1)
+    widest = S if window is None else min(S, window + query_block - 1)
     if group_scores is None:
         # Groups follow one another, so on several devices they would wait for each other.
-        grouped = platform() == "cpu" and not is_distributed()
+        grouped = platform(q_BxHxTxK) == "cpu" and not is_distributed(q_BxHxTxK)
         group_scores = CPU_SCORES if grouped else B * H * T * S
-    rows, heads = _group(B, H, group_scores // (query_block * seen))
+    rows, heads = _group(B, H, group_scores // (query_block * widest))
 
     def split(x: Array) -> Array:
         """[B, H, ...] to [groups, rows, heads, ...]; one of the two axes is always whole."""
@@ -117,11 +153,12 @@ def attention(
             .reshape(-1, rows, heads, *x.shape[2:])
         )
 
-    plan = _Plan(dtype, drop_rate, query_slot, query_block, window)
+    plan = _Plan(dtype, drop_rate, query_slot, query_block, window, custom_derivatives)
     groups = (B // rows) * (H // heads)
     start_GxR = jnp.repeat(start_B.reshape(-1, rows), H // heads, axis=0)
     keys_G = None if dropout_key is None else jax.random.split(dropout_key, groups)
-    context = _attend(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
+    attend_groups = _attend if custom_derivatives else _attend_plain
+    context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
     return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
 
 
@@ -140,8 +177,9 @@ def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Arra
     return visible if window is None else visible & (slot_S > query_slot_Tx1 - window)
 
 
-def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str) -> Array:
-    return jnp.where(visible, dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype), MASKED_SCORE)
+def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, custom_derivatives: bool = True) -> Array:
+    scores_BxHxTxS = dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype, custom_derivatives)
+    return jnp.where(visible, scores_BxHxTxS, MASKED_SCORE)
 
 
 def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
@@ -154,7 +192,11 @@ def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
 # G groups, one after another, of which each is B rows by H heads; T is cut into blocks.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G):
-    return _attend_forward(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G)[0]
+    return _attend_plain(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G)
+
+
+def _attend_plain(plan, *arrays):
+    return _over_groups(functools.partial(_forward, plan), arrays)[0]
 
 
 def _attend_forward(plan, *arrays):
@@ -175,16 +217,17 @@ def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
     q, k, v, start_B, key = arrays
     T, S = q.shape[2], k.shape[2]
     outs, highests, totals, masks = [], [], [], []
-    for i, (block, seen) in enumerate(plan.blocks(T, S)):
-        visible = _visible(plan.query_slot, block, seen, start_B, plan.window)
-        scores = _scores(q[:, :, block], k[:, :, seen], visible, plan.dtype)
-        highest = jnp.max(scores, axis=-1, keepdims=True)
+    for i, (block, keys) in enumerate(plan.blocks(T, S)):
+        visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
+        scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype, plan.custom_derivatives)
+        # The result does not depend on it, so no derivative goes through it.
+        highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         if key is not None:
             masks.append(dropout_mask(jax.random.fold_in(key, i), plan.drop_rate, scores.shape))
             weights = keep(weights, masks[-1], plan.drop_rate)
-        outs.append(dot("BHTS,BHSK->BHTK", weights, v[:, :, seen], plan.dtype) / total)
+        outs.append(dot("BHTS,BHSK->BHTK", weights, v[:, :, keys], plan.dtype, plan.custom_derivatives) / total)
         highests.append(highest)
         totals.append(total)
     return _joined(outs), (_joined(highests), _joined(totals), masks)
@@ -196,19 +239,19 @@ def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
     # sum_S weights * d_weights, without a pass over them.
     inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for i, (block, seen) in enumerate(plan.blocks(T, S)):
-        visible = _visible(plan.query_slot, block, seen, start_B, plan.window)
+    for i, (block, keys) in enumerate(plan.blocks(T, S)):
+        visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
         # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
-        scores = _scores(q[:, :, block], k[:, :, seen], visible, plan.dtype)
+        scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype)
         weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]
-        d_weights = dot("BHTK,BHSK->BHTS", g[:, :, block], v[:, :, seen], plan.dtype)
+        d_weights = dot("BHTK,BHSK->BHTS", g[:, :, block], v[:, :, keys], plan.dtype)
         dropped = weights
         if masks:
             dropped, d_weights = (keep(x, masks[i], plan.drop_rate) for x in (weights, d_weights))
         d_scores = jnp.where(visible, weights * (d_weights - inner_BxHxTx1[:, :, block]), 0)
-        dqs.append(dot("BHTS,BHSK->BHTK", d_scores, k[:, :, seen], plan.dtype))
-        dk = dk.at[:, :, seen].add(_transposed_dot(q[:, :, block], d_scores, plan.dtype))
-        dv = dv.at[:, :, seen].add(_transposed_dot(g[:, :, block], dropped, plan.dtype))
+        dqs.append(dot("BHTS,BHSK->BHTK", d_scores, k[:, :, keys], plan.dtype))
+        dk = dk.at[:, :, keys].add(_transposed_dot(q[:, :, block], d_scores, plan.dtype))
+        dv = dv.at[:, :, keys].add(_transposed_dot(g[:, :, block], dropped, plan.dtype))
     return _joined(dqs).astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 

@@ -3,14 +3,15 @@ depends on a token id."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
-from jaxgpt.config import GPTConfig
-from jaxgpt.parallel.sharding import BATCH, constrain, platform
+from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.parallel.sharding import lay, platform
 
 
 @struct.dataclass
@@ -22,7 +23,7 @@ class Cache:
 
     Attributes:
         layers: per block, (k, v), each [B, H, S, K], and [H, S, K] where B is 1; with `scan_layers` one pair with
-            a leading axis [L, ...]. For `read` and `write` to know about.
+            a leading axis [L, ...]. For `remember` to know about.
         start_B: first slot of each row, int32.
         length: slots in use, the same for all rows: the next token's slot. A Python int where it is known
             at trace time, which lets attention skip what it knows to be masked.
@@ -33,53 +34,92 @@ class Cache:
     length: Any
 
     @classmethod
-    def empty(cls, config: GPTConfig, start_B: Array, slots: int, dtype: str | None = None) -> Cache:
+    def empty(
+        cls, config: GPTConfig, compute: ComputeConfig, start_B: Array, slots: int, dtype: str | None = None
+    ) -> Cache:
         """A cache of `slots` slots with nothing in it.
 
-        `dtype` is by default the config's compute type, but float32 on a CPU: there, XLA writes one slot of a
-        bfloat16 array by converting all of it to float32 and back.
+        `dtype` is by default the compute type, but float32 on a CPU: there, XLA writes one slot of a bfloat16 array by
+        converting all of it to float32 and back.
         """
         if dtype is None:
-            dtype = "float32" if platform() == "cpu" else config.dtype
+            dtype = "float32" if platform(start_B) == "cpu" else compute.dtype
         # XLA drops a batch axis of 1 from the products, and then, to bridge the two shapes, computes the written
         # cache twice and copies it. Without that axis the write stays in place.
         batch = start_B.shape if start_B.shape[0] > 1 else ()
         shape: tuple[int, ...] = (*batch, config.n_heads, slots, config.head_dim)
-        kind = jnp.dtype(dtype)
-        if config.scan_layers:
+        if compute.scan_layers:
             shape = (config.n_layers, *shape)
-            layers: Any = (jnp.zeros(shape, kind), jnp.zeros(shape, kind))
+            layers: Any = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
         else:
-            layers = [(jnp.zeros(shape, kind), jnp.zeros(shape, kind)) for _ in range(config.n_layers)]
+            layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
         return cls(layers=layers, start_B=start_B, length=0)
+
+    def advance(self, layers: Any, T: int) -> Cache:
+        """The cache T slots later, with what has been written."""
+        return dataclasses.replace(self, layers=layers, length=self.length + T)
 
     def positions_BxT(self, T: int) -> Array:
         """Positions of the next T tokens of each row; slots before a row's start count as position 0."""
         return jnp.maximum(self.length + jnp.arange(T) - self.start_B[:, None], 0)
 
 
-def write(layer: tuple[Array, Array], k_BxHxTxK: Array, v_BxHxTxK: Array, slot: Any) -> tuple[Array, Array]:
-    """Puts T keys and values at `slot`. The caller keeps slot + T within S: past it, XLA would clamp."""
+class Seen(NamedTuple):
+    """What the queries of one call look at.
 
-    def put(old: Array, new_BxHxTxK: Array) -> Array:
-        new = new_BxHxTxK.astype(old.dtype).reshape(*old.shape[:-2], *new_BxHxTxK.shape[-2:])
-        kept = lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
-        return constrain(kept, *(BATCH,) * (kept.ndim - 3), "tensor", None, None)
+    Attributes:
+        k_BxHxSxK: keys.
+        v_BxHxSxK: values.
+        query_slot: slot of the first query; a Python int where it is known at trace time.
+        start_B: first slot of each row, int32; None where that is 0.
+        dtype: type of the operands of attention's products.
+    """
 
-    return put(layer[0], k_BxHxTxK), put(layer[1], v_BxHxTxK)
+    k_BxHxSxK: Array
+    v_BxHxSxK: Array
+    query_slot: int | Array
+    start_B: Array | None
+    dtype: str
 
 
-def read(layer: tuple[Array, Array]) -> tuple[Array, Array]:
-    """All keys and values of a layer, [B, H, S, K] each, slots not written yet included."""
-    return tuple(kept if kept.ndim == 4 else kept[None] for kept in layer)  # type: ignore[return-value]
+def remember(cache: Cache | None, layer: Any, k_BxHxTxK: Array, v_BxHxTxK: Array, dtype: str) -> tuple[Seen, Any]:
+    """Writes T keys and values into a layer of the cache.
+
+    The caller keeps `cache.length` + T within the slots: past them, XLA would clamp.
+
+    Args:
+        cache: where; None for no cache, and then only these T are seen.
+        layer: of the cache.
+        k_BxHxTxK: keys.
+        v_BxHxTxK: values.
+        dtype: the compute type.
+
+    Returns:
+        (what the T queries see, the layer written).
+    """
+    if cache is None:
+        return Seen(k_BxHxTxK, v_BxHxTxK, 0, None, dtype), layer
+    layer = tuple(_put(old, new, cache.length) for old, new in zip(layer, (k_BxHxTxK, v_BxHxTxK), strict=True))
+    if isinstance(cache.length, int) and cache.length == 0:
+        # There is nothing in the cache but these tokens: attend to them as they are.
+        return Seen(k_BxHxTxK, v_BxHxTxK, 0, cache.start_B, dtype), layer
+    k_BxHxSxK, v_BxHxSxK = (kept if kept.ndim == 4 else kept[None] for kept in layer)
+    # Converting a cache to the compute type would cost more than the products with it.
+    return Seen(k_BxHxSxK, v_BxHxSxK, cache.length, cache.start_B, k_BxHxSxK.dtype.name), layer
+
+
+def _put(old: Array, new_BxHxTxK: Array, slot: Any) -> Array:
+    new = new_BxHxTxK.astype(old.dtype).reshape(*old.shape[:-2], *new_BxHxTxK.shape[-2:])
+    written = lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
+    return lay(written, "BHSK"[-old.ndim :])
 
 
 @struct.dataclass
-class Window:
+class RecentTokens:
     """The last C ids of each row, for a text longer than the context.
 
     Dropping the oldest token moves every position by one. Positions are learned and absolute, so all keys and
-    values change with them, and a cache cannot be kept: the window is read anew for every token.
+    values change with them, and a cache cannot be kept: these ids are read anew for every token.
 
     Attributes:
         ids_BxC: aligned at their ends, as a cache's rows are; what stands before a row's start is ignored.
@@ -89,13 +129,13 @@ class Window:
     ids_BxC: Array
     lengths_B: Array
 
-    def append(self, token_B: Array) -> Window:
-        """The window one token later."""
+    def append(self, token_B: Array) -> RecentTokens:
+        """The same one token later."""
         C = self.ids_BxC.shape[1]
         ids_BxC = jnp.concatenate([self.ids_BxC[:, 1:], token_B[:, None]], axis=1)
-        return Window(ids_BxC, jnp.minimum(self.lengths_B + 1, C))
+        return RecentTokens(ids_BxC, jnp.minimum(self.lengths_B + 1, C))
 
-    def cache(self, config: GPTConfig) -> Cache:
-        """An empty cache in which the window's rows stand where they should."""
+    def cache(self, config: GPTConfig, compute: ComputeConfig) -> Cache:
+        """An empty cache in which the rows stand where they should."""
         C = self.ids_BxC.shape[1]
-        return Cache.empty(config, start_B=C - self.lengths_B, slots=C)
+        return Cache.empty(config, compute, start_B=C - self.lengths_B, slots=C)

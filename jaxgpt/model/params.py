@@ -1,7 +1,9 @@
-"""Parameters from one type to another: int8 is a type of matrices, with a scale for each of their rows."""
+"""Trees of parameters: their leaves by path, their blocks stacked or apart, and from one type to another. int8 is a
+type of matrices, with a scale for each of their rows."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,8 +14,43 @@ import numpy as np
 Tree = Mapping[str, Any]
 
 
+def leaves(tree: Any) -> dict[str, Any]:
+    """Path, such as "trf_blocks_0/att/qkv/weight", to leaf of a tree."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
+
+
+def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The same parameters for `scan_layers=True`: trf_blocks_0, trf_blocks_1, ... become one `trf_blocks` [L, ...].
+
+    Raises:
+        ValueError: if the blocks are not numbered 0 to L - 1.
+    """
+    blocks = {name: child for name, child in params.items() if re.fullmatch(r"trf_blocks_\d+", name)}
+    names = [f"trf_blocks_{i}" for i in range(len(blocks))]
+    if not blocks or set(names) != set(blocks):
+        raise ValueError(f"expected blocks trf_blocks_0, trf_blocks_1, ..., not {sorted(blocks) or 'none'}")
+    rest = {name: child for name, child in params.items() if name not in blocks}
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(blocks[name] for name in names))
+    return {**rest, "trf_blocks": stacked}
+
+
+def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `stack_layers`.
+
+    Raises:
+        ValueError: if there is no subtree `trf_blocks`.
+    """
+    if "trf_blocks" not in params:
+        raise ValueError("expected stacked parameters, with a subtree 'trf_blocks'")
+    stacked = params["trf_blocks"]
+    L = jax.tree.leaves(stacked)[0].shape[0]
+    blocks = {f"trf_blocks_{i}": jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(L)}
+    return {**{name: child for name, child in params.items() if name != "trf_blocks"}, **blocks}
+
+
 def cast_params(params: Tree, param_dtype: str) -> dict[str, Any]:
-    """`params` in another `GPTConfig.param_dtype`, from whichever they are in. Leaves that have it are not copied."""
+    """`params` in another `ComputeConfig.param_dtype`, from whichever they are in. What has it is not copied."""
     if param_dtype == "int8":
         return _per_module(_quantised, params)
     params = _per_module(_dequantised, params)

@@ -166,31 +166,46 @@ def mesh_of(params: Any) -> Mesh | None:
     return None
 
 
-def use(mesh: Mesh | None) -> Any:
-    """A context manager in which `constrain` refers to this mesh; without one it changes nothing."""
-    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+def is_distributed(x: Array) -> bool:
+    """Whether x lies on more than one device. Its type says so, traced or not: a mesh is never entered, and so never
+    forgotten."""
+    return jax.typeof(x).sharding.mesh.size > 1
 
 
-def is_distributed() -> bool:
-    """Whether the function being traced is for more than one device."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and mesh.size > 1
-
-
-def platform() -> str:
-    """The platform that the function being traced is for: the mesh in use's (which a host without such devices can
-    compile for), or else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
+def platform(x: Array) -> str:
+    """The platform that a program with x in it is for: its mesh's (which a host without such devices can compile for),
+    or else JAX's default."""
+    device = jax.typeof(x).sharding.mesh.abstract_device
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-def constrain(x: Array, *axes: Any) -> Array:
-    """x, laid out over the mesh in use: `axes` name a mesh axis, several, or None for each of x's axes.
+# Which mesh axis an array's axis lies on, by the letter that the array's name has for it: `h_BxTxF` is laid out by
+# `lay(h_BxTxF, "BTF")`. Letters of one axis never meet in one array.
+LETTERS: dict[str, str | tuple[str, ...] | None] = {
+    "B": BATCH,  # rows of a batch
+    "H": "tensor",  # heads
+    "F": "tensor",  # columns of the feed-forward layer
+    "V": "tensor",  # the vocabulary
+    "W": "tensor",  # the width of an embedding table, where its rows are looked up
+    **dict.fromkeys("TSDKCR"),  # everything else is whole: positions, slots, widths, chunks, a table's rows
+}
 
-    An axis of x with fewer elements than parts stays whole. Without a mesh of several devices, x itself.
+
+def lay(x: Array, letters: str) -> Array:
+    """x, its axes laid out over its mesh by their letters; without a mesh of several devices, x itself.
+
+    An axis with fewer elements than parts stays whole.
     """
-    if not is_distributed():
+    if not is_distributed(x):
         return x
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = jax.typeof(x).sharding.mesh
+    axes = [LETTERS[letter] for letter in letters]
     spec = P(*(part if size >= _size(mesh, part) else None for size, part in zip(x.shape, axes, strict=True)))
-    return lax.with_sharding_constraint(x, spec)
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def replicate(x: Array) -> Array:
+    """x, whole on every device of its mesh."""
+    if not is_distributed(x):
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, P(*(None,) * x.ndim)))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.generation.decode import State, decode, prefill
+from jaxgpt.generation.decode import DecodeState, decode, prefill
 from jaxgpt.generation.sampling import Greedy
 from jaxgpt.model.gpt import GPT
 from jaxgpt.parallel import sharding
@@ -39,11 +39,10 @@ def main() -> None:
     config, topology = TrainConfig.from_dict(task["config"]), Topology.parse(task["topology"])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     mesh = sharding.make_mesh(config.mesh, devices)
-    with sharding.use(mesh):
-        cost = functools.partial(_cost, topology, mesh, QUICK if task["quick"] else {})
-        costs = {"training": cost(*training(config, mesh))}
-        if rows := task["decode_batch"]:
-            costs["decoding"] = cost(*decoding(config, mesh, rows), runs=CHUNK)
+    cost = functools.partial(_cost, topology, mesh, QUICK if task["quick"] else {})
+    costs = {"training": cost(*training(config, mesh))}
+    if rows := task["decode_batch"]:
+        costs["decoding"] = cost(*decoding(config, mesh, rows), runs=CHUNK)
     print(json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()}))
 
 
@@ -59,13 +58,13 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
 
 def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """`decode` at the end of a full context, as `training`."""
-    model = GPT(config.model.replace(param_dtype="bfloat16", remat="none"))
+    model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none"))
     C = model.config.context_length
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     params = sharding.abstract(params, sharding.shardings(mesh, params))
     ints = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
     read = functools.partial(prefill, model, slots=C, sampler=Greedy(), cache_dtype="bfloat16")
-    state: State = jax.eval_shape(read, params, ints((rows, 1)), ints((rows,)), ints(()), None, ints((0,)))
+    state: DecodeState = jax.eval_shape(read, params, ints((rows, 1)), ints((rows,)), ints(()), None, ints((0,)))
 
     def layout(leaf: Any) -> NamedSharding:
         parts = ((sharding.BATCH,) if rows > 1 else ()) + (("tensor", None, None) if leaf.ndim > 1 else ())

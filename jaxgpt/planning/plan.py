@@ -2,7 +2,8 @@
 
 With the extra [tpu], XLA compiles the step that `jaxgpt train` runs, and `generation/decode.py`'s, for the chips of
 the pod, from shapes alone; without it the figures are formulae. Either way the time is a roofline's: each chip's
-operations, its memory's traffic and its links' traffic at full speed, all three at once at best and one after another at worst.
+operations, its memory's traffic and its links' traffic at full speed, all three at once at best and one after another
+at worst.
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def resolve(
     # A deep model that stores everything, or unrolls its layers, is no plan.
     chosen: dict[str, Any] = {}
     for key, value in {"scan_layers": True, "remat": "block", "dtype": "bfloat16"}.items():
-        if key not in tables["model"]:
-            chosen[f"model.{key}"] = tables["model"][key] = value
+        if key not in tables["compute"]:
+            chosen[f"compute.{key}"] = tables["compute"][key] = value
     data, fsdp, tensor = MeshConfig.from_dict(tables["mesh"], f"{source} [mesh]").resolve(topology.size)
     if data * fsdp * tensor != topology.size:
         raise ConfigError(
@@ -203,14 +204,14 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     reduced over d; over t, two reductions a layer of [rows, T, D] in float32 forward, two backward, and one more
     where the backward pass recomputes the block (Narayanan et al. 2021, section 2.3).
     """
-    model, (d, f, t) = config.model, config.mesh.resolve(0)
+    model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
     L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.window
     P, rows = accounting.count_parameters(model).total, config.batch_size / config.accumulate / (d * f)
-    item = accounting.DTYPE_BYTES[model.dtype]
+    item = accounting.DTYPE_BYTES[compute.dtype]
     tokens, shard = rows * T, P / (f * t)
     products = (5 * D + F) / t
     scores = rows * model.n_heads / t * T
-    kept = tokens * 4 * (D + (0 if model.remat == "block" else products * (1 if model.remat == "dots" else 2)))
+    kept = tokens * 4 * (D + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
     positions = min(T, max(1, config.loss_chunk * config.accumulate // config.batch_size)) if config.loss_chunk else T
     logits, layer = rows * positions * V / t * 4, (P / L) * item / t
     memory = {
@@ -219,7 +220,7 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
         "gradients": 4 * shard,
         "activations": L * kept + tokens * 4 * (3 * D + 2 * products) + 2 * logits + 2 * layer,
     }
-    micro, passes = config.accumulate, 4 if model.remat == "block" else 3
+    micro, passes = config.accumulate, 4 if compute.remat == "block" else 3
     sent = {
         "all-gather": (2 * micro * (f - 1) / f * P / t * item, "fsdp"),
         "reduce-scatter": (micro * (f - 1) / f * P / t * 4, "fsdp"),
@@ -227,7 +228,7 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
         "all-reduce (tensor)": (micro * (passes + 1) * L * 2 * (t - 1) / t * tokens * D * 4, "tensor"),
     }
     hbm = 28 * shard + 2 * micro * passes * (P / t * item + L * (tokens * (2 * D + products) + scores * T / 2) * 4)
-    flops = accounting.training_flops(model, config.batch_size, T).total / (d * f * t)
+    flops = accounting.training_flops(model, config.batch_size, T, compute.remat).total / (d * f * t)
     return _analytic(config, topology, memory, flops, hbm, sent)
 
 

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt.errors import CheckpointError, first_line, require
+from jaxgpt.model.params import leaves
 from jaxgpt.parallel import distributed, sharding
-from jaxgpt.weights.layout import leaves
 
 
 def import_orbax() -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig, check_type, read_toml
+from jaxgpt.config import ComputeConfig, GPTConfig, check_type, read_toml
 from jaxgpt.errors import ConfigError, did_you_mean, shown
 
 OPTIMIZERS = ("adamw", "muon")
@@ -86,6 +86,7 @@ class TrainConfig:
 
     Attributes:
         model: the model.
+        compute: how it is run.
         mesh: the devices it runs on.
         steps: optimiser steps.
         batch_size: windows an optimiser step.
@@ -116,6 +117,7 @@ class TrainConfig:
     """
 
     model: GPTConfig
+    compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
     steps: int = 1000
     batch_size: int = 8
@@ -153,9 +155,9 @@ class TrainConfig:
             raise ConfigError(f"accumulate must divide batch_size: {self.batch_size} / {self.accumulate}")
         if self.length > self.model.context_length:
             raise ConfigError(f"length {self.length} is beyond model.context_length {self.model.context_length}")
-        if self.model.param_dtype != "float32":
+        if self.compute.param_dtype != "float32":
             raise ConfigError(
-                "model.param_dtype must be float32 to train: in a shorter type small updates are lost to rounding"
+                "compute.param_dtype must be float32 to train: in a shorter type small updates are lost to rounding"
             )
         if self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")
@@ -177,7 +179,7 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any], source: str = "config") -> TrainConfig:
-        """Builds a config from `{"model": {...}, "train": {...}, "mesh": {...}}`; unknown keys are errors.
+        """Builds a config from `{"model": {...}, "compute": {...}, "train": {...}, "mesh": {...}}`.
 
         Raises:
             ConfigError: naming `source` and the unknown key or the invalid field.
@@ -189,6 +191,7 @@ class TrainConfig:
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{source}: {name} must be a table, not {shown(table)}")
         model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
+        compute = ComputeConfig.from_dict(tables.pop("compute", {}), source=f"{source} [compute]")
         mesh = MeshConfig.from_dict(tables.pop("mesh", {}), source=f"{source} [mesh]")
         train = tables.pop("train", {})
         known = [field.name for field in dataclasses.fields(cls) if field.name not in _TABLES]
@@ -198,18 +201,18 @@ class TrainConfig:
             if key not in known:
                 raise ConfigError(f"{source} [train]: unknown key {shown(key)}{did_you_mean(key, known)}")
         try:
-            return cls(model=model, mesh=mesh, **train)
+            return cls(model=model, compute=compute, mesh=mesh, **train)
         except ConfigError as error:
             raise ConfigError(f"{source} [train]: {error}") from None
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads the `[model]`, `[train]` and `[mesh]` tables of a TOML file.
+        """Reads the `[model]`, `[compute]`, `[train]` and `[mesh]` tables of a TOML file.
 
         Args:
             path: the file.
-            overrides: "key=value" strings, as given to `--set`; keys of the model are written "model.key", and
-                the mesh's "mesh.key".
+            overrides: "key=value" strings, as given to `--set`; keys of the other tables are written "model.key",
+                "compute.key" and "mesh.key".
 
         Raises:
             ConfigError: if the file or an override cannot be used.
@@ -219,7 +222,8 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
         train = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TABLES}
-        return {"model": self.model.to_dict(), "train": train, "mesh": dataclasses.asdict(self.mesh)}
+        tables = {name: dataclasses.asdict(getattr(self, name)) for name in _TABLES}
+        return {**tables, "train": train}
 
 
 def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -228,7 +232,7 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     Raises:
         ConfigError: for anything else than "key=value", and for a table that there is not.
     """
-    result: dict[str, Any] = {"model": {}, "train": {}, "mesh": {}}
+    result: dict[str, Any] = {name: {} for name in (*_TABLES, "train")}
     result |= {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     for text in overrides:
         key, equals, value = text.partition("=")
@@ -250,7 +254,7 @@ def _parse_value(text: str) -> Any:
 
 
 # Fields that are tables of their own.
-_TABLES = ("model", "mesh")
+_TABLES = ("model", "compute", "mesh")
 _CHOICES = {"optimizer": OPTIMIZERS, "windows": WINDOWS}
 _RANGES = {
     "steps": (1, 10**9),

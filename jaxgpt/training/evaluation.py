@@ -11,7 +11,6 @@ import numpy as np
 
 from jaxgpt.errors import DataError
 from jaxgpt.model.gpt import GPT
-from jaxgpt.parallel import sharding
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.data import Ids
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
@@ -75,8 +74,7 @@ def evaluate(
         batch = [_window(ids_N, start, first, T) for start, first in rows[i : i + batch_size]]
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = (np.stack(side) for side in zip(*batch, strict=True))
-        with sharding.use(sharding.mesh_of(params)):
-            losses, counted = _losses(model, params, inputs_BxT, labels_BxT)
+        losses, counted = _losses(model, params, inputs_BxT, labels_BxT)
         total, count = total + float(losses), count + float(counted)
     loss = total / count
     text_bytes = len(get_tokenizer(model.config.tokenizer).decode_bytes(ids_N[1:predicted].tolist()))

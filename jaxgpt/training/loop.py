@@ -128,8 +128,7 @@ def train(
             run.truncate_metrics(start)
             if tensorboard:
                 run.write_tensorboard(start)
-        with sharding.use(mesh):
-            return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
+        return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
 
 
 class _Loop:
@@ -147,7 +146,7 @@ class _Loop:
     ):
         self.config, self.mesh, self.train_N, self.val_N = config, mesh, train_N, val_N
         self.run, self.checkpoints, self.progress = run, checkpoints, progress
-        self.model = GPT(config.model.replace(remat="none"))
+        self.model = GPT(config.model, config.compute.replace(remat="none"))
         self.val_losses = run.val_losses()
 
     def train(self, start: int, state: State) -> TrainResult:
@@ -291,7 +290,7 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
             state = checkpoints.restore(chosen, abstract_state(config))
             params = jax.tree.map(np.asarray, cast_params(eval_params(state), param_dtype))
     params = jax.tree.map(jax.device_put, params)
-    return chosen, GPT(config.model.replace(param_dtype=param_dtype)), params
+    return chosen, GPT(config.model, config.compute.replace(param_dtype=param_dtype)), params
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:
@@ -304,19 +303,19 @@ def _mesh(config: TrainConfig) -> Mesh | None:
 
 
 # What a run decides for itself when it starts from a checkpoint; the rest, the architecture, is the checkpoint's.
-_OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut", "dtype", "scan_layers", "remat")
+_OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 
 def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
     own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
-    return dataclasses.replace(config, model=load_config(source, param_dtype="float32", **own))
+    return dataclasses.replace(config, model=load_config(source, **own))
 
 
 def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
     own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
     # What is to be spread must not first fill one device.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
-        return load(source, param_dtype="float32", **own)[1]
+        return load(source, compute=config.compute, **own)[1]
 
 
 def _check_samples(config: TrainConfig) -> None:

@@ -10,21 +10,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt.config import ComputeConfig
+from jaxgpt.cpu import products
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.ops import dot
-from jaxgpt.parallel.sharding import BATCH, constrain, is_distributed
+from jaxgpt.parallel.sharding import is_distributed, lay
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
 IGNORE = -1
 
 
-def cross_entropy(logits_xV: Array, labels_x: Array) -> tuple[Array, Array]:
+def cross_entropy(logits_xV: Array, labels_x: Array, custom_derivatives: bool = True) -> tuple[Array, Array]:
     """Sum of -log softmax(logits)[label] over the positions that count, and their number.
 
     Args:
         logits_xV: float32, [..., V].
         labels_x: ids, [...]; `IGNORE` leaves a position out. Any other id outside [0, V) makes the sum NaN, which
             no run survives unseen; without that, XLA would clamp it into the vocabulary.
+        custom_derivatives: as in `ComputeConfig`.
 
     Returns:
         (sum in nats, count), float32 scalars. Their quotient is the mean loss.
@@ -32,7 +35,8 @@ def cross_entropy(logits_xV: Array, labels_x: Array) -> tuple[Array, Array]:
     logits_xV = logits_xV.astype(jnp.float32)
     V = logits_xV.shape[-1]
     counts_x = labels_x != IGNORE
-    losses_x = _negative_log_likelihood(logits_xV, jnp.clip(labels_x, 0, V - 1))
+    negative_log_likelihood = _negative_log_likelihood if custom_derivatives else _plain_negative_log_likelihood
+    losses_x = negative_log_likelihood(logits_xV, jnp.clip(labels_x, 0, V - 1))
     legal_x = (labels_x >= 0) & (labels_x < V)
     losses_x = jnp.where(counts_x, jnp.where(legal_x, losses_x, jnp.nan), 0.0)
     return jnp.sum(losses_x), jnp.sum(counts_x, dtype=jnp.float32)
@@ -42,12 +46,16 @@ def cross_entropy(logits_xV: Array, labels_x: Array) -> tuple[Array, Array]:
 def _negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
     """-log softmax(logits)[label]. Its own derivative, softmax - one-hot, is one pass over the logits; JAX's rule for
     the logarithm of a sum keeps the exponentials of them all."""
+    return _plain_negative_log_likelihood(logits_xV, labels_x)
+
+
+def _plain_negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
     return _negative_log_likelihood_forward(logits_xV, labels_x)[0]
 
 
 def _negative_log_likelihood_forward(logits_xV, labels_x):
     # Rows that lie on several devices are not to be taken one after another.
-    on_cpu = _logsumexp if is_distributed() else _logsumexp_on_cpu
+    on_cpu = _logsumexp if is_distributed(logits_xV) else products.logsumexp
     total_x = lax.platform_dependent(logits_xV, cpu=on_cpu, default=_logsumexp)
     chosen_x = jnp.take_along_axis(logits_xV, labels_x[..., None], axis=-1)[..., 0]
     return total_x - chosen_x, (logits_xV, labels_x, total_x)
@@ -63,17 +71,11 @@ def _logsumexp(logits_xV: Array) -> Array:
     return jax.nn.logsumexp(logits_xV, axis=-1)
 
 
-def _logsumexp_on_cpu(logits_xV: Array) -> Array:
-    """A few rows at a time: XLA on CPU takes the exponentials of a long sum in one thread."""
-    *lead, V = logits_xV.shape
-    return lax.map(_logsumexp, logits_xV.reshape(-1, V), batch_size=64).reshape(lead)
-
-
 _negative_log_likelihood.defvjp(_negative_log_likelihood_forward, _negative_log_likelihood_backward)
 
 
 def head_cross_entropy(
-    x_BxTxD: Array, head_VxD: Array, labels_BxT: Array, *, dtype: str, chunk: int = 0
+    x_BxTxD: Array, head_VxD: Array, labels_BxT: Array, compute: ComputeConfig, *, chunk: int = 0
 ) -> tuple[Array, Array]:
     """`cross_entropy` of the logits x head^T, without holding them all when `chunk` is given.
 
@@ -81,8 +83,8 @@ def head_cross_entropy(
         x_BxTxD: the final norm's output, `GPT.features`.
         head_VxD: the output head, `GPT.head_weight`.
         labels_BxT: as in `cross_entropy`.
-        dtype: type of the product's operands.
-        chunk: positions a chunk: at most chunk * V logits exist at a time, in the backward pass too. 0: all. A
+        compute: type of the product's operands, and whose derivatives.
+        chunk: positions per chunk: at most chunk * V logits exist at a time, in the backward pass too. 0: all. A
             chunk has the same positions of every row, so that rows can lie on different devices, and never less
             than one.
 
@@ -91,7 +93,7 @@ def head_cross_entropy(
     """
     B, T, _ = x_BxTxD.shape
     if chunk == 0 or chunk // B >= T:
-        return _chunk_loss(x_BxTxD, head_VxD, labels_BxT, dtype)
+        return _chunk_loss(x_BxTxD, head_VxD, labels_BxT, compute)
     # As few chunks as the size allows, and all as short: their ends are padded, by less than a position a chunk.
     chunks = -(-T // max(1, chunk // B))
     length = -(-T // chunks)
@@ -99,7 +101,8 @@ def head_cross_entropy(
     x_BxTxD = jnp.pad(x_BxTxD, ((0, 0), (0, padding), (0, 0)))
     labels_BxT = jnp.pad(labels_BxT, ((0, 0), (0, padding)), constant_values=IGNORE)
     x_xBxCxD, labels_xBxC = (x.reshape(B, -1, length, *x.shape[2:]).swapaxes(0, 1) for x in (x_BxTxD, labels_BxT))
-    return _scan_chunks(dtype, x_xBxCxD, head_VxD, labels_xBxC)
+    scan_chunks = _scan_chunks if compute.custom_derivatives else _plain_scan_chunks
+    return scan_chunks(compute, x_xBxCxD, head_VxD, labels_xBxC)
 
 
 def model_loss(
@@ -118,30 +121,38 @@ def model_loss(
 
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
     x_BxTxD, _ = apply("features", inputs_BxT, deterministic=dropout_key is None, rngs=rngs)
-    return head_cross_entropy(
-        x_BxTxD, apply("head_weight"), jnp.asarray(labels_BxT), dtype=model.config.dtype, chunk=chunk
-    )
+    return head_cross_entropy(x_BxTxD, apply("head_weight"), jnp.asarray(labels_BxT), model.compute, chunk=chunk)
 
 
-def _chunk_loss(x_BxCxD, head_VxD, labels_BxC, dtype):
-    logits_BxCxV = constrain(dot("BCD,VD->BCV", x_BxCxD, head_VxD, dtype), BATCH, None, "tensor")
-    return cross_entropy(logits_BxCxV, labels_BxC)
+def _chunk_loss(x_BxCxD, head_VxD, labels_BxC, compute):
+    logits_BxCxV = lay(dot("BCD,VD->BCV", x_BxCxD, head_VxD, compute.dtype, compute.custom_derivatives), "BCV")
+    return cross_entropy(logits_BxCxV, labels_BxC, compute.custom_derivatives)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan_chunks(dtype, x_xBxCxD, head_VxD, labels_xBxC):
+def _scan_chunks(compute, x_xBxCxD, head_VxD, labels_xBxC):
+    return _plain_scan_chunks(compute, x_xBxCxD, head_VxD, labels_xBxC)
+
+
+def _plain_scan_chunks(compute, x_xBxCxD, head_VxD, labels_xBxC):
+    @jax.checkpoint  # or else the backward pass would keep all logits
+    def chunk_loss(x_BxCxD, labels_BxC):
+        return _chunk_loss(x_BxCxD, head_VxD, labels_BxC, compute)
+
     def add_chunk(totals, chunk):
-        losses, count = _chunk_loss(chunk[0], head_VxD, chunk[1], dtype)
+        losses, count = chunk_loss(*chunk)
         return (totals[0] + losses, totals[1] + count), None
 
     return lax.scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (x_xBxCxD, labels_xBxC))[0]
 
 
-def _scan_chunks_forward(dtype, x_xBxCxD, head_VxD, labels_xBxC):
+def _scan_chunks_forward(compute, x_xBxCxD, head_VxD, labels_xBxC):
     """Takes each chunk's gradients while its logits are there, so that the backward pass need not make them again."""
 
     def add_chunk(totals, chunk):
-        losses, pull, count = jax.vjp(lambda x, h: _chunk_loss(x, h, chunk[1], dtype), chunk[0], head_VxD, has_aux=True)
+        losses, pull, count = jax.vjp(
+            lambda x, h: _chunk_loss(x, h, chunk[1], compute), chunk[0], head_VxD, has_aux=True
+        )
         dx, dhead = pull(jnp.ones_like(losses))
         return (totals[0] + losses, totals[1] + count, totals[2] + dhead), dx
 
@@ -150,7 +161,7 @@ def _scan_chunks_forward(dtype, x_xBxCxD, head_VxD, labels_xBxC):
     return (losses, count), (dx_xBxCxD, dhead_VxD.astype(head_VxD.dtype))
 
 
-def _scan_chunks_backward(dtype, residuals, g):
+def _scan_chunks_backward(compute, residuals, g):
     dx_xBxCxD, dhead_VxD = residuals
     return dx_xBxCxD * g[0], (dhead_VxD * g[0]).astype(dhead_VxD.dtype), None
 

@@ -117,7 +117,7 @@ class Run:
         was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
         differences = [
             f"{table}.{name}: {shown(was[table].get(name))} before, {shown(value)} now"
-            for table in ("model", "train")
+            for table in ("model", "compute", "train")
             for name, value in now[table].items()
             if was[table].get(name) != value and name not in _FREE_FIELDS
         ]

@@ -46,13 +46,14 @@ def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None
     if params is not None and mesh is not None:
         params = sharding.shard(params, mesh)
     layout = None if mesh is None else sharding.shardings(mesh, abstract_state(config))
-    with sharding.use(mesh):
-        return jax.jit(functools.partial(_initial, config), out_shardings=layout)(params)
+    return jax.jit(functools.partial(_initial, config), out_shardings=layout)(params)
 
 
 def _initial(config: TrainConfig, params: Any = None) -> State:
     if params is None:
-        params = GPT(config.model).init(stream_key(config, INIT), jnp.zeros((1, 1), jnp.int32))["params"]
+        params = GPT(config.model, config.compute).init(stream_key(config, INIT), jnp.zeros((1, 1), jnp.int32))[
+            "params"
+        ]
     state = {"params": params, "opt_state": optimizer(config).init(params)}
     if config.average_decay:
         state["average"] = params
@@ -78,7 +79,7 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
 
     The figures are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
     """
-    model, tx = GPT(config.model), optimizer(config)
+    model, tx = GPT(config.model, config.compute), optimizer(config)
     rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
 
     def losses_and_grads(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
@@ -126,8 +127,7 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
 
 
 def jit_step(config: TrainConfig, mesh: Mesh | None = None) -> Any:
-    """`make_step`, jitted; it donates the state. With a mesh, the state keeps its layout, and calls belong into
-    `sharding.use(mesh)`."""
+    """`make_step`, jitted; it donates the state. With a mesh, the state keeps its layout."""
     layout = None
     if mesh is not None:
         everywhere = NamedSharding(mesh, PartitionSpec())

@@ -17,8 +17,8 @@ A format is a module, entered in `FORMATS` or `FILE_FORMATS`. Both kinds have
 Those of `FORMATS` are written too, and have
 
 - `FILES`: names of all files they may write;
-- `refusal(config)`: why the format cannot hold such a model, or `None`;
-- `write(directory, config, params)`.
+- `refusal(model)`: why the format cannot hold such a model, or `None`;
+- `write(directory, model, params)`.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig, read_json
+from jaxgpt.config import ComputeConfig, GPTConfig, read_json
 from jaxgpt.errors import CheckpointError, did_you_mean, shown
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
-from jaxgpt.weights.layout import Checkpoint, read_params, stack_layers, unstack_layers
+from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.tensors import load_torch, open_safetensors, replacing
 
-__all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save", "stack_layers", "unstack_layers"]
+__all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save"]
 
 # Models that ship with the package, by name: their directories under jaxgpt/assets.
 BUNDLED = {"shakespeare": "shakespeare"}
@@ -46,7 +46,11 @@ FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 
 
 def load(
-    path_or_name: str | Path, *, param_dtype: str | None = None, check_finite: bool = False, **config_overrides: Any
+    path_or_name: str | Path,
+    *,
+    compute: ComputeConfig | None = None,
+    check_finite: bool = False,
+    **overrides: Any,
 ) -> tuple[GPT, dict[str, Any]]:
     """Loads a model and its parameters from any format, recognised by content.
 
@@ -55,11 +59,13 @@ def load(
     Args:
         path_or_name: a file or directory, the name of a bundled model, or of a GPT-2 on the Hugging Face hub. A
             bundled name comes before a path (write "./shakespeare" for that), a path before the hub.
-        param_dtype: type to convert the parameters to, of `jaxgpt.config.PARAM_DTYPES`; by default the project's own
-            directories keep theirs, and everything else becomes float32. To and from int8, memory holds both.
+        compute: how to run the model. By default the package's own directories keep what they were saved with, and
+            everything else is `ComputeConfig()`: parameters become float32, whatever they are in the file. To and from
+            int8, memory holds both.
         check_finite: whether to look for NaN and infinite values.
-        config_overrides: fields of `GPTConfig` to change: those the file does not know (`n_heads` for the book's
-            files), or that leave the parameters' shapes alone (`dtype`, `drop_rate`, `scan_layers`, ...).
+        overrides: single fields of `ComputeConfig` to change (`param_dtype`, `dtype`, `scan_layers`, ...); and fields
+            of `GPTConfig`: those the file does not know (`n_heads` for the book's files), or that leave the
+            parameters' shapes alone (`drop_rate`, ...).
 
     Returns:
         (model, params): a `GPT`, and a plain nested dict of JAX arrays.
@@ -69,18 +75,19 @@ def load(
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
         MissingExtraError: if the format needs a package that is not installed.
     """
-    checkpoint = _recognise(path_or_name, config_overrides, with_tensors=True)
-    stored = checkpoint.config.param_dtype
-    config = checkpoint.config.replace(**config_overrides, param_dtype=param_dtype or stored)
-    if config.param_dtype == stored or "int8" not in (config.param_dtype, stored):
-        return GPT(config), read_params(checkpoint, config, check_finite)
-    params = read_params(checkpoint, config.replace(param_dtype=stored), check_finite)
-    return GPT(config), cast_params(params, config.param_dtype)
+    run = {name: overrides.pop(name) for name in ComputeConfig.names() if name in overrides}
+    checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
+    config, stored = checkpoint.config.replace(**overrides), checkpoint.compute.param_dtype
+    compute = (compute or checkpoint.compute).replace(**run)
+    if compute.param_dtype == stored or "int8" not in (compute.param_dtype, stored):
+        return GPT(config, compute), read_params(checkpoint, config, compute, check_finite)
+    params = read_params(checkpoint, config, compute.replace(param_dtype=stored), check_finite)
+    return GPT(config, compute), cast_params(params, compute.param_dtype)
 
 
-def load_config(path_or_name: str | Path, **config_overrides: Any) -> GPTConfig:
+def load_config(path_or_name: str | Path, **overrides: Any) -> GPTConfig:
     """The configuration that `load` would use. Reads no tensors, and downloads none."""
-    return _recognise(path_or_name, config_overrides, with_tensors=False).config.replace(**config_overrides)
+    return _recognise(path_or_name, overrides, with_tensors=False).config.replace(**overrides)
 
 
 def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str = "jaxgpt") -> None:
@@ -91,7 +98,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
 
     Args:
         path: the directory.
-        model: the model, for its config.
+        model: the model, for its configuration.
         params: its parameters.
         format: "jaxgpt" or "huggingface"; a key of `FORMATS`.
 
@@ -103,11 +110,11 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}")
     path = Path(path).expanduser()
-    if reason := FORMATS[format].refusal(model.config):
+    if reason := FORMATS[format].refusal(model):
         raise CheckpointError(path, reason)
     _refuse_foreign_content(path)
     with replacing(path) as directory:
-        FORMATS[format].write(directory, model.config, params)
+        FORMATS[format].write(directory, model, params)
 
 
 def _refuse_foreign_content(path: Path) -> None:

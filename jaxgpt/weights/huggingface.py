@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxgpt.config import GPTConfig, read_json
 from jaxgpt.errors import CheckpointError, ConfigError, shown
+from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer, gpt2_alphabet, gpt2_merges
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
@@ -137,32 +138,33 @@ def _open(directory: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def refusal(config: GPTConfig) -> str | None:
+def refusal(model: GPT) -> str | None:
     """Why this layout cannot hold such a model, or `None`."""
-    if config.param_dtype == "int8":
+    if model.compute.param_dtype == "int8":
         return "huggingface's format has no int8: convert to float32 or bfloat16 first (param_dtype)"
-    if config.banded_layers:
+    if model.config.banded_layers:
         return "Hugging Face's GPT-2 has no banded attention (attention_pattern 'alternating'): use format='jaxgpt'"
     return None
 
 
-def write(directory: Path, config: GPTConfig, params: Any) -> None:
+def write(directory: Path, model: GPT, params: Any) -> None:
     """Writes a directory that transformers loads as it is, with the tokenizer's files if that is GPT-2's.
 
     transformers' GPT-2 always has biases: those that the config leaves out are written as zeros.
     """
+    config = model.config
     full = config.replace(bias=True, qkv_bias=True)
-    tensors = outside_tensors(directory, config, params, ROWS, full)
+    tensors = outside_tensors(directory, model, params, ROWS, full)
     # Without this prefix, transformers would take the file for a model that has no head of its own.
     named = {name if name == TIED[0] else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     write_safetensors(directory / "model.safetensors", named, {"format": "pt"})
-    _write_json(directory / "config.json", config_fields(config))
+    _write_json(directory / "config.json", config_fields(config) | {"torch_dtype": model.compute.param_dtype})
     if config.tokenizer == "gpt2" and config.vocab_size == get_tokenizer("gpt2").vocab_size:
         write_tokenizer(directory, config)
 
 
 def config_fields(config: GPTConfig) -> dict[str, Any]:
-    """The content of config.json for a config."""
+    """The content of config.json for a config, but for the parameters' type."""
     end_of_text = get_tokenizer(config.tokenizer).end_of_text
     return {
         "model_type": "gpt2",
@@ -171,7 +173,6 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
         **{name: value for name, value in _FIXED.items() if value is not None},
         **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text if end_of_text < config.vocab_size else None),
-        "torch_dtype": config.param_dtype,
     }
 
 

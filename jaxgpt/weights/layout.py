@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, shown
 from jaxgpt.model.gpt import GPT
+from jaxgpt.model.params import leaves
 from jaxgpt.weights.tensors import FLOATS, Tensor
 
 BLOCKS = "trf_blocks/"
@@ -46,7 +47,7 @@ class Row(NamedTuple):
     padding: int = 0
 
 
-class Slot(NamedTuple):
+class Entry(NamedTuple):
     """One of our arrays, a layer's own where there are layers, and the outside names of its parts."""
 
     row: Row
@@ -91,11 +92,12 @@ class Checkpoint:
 
     Attributes:
         path: the file or directory.
-        config: the model's configuration.
+        config: what the model is.
         rows: the format's table.
         tensors: opens the files and returns their tensors by name.
         skip: pattern of the names that are known and not parameters.
         tied: (head, embedding): a name for the output head that may appear though it is tied to the embedding.
+        compute: how the model is run unless the caller says otherwise; its `param_dtype` is the file's.
     """
 
     path: Path
@@ -104,25 +106,20 @@ class Checkpoint:
     tensors: Callable[[], dict[str, Tensor]]
     skip: str = r"(?!)"
     tied: tuple[str, str] | None = None
+    compute: ComputeConfig = ComputeConfig()
 
 
 @functools.lru_cache(maxsize=64)
-def abstract_leaves(config: GPTConfig) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_leaves(config: GPTConfig, param_dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Path to shape and type of every parameter, with the blocks stacked. Allocates no array."""
-    model = GPT(config.replace(scan_layers=True))
+    model = GPT(config, ComputeConfig(param_dtype=param_dtype, scan_layers=True))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return leaves(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
 
 
-def leaves(tree: Any) -> dict[str, Any]:
-    """Path, such as "trf_blocks_0/att/qkv/weight", to leaf of a tree."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
-
-
-def slots(config: GPTConfig, rows: tuple[Row, ...]) -> Iterator[Slot]:
+def entries(config: GPTConfig, param_dtype: str, rows: tuple[Row, ...]) -> Iterator[Entry]:
     """Every array of a model by a table, leaf by leaf and within a leaf layer by layer."""
-    abstract = abstract_leaves(config)
+    abstract = abstract_leaves(config, param_dtype)
     for row in rows:
         if row.ours not in abstract:
             continue  # a bias or a head that this config does not have
@@ -131,11 +128,13 @@ def slots(config: GPTConfig, rows: tuple[Row, ...]) -> Iterator[Slot]:
         for i in range(config.n_layers) if stacked else [None]:
             leaf = abstract[row.ours]
             shape = leaf.shape[1:] if stacked else leaf.shape
-            yield Slot(row, i, shape, leaf.dtype.name, tuple(name.format(i=i) for name in names))
+            yield Entry(row, i, shape, leaf.dtype.name, tuple(name.format(i=i) for name in names))
 
 
-def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = False) -> dict[str, Any]:
-    """Reads a checkpoint's parameters, as `config` lays them out and in its `param_dtype`.
+def read_params(
+    checkpoint: Checkpoint, config: GPTConfig, compute: ComputeConfig, check_finite: bool = False
+) -> dict[str, Any]:
+    """Reads a checkpoint's parameters for a model of `config`, as `compute` lays them out and in its `param_dtype`.
 
     Beside the result, memory holds one leaf at a time.
 
@@ -145,9 +144,10 @@ def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = 
             every parameter that holds NaN or infinite values.
     """
     tensors = checkpoint.tensors()
-    outside = [(name, slot) for slot in slots(config, checkpoint.rows) for name in slot.names]
-    expected = {name: slot.outside_shape for name, slot in outside}
-    quantised = {name for name, slot in outside if slot.dtype == "int8"}
+    table = list(entries(config, compute.param_dtype, checkpoint.rows))
+    outside = [(name, entry) for entry in table for name in entry.names]
+    expected = {name: entry.outside_shape for name, entry in outside}
+    quantised = {name for name, entry in outside if entry.dtype == "int8"}
     optional = {name for name in tensors if re.fullmatch(checkpoint.skip, name)}
     if checkpoint.tied and config.tie_embeddings and checkpoint.tied[0] in tensors:
         expected[checkpoint.tied[0]] = expected[checkpoint.tied[1]]
@@ -158,15 +158,16 @@ def read_params(checkpoint: Checkpoint, config: GPTConfig, check_finite: bool = 
 
     damaged = []
     params: dict[str, jax.Array] = {}
-    for ours, group in itertools.groupby(slots(config, checkpoint.rows), key=lambda slot: slot.row.ours):
-        stacked = config.scan_layers and ours.startswith(BLOCKS)
-        # What a leaf of the result holds: all the layers' slots, or one slot.
-        for parts in [list(group)] if stacked else [[slot] for slot in group]:
-            leaf = _adoptable(abstract_leaves(config)[ours].shape if stacked else parts[0].shape, parts[0].dtype)
-            for slot, array in zip(parts, leaf if stacked else [leaf], strict=True):
-                array[...] = slot.inward(tensors)
+    for ours, group in itertools.groupby(table, key=lambda entry: entry.row.ours):
+        stacked = compute.scan_layers and ours.startswith(BLOCKS)
+        # What a leaf of the result holds: all the layers' entries, or one entry.
+        for parts in [list(group)] if stacked else [[entry] for entry in group]:
+            shape = (len(parts), *parts[0].shape) if stacked else parts[0].shape
+            leaf = _adoptable(shape, parts[0].dtype)
+            for entry, array in zip(parts, leaf if stacked else [leaf], strict=True):
+                array[...] = entry.inward(tensors)
                 if check_finite and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
-                    damaged.append(f"{slot.path} ({bad} of {array.size})")
+                    damaged.append(f"{entry.path} ({bad} of {array.size})")
             # Waiting lets the host's array go, where it is not adopted, before the next one is read.
             params[ours if stacked else parts[0].path] = jax.block_until_ready(jax.device_put(leaf))
     if damaged:
@@ -196,39 +197,40 @@ def _check_tied(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
 
 
 def outside_tensors(
-    path: Path, config: GPTConfig, params: Any, rows: tuple[Row, ...], outside: GPTConfig
+    path: Path, model: GPT, params: Any, rows: tuple[Row, ...], outside: GPTConfig
 ) -> dict[str, Tensor]:
-    """The parameters of a model of `config` as the tensors by which a layout holds a model of `outside`.
+    """A model's parameters as the tensors by which a layout holds a model of `outside`.
 
-    Arrays that `outside` has and `config` has not are zeros: right for biases, the only difference it is for.
+    Arrays that `outside` has and the model has not are zeros: right for biases, the only difference it is for.
 
     Raises:
-        CheckpointError: listing what does not fit, if `params` are not those of a model of this config.
+        CheckpointError: listing what does not fit, if `params` are not the model's.
     """
     found = {
         name: Tensor(np.shape(leaf), str(leaf.dtype), functools.partial(np.asarray, leaf))
         for name, leaf in leaves(params).items()
     }
-    unstacked = {slot.path: slot.shape for slot in slots(config, identity_rows(config))}
-    stacked = {ours: leaf.shape for ours, leaf in abstract_leaves(config).items()}
-    quantised = {name for name in found if config.param_dtype == "int8" and name.endswith("/weight")}
-    check_tensors(path, stacked if config.scan_layers else unstacked, found, quantised)
+    config, scanned, dtype = model.config, model.compute.scan_layers, model.compute.param_dtype
+    unstacked = {entry.path: entry.shape for entry in entries(config, dtype, identity_rows(config, dtype))}
+    stacked = {ours: leaf.shape for ours, leaf in abstract_leaves(config, dtype).items()}
+    quantised = {name for name in found if dtype == "int8" and name.endswith("/weight")}
+    check_tensors(path, stacked if scanned else unstacked, found, quantised)
 
-    def outward(slot: Slot) -> Tensor:
-        if slot.path not in unstacked:
-            kind = config.param_dtype
-            return Tensor(slot.outside_shape, kind, lambda: np.zeros(slot.outside_shape, jnp.dtype(kind)))
-        leaf = found[slot.row.ours if config.scan_layers else slot.path]
-        layer = slot.layer if config.scan_layers and slot.layer is not None else ...
-        return Tensor(slot.outside_shape, leaf.dtype, lambda: slot.outward(leaf.read()[layer]))
+    def outward(entry: Entry) -> Tensor:
+        if entry.path not in unstacked:
+            return Tensor(entry.outside_shape, dtype, lambda: np.zeros(entry.outside_shape, jnp.dtype(dtype)))
+        leaf = found[entry.row.ours if scanned else entry.path]
+        layer = entry.layer if scanned and entry.layer is not None else ...
+        return Tensor(entry.outside_shape, leaf.dtype, lambda: entry.outward(leaf.read()[layer]))
 
-    return {slot.names[0]: outward(slot) for slot in slots(outside, rows)}
+    return {entry.names[0]: outward(entry) for entry in entries(outside, dtype, rows)}
 
 
 @functools.lru_cache(maxsize=64)
-def identity_rows(config: GPTConfig) -> tuple[Row, ...]:
-    """The table of our own layout: paths as names, one array a layer."""
-    return tuple(Row(path, path.replace(BLOCKS, "trf_blocks_{i}/")) for path in abstract_leaves(config))
+def identity_rows(config: GPTConfig, param_dtype: str) -> tuple[Row, ...]:
+    """The table of our own layout: paths as names, one array per layer."""
+    paths = abstract_leaves(config, param_dtype)
+    return tuple(Row(path, path.replace(BLOCKS, "trf_blocks_{i}/")) for path in paths)
 
 
 def check_tensors(
@@ -262,32 +264,3 @@ def check_tensors(
 def _listing(kind: str, items: list[str]) -> str:
     more = f", and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return f"\n  {len(items)} {kind}: {', '.join(items[:_LISTED])}{more}"
-
-
-def stack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The same parameters for `scan_layers=True`: trf_blocks_0, trf_blocks_1, ... become one `trf_blocks` [L, ...].
-
-    Raises:
-        ValueError: if the blocks are not numbered 0 to L - 1.
-    """
-    blocks = {name: child for name, child in params.items() if re.fullmatch(r"trf_blocks_\d+", name)}
-    names = [f"trf_blocks_{i}" for i in range(len(blocks))]
-    if not blocks or set(names) != set(blocks):
-        raise ValueError(f"expected blocks trf_blocks_0, trf_blocks_1, ..., not {sorted(blocks) or 'none'}")
-    rest = {name: child for name, child in params.items() if name not in blocks}
-    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *(blocks[name] for name in names))
-    return {**rest, "trf_blocks": stacked}
-
-
-def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `stack_layers`.
-
-    Raises:
-        ValueError: if there is no subtree `trf_blocks`.
-    """
-    if "trf_blocks" not in params:
-        raise ValueError("expected stacked parameters, with a subtree 'trf_blocks'")
-    stacked = params["trf_blocks"]
-    L = jax.tree.leaves(stacked)[0].shape[0]
-    blocks = {f"trf_blocks_{i}": jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(L)}
-    return {**{name: child for name, child in params.items() if name != "trf_blocks"}, **blocks}

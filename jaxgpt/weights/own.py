@@ -1,7 +1,8 @@
 """The project's own layout: a directory with config.json and model.safetensors.
 
-config.json is {"format": "jaxgpt", "version": 1, "config": {the fields of GPTConfig}}; the tensors are named by
-their paths, one array a layer (`trf_blocks_0/att/qkv/weight`), whatever `scan_layers` says.
+config.json is {"format": "jaxgpt", "version": 1, "config": {the fields of GPTConfig}, "compute": {those of
+ComputeConfig}}; the tensors are named by their paths, one array per layer (`trf_blocks_0/att/qkv/weight`), whatever
+`scan_layers` says.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, shown
+from jaxgpt.model.gpt import GPT
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
 from jaxgpt.weights.tensors import open_safetensors, write_safetensors
 
@@ -33,20 +35,32 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
             f"expected version {VERSION} and a 'config' object, not version {shown(fields.get('version'))}: "
             "a later jaxgpt may have written it",
         )
-    config = GPTConfig.from_dict(fields["config"], source=str(directory / "config.json"))
+    source = str(directory / "config.json")
+    config = GPTConfig.from_dict(fields["config"], source)
+    compute = ComputeConfig.from_dict(fields.get("compute", {}), source)
     return Checkpoint(
-        directory, config, identity_rows(config), tensors=lambda: open_safetensors(directory / "model.safetensors")
+        directory,
+        config,
+        identity_rows(config, compute.param_dtype),
+        tensors=lambda: open_safetensors(directory / "model.safetensors"),
+        compute=compute,
     )
 
 
-def refusal(config: GPTConfig) -> str | None:
+def refusal(model: GPT) -> str | None:
     """Why this layout cannot hold such a model; it holds all."""
     return None
 
 
-def write(directory: Path, config: GPTConfig, params: Any) -> None:
+def write(directory: Path, model: GPT, params: Any) -> None:
     """Writes `FILES` into `directory`."""
-    tensors = outside_tensors(directory, config, params, identity_rows(config), config)
+    rows = identity_rows(model.config, model.compute.param_dtype)
+    tensors = outside_tensors(directory, model, params, rows, model.config)
     write_safetensors(directory / "model.safetensors", tensors, {"format": "jaxgpt"})
-    head = {"format": "jaxgpt", "version": VERSION, "config": config.replace(native_kernel=False).to_dict()}
+    head = {
+        "format": "jaxgpt",
+        "version": VERSION,
+        "config": model.config.to_dict(),
+        "compute": model.compute.portable().to_dict(),
+    }
     (directory / "config.json").write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,139 @@
+"""The layers that have parameters, and what type, size and initial value those have. All weights are [out, in].
+
+Sizes as in `gpt.py`; R rows of a table, O outputs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.model import ops
+from jaxgpt.parallel.sharding import lay
+
+WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with W `[*out, in]` and b `[*out]`. Returns float32.
+
+    Attributes:
+        out: output sizes; more than one gives as many output axes.
+        use_bias: whether there is a b.
+        compute: types.
+        std: standard deviation of the initial weights.
+    """
+
+    out: tuple[int, ...]
+    use_bias: bool = True
+    compute: ComputeConfig = ComputeConfig()
+    std: float = WEIGHT_STD
+
+    @nn.compact
+    def __call__(self, x_BxTxD: Array) -> Array:
+        matrix = _matrix(self, (*self.out, x_BxTxD.shape[-1]), self.std)
+        y = ops.product(x_BxTxD, matrix, self.compute)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.compute))
+            y = y + ops.widen(bias.astype(jnp.float32), y)
+        return y
+
+
+class Embedding(nn.Module):
+    """A table of vectors [rows, width]. Ids outside the table are the caller's error: XLA does not raise."""
+
+    rows: int
+    width: int
+    std: float
+    compute: ComputeConfig = ComputeConfig()
+
+    def setup(self):
+        self.weight, self.scale = _matrix(self, (self.rows, self.width), self.std)
+
+    def __call__(self, ids: Array) -> Array:
+        # The barrier keeps XLA on CPU from converting the whole table before it takes the rows.
+        x = lax.optimization_barrier(lay(self.weight, "RW")[ids]).astype(jnp.float32)
+        return x if self.scale is None else x * self.scale[ids][..., None]
+
+    def head(self, x_BxTxD: Array) -> Array:
+        """The table as an output layer: x times each of its rows, float32 [B, T, rows]."""
+        return ops.product(x_BxTxD, ops.Matrix(self._by_row(), self.scale), self.compute)
+
+    def table(self) -> Array:
+        """The table as one floating-point array."""
+        weight = self._by_row()
+        return weight if self.scale is None else weight.astype(jnp.float32) * self.scale[:, None]
+
+    def _by_row(self) -> Array:
+        """The weight with its rows over "tensor", for a product; in the two steps that XLA knows to make."""
+        return lay(lay(self.weight, "RW"), "VD")
+
+
+class LayerNorm(nn.Module):
+    """`ops.layer_norm` with a learned scale and shift, both [D]; the shift only where the config has biases."""
+
+    config: GPTConfig
+    compute: ComputeConfig = ComputeConfig()
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        dtype = vector_dtype(self.compute)
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], dtype)
+        shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], dtype) if self.config.bias else None
+        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps)
+
+
+class Dropout(nn.Module):
+    """`ops.dropout` from the "dropout" rng."""
+
+    rate: float
+
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        return ops.dropout(x, self.rate, dropout_key(self, self.rate, deterministic))
+
+
+def dropout_key(module: nn.Module, rate: float, deterministic: bool) -> Array | None:
+    """A key of the module's own for one dropout; None where nothing is to be dropped."""
+    return None if deterministic or rate == 0 else module.make_rng("dropout")
+
+
+def normal(std: float) -> nn.initializers.Initializer:
+    """N(0, std), drawn in float32 whatever the parameters' type: drawn in bfloat16 it has 128 distinct values."""
+    return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def residual_std(config: GPTConfig) -> float:
+    """Initial deviation of the two projections into the residual stream, 0.02 / sqrt(2 L): L blocks add 2 L
+    terms, and this keeps their sum's variance independent of depth."""
+    return WEIGHT_STD / math.sqrt(2 * config.n_layers)
+
+
+def vector_dtype(compute: ComputeConfig) -> jnp.dtype:
+    """Type of biases, LayerNorm's scales and shifts: the parameters', but never int8."""
+    return jnp.dtype("float32" if compute.param_dtype == "int8" else compute.param_dtype)
+
+
+def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix:
+    """Declares a weight `[*out, in]` and, where weights are int8, the scale `[*out]` of each of its rows."""
+    dtype = module.compute.param_dtype
+    if dtype != "int8":
+        weight = module.param("weight", normal(std), shape, jnp.dtype(dtype))
+        if weight.dtype == jnp.int8:
+            raise ConfigError("int8 parameters need the model that jaxgpt.prepare returns with them")
+        return ops.Matrix(weight, None)
+
+    # 127 steps of std / 32 reach to four deviations.
+    def draw(key: Array, shape: tuple[int, ...]) -> Array:
+        return jnp.clip(jnp.round(32 * jax.random.normal(key, shape)), -127, 127).astype(jnp.int8)
+
+    weight = module.param("weight", draw, shape)
+    if weight.dtype != jnp.int8:
+        raise ConfigError(f"param_dtype is int8 and the parameters are {weight.dtype}: jaxgpt.prepare converts both")
+    scale = module.param("weight_scale", nn.initializers.constant(std / 32), shape[:-1], jnp.float32)
+    return ops.Matrix(weight, scale)
