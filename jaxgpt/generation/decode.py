@@ -196,7 +196,7 @@ def _draw(model, params, state: DecodeState, x_Bx1xD, keys_B, stop_ids, sampler:
             state,
             token_B=token_B,
             drawn=state.drawn + 1,
-            done_B=state.done_B | jnp.any(token_B[:, None] == stop_ids, axis=-1),
+            done_B=state.done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=-1),
             broken_B=replicate(jnp.where(broken, state.drawn, state.broken_B)),
         )
 

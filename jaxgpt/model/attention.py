@@ -173,8 +173,12 @@ def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Arra
     """Which of the slots `keys` each of `queries`, counted from `query_slot`, may see: [B, 1, T, S]."""
     slot_S = jnp.arange(keys.start, keys.stop)
     query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
-    visible = (slot_S <= query_slot_Tx1) & (slot_S >= start_B[:, None, None, None])
-    return visible if window is None else visible & (slot_S > query_slot_Tx1 - window)
+    causal_TxS = slot_S[None] <= query_slot_Tx1
+    started_Bx1x1xS = slot_S[None, None, None] >= start_B[:, None, None, None]
+    visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1x1xS
+    if window is None:
+        return visible_Bx1xTxS
+    return visible_Bx1xTxS & (slot_S[None] > query_slot_Tx1 - window)[None, None]
 
 
 def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, custom_derivatives: bool = True) -> Array:

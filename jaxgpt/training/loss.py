@@ -13,7 +13,7 @@ from jax import Array, lax
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import products
 from jaxgpt.model.gpt import GPT
-from jaxgpt.model.ops import dot
+from jaxgpt.model.ops import dot, widen
 from jaxgpt.parallel.sharding import is_distributed, lay
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
@@ -63,8 +63,8 @@ def _negative_log_likelihood_forward(logits_xV, labels_x):
 
 def _negative_log_likelihood_backward(residuals, g_x):
     logits_xV, labels_x, total_x = residuals
-    one_hot_xV = labels_x[..., None] == jnp.arange(logits_xV.shape[-1])
-    return (jnp.exp(logits_xV - total_x[..., None]) - one_hot_xV) * g_x[..., None], None
+    one_hot_xV = labels_x[..., None] == widen(jnp.arange(logits_xV.shape[-1]), logits_xV)
+    return (jnp.exp(logits_xV - total_x[..., None]) - one_hot_xV.astype(jnp.float32)) * g_x[..., None], None
 
 
 def _logsumexp(logits_xV: Array) -> Array:

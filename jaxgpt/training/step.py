@@ -119,7 +119,7 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {k: state[k] for k in new})
         bad = jnp.where(finite, 0, state["bad"] + 1)
-        counters = {"step": state["step"] + 1, "updates": state["updates"] + finite, "bad": bad}
+        counters = {"step": state["step"] + 1, "updates": state["updates"] + finite.astype(jnp.int32), "bad": bad}
         learning_rate = schedule(config, config.learning_rate)(state["updates"])
         return new | counters, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
 
