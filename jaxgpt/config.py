@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import ConfigError, did_you_mean, first_line, shown
+from jaxgpt.checks import check_type, did_you_mean, short_repr
+from jaxgpt.errors import ConfigError
+from jaxgpt.textfile import read_json, read_toml
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
@@ -29,12 +28,6 @@ _SIZE_LIMITS = {
     "ffn_dim": 2**20,
     "attention_window": 2**22,
 }
-
-
-# Bytes. Parsed, JSON takes some twenty times as much memory.
-_JSON_LIMIT, _TOML_LIMIT = 2**24, 2**16
-# In a line of TOML: for a key of n parts (a.b.c has three) `tomllib` needs time and memory in proportion to n squared.
-_TOML_DOTS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,7 +136,7 @@ class GPTConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for key in fields:
             if key not in known:
-                raise ConfigError(f"{source}: unknown key {shown(key)}{did_you_mean(key, known)}")
+                raise ConfigError(f"{source}: unknown key {short_repr(key)}{did_you_mean(key, known)}")
         try:
             return cls(**fields)
         except ConfigError as error:
@@ -171,7 +164,7 @@ class GPTConfig:
         name = fields["preset"]
         if not isinstance(name, str) or name not in PRESETS:
             hint = did_you_mean(name, PRESETS)
-            raise ConfigError(f"{source}: no preset {shown(name)}{hint} (known: {', '.join(PRESETS)})")
+            raise ConfigError(f"{source}: no preset {short_repr(name)}{hint} (known: {', '.join(PRESETS)})")
         overrides = {key: value for key, value in fields.items() if key != "preset"}
         return cls.from_dict({**PRESETS[name], **overrides}, source=source)
 
@@ -198,21 +191,21 @@ class GPTConfig:
             self._check_type(name)
         for name, limit in _SIZE_LIMITS.items():
             if not 1 <= getattr(self, name) <= limit:
-                raise ConfigError(f"{name} must be from 1 to {limit}, not {shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be from 1 to {limit}, not {short_repr(getattr(self, name))}")
         for name in ("drop_rate", *_BRANCH_RATES):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 0 and below 1, not {shown(getattr(self, name))}")
+                raise ConfigError(f"{name} must be at least 0 and below 1, not {short_repr(getattr(self, name))}")
         if not 0 < self.layer_norm_eps < 1:
-            raise ConfigError(f"layer_norm_eps must lie between 0 and 1, not {shown(self.layer_norm_eps)}")
+            raise ConfigError(f"layer_norm_eps must lie between 0 and 1, not {short_repr(self.layer_norm_eps)}")
         if not 0 < self.embedding_std <= 10:
-            raise ConfigError(f"embedding_std must be above 0 and at most 10, not {shown(self.embedding_std)}")
+            raise ConfigError(f"embedding_std must be above 0 and at most 10, not {short_repr(self.embedding_std)}")
         if self.emb_dim % self.n_heads:
             raise ConfigError(f"emb_dim must be a multiple of n_heads: {self.emb_dim} is not one of {self.n_heads}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 hint = did_you_mean(value, allowed)
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}{hint}")
+                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {short_repr(value)}{hint}")
 
 
 _FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig)}
@@ -225,51 +218,6 @@ _CHOICES = {
     "tokenizer": TOKENIZERS,
     "remat": REMAT_POLICIES,
 }
-
-
-def check_type(name: str, value: Any, kind: str) -> None:
-    """Raises a ConfigError naming the field unless `value` is a finite "float" (or an int), or exactly an "int",
-    "bool" or "str"."""
-    if kind == "float":
-        good = type(value) is int or isinstance(value, float)
-        try:
-            good = good and math.isfinite(value)
-        except OverflowError:  # an int that no float can hold
-            good = False
-    else:
-        good = type(value).__name__ == kind  # exact: bool is an int to isinstance
-    if not good:
-        raise ConfigError(f"{name} must be a{'n' if kind == 'int' else ''} {kind}, not {shown(value)}")
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses a TOML file; a missing or malformed one is a ConfigError that names it."""
-    try:
-        text = _read_text(path, _TOML_LIMIT)
-        if max(line.count(".") for line in text.split("\n")) > _TOML_DOTS:
-            raise ValueError(f"a line has more than {_TOML_DOTS} dots")
-        return tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {first_line(error)}") from None
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file; a missing or malformed one is a ConfigError that names it."""
-    try:
-        return json.loads(_read_text(path, _JSON_LIMIT))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
-
-
-def _read_text(path: str | Path, limit: int) -> str:
-    path = Path(path)
-    if path.exists() and not path.is_file():  # opening a pipe could wait for ever
-        raise ValueError("it is not a file")
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it is larger than {limit:,} bytes")
-    return data.decode("utf-8")
 
 
 def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jaxgpt import config as config_module
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.training.config import OPTIMIZERS, WINDOWS, MeshConfig, TrainConfig
+from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.training.config import OPTIMIZERS, WINDOWS, TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

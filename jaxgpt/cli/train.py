@@ -31,7 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Trains, and returns the exit code: 128 + the signal's number if one ended the run."""
     from jaxgpt.errors import ConfigError
-    from jaxgpt.training.config import MeshConfig, TrainConfig
+    from jaxgpt.parallel.mesh import MeshConfig
+    from jaxgpt.training.config import TrainConfig
 
     config = TrainConfig.from_file(args.config, args.set)
     if args.mesh is not None:

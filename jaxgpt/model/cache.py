@@ -10,7 +10,8 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.parallel.sharding import BATCH, constrain, platform
+from jaxgpt.parallel.mesh import BATCH
+from jaxgpt.parallel.sharding import constrain, platform
 
 
 @struct.dataclass

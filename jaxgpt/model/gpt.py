@@ -21,7 +21,8 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.model import ops
 from jaxgpt.model.attention import attention
 from jaxgpt.model.cache import Cache, read, write
-from jaxgpt.parallel.sharding import BATCH, constrain, is_distributed
+from jaxgpt.parallel.mesh import BATCH
+from jaxgpt.parallel.sharding import constrain, is_distributed
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 

@@ -2,7 +2,8 @@
 
 With the extra [tpu], XLA compiles the step that `jaxgpt train` runs, and `generation/decode.py`'s, for the chips of
 the pod, from shapes alone; without it the figures are formulae. Either way the time is a roofline's: each chip's
-operations, its memory's traffic and its links' traffic at full speed, all three at once at best and one after another at worst.
+operations, its memory's traffic and its links' traffic at full speed, all three at once at best and one after another
+at worst.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import accounting
-from jaxgpt.config import PRESETS, read_toml
-from jaxgpt.errors import ConfigError, did_you_mean
-from jaxgpt.training.config import MeshConfig, TrainConfig, override
+from jaxgpt.checks import did_you_mean
+from jaxgpt.config import PRESETS
+from jaxgpt.errors import ConfigError
+from jaxgpt.parallel.mesh import AXES, MeshConfig
+from jaxgpt.textfile import read_toml
+from jaxgpt.training.config import TrainConfig, override
 
 GIB = 2**30
 
@@ -185,7 +189,7 @@ def check(config: TrainConfig, rows: int | None = None) -> None:
     from jaxgpt.parallel import sharding
 
     rows = config.batch_size // config.accumulate if rows is None else rows
-    mesh: Any = AbstractMesh(config.mesh.resolve(0), sharding.AXES)
+    mesh: Any = AbstractMesh(config.mesh.resolve(0), AXES)
     sharding.check(mesh, config.model, rows)
 
 

@@ -3,81 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig, check_type, read_toml
-from jaxgpt.errors import ConfigError, did_you_mean, shown
+from jaxgpt.checks import check_type, did_you_mean, short_repr
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.textfile import parse_value, read_toml
 
 OPTIMIZERS = ("adamw", "muon")
 WINDOWS = ("random", "sliding")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How many devices each axis of the mesh has (what the axes are for: `jaxgpt.parallel.sharding`).
-
-    One of them may be -1: whatever the others leave.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            check_type(f"mesh.{name}", size, "int")
-            if size != -1 and not 1 <= size <= 2**20:
-                raise ConfigError(
-                    f"mesh.{name} must be 1 or more, or -1 for what the other axes leave, not {shown(size)}"
-                )
-        if list(dataclasses.astuple(self)).count(-1) > 1:
-            raise ConfigError(f"only one axis of a mesh can be -1, not those of {self}")
-
-    def __str__(self) -> str:
-        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
-
-    @classmethod
-    def parse(cls, text: str) -> MeshConfig:
-        """Reads "fsdp=16,tensor=4".
-
-        Raises:
-            ConfigError: for anything else.
-        """
-        sizes: dict[str, Any] = {}
-        for part in filter(None, text.split(",")):
-            name, equals, size = part.strip().partition("=")
-            if not equals or name in sizes:
-                raise ConfigError(f"a mesh is written like data=2,fsdp=4,tensor=2, not {text!r}")
-            sizes[name] = _parse_value(size)
-        return cls.from_dict(sizes, "--mesh")
-
-    @classmethod
-    def from_dict(cls, sizes: Mapping[str, Any], source: str) -> MeshConfig:
-        """Builds one from plain values; unknown axes are errors that name `source`."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in sizes:
-            if name not in known:
-                raise ConfigError(
-                    f"{source}: unknown axis {shown(name)}{did_you_mean(name, known)} ({', '.join(known)})"
-                )
-        return cls(**sizes)
-
-    def resolve(self, devices: int) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) with -1 replaced, for so many devices.
-
-        Raises:
-            ConfigError: if the other axes do not divide them.
-        """
-        sizes = dataclasses.astuple(self)
-        fixed = math.prod(size for size in sizes if size != -1)
-        if -1 in sizes and devices % fixed:
-            raise ConfigError(f"a mesh of {self}: {fixed} does not divide the {devices} devices")
-        data, fsdp, tensor = (devices // fixed if size == -1 else size for size in sizes)
-        return data, fsdp, tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,7 +54,7 @@ class TrainConfig:
     """
 
     model: GPTConfig
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     steps: int = 1000
     batch_size: int = 8
     accumulate: int = 1
@@ -165,10 +103,10 @@ class TrainConfig:
         check_type(name, value, str(field.type))
         low, high = _RANGES.get(name, (0, math.inf))
         if field.type != "str" and not low <= value <= high:
-            raise ConfigError(f"{name} must be from {low} to {high}, not {shown(value)}")
+            raise ConfigError(f"{name} must be from {low} to {high}, not {short_repr(value)}")
         if value not in _CHOICES.get(name, (value,)):
             choices, hint = _CHOICES[name], did_you_mean(value, _CHOICES[name])
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}{hint}")
+            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {short_repr(value)}{hint}")
 
     @property
     def window(self) -> int:
@@ -183,20 +121,20 @@ class TrainConfig:
             ConfigError: naming `source` and the unknown key or the invalid field.
         """
         if not isinstance(tables, Mapping):
-            raise ConfigError(f"{source}: expected tables, not {shown(tables)}")
+            raise ConfigError(f"{source}: expected tables, not {short_repr(tables)}")
         tables = dict(tables)
         for name, table in tables.items():
             if not isinstance(table, Mapping):
-                raise ConfigError(f"{source}: {name} must be a table, not {shown(table)}")
+                raise ConfigError(f"{source}: {name} must be a table, not {short_repr(table)}")
         model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
         mesh = MeshConfig.from_dict(tables.pop("mesh", {}), source=f"{source} [mesh]")
         train = tables.pop("train", {})
         known = [field.name for field in dataclasses.fields(cls) if field.name not in _TABLES]
         for key in tables:
-            raise ConfigError(f"{source}: unknown table {shown(key)}{did_you_mean(key, (*_TABLES, 'train'))}")
+            raise ConfigError(f"{source}: unknown table {short_repr(key)}{did_you_mean(key, (*_TABLES, 'train'))}")
         for key in train:
             if key not in known:
-                raise ConfigError(f"{source} [train]: unknown key {shown(key)}{did_you_mean(key, known)}")
+                raise ConfigError(f"{source} [train]: unknown key {short_repr(key)}{did_you_mean(key, known)}")
         try:
             return cls(model=model, mesh=mesh, **train)
         except ConfigError as error:
@@ -238,15 +176,8 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         if table not in ("", "train", *_TABLES):
             raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
         if isinstance(result[table or "train"], dict):  # if not, from_dict says so
-            result[table or "train"][name] = _parse_value(value.strip())
+            result[table or "train"][name] = parse_value(value.strip())
     return result
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # a bare word is a string: --set optimizer=muon
 
 
 # Fields that are tables of their own.

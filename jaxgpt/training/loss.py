@@ -12,7 +12,8 @@ from jax import Array, lax
 
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.ops import dot
-from jaxgpt.parallel.sharding import BATCH, constrain, is_distributed
+from jaxgpt.parallel.mesh import BATCH
+from jaxgpt.parallel.sharding import constrain, is_distributed
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
 IGNORE = -1

@@ -27,10 +27,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig, read_json
-from jaxgpt.errors import CheckpointError, did_you_mean, shown
+from jaxgpt.checks import did_you_mean, short_repr
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params
+from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params, stack_layers, unstack_layers
 from jaxgpt.weights.tensors import load_torch, open_safetensors, replacing
@@ -176,7 +178,7 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         for layout in FILE_FORMATS.values():
             if layout.recognises(content):
                 return layout.read(path, content, overrides)
-        found = ", ".join(map(shown, list(content)[:5])) or "nothing"
+        found = ", ".join(map(short_repr, list(content)[:5])) or "nothing"
     else:
         found = type(content).__name__
     raise CheckpointError(

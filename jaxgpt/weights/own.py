@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError, shown
+from jaxgpt.errors import CheckpointError
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
 from jaxgpt.weights.tensors import open_safetensors, write_safetensors
 
@@ -30,7 +31,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
     if fields.get("version") != VERSION or not isinstance(fields.get("config"), dict):
         raise CheckpointError(
             directory / "config.json",
-            f"expected version {VERSION} and a 'config' object, not version {shown(fields.get('version'))}: "
+            f"expected version {VERSION} and a 'config' object, not version {short_repr(fields.get('version'))}: "
             "a later jaxgpt may have written it",
         )
     config = GPTConfig.from_dict(fields["config"], source=str(directory / "config.json"))
