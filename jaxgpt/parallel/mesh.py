@@ -7,8 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxgpt.checks import check_type, did_you_mean, short_repr
+from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.errors import ConfigError
+from jaxgpt.fields import check, documented, setting
 from jaxgpt.textfile import parse_value
 
 AXES = ("data", "fsdp", "tensor")
@@ -16,24 +17,32 @@ AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")
 
 
+_SIZE: dict[str, Any] = {
+    "low": 1,
+    "high": 2**20,
+    "also": -1,
+    "words": "1 or more, or -1 for what the other axes leave",
+}
+
+
+@documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has (what the axes are for: `jaxgpt.parallel.sharding`).
+    """How many devices each axis of the mesh has (what lies where: `jaxgpt.parallel.sharding`)."""
 
-    One of them may be -1: whatever the others leave.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = setting(1, **_SIZE, help="Devices with a replica of the model each, and a part of the batch.")
+    fsdp: int = setting(
+        1,
+        **_SIZE,
+        help="Devices that split the batch further, and over which the parameters and the optimizer state are spread, "
+        "to be gathered for use.",
+    )
+    tensor: int = setting(
+        1, **_SIZE, help="Devices over which attention heads, feed-forward columns and the vocabulary are split."
+    )
 
     def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            check_type(f"mesh.{name}", size, "int")
-            if size != -1 and not 1 <= size <= 2**20:
-                raise ConfigError(
-                    f"mesh.{name} must be 1 or more, or -1 for what the other axes leave, not {short_repr(size)}"
-                )
+        check(self, prefix="mesh.")
         if list(dataclasses.astuple(self)).count(-1) > 1:
             raise ConfigError(f"only one axis of a mesh can be -1, not those of {self}")
 
@@ -58,11 +67,10 @@ class MeshConfig:
     @classmethod
     def from_dict(cls, sizes: Mapping[str, Any], source: str) -> MeshConfig:
         """Builds one from plain values; unknown axes are errors that name `source`."""
-        known = [field.name for field in dataclasses.fields(cls)]
         for name in sizes:
-            if name not in known:
+            if name not in AXES:
                 raise ConfigError(
-                    f"{source}: unknown axis {short_repr(name)}{did_you_mean(name, known)} ({', '.join(known)})"
+                    f"{source}: unknown axis {short_repr(name)}{did_you_mean(name, AXES)} ({', '.join(AXES)})"
                 )
         return cls(**sizes)
 
