@@ -35,13 +35,13 @@ class GPTConfig:
         0.1, low=0, below=1, help="Default of drop_rate_emb, drop_rate_attn and drop_rate_shortcut."
     )
     qkv_bias: bool = setting(
-        True, help="Whether the query, key and value projections have biases. (GPT-2: yes; the book: no.)"
+        True, help="Whether the query, key and value projections have biases; they do in GPT-2, not in the book."
     )
     tie_embeddings: bool = setting(
-        True, help="Whether the output head is the token embedding's matrix. (GPT-2: yes; the book: no.)"
+        True, help="Whether the output head is the token embedding's matrix; it is in GPT-2, not in the book."
     )
     bias: bool = setting(
-        True, help="Whether all other linear layers and the LayerNorms have biases. (nanoGPT can turn them off.)"
+        True, help="Whether all other linear layers and the LayerNorms have biases; nanoGPT can turn them off."
     )
     activation: str = setting(
         "gelu_tanh",
@@ -86,8 +86,8 @@ class GPTConfig:
         0.02,
         above=0,
         high=10,
-        help="Standard deviation of the initial token embeddings; that of the position embeddings is half of it. "
-        "(GPT-2: 0.02; the book: PyTorch's 1.0, with which a tied head would start out absurdly confident.)",
+        help="Standard deviation of the initial token embeddings; that of the position embeddings is half of it. GPT-2 "
+        "has 0.02; the book has PyTorch's 1.0, with which a tied head would start out absurdly confident.",
     )
     tokenizer: str = setting("gpt2", choices=TOKENIZERS, help="Tokenizer of the text; checkpoints keep its name.")
     scan_layers: bool = setting(

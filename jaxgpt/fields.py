@@ -145,6 +145,8 @@ def documented(cls: type[T]) -> type[T]:
     """A class decorator that appends the settings to the docstring, as its "Attributes:"."""
     lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:"]
     for declared in settings(cls):
-        lines += textwrap.wrap(f"    {declared.name}: {declared}", 110, subsequent_indent=" " * 8)
+        lines += textwrap.wrap(
+            f"    {declared.name}: {declared}", 110, subsequent_indent=" " * 8, break_on_hyphens=False
+        )
     cls.__doc__ = "\n".join(lines)
     return cls

@@ -30,15 +30,15 @@ _SIZE: dict[str, Any] = {
 class MeshConfig:
     """How many devices each axis of the mesh has (what lies where: `jaxgpt.parallel.sharding`)."""
 
-    data: int = setting(1, **_SIZE, help="Devices with a replica of the model each, and a part of the batch.")
+    data: int = setting(1, **_SIZE, help="Devices that each hold a replica of the model and take a share of the batch.")
     fsdp: int = setting(
         1,
         **_SIZE,
-        help="Devices that split the batch further, and over which the parameters and the optimizer state are spread, "
-        "to be gathered for use.",
+        help="Devices that also take shares of the batch; parameters and optimizer state are spread over them and "
+        "gathered for use.",
     )
     tensor: int = setting(
-        1, **_SIZE, help="Devices over which attention heads, feed-forward columns and the vocabulary are split."
+        1, **_SIZE, help="Devices that split the attention heads, the feed-forward columns and the vocabulary."
     )
 
     def __post_init__(self):

@@ -64,7 +64,7 @@ class TrainConfig:
         0.1, low=0, high=1, help="Fraction of the peak that is left at the last step, after a cosine."
     )
     beta1: float = setting(0.9, low=0, high=0.99999, help="Decay of AdamW's running mean of the gradients.")
-    beta2: float = setting(0.95, low=0, high=0.99999, help="Decay of AdamW's running mean of their squares.")
+    beta2: float = setting(0.95, low=0, high=0.99999, help="Decay of AdamW's running mean of the squared gradients.")
     weight_decay: float = setting(0.1, low=0, help="Weight decay; acts on matrices only.")
     clip_norm: float = setting(1.0, low=0, help="Gradients are scaled down to this global norm; 0 turns clipping off.")
     average_decay: float = setting(
