@@ -24,10 +24,10 @@ from .model.gpt import FeedForward as FeedForward
 from .model.gpt import LayerNorm as LayerNorm
 from .model.gpt import MultiHeadAttention as MultiHeadAttention
 from .model.gpt import TransformerBlock as TransformerBlock
+from .parallel.mesh import MeshConfig as MeshConfig
 from .parallel.sharding import make_mesh as make_mesh
 from .parallel.sharding import shard as shard
 from .tokenizer import get_tokenizer as get_tokenizer
-from .training.config import MeshConfig as MeshConfig
 from .training.config import TrainConfig as TrainConfig
 from .training.evaluation import Evaluation as Evaluation
 from .training.evaluation import evaluate as evaluate

@@ -1,102 +1,94 @@
-"""`GPTConfig`: what a GPT is, as a frozen, hashable, validated dataclass; and the published presets."""
+"""`GPTConfig`, what a GPT is, and `ComputeConfig`, how it is run: frozen, hashable, validated dataclasses; and the
+published presets."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.errors import ConfigError, did_you_mean, first_line, shown
+from jaxgpt.checks import did_you_mean, short_repr
+from jaxgpt.errors import ConfigError
+from jaxgpt.fields import check, documented, from_table, setting, to_table
+from jaxgpt.textfile import read_json, read_toml
 
-ACTIVATIONS = ("gelu_tanh", "gelu", "relu")
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
 TOKENIZERS = ("gpt2", "bytes")
-ATTENTION_PATTERNS = ("dense", "alternating")
-REMAT_POLICIES = ("none", "block", "dots")
 
-# Far above anything published, far below what would exhaust memory by a typo or a hostile file.
-_SIZE_LIMITS = {
-    "vocab_size": 2**24,
-    "context_length": 2**22,
-    "emb_dim": 2**17,
-    "n_heads": 2**12,
-    "n_layers": 2**12,
-    "ffn_dim": 2**20,
-    "attention_window": 2**22,
-}
+_BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 
-# Bytes. Parsed, JSON takes some twenty times as much memory.
-_JSON_LIMIT, _TOML_LIMIT = 2**24, 2**16
-# In a line of TOML: for a key of n parts (a.b.c has three) `tomllib` needs time and memory in proportion to n squared.
-_TOML_DOTS = 256
-
-
+@documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The shape and the switches of a GPT. Field names are the book's where the book has them.
+    """The shape and the switches of a GPT. Field names are the book's where the book has them."""
 
-    Attributes:
-        vocab_size: number of token ids, V.
-        context_length: most positions the model can see at once, C.
-        emb_dim: width of the residual stream, D.
-        n_heads: attention heads, H; must divide `emb_dim`.
-        n_layers: transformer blocks, L.
-        drop_rate: default of the three dropout rates below.
-        qkv_bias: whether the query, key and value projections have biases. (GPT-2: yes; the book: no.)
-        tie_embeddings: whether the output head is the token embedding. (GPT-2: yes; the book: no.)
-        bias: whether all other linear layers and the LayerNorms have biases. (nanoGPT can switch them off.)
-        activation: "gelu_tanh" (GPT-2), "gelu" (exact, by erf) or "relu".
-        layer_norm_eps: added to the variance inside the root.
-        ffn_dim: width of the feed-forward layer, F; by default 4 * `emb_dim`.
-        attention_pattern: "dense" (every position sees all before it, in every layer), or "alternating": dense in
-            layers 0, 2, 4, ... and in a band in layers 1, 3, 5, ..., as GPT-3 has it (Brown et al. 2020, section
-            2.1). The paper says no more than "alternating dense and locally banded sparse attention patterns [...]
-            similar to the Sparse Transformer"; a band is the local half of that one's pattern, without its strides.
-        attention_window: positions that a banded layer's query sees: itself and those just before it. The paper does
-            not give GPT-3's; 256 is that of GPT-Neo, its open replication (Black et al. 2021). Unused where dense.
-        drop_rate_emb: dropout after the embedding sum.
-        drop_rate_attn: dropout on the attention weights.
-        drop_rate_shortcut: dropout on each residual branch.
-        embedding_std: standard deviation that token embeddings are initialised with; position embeddings have
-            half of it. (GPT-2: 0.02; the book: PyTorch's 1.0, with which a tied head would start absurdly sure.)
-        tokenizer: name for `jaxgpt.get_tokenizer`; it travels with a checkpoint.
-    """
-
-    vocab_size: int = 50257
-    context_length: int = 1024
-    emb_dim: int = 768
-    n_heads: int = 12
-    n_layers: int = 12
-    drop_rate: float = 0.1
-    qkv_bias: bool = True
-    tie_embeddings: bool = True
-    bias: bool = True
-    activation: str = "gelu_tanh"
-    layer_norm_eps: float = 1e-5
-    # The None defaults are resolved in __post_init__, so a reader always finds a number.
-    ffn_dim: int = None  # type: ignore[assignment]
-    attention_pattern: str = "dense"
-    attention_window: int = 256
-    drop_rate_emb: float = None  # type: ignore[assignment]
-    drop_rate_attn: float = None  # type: ignore[assignment]
-    drop_rate_shortcut: float = None  # type: ignore[assignment]
-    embedding_std: float = 0.02
-    tokenizer: str = "gpt2"
+    # The limits of sizes are far above anything published, and far below what would exhaust memory by a typo or a
+    # hostile file.
+    vocab_size: int = setting(50257, low=1, high=2**24, help="Number of token ids, V.")
+    context_length: int = setting(1024, low=1, high=2**22, help="Most positions the model can see at once, C.")
+    emb_dim: int = setting(768, low=1, high=2**17, help="Width of the residual stream, D; a multiple of n_heads.")
+    n_heads: int = setting(12, low=1, high=2**12, help="Attention heads, H.")
+    n_layers: int = setting(12, low=1, high=2**12, help="Transformer blocks, L.")
+    drop_rate: float = setting(
+        0.1, low=0, below=1, help="Default of drop_rate_emb, drop_rate_attn and drop_rate_shortcut."
+    )
+    qkv_bias: bool = setting(
+        True, help="Whether the query, key and value projections have biases; they do in GPT-2, not in the book."
+    )
+    tie_embeddings: bool = setting(
+        True, help="Whether the output head is the token embedding's matrix; it is in GPT-2, not in the book."
+    )
+    bias: bool = setting(
+        True, help="Whether all other linear layers and the LayerNorms have biases; nanoGPT can turn them off."
+    )
+    activation: str = setting(
+        "gelu_tanh",
+        choices=("gelu_tanh", "gelu", "relu"),
+        help="Activation of the feed-forward layer: GPT-2's tanh form of GELU, the exact form with erf, or ReLU.",
+    )
+    layer_norm_eps: float = setting(1e-5, above=0, below=1, help="Added to the variance under LayerNorm's square root.")
+    # Where the default is derived, __post_init__ does it, so a reader always finds a number.
+    ffn_dim: int = setting(derived="4 * emb_dim", low=1, high=2**20, help="Width of the feed-forward layer, F.")
+    # Brown et al. say no more than "alternating dense and locally banded sparse attention patterns [...] similar to
+    # the Sparse Transformer"; a band is the local half of that one's pattern, without its strides.
+    attention_pattern: str = setting(
+        "dense",
+        choices=("dense", "alternating"),
+        help="In dense layers, each position attends to itself and to all positions before it. With alternating, that "
+        "holds for layers 0, 2, 4, ...; layers 1, 3, 5, ... see a band of attention_window positions, as in GPT-3 "
+        "(Brown et al. 2020, section 2.1).",
+    )
+    attention_window: int = setting(
+        256,
+        low=1,
+        high=2**22,
+        help="Positions that a query of a banded layer sees: its own and those just before it. The GPT-3 paper does "
+        "not say how many; 256 is the width in GPT-Neo, its open replication (Black et al. 2021).",
+    )
+    drop_rate_emb: float = setting(derived="drop_rate", low=0, below=1, help="Dropout after the sum of the embeddings.")
+    drop_rate_attn: float = setting(derived="drop_rate", low=0, below=1, help="Dropout on the attention weights.")
+    drop_rate_shortcut: float = setting(derived="drop_rate", low=0, below=1, help="Dropout on each residual branch.")
+    embedding_std: float = setting(
+        0.02,
+        above=0,
+        high=10,
+        help="Standard deviation of the initial token embeddings; that of the position embeddings is half of it. GPT-2 "
+        "has 0.02; the book has PyTorch's 1.0, with which a tied head would start out absurdly confident.",
+    )
+    tokenizer: str = setting("gpt2", choices=TOKENIZERS, help="Tokenizer of the text; checkpoints keep its name.")
 
     def __post_init__(self):
         derived = {"ffn_dim": lambda: 4 * self.emb_dim} | dict.fromkeys(_BRANCH_RATES, lambda: self.drop_rate)
-        for name in ("emb_dim", "drop_rate"):
-            self._check_type(name)  # before anything is derived from it
+        check(self, only=("emb_dim", "drop_rate"))  # before anything is derived from them
         for name, default in derived.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, default())
-        self._validate()
+        check(self)
+        if self.emb_dim % self.n_heads:
+            raise ConfigError(f"emb_dim must be a multiple of n_heads: {self.emb_dim} is not one of {self.n_heads}")
 
     @property
     def head_dim(self) -> int:
@@ -125,14 +117,7 @@ class GPTConfig:
         Raises:
             ConfigError: naming `source`, and the unknown key or the invalid field.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in fields:
-            if key not in known:
-                raise ConfigError(f"{source}: unknown key {shown(key)}{did_you_mean(key, known)}")
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+        return from_table(cls, fields, source)
 
     @classmethod
     def from_file(cls, path: str | Path) -> GPTConfig:
@@ -156,13 +141,13 @@ class GPTConfig:
         name = fields["preset"]
         if not isinstance(name, str) or name not in PRESETS:
             hint = did_you_mean(name, PRESETS)
-            raise ConfigError(f"{source}: no preset {shown(name)}{hint} (known: {', '.join(PRESETS)})")
+            raise ConfigError(f"{source}: no preset {short_repr(name)}{hint} (known: {', '.join(PRESETS)})")
         overrides = {key: value for key, value in fields.items() if key != "preset"}
         return cls.from_dict({**PRESETS[name], **overrides}, source=source)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain values, ready for JSON or TOML."""
-        return dataclasses.asdict(self)
+        return to_table(self)
 
     def replace(self, **changes: Any) -> GPTConfig:
         """A copy with fields changed; `ffn_dim` and the branch dropout rates that stood at their
@@ -175,148 +160,69 @@ class GPTConfig:
                 fields[name] = None
         return type(self).from_dict({**fields, **changes})
 
-    def _check_type(self, name: str) -> None:
-        check_type(name, getattr(self, name), _FIELD_TYPES[name])
 
-    def _validate(self) -> None:
-        for name in _FIELD_TYPES:
-            self._check_type(name)
-        for name, limit in _SIZE_LIMITS.items():
-            if not 1 <= getattr(self, name) <= limit:
-                raise ConfigError(f"{name} must be from 1 to {limit}, not {shown(getattr(self, name))}")
-        for name in ("drop_rate", *_BRANCH_RATES):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 0 and below 1, not {shown(getattr(self, name))}")
-        if not 0 < self.layer_norm_eps < 1:
-            raise ConfigError(f"layer_norm_eps must lie between 0 and 1, not {shown(self.layer_norm_eps)}")
-        if not 0 < self.embedding_std <= 10:
-            raise ConfigError(f"embedding_std must be above 0 and at most 10, not {shown(self.embedding_std)}")
-        if self.emb_dim % self.n_heads:
-            raise ConfigError(f"emb_dim must be a multiple of n_heads: {self.emb_dim} is not one of {self.n_heads}")
-        for name, allowed in _CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                hint = did_you_mean(value, allowed)
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}{hint}")
-
-
+@documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How a GPT is run, on which its results do not depend but for rounding.
+    """How a GPT is run. What it computes is the same whatever these say, but for rounding."""
 
-    Attributes:
-        dtype: type of the operands of matrix products. Everything else, the residual stream, LayerNorm,
-            softmax, logits and loss, is float32 always, and products accumulate in float32.
-        param_dtype: type the parameters are initialised and stored in. "int8", not for training, is that of the
-            matrices, each with a float32 `weight_scale` for every output; the other parameters are float32 then.
-        scan_layers: one scanned block with parameters stacked on a leading axis [L, ...] instead of L
-            blocks: compile time no longer grows with depth.
-        remat: what the backward pass recomputes instead of storing: "none", whole blocks ("block"), or
-            everything but the linear layers' products ("dots").
-        custom_derivatives: hand-written derivatives, the fastest in reverse mode. Without them they are JAX's own,
-            which forward mode (`jax.jvp`, `jax.jacfwd`, `jax.hessian`) needs.
-        native_kernel: on a CPU, products of few rows by the kernel of `jaxgpt.cpu.kernel`. `jaxgpt.prepare` sets it
-            where that is built; it is not for training, and not saved.
-    """
-
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    scan_layers: bool = False
-    remat: str = "none"
-    custom_derivatives: bool = True
-    native_kernel: bool = False
+    dtype: str = setting(
+        "float32",
+        choices=DTYPES,
+        help="Type of the operands of matrix products. Products accumulate in float32, and the residual stream, "
+        "LayerNorm, softmax, logits and loss are always float32.",
+    )
+    param_dtype: str = setting(
+        "float32",
+        choices=PARAM_DTYPES,
+        help="Type that parameters are initialised and stored in; only float32 can be trained. With int8, matrices "
+        "are int8 with one float32 weight_scale per output, and all other parameters are float32.",
+    )
+    scan_layers: bool = setting(
+        False,
+        help="Whether to scan over one block with stacked parameters [L, ...] instead of tracing L blocks, so that "
+        "compile time does not grow with depth.",
+    )
+    remat: str = setting(
+        "none",
+        choices=("none", "block", "dots"),
+        help="What the backward pass recomputes instead of storing: nothing, whole blocks, or everything but the "
+        "linear layers' products (dots).",
+    )
+    custom_derivatives: bool = setting(
+        True,
+        help="Whether to use hand-written derivatives, which are the fastest in reverse mode. Without them the "
+        "derivatives are JAX's own, as forward mode needs (jax.jvp, jax.jacfwd, jax.hessian).",
+    )
+    native_kernel: bool = setting(
+        False,
+        help="Whether products of few rows use the C++ kernel of jaxgpt.cpu.kernel on a CPU. jaxgpt.prepare turns it "
+        "on where the kernel is built; it is not for training, and is never saved.",
+    )
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            check_type(field.name, getattr(self, field.name), str(field.type))
-        for name, allowed in (("dtype", DTYPES), ("param_dtype", PARAM_DTYPES), ("remat", REMAT_POLICIES)):
-            value = getattr(self, name)
-            if value not in allowed:
-                hint = did_you_mean(value, allowed)
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, not {shown(value)}{hint}")
+        check(self)
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> ComputeConfig:
-        """Builds a config from plain values; unknown keys are errors that name `source`."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for key in fields:
-            if key not in known:
-                raise ConfigError(f"{source}: unknown key {shown(key)}{did_you_mean(key, known)}")
-        try:
-            return cls(**fields)
-        except ConfigError as error:
-            raise ConfigError(f"{source}: {error}") from None
+        """Builds a config from plain values, refusing keys that are not fields.
 
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """The fields' names."""
-        return tuple(field.name for field in dataclasses.fields(cls))
+        Raises:
+            ConfigError: naming `source`, and the unknown key or the invalid field.
+        """
+        return from_table(cls, fields, source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain values, ready for JSON or TOML."""
+        return to_table(self)
+
+    def replace(self, **changes: Any) -> ComputeConfig:
+        """A copy with fields changed."""
+        return type(self).from_dict({**self.to_dict(), **changes})
 
     def portable(self) -> ComputeConfig:
         """The same without what only this machine may have: its kernel."""
         return self.replace(native_kernel=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields as plain values, ready for JSON or TOML."""
-        return dataclasses.asdict(self)
-
-    def replace(self, **changes: Any) -> ComputeConfig:
-        """A copy with fields changed."""
-        return dataclasses.replace(self, **changes)
-
-
-_FIELD_TYPES = {field.name: str(field.type) for field in dataclasses.fields(GPTConfig)}
-_BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
-_CHOICES = {
-    "activation": ACTIVATIONS,
-    "attention_pattern": ATTENTION_PATTERNS,
-    "tokenizer": TOKENIZERS,
-}
-
-
-def check_type(name: str, value: Any, kind: str) -> None:
-    """Raises a ConfigError naming the field unless `value` is a finite "float" (or an int), or exactly an "int",
-    "bool" or "str"."""
-    if kind == "float":
-        good = type(value) is int or isinstance(value, float)
-        try:
-            good = good and math.isfinite(value)
-        except OverflowError:  # an int that no float can hold
-            good = False
-    else:
-        good = type(value).__name__ == kind  # exact: bool is an int to isinstance
-    if not good:
-        raise ConfigError(f"{name} must be a{'n' if kind == 'int' else ''} {kind}, not {shown(value)}")
-
-
-def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses a TOML file; a missing or malformed one is a ConfigError that names it."""
-    try:
-        text = _read_text(path, _TOML_LIMIT)
-        if max(line.count(".") for line in text.split("\n")) > _TOML_DOTS:
-            raise ValueError(f"a line has more than {_TOML_DOTS} dots")
-        return tomllib.loads(text)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as TOML: {first_line(error)}") from None
-
-
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file; a missing or malformed one is a ConfigError that names it."""
-    try:
-        return json.loads(_read_text(path, _JSON_LIMIT))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
-
-
-def _read_text(path: str | Path, limit: int) -> str:
-    path = Path(path)
-    if path.exists() and not path.is_file():  # opening a pipe could wait for ever
-        raise ValueError("it is not a file")
-    with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"it is larger than {limit:,} bytes")
-    return data.decode("utf-8")
 
 
 def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, Any]:

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import difflib
 import importlib
-import numbers
-import reprlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -69,38 +64,3 @@ def require(module: str, extra: str, purpose: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # something that it needs itself
         raise MissingExtraError(module, extra, purpose) from None
-
-
-def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """Returns '; did you mean X?' for the known word nearest to `word`, or ''."""
-    match = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) and len(word) < 100 else []
-    return f"; did you mean {match[0]!r}?" if match else ""
-
-
-class _Shown(reprlib.Repr):
-    """Short, and in bounded time: a list that holds itself twice over, sixty deep, has a `repr` without end."""
-
-    def __init__(self):
-        super().__init__()
-        self.maxlevel, self.maxstring = 2, 80
-
-    def repr_int(self, x: int, level: int) -> str:
-        # Python refuses to write out an integer of more than 4,300 digits.
-        return repr(x) if x.bit_length() <= 256 else f"an integer of {x.bit_length()} bits"
-
-    def repr_instance(self, x: Any, level: int) -> str:
-        if isinstance(x, numbers.Integral) and not isinstance(x, bool):  # NumPy's
-            return self.repr_int(int(x), level)
-        plain = (float, bool, type(None), datetime.date, datetime.time)
-        return repr(x) if isinstance(x, plain) else f"<{type(x).__name__}>"
-
-
-def shown(value: Any) -> str:
-    """What an error message says of a value that may be anything: its `repr` if that is short, or part of it."""
-    return _Shown().repr(value)
-
-
-def first_line(error: BaseException) -> str:
-    """What another library's error says, which may quote a whole file: its first line, or that line's two ends."""
-    line = str(error).strip().partition("\n")[0] or type(error).__name__
-    return line if len(line) <= 300 else f"{line[:140]} ... {line[-150:]}"

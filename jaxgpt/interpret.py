@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxgpt.generation.prompts import check_ids
+from jaxgpt.checks import check_ids
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import Tokenizer
 

@@ -11,8 +11,9 @@ from importlib.resources import files
 
 import numpy as np
 
+from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import TOKENIZERS
-from jaxgpt.errors import ConfigError, DataError, did_you_mean, shown
+from jaxgpt.errors import ConfigError, DataError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -124,7 +125,7 @@ def get_tokenizer(name: str) -> Tokenizer:
     """
     if name not in TOKENIZERS:
         raise ConfigError(
-            f"no tokenizer {shown(name)}{did_you_mean(name, TOKENIZERS)} (known: {', '.join(TOKENIZERS)})"
+            f"no tokenizer {short_repr(name)}{did_you_mean(name, TOKENIZERS)} (known: {', '.join(TOKENIZERS)})"
         )
     return _gpt2() if name == "gpt2" else _bytes()
 

@@ -32,10 +32,10 @@ def main() -> None:
     from jax.experimental import multihost_utils
     from test_sharding import RUN, tokens
 
+    from jaxgpt.parallel.mesh import MeshConfig
     from jaxgpt.training import checkpoints as checkpoint
     from jaxgpt.training import data
     from jaxgpt.training import loop as trainer
-    from jaxgpt.training.config import MeshConfig
 
     config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
     deadly, read = {}, []  # step: the signal that process 1 sends itself before it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,8 +17,12 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.cli import COMMANDS, main
-from jaxgpt.config import PRESETS
+from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
+from jaxgpt.fields import settings
+from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.textfile import parse_value
+from jaxgpt.training.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -96,6 +101,47 @@ def test_help_lists_every_command(capsys):
     out = capsys.readouterr().out
     for name, (_, summary) in COMMANDS.items():
         assert re.search(rf"^ +{name}\s+{summary}$", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["train", "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) < columns
+    listed = {table: {} for table in ("[model]", "[train]", "[mesh]")}
+    for line in lines[lines.index("[model]") :]:
+        if line.startswith("["):
+            table, key = line, ""
+        elif line:
+            key, text = line[:28].strip() or key, line[28:]
+            listed[table][key] = f"{listed[table].get(key, '')} {text}".strip()
+    assert ", ".join(PRESETS) in listed["[model]"].pop("model.preset")
+    for table, prefix, cls in (
+        ("[model]", "model.", GPTConfig),
+        ("[train]", "", TrainConfig),
+        ("[mesh]", "mesh.", MeshConfig),
+    ):
+        fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in ("model", "mesh")}
+        assert list(listed[table]) == [prefix + name for name in fields]
+        for declared in settings(cls):
+            text = listed[table][prefix + declared.name]
+            assert text.startswith(f"{declared.help} (default: ")
+            assert declared.allowed in text
+            default = fields[declared.name].default
+            if default is not None:
+                shown = re.search(r" \(default: ([^;]*?)(; .*)?\)$", text)[1]
+                assert parse_value(shown) == default, text
+    for key, text in {"model.ffn_dim": "4 * emb_dim", "model.drop_rate_attn": "drop_rate"}.items():
+        assert f"(default: {text}; " in listed["[model]"][key]
+
+
+def test_what_the_help_of_train_lists_can_be_set(tmp_path):
+    (tmp_path / "run.toml").write_text("[train]\nwarmup_steps = 0\n")
+    for prefix, cls in (("model.", GPTConfig), ("", TrainConfig), ("mesh.", MeshConfig)):
+        overrides = [f"{prefix}{d.name}={d.default_text}" for d in settings(cls) if not d.derived]
+        assert TrainConfig.from_file(tmp_path / "run.toml", overrides).model == GPTConfig()
 
 
 def test_version(capsys):

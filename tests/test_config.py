@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from helpers import to_toml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt import config as config_module
 from jaxgpt.config import PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.training.config import OPTIMIZERS, WINDOWS, MeshConfig, TrainConfig
+from jaxgpt.fields import settings
+from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.training.config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -113,6 +115,62 @@ def test_choices_must_be_known_names(name, value):
 def test_a_misspelt_choice_is_told_the_nearest():
     with pytest.raises(ConfigError, match=r"activation must be one of .*, not 'gelu_tan'; did you mean 'gelu_tanh'\?"):
         GPTConfig(activation="gelu_tan")
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "value", "message"),
+    [
+        (GPTConfig, "n_layers", 4097, "n_layers must be from 1 to 4096, not 4097"),
+        (GPTConfig, "drop_rate", 1.0, "drop_rate must be at least 0 and below 1, not 1.0"),
+        (GPTConfig, "layer_norm_eps", 0, "layer_norm_eps must be above 0 and below 1, not 0"),
+        (GPTConfig, "embedding_std", 10.5, "embedding_std must be above 0 and at most 10, not 10.5"),
+        (GPTConfig, "remat", "blocks", "remat must be one of none, block, dots, not 'blocks'; did you mean 'block'?"),
+        (TrainConfig, "steps", 0, "steps must be from 1 to 1000000000, not 0"),
+        (TrainConfig, "learning_rate", -1, "learning_rate must be 0 or more, not -1"),
+        (TrainConfig, "seed", 0.5, "seed must be an int, not 0.5"),
+        (
+            TrainConfig,
+            "windows",
+            "slide",
+            "windows must be one of random, sliding, not 'slide'; did you mean 'sliding'?",
+        ),
+        (MeshConfig, "fsdp", -2, "mesh.fsdp must be 1 or more, or -1 for what the other axes leave, not -2"),
+    ],
+)
+def test_a_value_out_of_range_is_told_what_is_allowed(cls, field, value, message):
+    needed = {"model": GPTConfig()} if cls is TrainConfig else {}
+    with pytest.raises(ConfigError) as raised:
+        cls(**needed, **{field: value})
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, MeshConfig])
+def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
+    tables = {"model", "mesh"} if cls is TrainConfig else set()
+    assert {field.name for field in dataclasses.fields(cls)} - tables == {declared.name for declared in settings(cls)}
+    for declared in settings(cls):
+        step = 1 if declared.type == "int" else 1e-9
+        inside = [declared.low, declared.high, declared.also, *declared.choices]
+        outside = [declared.above, declared.below]
+        if declared.type in ("int", "float"):
+            assert declared.low is not None or declared.above is not None, declared.name
+            outside.append(None if declared.low is None else declared.low - step)
+            outside.append(None if declared.high is None else declared.high + step)
+        for value in inside:
+            if value is not None:
+                declared.check(value)
+        for value in outside:
+            if value not in (None, declared.also):
+                with pytest.raises(
+                    ConfigError, match=rf"^here\.{declared.name} must be {re.escape(declared.allowed)}, "
+                ):
+                    declared.check(value, prefix="here.")
+
+
+@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, MeshConfig])
+def test_the_docstring_tells_every_fields_meaning(cls):
+    told = cls.__doc__.partition("\nAttributes:\n")[2].replace("\n        ", " ")
+    assert told.split("\n") == [f"    {declared.name}: {declared}" for declared in settings(cls)]
 
 
 def test_heads_must_divide_the_width():
@@ -307,6 +365,9 @@ tables = st.one_of(odd_fields(GPTConfig), odd_fields(TrainConfig), odd_fields(Me
 
 @given(st.dictionaries(names, tables, max_size=3))
 @example({"train": {"steps": 10**5000}})
+@example({"train": {"length": 10**5000}})
+@example({"train": {"warmup_steps": 10**5000}})
+@example({10**5000: 1})
 @example({"train": {"learning_rate": 10**400}})
 @example({"mesh": {10**5000: 1}})
 def test_any_tables_make_a_valid_training_config_or_a_config_error(tables):
@@ -314,6 +375,10 @@ def test_any_tables_make_a_valid_training_config_or_a_config_error(tables):
     if config is not None:
         assert config.batch_size % config.accumulate == 0
         assert all(abs(float(getattr(config, name))) < 1e400 for name in ("learning_rate", "clip_norm", "weight_decay"))
+
+
+def choices(cls, field):
+    return next(declared.choices for declared in settings(cls) if declared.name == field)
 
 
 rates = st.floats(0, 0.999)
@@ -330,7 +395,7 @@ configs = st.builds(
     embedding_std=st.floats(1e-300, 10),
     **{name: rates if name == "drop_rate" else st.one_of(st.none(), rates) for name in RATE_FIELDS},
     **{name: st.booleans() for name in BOOL_FIELDS},
-    **{name: st.sampled_from(config_module._CHOICES[name]) for name in CHOICE_FIELDS},
+    **{name: st.sampled_from(choices(GPTConfig, name)) for name in CHOICE_FIELDS},
 )
 train_configs = st.builds(
     TrainConfig,
@@ -338,8 +403,8 @@ train_configs = st.builds(
     mesh=st.builds(MeshConfig, data=st.sampled_from([-1, 1, 4]), fsdp=st.integers(1, 2**20)),
     steps=st.integers(101, 10**9),
     learning_rate=st.floats(0, 1e300),
-    optimizer=st.sampled_from(OPTIMIZERS),
-    windows=st.sampled_from(WINDOWS),
+    optimizer=st.sampled_from(choices(TrainConfig, "optimizer")),
+    windows=st.sampled_from(choices(TrainConfig, "windows")),
     beta1=st.floats(0, 0.999),
     sample_prompt=st.text(st.characters(exclude_categories=["C"]), max_size=20),
 )

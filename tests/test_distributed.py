@@ -144,7 +144,7 @@ def test_bad_arguments_are_told(config_file, tmp_path, capsys, arguments, told):
 
 def test_a_mesh_without_every_process_is_refused(monkeypatch):
     from jaxgpt.parallel import sharding
-    from jaxgpt.training.config import MeshConfig
+    from jaxgpt.parallel.mesh import MeshConfig
 
     @dataclasses.dataclass(frozen=True)
     class Device:

@@ -20,8 +20,9 @@ import pytest
 import jaxgpt
 from jaxgpt import cli, config
 from jaxgpt.cli import plan, train
+from jaxgpt.parallel.mesh import MeshConfig
 from jaxgpt.planning import plan as planner
-from jaxgpt.training.config import MeshConfig, TrainConfig
+from jaxgpt.training.config import TrainConfig
 from jaxgpt.weights import formats as weights
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

@@ -25,8 +25,9 @@ from safetensors.numpy import save_file
 from test_weights import BOOK, book_tensors, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
 from test_weights_bad_input import Canary
 
-from jaxgpt.config import GPTConfig, read_json, read_toml
+from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, DataError
+from jaxgpt.textfile import read_json, read_toml
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens, open_tokens

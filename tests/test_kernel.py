@@ -20,7 +20,7 @@ from jaxgpt.cpu import kernel
 from jaxgpt.errors import KernelError
 from jaxgpt.model import ops
 from jaxgpt.parallel import sharding
-from jaxgpt.training.config import MeshConfig
+from jaxgpt.parallel.mesh import MeshConfig
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"

@@ -23,7 +23,8 @@ from jaxgpt.cli import main
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.sampling import Temperature
 from jaxgpt.parallel import sharding
-from jaxgpt.training.config import MeshConfig, TrainConfig
+from jaxgpt.parallel.mesh import BATCH, MeshConfig
+from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loop import train
@@ -106,7 +107,7 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
 def test_a_step_gathers_no_more_than_it_must(text, gathered):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig.parse(text))
     mesh = sharding.make_mesh(config.mesh)
-    layout = NamedSharding(mesh, P(sharding.BATCH))
+    layout = NamedSharding(mesh, P(BATCH))
     ids = jax.ShapeDtypeStruct((config.batch_size, config.window + 1), jnp.int32, sharding=layout)
     with sharding.use(mesh):
         program = jit_step(config, mesh).lower(abstract_state(config, mesh), ids).compile().as_text()
@@ -268,5 +269,5 @@ def test_the_default_device_is_the_users(chosen):
 
 
 def test_without_a_mesh_nothing_is_constrained():
-    text = jax.jit(lambda x: sharding.constrain(x, sharding.BATCH)).lower(jnp.ones(8)).as_text()
+    text = jax.jit(lambda x: sharding.constrain(x, BATCH)).lower(jnp.ones(8)).as_text()
     assert "sharding" not in text

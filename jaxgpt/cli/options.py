@@ -30,7 +30,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     from jaxgpt.generation.prepare import prepare
     from jaxgpt.parallel import sharding
-    from jaxgpt.training.config import MeshConfig
+    from jaxgpt.parallel.mesh import MeshConfig
     from jaxgpt.weights.formats import load
 
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))

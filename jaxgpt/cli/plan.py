@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--decode-batch", type=int, metavar="N", help="rows to decode, 0 for none; default: one a part of the batch"
     )
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field; a model's is model.KEY"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field; see jaxgpt train --help"
     )
     parser.add_argument("--quick", action="store_true", help="compile with little optimisation: for memory alone")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

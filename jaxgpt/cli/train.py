@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shutil
+import textwrap
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # or else the epilog becomes one paragraph
+    parser.epilog = describe_settings(max(60, shutil.get_terminal_size().columns - 2))
     parser.add_argument("config", metavar="CONFIG.toml", help="a file with [model] and [train] tables")
     parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
     parser.add_argument("--out", required=True, metavar="DIR", help="the run's directory")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field; a model's is model.KEY"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override a field of the config; all are listed below",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last good checkpoint in DIR")
     parser.add_argument("--force", action="store_true", help="resume though the config or the data differ")
@@ -28,10 +36,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init-from", metavar="MODEL", help="fine-tune: start from anything that loads")
 
 
+def describe_settings(width: int) -> str:
+    """Every field that --set takes, by table of the config file, in lines of at most `width` characters."""
+    from jaxgpt.config import PRESETS
+    from jaxgpt.fields import settings
+    from jaxgpt.training.config import TABLES
+
+    def entry(key: str, text: str) -> list[str]:
+        first = f"  {key} ".ljust(28)
+        return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * 28, break_on_hyphens=False)
+
+    lines = ["fields of the config, as KEY of --set KEY=VALUE:"]
+    for table, config in TABLES.items():
+        lines += ["", f"[{table}]"]
+        if table == "model":
+            choices = f"one of {', '.join(PRESETS)}"
+            lines += entry("model.preset", f"Published model to start from; other fields override it. ({choices})")
+        for declared in settings(config):
+            lines += entry(declared.name if table == "train" else f"{table}.{declared.name}", str(declared))
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> int:
     """Trains, and returns the exit code: 128 + the signal's number if one ended the run."""
     from jaxgpt.errors import ConfigError
-    from jaxgpt.training.config import MeshConfig, TrainConfig
+    from jaxgpt.parallel.mesh import MeshConfig
+    from jaxgpt.training.config import TrainConfig
 
     config = TrainConfig.from_file(args.config, args.set)
     if args.mesh is not None:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgpt.errors import shown
+from jaxgpt.checks import short_repr
 
 # Finite, as every mask here, so that no arithmetic on it gives NaN.
 REMOVED = -1e30
@@ -120,7 +120,7 @@ class TopK(Sampler):
 
     def __post_init__(self):
         if isinstance(self.k, bool) or not hasattr(self.k, "__index__") or operator.index(self.k) < 1:
-            raise ValueError(f"top_k must be an integer of 1 or more, not {shown(self.k)}")
+            raise ValueError(f"top_k must be an integer of 1 or more, not {short_repr(self.k)}")
 
     def filter(self, logits: Array) -> Array:
         if self.k >= logits.shape[-1]:
@@ -221,4 +221,4 @@ def _check_number(name: str, value: float, expected: str, good: Callable[[float]
     except OverflowError:  # an integer that no float can hold
         fits = False
     if not fits:
-        raise ValueError(f"{name} must be {expected}, not {shown(value)}")
+        raise ValueError(f"{name} must be {expected}, not {short_repr(value)}")

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.errors import shown
+from jaxgpt.checks import check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
 from jaxgpt.generation.prepare import prepare
-from jaxgpt.generation.prompts import check_ids, check_key, check_prompts, whole_number
+from jaxgpt.generation.prompts import check_key, check_prompts
 from jaxgpt.generation.sampling import Greedy, Sampler
 from jaxgpt.model.cache import RecentTokens
 from jaxgpt.model.gpt import GPT
@@ -134,12 +134,12 @@ class Generation:
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.prompts = check_prompts(prompts, config.vocab_size)
         if not isinstance(stop_ids, Iterable):
-            raise ValueError(f"stop_ids must be a list of ids, not {shown(stop_ids)}")
+            raise ValueError(f"stop_ids must be a list of ids, not {short_repr(stop_ids)}")
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
         if beyond_context not in ("recompute", "error"):
-            raise ValueError(f'beyond_context must be "recompute" or "error", not {shown(beyond_context)}')
+            raise ValueError(f'beyond_context must be "recompute" or "error", not {short_repr(beyond_context)}')
         if cache_dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {shown(cache_dtype)}')
+            raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {short_repr(cache_dtype)}')
         longest = max(map(len, self.prompts))
         if beyond_context == "error" and longest + self.max_new_tokens > config.context_length:
             raise ValueError(

@@ -25,11 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.training.config import MeshConfig
-
-AXES = ("data", "fsdp", "tensor")
-# The axes over which a batch is spread.
-BATCH = ("data", "fsdp")
+from jaxgpt.parallel.mesh import AXES, BATCH, MeshConfig
 
 # Where parameters lie, by the end of their path; the optimiser's copies of them have the same ends. The first rule
 # that fits the path decides. Weights are [out, in]; a stacked layer axis comes before.

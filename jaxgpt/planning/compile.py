@@ -21,6 +21,7 @@ from jaxgpt.generation.decode import DecodeState, decode, prefill
 from jaxgpt.generation.sampling import Greedy
 from jaxgpt.model.gpt import GPT
 from jaxgpt.parallel import sharding
+from jaxgpt.parallel.mesh import BATCH
 from jaxgpt.planning.hlo import Program
 from jaxgpt.planning.plan import Cost, Topology
 from jaxgpt.training.config import TrainConfig
@@ -50,7 +51,7 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
     """The trainer's step: (function, arguments as shapes, those of them that stay)."""
     state = abstract_state(config, mesh)
     ids = jax.ShapeDtypeStruct(
-        (config.batch_size, config.window + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+        (config.batch_size, config.window + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH))
     )
     step = jit_step(config, mesh)
     return step, (state, ids), {"parameters": state["params"], "optimiser": state["opt_state"]}
@@ -67,7 +68,7 @@ def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any
     state: DecodeState = jax.eval_shape(read, params, ints((rows, 1)), ints((rows,)), ints(()), None, ints((0,)))
 
     def layout(leaf: Any) -> NamedSharding:
-        parts = ((sharding.BATCH,) if rows > 1 else ()) + (("tensor", None, None) if leaf.ndim > 1 else ())
+        parts = ((BATCH,) if rows > 1 else ()) + (("tensor", None, None) if leaf.ndim > 1 else ())
         return NamedSharding(
             mesh, PartitionSpec(*(None,) * (leaf.ndim - len(parts)), *parts) if leaf.ndim else PartitionSpec()
         )

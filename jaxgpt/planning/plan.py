@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt import accounting
-from jaxgpt.config import PRESETS, read_toml
-from jaxgpt.errors import ConfigError, did_you_mean
-from jaxgpt.training.config import MeshConfig, TrainConfig, override
+from jaxgpt.checks import did_you_mean
+from jaxgpt.config import PRESETS
+from jaxgpt.errors import ConfigError
+from jaxgpt.parallel.mesh import AXES, MeshConfig
+from jaxgpt.textfile import read_toml
+from jaxgpt.training.config import TrainConfig, override
 
 GIB = 2**30
 
@@ -186,7 +189,7 @@ def check(config: TrainConfig, rows: int | None = None) -> None:
     from jaxgpt.parallel import sharding
 
     rows = config.batch_size // config.accumulate if rows is None else rows
-    mesh: Any = AbstractMesh(config.mesh.resolve(0), sharding.AXES)
+    mesh: Any = AbstractMesh(config.mesh.resolve(0), AXES)
     sharding.check(mesh, config.model, rows)
 
 

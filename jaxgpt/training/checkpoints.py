@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgpt.errors import CheckpointError, first_line, require
+from jaxgpt.checks import first_line
+from jaxgpt.errors import CheckpointError, require
 from jaxgpt.model.params import leaves
 from jaxgpt.parallel import distributed, sharding
 

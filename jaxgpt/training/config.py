@@ -3,211 +3,152 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import ComputeConfig, GPTConfig, check_type, read_toml
-from jaxgpt.errors import ConfigError, did_you_mean, shown
-
-OPTIMIZERS = ("adamw", "muon")
-WINDOWS = ("random", "sliding")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """How many devices each axis of the mesh has (what the axes are for: `jaxgpt.parallel.sharding`).
-
-    One of them may be -1: whatever the others leave.
-    """
-
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-
-    def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            check_type(f"mesh.{name}", size, "int")
-            if size != -1 and not 1 <= size <= 2**20:
-                raise ConfigError(
-                    f"mesh.{name} must be 1 or more, or -1 for what the other axes leave, not {shown(size)}"
-                )
-        if list(dataclasses.astuple(self)).count(-1) > 1:
-            raise ConfigError(f"only one axis of a mesh can be -1, not those of {self}")
-
-    def __str__(self) -> str:
-        return ",".join(f"{name}={size}" for name, size in dataclasses.asdict(self).items())
-
-    @classmethod
-    def parse(cls, text: str) -> MeshConfig:
-        """Reads "fsdp=16,tensor=4".
-
-        Raises:
-            ConfigError: for anything else.
-        """
-        sizes: dict[str, Any] = {}
-        for part in filter(None, text.split(",")):
-            name, equals, size = part.strip().partition("=")
-            if not equals or name in sizes:
-                raise ConfigError(f"a mesh is written like data=2,fsdp=4,tensor=2, not {text!r}")
-            sizes[name] = _parse_value(size)
-        return cls.from_dict(sizes, "--mesh")
-
-    @classmethod
-    def from_dict(cls, sizes: Mapping[str, Any], source: str) -> MeshConfig:
-        """Builds one from plain values; unknown axes are errors that name `source`."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in sizes:
-            if name not in known:
-                raise ConfigError(
-                    f"{source}: unknown axis {shown(name)}{did_you_mean(name, known)} ({', '.join(known)})"
-                )
-        return cls(**sizes)
-
-    def resolve(self, devices: int) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) with -1 replaced, for so many devices.
-
-        Raises:
-            ConfigError: if the other axes do not divide them.
-        """
-        sizes = dataclasses.astuple(self)
-        fixed = math.prod(size for size in sizes if size != -1)
-        if -1 in sizes and devices % fixed:
-            raise ConfigError(f"a mesh of {self}: {fixed} does not divide the {devices} devices")
-        data, fsdp, tensor = (devices // fixed if size == -1 else size for size in sizes)
-        return data, fsdp, tensor
+from jaxgpt.checks import did_you_mean, short_repr
+from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.errors import ConfigError
+from jaxgpt.fields import check, documented, from_table, setting, to_table
+from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.textfile import parse_value, read_toml
 
 
+@documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run.
+    """A training run: the `model`, how to `compute` it, the `mesh` of devices it runs on, and the settings below.
 
-    Attributes:
-        model: the model.
-        compute: how it is run.
-        mesh: the devices it runs on.
-        steps: optimiser steps.
-        batch_size: windows an optimiser step.
-        accumulate: micro-batches that `batch_size` is processed in; the result equals the one big batch.
-        length: tokens a window; 0 means the model's context.
-        windows: "random" windows, or the book's "sliding" ones: every `stride`-th window once an epoch, shuffled.
-        stride: distance between sliding windows; 0 means `length`.
-        val_fraction: the last part of the tokens, kept for validation.
-        seed: of the initial parameters, the batches, dropout and samples.
-        optimizer: "adamw", or "muon" for the blocks' matrices with AdamW for all else.
-        learning_rate: peak of AdamW's.
-        matrix_learning_rate: peak of Muon's, in units of AdamW's (updates scaled to an RMS of 0.2).
-        warmup_steps: linear warm-up from 0.
-        final_learning_rate: fraction of the peak left at the last step, after a cosine.
-        beta1, beta2, weight_decay: AdamW's; decay acts on matrices only.
-        clip_norm: gradients are scaled down to this global norm; 0 switches that off.
-        average_decay: decay of the exponential moving average of the parameters, which evaluation, samples and
-            exports then use; 0 switches it off.
-        loss_chunk: positions a chunk of the loss, so that logits [B, T, V] never exist; 0 for one chunk.
-        log_interval, eval_interval, checkpoint_interval: in steps; evaluation and a checkpoint come with the last
-            step too.
-        eval_windows: validation windows an evaluation; 0 means the whole validation split.
-        sample_tokens: length of the text sampled at each evaluation; 0 for none.
-        sample_prompt: what it starts with.
-        keep: how many of the latest checkpoints stay, besides the best: an evaluation that improves on all before
-            it is followed by a checkpoint, whatever the interval.
-        bad_steps: after this many steps in a row with a loss or gradient that is not finite, the run stops.
+    In a config file, `model`, `compute` and `mesh` are tables of their own beside the table `[train]`.
     """
 
     model: GPTConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
-    steps: int = 1000
-    batch_size: int = 8
-    accumulate: int = 1
-    length: int = 0
-    windows: str = "random"
-    stride: int = 0
-    val_fraction: float = 0.1
-    seed: int = 0
-    optimizer: str = "adamw"
-    learning_rate: float = 6e-4
-    matrix_learning_rate: float = 6e-4
-    warmup_steps: int = 100
-    final_learning_rate: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    weight_decay: float = 0.1
-    clip_norm: float = 1.0
-    average_decay: float = 0.0
-    loss_chunk: int = 0
-    log_interval: int = 10
-    eval_interval: int = 250
-    eval_windows: int = 0
-    sample_tokens: int = 0
-    sample_prompt: str = ""
-    checkpoint_interval: int = 250
-    keep: int = 2
-    bad_steps: int = 3
+    steps: int = setting(1000, low=1, high=10**9, help="Optimizer steps.")
+    batch_size: int = setting(8, low=1, high=10**6, help="Sequences per optimizer step.")
+    accumulate: int = setting(
+        1,
+        low=1,
+        high=10**6,
+        help="Micro-batches that each batch is processed in, to save memory; must divide batch_size. The result equals "
+        "that of the whole batch at once.",
+    )
+    length: int = setting(0, low=0, help="Tokens per sequence; 0 means the model's context_length.")
+    windows: str = setting(
+        "random",
+        choices=("random", "sliding"),
+        help="Where sequences start: anywhere at random, or, as in the book, every stride tokens (sliding), each once "
+        "per epoch in shuffled order.",
+    )
+    stride: int = setting(
+        0, low=0, help="Tokens from the start of one sliding sequence to the next; 0 means the length of a sequence."
+    )
+    val_fraction: float = setting(
+        0.1, low=0, high=0.9, help="Fraction of the tokens, from the end, that is kept for validation."
+    )
+    seed: int = setting(
+        0, low=0, high=2**32 - 1, help="Seed of the initial parameters, the batches, dropout and the samples."
+    )
+    optimizer: str = setting(
+        "adamw",
+        choices=("adamw", "muon"),
+        help="With muon, Muon updates the blocks' matrices, and AdamW the rest.",
+    )
+    learning_rate: float = setting(6e-4, low=0, help="Peak learning rate of AdamW.")
+    matrix_learning_rate: float = setting(
+        6e-4, low=0, help="Peak learning rate of Muon, in units of AdamW's: updates are scaled to an RMS of 0.2."
+    )
+    warmup_steps: int = setting(100, low=0, help="Steps of linear warm-up from 0; must be below steps.")
+    final_learning_rate: float = setting(
+        0.1, low=0, high=1, help="Fraction of the peak that is left at the last step, after a cosine."
+    )
+    beta1: float = setting(0.9, low=0, high=0.99999, help="Decay of AdamW's running mean of the gradients.")
+    beta2: float = setting(0.95, low=0, high=0.99999, help="Decay of AdamW's running mean of the squared gradients.")
+    weight_decay: float = setting(0.1, low=0, help="Weight decay; acts on matrices only.")
+    clip_norm: float = setting(1.0, low=0, help="Gradients are scaled down to this global norm; 0 turns clipping off.")
+    average_decay: float = setting(
+        0.0,
+        low=0,
+        high=0.99999,
+        help="Decay of an exponential moving average of the parameters, which evaluation, samples and exports then "
+        "use; 0 turns it off.",
+    )
+    loss_chunk: int = setting(
+        0,
+        low=0,
+        help="Positions per chunk of the loss, so that the logits [B, T, V] never exist as a whole; 0 means one chunk.",
+    )
+    log_interval: int = setting(10, low=1, high=10**9, help="Steps from one logged step to the next.")
+    eval_interval: int = setting(
+        250, low=1, high=10**9, help="Steps from one evaluation to the next; the last step is always evaluated."
+    )
+    eval_windows: int = setting(
+        0, low=0, help="Validation sequences per evaluation; 0 means the whole validation split."
+    )
+    sample_tokens: int = setting(0, low=0, help="Tokens of text sampled at each evaluation; 0 means none.")
+    sample_prompt: str = setting("", help="Text that the sample starts with.")
+    checkpoint_interval: int = setting(
+        250, low=1, high=10**9, help="Steps from one checkpoint to the next; the last step always has one."
+    )
+    keep: int = setting(
+        2,
+        low=1,
+        high=1000,
+        help="How many of the latest checkpoints to keep, besides the best one. A new best evaluation is followed by a "
+        "checkpoint, whatever the interval.",
+    )
+    bad_steps: int = setting(
+        3,
+        low=1,
+        high=1000,
+        help="The run stops after this many steps in a row with a loss or gradient that is not finite.",
+    )
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            if field.name not in _TABLES:
-                self._check(field)
+        check(self)
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate must divide batch_size: {self.batch_size} / {self.accumulate}")
         if self.length > self.model.context_length:
-            raise ConfigError(f"length {self.length} is beyond model.context_length {self.model.context_length}")
+            raise ConfigError(
+                f"length {short_repr(self.length)} is beyond model.context_length {self.model.context_length}"
+            )
         if self.compute.param_dtype != "float32":
             raise ConfigError(
                 "compute.param_dtype must be float32 to train: in a shorter type small updates are lost to rounding"
             )
         if self.warmup_steps >= self.steps:
-            raise ConfigError(f"warmup_steps must be below steps: {self.warmup_steps} of {self.steps}")
-
-    def _check(self, field: dataclasses.Field) -> None:
-        name, value = field.name, getattr(self, field.name)
-        check_type(name, value, str(field.type))
-        low, high = _RANGES.get(name, (0, math.inf))
-        if field.type != "str" and not low <= value <= high:
-            raise ConfigError(f"{name} must be from {low} to {high}, not {shown(value)}")
-        if value not in _CHOICES.get(name, (value,)):
-            choices, hint = _CHOICES[name], did_you_mean(value, _CHOICES[name])
-            raise ConfigError(f"{name} must be one of {', '.join(choices)}, not {shown(value)}{hint}")
+            raise ConfigError(f"warmup_steps must be below steps: {short_repr(self.warmup_steps)} of {self.steps}")
 
     @property
     def window(self) -> int:
-        """Tokens a window, T."""
+        """Tokens per sequence, T."""
         return self.length or self.model.context_length
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any], source: str = "config") -> TrainConfig:
-        """Builds a config from `{"model": {...}, "compute": {...}, "train": {...}, "mesh": {...}}`.
+        """Builds a config from `{"model": {...}, "compute": {...}, "mesh": {...}, "train": {...}}`.
 
         Raises:
             ConfigError: naming `source` and the unknown key or the invalid field.
         """
         if not isinstance(tables, Mapping):
-            raise ConfigError(f"{source}: expected tables, not {shown(tables)}")
-        tables = dict(tables)
+            raise ConfigError(f"{source}: expected tables, not {short_repr(tables)}")
         for name, table in tables.items():
             if not isinstance(table, Mapping):
-                raise ConfigError(f"{source}: {name} must be a table, not {shown(table)}")
-        model = GPTConfig.from_fields(tables.pop("model", {}), source=f"{source} [model]")
-        compute = ComputeConfig.from_dict(tables.pop("compute", {}), source=f"{source} [compute]")
-        mesh = MeshConfig.from_dict(tables.pop("mesh", {}), source=f"{source} [mesh]")
-        train = tables.pop("train", {})
-        known = [field.name for field in dataclasses.fields(cls) if field.name not in _TABLES]
-        for key in tables:
-            raise ConfigError(f"{source}: unknown table {shown(key)}{did_you_mean(key, (*_TABLES, 'train'))}")
-        for key in train:
-            if key not in known:
-                raise ConfigError(f"{source} [train]: unknown key {shown(key)}{did_you_mean(key, known)}")
-        try:
-            return cls(model=model, compute=compute, mesh=mesh, **train)
-        except ConfigError as error:
-            raise ConfigError(f"{source} [train]: {error}") from None
+                raise ConfigError(f"{source}: {short_repr(name)} must be a table, not {short_repr(table)}")
+            if name not in TABLES:
+                raise ConfigError(f"{source}: unknown table {short_repr(name)}{did_you_mean(name, TABLES)}")
+        model = GPTConfig.from_fields(tables.get("model", {}), source=f"{source} [model]")
+        compute = ComputeConfig.from_dict(tables.get("compute", {}), source=f"{source} [compute]")
+        mesh = MeshConfig.from_dict(tables.get("mesh", {}), source=f"{source} [mesh]")
+        train = tables.get("train", {})
+        return from_table(cls, train, f"{source} [train]", model=model, compute=compute, mesh=mesh)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads the `[model]`, `[compute]`, `[train]` and `[mesh]` tables of a TOML file.
+        """Reads the `[model]`, `[compute]`, `[mesh]` and `[train]` tables of a TOML file.
 
         Args:
             path: the file.
@@ -221,9 +162,12 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
-        train = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in _TABLES}
-        tables = {name: dataclasses.asdict(getattr(self, name)) for name in _TABLES}
-        return {**tables, "train": train}
+        others = {name: to_table(getattr(self, name)) for name in TABLES if name != "train"}
+        return {**others, "train": to_table(self)}
+
+
+# The tables of a config file, and what declares the fields of each.
+TABLES = {"model": GPTConfig, "compute": ComputeConfig, "mesh": MeshConfig, "train": TrainConfig}
 
 
 def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -232,43 +176,15 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     Raises:
         ConfigError: for anything else than "key=value", and for a table that there is not.
     """
-    result: dict[str, Any] = {name: {} for name in (*_TABLES, "train")}
+    result: dict[str, Any] = {name: {} for name in TABLES}
     result |= {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set takes key=value, not {text!r}")
         table, _, name = key.strip().rpartition(".")
-        if table not in ("", "train", *_TABLES):
+        if table not in ("", *TABLES):
             raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
         if isinstance(result[table or "train"], dict):  # if not, from_dict says so
-            result[table or "train"][name] = _parse_value(value.strip())
+            result[table or "train"][name] = parse_value(value.strip())
     return result
-
-
-def _parse_value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text  # a bare word is a string: --set optimizer=muon
-
-
-# Fields that are tables of their own.
-_TABLES = ("model", "compute", "mesh")
-_CHOICES = {"optimizer": OPTIMIZERS, "windows": WINDOWS}
-_RANGES = {
-    "steps": (1, 10**9),
-    "batch_size": (1, 10**6),
-    "accumulate": (1, 10**6),
-    "val_fraction": (0, 0.9),
-    "seed": (0, 2**32 - 1),
-    "final_learning_rate": (0, 1),
-    "beta1": (0, 0.99999),
-    "beta2": (0, 0.99999),
-    "average_decay": (0, 0.99999),
-    "log_interval": (1, 10**9),
-    "eval_interval": (1, 10**9),
-    "checkpoint_interval": (1, 10**9),
-    "keep": (1, 1000),
-    "bad_steps": (1, 1000),
-}

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxgpt.checks import first_line, short_repr
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import DataError, first_line, shown
+from jaxgpt.errors import DataError
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.config import TrainConfig
 
@@ -96,7 +97,7 @@ def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
     """Raises DataError, naming `source`, unless a model can read these tokens."""
     if tokens.tokenizer != config.tokenizer:
         raise DataError(
-            f"{source}: made by tokenizer {shown(tokens.tokenizer)}, but the model has {config.tokenizer!r}: "
+            f"{source}: made by tokenizer {short_repr(tokens.tokenizer)}, but the model has {config.tokenizer!r}: "
             "tokenize the text again with the model's"
         )
     highest = int(tokens.ids_N.max(initial=0))
@@ -141,10 +142,10 @@ def _open_token_file(path: Path) -> Tokens:
         header = json.loads(file.read(length))["ids"]
     kinds = {"U16": np.uint16, "U32": np.uint32}
     if header["dtype"] not in kinds or [str(size) for size in header["shape"]] != [metadata["count"]]:
-        claim = f"{header['dtype']}{shown(header['shape'])} is not {metadata['count'][:20]} ids"
+        claim = f"{header['dtype']}{short_repr(header['shape'])} is not {metadata['count'][:20]} ids"
         raise DataError(f"{path}: damaged: {claim}")
     if not re.fullmatch(r"[0-9]{1,9}", metadata["vocab_size"]):
-        raise DataError(f"{path}: damaged: vocab_size {shown(metadata['vocab_size'])} is not a number")
+        raise DataError(f"{path}: damaged: vocab_size {short_repr(metadata['vocab_size'])} is not a number")
     if metadata["count"] == "0":
         raise DataError(f"{path}: holds no tokens")
     ids_N: Ids = np.memmap(

@@ -25,6 +25,7 @@ from jaxgpt.generation.text import generate_text
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params
 from jaxgpt.parallel import distributed, sharding
+from jaxgpt.parallel.mesh import BATCH
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
@@ -184,7 +185,7 @@ class _Loop:
         config, mesh = self.config, self.mesh
         if mesh is None:
             return batch(self.train_N, config, step)
-        layout = NamedSharding(mesh, PartitionSpec(sharding.BATCH, None))
+        layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
         shape = (config.batch_size, config.window + 1)
 
         @functools.cache  # devices along `tensor` hold the same rows

@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import read_json
-from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, require, shown
+from jaxgpt.checks import short_repr
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, require
+from jaxgpt.textfile import read_json
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
 
@@ -116,16 +117,16 @@ class Run:
         # By way of a config, which knows the defaults of fields that came after the run began.
         was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
         differences = [
-            f"{table}.{name}: {shown(was[table].get(name))} before, {shown(value)} now"
+            f"{table}.{name}: {short_repr(was[table].get(name))} before, {short_repr(value)} now"
             for table in ("model", "compute", "train")
             for name, value in now[table].items()
             if was[table].get(name) != value and name not in _FREE_FIELDS
         ]
         sha256 = str(data.get("sha256")) if isinstance(data, dict) else "unknown"
         if sha256 != tokens.sha256:
-            differences.append(f"data: sha256 {shown(sha256[:12])} before, {shown(tokens.sha256[:12])} now")
+            differences.append(f"data: sha256 {short_repr(sha256[:12])} before, {short_repr(tokens.sha256[:12])} now")
         if self.init_from() != init_from:
-            differences.append(f"init-from: {shown(self.init_from())} before, {shown(init_from)} now")
+            differences.append(f"init-from: {short_repr(self.init_from())} before, {short_repr(init_from)} now")
         if differences:
             raise ConfigError(f"{self.directory} was run with other settings (--force): {'; '.join(differences)}")
 

@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError, shown
+from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.weights.layout import Checkpoint, Row
 from jaxgpt.weights.tensors import Tensor, tensors_of, without_prefix
 
@@ -94,6 +95,6 @@ def _matrix(path: Path, tensors: Mapping[str, Tensor], name: str) -> tuple[int, 
     shape = tensors[name].shape if name in tensors else None
     if shape is None or len(shape) != 2:
         raise CheckpointError(
-            path, f"expected a matrix {name!r}, not {'nothing' if shape is None else shown(list(shape))}"
+            path, f"expected a matrix {name!r}, not {'nothing' if shape is None else short_repr(list(shape))}"
         )
     return shape

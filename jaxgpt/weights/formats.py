@@ -27,10 +27,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import ComputeConfig, GPTConfig, read_json
-from jaxgpt.errors import CheckpointError, did_you_mean, shown
+from jaxgpt.checks import did_you_mean, short_repr
+from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.errors import CheckpointError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params
+from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.tensors import load_torch, open_safetensors, replacing
@@ -75,7 +77,7 @@ def load(
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
         MissingExtraError: if the format needs a package that is not installed.
     """
-    run = {name: overrides.pop(name) for name in ComputeConfig.names() if name in overrides}
+    run = {name: overrides.pop(name) for name in ComputeConfig().to_dict() if name in overrides}
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
     config, stored = checkpoint.config.replace(**overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
@@ -183,7 +185,7 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         for layout in FILE_FORMATS.values():
             if layout.recognises(content):
                 return layout.read(path, content, overrides)
-        found = ", ".join(map(shown, list(content)[:5])) or "nothing"
+        found = ", ".join(map(short_repr, list(content)[:5])) or "nothing"
     else:
         found = type(content).__name__
     raise CheckpointError(

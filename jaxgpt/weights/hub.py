@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jaxgpt.errors import CheckpointError, first_line, require
+from jaxgpt.checks import first_line
+from jaxgpt.errors import CheckpointError, require
 
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 

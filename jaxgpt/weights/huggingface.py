@@ -11,9 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.config import GPTConfig, read_json
-from jaxgpt.errors import CheckpointError, ConfigError, shown
+from jaxgpt.checks import short_repr
+from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.model.gpt import GPT
+from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer, gpt2_alphabet, gpt2_merges
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
@@ -86,7 +88,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
     architectures = fields.get("architectures") or []
     if fields.get("model_type", "gpt2" if "GPT2" in str(architectures) else None) != "gpt2":
         found = fields.get("model_type") or architectures
-        raise CheckpointError(directory / "config.json", f"expected model_type 'gpt2', not {shown(found)}")
+        raise CheckpointError(directory / "config.json", f"expected model_type 'gpt2', not {short_repr(found)}")
     return Checkpoint(
         directory,
         read_config(fields, source=str(directory / "config.json")),
@@ -102,12 +104,12 @@ def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
     for name, value in _FIXED.items():
         if fields.get(name, value) is not value:
             raise ConfigError(
-                f"{source}: {name} must be {json.dumps(value)}, not {shown(fields[name])}: not implemented"
+                f"{source}: {name} must be {json.dumps(value)}, not {short_repr(fields[name])}: not implemented"
             )
     ours = {name: next((fields[key] for key in keys if key in fields), default) for name, keys, default in _FIELDS}
     if ours["activation"] not in tuple(_ACTIVATIONS):
         known = ", ".join(_ACTIVATIONS)
-        raise ConfigError(f"{source}: activation_function must be one of {known}, not {shown(ours['activation'])}")
+        raise ConfigError(f"{source}: activation_function must be one of {known}, not {short_repr(ours['activation'])}")
     ours["activation"] = _ACTIVATIONS[ours["activation"]]
     ours["drop_rate"] = ours["drop_rate_shortcut"]
     return GPTConfig.from_dict(ours, source=source)
@@ -126,15 +128,19 @@ def _open(directory: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
-            raise CheckpointError(index, f"names the file {shown(file)}: expected a .safetensors file beside the index")
+            raise CheckpointError(
+                index, f"names the file {short_repr(file)}: expected a .safetensors file beside the index"
+            )
         for name, tensor in open_safetensors(directory / file).items():
             if names.get(name) != file:
                 raise CheckpointError(
-                    index, f"{file} holds the tensor {shown(name)}, which the index does not place there"
+                    index, f"{file} holds the tensor {short_repr(name)}, which the index does not place there"
                 )
             tensors[name] = tensor
     if lost := [name for name in names if name not in tensors]:
-        raise CheckpointError(index, f"places {len(lost)} tensors in files that lack them, the first {shown(lost[0])}")
+        raise CheckpointError(
+            index, f"places {len(lost)} tensors in files that lack them, the first {short_repr(lost[0])}"
+        )
     return tensors
 
 

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.errors import CheckpointError, shown
+from jaxgpt.errors import CheckpointError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import leaves
 from jaxgpt.weights.tensors import FLOATS, Tensor
@@ -243,7 +244,7 @@ def check_tensors(
         "missing": [repr(name) for name in expected if name not in found],
         "unexpected": [repr(name[:100]) for name in found if name not in expected],
         "of the wrong shape": [
-            f"{name!r} is {shown(list(found[name].shape))} and should be {list(expected[name])}"
+            f"{name!r} is {short_repr(list(found[name].shape))} and should be {list(expected[name])}"
             for name in both
             if found[name].shape != expected[name]
         ],

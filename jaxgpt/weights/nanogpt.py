@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError, did_you_mean, shown
+from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.weights import huggingface
 from jaxgpt.weights.layout import Checkpoint
 from jaxgpt.weights.tensors import tensors_of, without_prefix
@@ -47,7 +48,7 @@ def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -
     fields: dict[str, Any] = {"activation": "gelu"}
     for name, value in content["model_args"].items():
         if name not in _ARGS:
-            raise ConfigError(f"{path}: model_args: unknown key {shown(name)}{did_you_mean(name, _ARGS)}")
+            raise ConfigError(f"{path}: model_args: unknown key {short_repr(name)}{did_you_mean(name, _ARGS)}")
         fields[_ARGS[name]] = value
     fields["qkv_bias"] = fields.setdefault("bias", True)
     missing = [name for name, ours in _ARGS.items() if ours not in fields and name != "dropout"]

@@ -12,8 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.errors import CheckpointError, shown
+from jaxgpt.errors import CheckpointError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
 from jaxgpt.weights.tensors import open_safetensors, write_safetensors
@@ -32,7 +33,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
     if fields.get("version") != VERSION or not isinstance(fields.get("config"), dict):
         raise CheckpointError(
             directory / "config.json",
-            f"expected version {VERSION} and a 'config' object, not version {shown(fields.get('version'))}: "
+            f"expected version {VERSION} and a 'config' object, not version {short_repr(fields.get('version'))}: "
             "a later jaxgpt may have written it",
         )
     source = str(directory / "config.json")

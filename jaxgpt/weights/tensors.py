@@ -23,7 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxgpt.errors import CheckpointError, first_line, require, shown
+from jaxgpt.checks import first_line, short_repr
+from jaxgpt.errors import CheckpointError, require
 
 # NumPy's name to safetensors' name of each type that a parameter may have in a file.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -83,7 +84,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {shown(key)} appears twice")
+        raise ValueError(f"key {short_repr(key)} appears twice")
     return result
 
 
@@ -153,9 +154,11 @@ def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-            raise CheckpointError(path, f"the state dict's entry {shown(name)} is not a dense tensor")
+            raise CheckpointError(path, f"the state dict's entry {short_repr(name)} is not a dense tensor")
         if value.device.type != "cpu" or value.numel() * value.element_size() > limit:
-            raise CheckpointError(path, f"the tensor {shown(name)} {shown(tuple(value.shape))} has no data in the file")
+            raise CheckpointError(
+                path, f"the tensor {short_repr(name)} {short_repr(tuple(value.shape))} has no data in the file"
+            )
         dtype = str(value.dtype).removeprefix("torch.")
         tensors[name] = Tensor(tuple(value.shape), dtype, functools.partial(read, value))
     return tensors
@@ -172,7 +175,7 @@ def without_prefix(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> di
         short = name.removeprefix(prefix)
         if short in result:
             raise CheckpointError(
-                path, f"the tensor {shown(short)} appears twice, with and without the prefix {prefix!r}"
+                path, f"the tensor {short_repr(short)} appears twice, with and without the prefix {prefix!r}"
             )
         result[short] = tensor
     return result

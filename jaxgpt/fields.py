@@ -1,0 +1,152 @@
+"""How a config dataclass declares its fields: default, allowed values and meaning of each, written once.
+
+    @documented
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Paper:
+        \"\"\"A sheet of paper.\"\"\"
+
+        columns: int = setting(80, low=1, high=400, help="Characters per line.")
+
+        def __post_init__(self):
+            check(self)
+
+The checks, the class's docstring and `jaxgpt train --help` all come from these declarations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import textwrap
+from collections.abc import Container, Mapping
+from typing import Any, TypeVar
+
+from jaxgpt.checks import check_type, did_you_mean, short_repr
+from jaxgpt.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One field as declared with `setting`.
+
+    Attributes:
+        default: the default value.
+        help: what the field means, in full sentences.
+        low, high: ends of the range; both are allowed values.
+        above, below: ends of the range that are not allowed values themselves.
+        also: one more allowed value, outside the range.
+        choices: all allowed values of a field that is a name.
+        words: the range in words, where the numbers would say too much.
+        derived: which value the dataclass puts in place of the default None.
+        name: the field's name.
+        type: "int", "float", "bool" or "str", as annotated.
+    """
+
+    default: Any = None
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    below: float | None = None
+    also: int | None = None
+    choices: tuple[str, ...] = ()
+    words: str = ""
+    derived: str = ""
+    name: str = ""
+    type: str = ""
+
+    @property
+    def allowed(self) -> str:
+        """What the value must be besides its type, such as "from 1 to 8"; empty if that is all."""
+        if self.words or self.choices:
+            return self.words or f"one of {', '.join(self.choices)}"
+        if self.low is not None and self.high is not None:
+            return f"from {self.low} to {self.high}"
+        if self.low is not None and self.below is None:
+            return f"{self.low} or more"
+        ends = {"at least": self.low, "above": self.above, "below": self.below, "at most": self.high}
+        return " and ".join(f"{side} {end}" for side, end in ends.items() if end is not None)
+
+    @property
+    def default_text(self) -> str:
+        """The default as typed on the command line, or what it is derived from."""
+        bare = self.derived or (self.default if isinstance(self.default, str) else "")
+        return bare or json.dumps(self.default)
+
+    def __str__(self) -> str:
+        """The meaning, the default and the allowed values."""
+        return f"{self.help} ({'; '.join(filter(None, [f'default: {self.default_text}', self.allowed]))})"
+
+    def check(self, value: Any, prefix: str = "") -> None:
+        """Raises a ConfigError that names the field, with `prefix` before it, unless it can have this value."""
+        name = prefix + self.name
+        check_type(name, value, self.type)
+        if not self._allows(value):
+            hint = did_you_mean(value, self.choices)
+            raise ConfigError(f"{name} must be {self.allowed}, not {short_repr(value)}{hint}")
+
+    def _allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        return value == self.also or (
+            (self.low is None or value >= self.low)
+            and (self.high is None or value <= self.high)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+        )
+
+
+def setting(default: Any = None, **declared: Any) -> Any:
+    """Declares a dataclass's field; the keywords are the attributes of `Setting`."""
+    return dataclasses.field(default=default, metadata={"setting": Setting(default=default, **declared)})
+
+
+def settings(cls: type) -> list[Setting]:
+    """The fields of a dataclass that are declared with `setting`, in order. Those that hold other tables are not."""
+    return [
+        dataclasses.replace(field.metadata["setting"], name=field.name, type=str(field.type))
+        for field in dataclasses.fields(cls)
+        if "setting" in field.metadata
+    ]
+
+
+def check(config: Any, only: Container[str] | None = None, prefix: str = "") -> None:
+    """Raises a ConfigError for the first setting, of all or `only` some, that its declaration does not allow."""
+    for declared in settings(type(config)):
+        if only is None or declared.name in only:
+            declared.check(getattr(config, declared.name), prefix)
+
+
+def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: Any) -> T:
+    """A dataclass from plain values, such as a table of a config file, and `others`: its fields that are no settings.
+
+    Raises:
+        ConfigError: naming `source`, and the unknown key or the invalid field.
+    """
+    known = [declared.name for declared in settings(cls)]
+    for key in table:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {short_repr(key)}{did_you_mean(key, known)}")
+    try:
+        return cls(**table, **others)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def to_table(config: Any) -> dict[str, Any]:
+    """The settings of a dataclass instance as plain values, in the form that `from_table` takes."""
+    return {declared.name: getattr(config, declared.name) for declared in settings(type(config))}
+
+
+def documented(cls: type[T]) -> type[T]:
+    """A class decorator that appends the settings to the docstring, as its "Attributes:"."""
+    lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:"]
+    for declared in settings(cls):
+        lines += textwrap.wrap(
+            f"    {declared.name}: {declared}", 110, subsequent_indent=" " * 8, break_on_hyphens=False
+        )
+    cls.__doc__ = "\n".join(lines)
+    return cls
