@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 
+import jax
 import pytest
 
 from jaxgpt.cli import main
@@ -40,19 +40,24 @@ def test_banded_attention_has_no_peers_and_needs_less():
 
 
 def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):
-    def event(name, ts, dur, tid=1, **args):
-        return {"ph": "X", "pid": 1, "tid": tid, "name": name, "ts": ts, "dur": dur, "args": args}
-
-    events = [
-        event("while.1", 0, 10_000, hlo_op="while.1"),
-        event("dot.1", 1_000, 3_000, hlo_op="dot.1"),
-        event("dot.2", 5_000, 4_000, hlo_op="dot.2"),
-        event("add.7", 0, 500, tid=2, hlo_op="add.7"),
-        event("a thread's own business", 0, 90_000),
+    threads = [
+        [("while.1", 0, 10_000, True), ("dot.1", 1_000, 3_000, True), ("dot.2", 5_000, 4_000, True)],
+        [("add.7", 0, 500, True), ("a thread's own business", 0, 90_000, False)],
     ]
+    names = [name for thread in threads for name, *_ in thread]
+
+    def event(name, start_us, duration_us, compiled):
+        stats = f'stats {{ metadata_id: 1 str_value: "{name}" }}' if compiled else ""
+        times = f"offset_ps: {10**6 * start_us} duration_ps: {10**6 * duration_us}"
+        return f"events {{ metadata_id: {names.index(name)} {times} {stats} }}"
+
+    lines = [f"lines {{ id: {i} {' '.join(event(*e) for e in thread)} }}" for i, thread in enumerate(threads)]
+    known = [f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}' for i, name in enumerate(names)]
+    known.append('stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }')
+    space = f'planes {{ name: "/host:CPU" {" ".join(lines + known)} }}'
     (tmp_path / "run").mkdir()
-    with gzip.open(tmp_path / "run" / "perfetto_trace.json.gz", "wt") as file:
-        json.dump({"traceEvents": events}, file)
+    trace = jax.profiler.ProfileData.text_proto_to_serialized_xspace(space)
+    (tmp_path / "run" / "host.xplane.pb").write_bytes(trace)
     assert benchmark.costliest_operations(tmp_path) == [("dot x 2", 7.0), ("while x 1", 3.0), ("add x 1", 0.5)]
 
 
@@ -62,7 +67,8 @@ def test_a_work_is_measured_and_profiled(tmp_path):
     assert measured.peak_bytes > 1e7
     assert 0 < len(costliest) <= 10
     assert all(ms > 0 for _, ms in costliest[:3])
-    assert list(tmp_path.rglob("perfetto_trace.json.gz"))
+    assert list(tmp_path.rglob("*.xplane.pb"))  # for XProf and TensorBoard
+    assert list(tmp_path.rglob("*.trace.json.gz"))  # for Perfetto
 
 
 def test_a_limit_is_measured_in_its_own_process():
@@ -95,7 +101,7 @@ def test_the_report_takes_the_best_round_and_gives_ratios(canned, capsys):
     assert row["ms"] == 2000
     assert row["limit_tokens_per_s"] > 0
     turns = [call[0] for call in canned if call[1] == "decode-8-bfloat16"]
-    assert turns == ["benchmark", "benchmark_peers"] * 2
+    assert turns == ["benchmark", "peers"] * 2
     canned.clear()
     assert main(["benchmark", "--peers", "--only", "decode-8-bfloat16"]) == 0
     table = capsys.readouterr().out

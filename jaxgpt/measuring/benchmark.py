@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gzip
 import json
 import os
 import statistics
@@ -164,7 +163,7 @@ def measure(work: Work, profile: Path | None = None) -> tuple[Measurement, list[
     peak = peak_bytes()  # before tracing adds to it
     costliest: list[tuple[str, float]] = []
     if profile is not None:
-        with jax.profiler.trace(str(profile), create_perfetto_trace=True):
+        with jax.profiler.trace(str(profile)):
             run()
         costliest = costliest_operations(profile)
     return Measurement(seconds, peak), costliest
@@ -180,30 +179,25 @@ def peak_bytes() -> int:
 
 def costliest_operations(directory: Path, most: int = 10) -> list[tuple[str, float]]:
     """The compiled operations that took longest in a trace, without what they call: (kind and how many, ms)."""
-    trace = max(directory.rglob("perfetto_trace.json.gz"), key=lambda path: path.stat().st_mtime)
-    with gzip.open(trace) as file:
-        content = json.load(file)
-    events = content["traceEvents"] if isinstance(content, dict) else content
-    threads = collections.defaultdict(list)
-    for event in events:
-        if event.get("ph") == "X" and "hlo_op" in event.get("args", {}):
-            threads[event["pid"], event["tid"]].append(event)
+    from jax.profiler import ProfileData
+
+    trace = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     own: dict[str, float] = collections.defaultdict(float)
     times: dict[str, int] = collections.defaultdict(int)
-    for thread in threads.values():
-        thread.sort(key=lambda event: (event["ts"], -event["dur"]))
+    for line in (line for plane in ProfileData.from_file(str(trace)).planes for line in plane.lines):
+        events = [event for event in line.events if "hlo_op" in dict(event.stats)]
         callers: list[tuple[float, str]] = []
-        for event in thread:
-            kind, end = event["name"].split(".")[0], event["ts"] + event["dur"]
-            while callers and callers[-1][0] <= event["ts"]:
+        for event in sorted(events, key=lambda event: (event.start_ns, -event.duration_ns)):
+            kind, end = event.name.split(".")[0], event.start_ns + event.duration_ns
+            while callers and callers[-1][0] <= event.start_ns:
                 callers.pop()
             if callers and end <= callers[-1][0]:
-                own[callers[-1][1]] -= event["dur"]
-            own[kind] += event["dur"]
+                own[callers[-1][1]] -= event.duration_ns
+            own[kind] += event.duration_ns
             times[kind] += 1
             callers.append((end, kind))
     ranked = sorted(own, key=own.__getitem__, reverse=True)[:most]
-    return [(f"{kind} x {times[kind]}", own[kind] / 1000) for kind in ranked]
+    return [(f"{kind} x {times[kind]}", own[kind] / 1e6) for kind in ranked]
 
 
 def _decode(work: Work) -> Callable[[], Any]:
