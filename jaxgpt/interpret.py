@@ -20,7 +20,7 @@ import numpy as np
 from jax import Array, lax
 
 from jaxgpt.checks import check_ids
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT
 from jaxgpt.tokenizer import Tokenizer
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.accounting import Flops
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 
@@ -20,13 +20,13 @@ TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_laye
 ALTERNATING = TINY.replace(n_layers=3, attention_pattern="alternating", attention_window=5)
 
 
-def make_model(config: GPTConfig = TINY, seed: int = 0) -> tuple[GPT, dict[str, Any]]:
+def make_model(config: GPTConfig = TINY, seed: int = 0, **compute: Any) -> tuple[GPT, dict[str, Any]]:
     """A model and random parameters in which every leaf matters: biases and shifts are not 0, scales not 1.
 
     The weights are larger than at initialisation, so that attention is not uniform, activations leave their
-    linear region, and greedy choices are not ties.
+    linear region, and greedy choices are not ties. `compute` are fields of `ComputeConfig`.
     """
-    model = GPT(config)
+    model = GPT(config, ComputeConfig(**compute))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     rng = np.random.default_rng(seed)
 

@@ -11,7 +11,8 @@ import pytest
 from helpers import product_flops
 
 from jaxgpt.model import reference
-from jaxgpt.model.attention import attention
+from jaxgpt.model.attention import attend, blocked
+from jaxgpt.model.cache import Seen
 
 
 def normal(seed, *shape):
@@ -22,18 +23,22 @@ def attention_inputs(T, S):
     return normal(0, 2, 3, T, 4), normal(1, 2, 3, S, 4), normal(2, 2, 3, S, 4)
 
 
+def attention(q, k, v, dtype, query_slot=0, start_B=None, **options):
+    return blocked(q, Seen(k, v, query_slot, start_B, dtype), **options)
+
+
 @pytest.mark.parametrize("query_block", [2, 128])
 @pytest.mark.parametrize("window", [None, 1, 4, 9])
 def test_attention_equals_the_reference_head_by_head(window, query_block):
     q, k, v = attention_inputs(9, 9)
-    inspected = []
-    got = attention(q, k, v, dtype="float32", window=window, query_block=query_block, inspect=inspected.append)
+    seen = Seen(k, v, 0, None, "float32")
+    got, returned = attend(q, seen, window=window, query_block=query_block, return_weights=True)
     for b in range(2):
         for h in range(3):
             q64, k64, v64 = (np.asarray(x[b, h], np.float64) for x in (q, k, v))
             weights = reference.attention_weights(q64, k64, window)
             np.testing.assert_allclose(got[b, h], weights @ v64, atol=1e-6)
-            np.testing.assert_allclose(inspected[0][b, h], weights, atol=1e-6)
+            np.testing.assert_allclose(returned[b, h], weights, atol=1e-6)
 
 
 def plain_attention(q, k, v, kept, window):
@@ -152,10 +157,9 @@ def test_a_bands_products_grow_with_its_length_and_not_with_its_square():
 
 def test_attention_softmax_is_float32_in_bfloat16():
     q, k, v = attention_inputs(9, 9)
-    sums = []
-    y = attention(q, k, v, dtype="bfloat16", inspect=lambda weights: sums.append(weights))
-    assert y.dtype == sums[0].dtype == jnp.float32
-    np.testing.assert_allclose(sums[0].sum(-1), 1, atol=1e-6)
+    y, weights = attend(q, Seen(k, v, 0, None, "bfloat16"), return_weights=True)
+    assert y.dtype == weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-6)
 
 
 def test_attention_dropout_acts_on_the_weights_differently_in_each_block():

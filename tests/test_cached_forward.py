@@ -24,7 +24,7 @@ def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16
         return model.apply({"params": params}, x, method=GPT.logits), cache
 
     def run(params, ids):
-        cache = Cache.empty(model.config, jnp.asarray(start_B, jnp.int32), slots)
+        cache = Cache.empty(model.config, model.compute, jnp.asarray(start_B, jnp.int32), slots)
         pieces, done = [], 0
         for chunk in chunks:
             logits, cache = one(params, cache, ids[:, done : done + chunk])
@@ -43,7 +43,7 @@ def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("chunks", [(12,), (7, 1, 1, 1, 1, 1), (1,) * 12, (3, 4, 5)])
 def test_cached_equals_uncached(chunks, scan_layers, traced, config):
-    model, params = make_model(config.replace(scan_layers=scan_layers))
+    model, params = make_model(config, scan_layers=scan_layers)
     ids = random_ids(TINY, 2, 12)
     want = jax.jit(model.apply)({"params": params}, ids)
     np.testing.assert_allclose(cached_logits(model, params, ids, [0, 0], chunks, traced=traced), want, atol=ATOL)
@@ -87,7 +87,7 @@ def test_the_last_slot_of_a_full_cache_is_right():
 
 
 def test_a_bfloat16_cache_costs_less_than_three_percent():
-    model, params = make_model(TINY.replace(dtype="bfloat16"))
+    model, params = make_model(TINY, dtype="bfloat16")
     ids = random_ids(TINY, 2, 12)
     want = np.asarray(jax.jit(model.apply)({"params": params}, ids))
     got = cached_logits(model, params, ids, [0, 0], (6,) + (1,) * 6)

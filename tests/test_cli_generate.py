@@ -58,7 +58,7 @@ def test_prints_text_on_stdout_and_speed_on_stderr(model, capsys, loaded):
     out, err = capsys.readouterr()
     assert out == sampled(model, "Ab")[0] + "\n"
     assert "8 tokens in" in err
-    assert loaded == [("shakespeare", {"param_dtype": None})]
+    assert loaded == [("shakespeare", {})]
 
 
 def test_sampling_options_reach_the_sampler(model, capsys, loaded):

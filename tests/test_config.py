@@ -13,7 +13,7 @@ from helpers import to_toml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt.config import PRESETS, GPTConfig
+from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import settings
 from jaxgpt.parallel.mesh import MeshConfig
@@ -52,13 +52,23 @@ GPT3_TRAINING = {
 
 INT_FIELDS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "ffn_dim", "attention_window")
 RATE_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
-BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias", "scan_layers", "native_kernel")
-CHOICE_FIELDS = ("activation", "attention_pattern", "param_dtype", "dtype", "tokenizer", "remat")
+BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias")
+CHOICE_FIELDS = ("activation", "attention_pattern", "tokenizer")
+# Of `ComputeConfig`.
+COMPUTE_BOOLS = ("scan_layers", "custom_derivatives", "native_kernel")
+COMPUTE_CHOICES = {declared.name: declared.choices for declared in settings(ComputeConfig) if declared.choices}
 
 
 def test_the_fields_above_are_all_there_are():
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
     assert {*INT_FIELDS, *RATE_FIELDS, *BOOL_FIELDS, *CHOICE_FIELDS, "layer_norm_eps", "embedding_std"} == fields
+    assert {*COMPUTE_BOOLS, *COMPUTE_CHOICES} == set(ComputeConfig().to_dict())
+    assert set(COMPUTE_CHOICES) == {"dtype", "param_dtype", "remat"}
+
+
+def with_field(name, value):
+    """The config that has such a field, with this value."""
+    return (ComputeConfig if name in ComputeConfig().to_dict() else GPTConfig)(**{name: value})
 
 
 def test_defaults_are_gpt2_small():
@@ -98,23 +108,25 @@ def test_embedding_std_is_positive_and_sane(value):
         GPTConfig(embedding_std=value)
 
 
-@pytest.mark.parametrize("name", BOOL_FIELDS)
+@pytest.mark.parametrize("name", BOOL_FIELDS + COMPUTE_BOOLS)
 @pytest.mark.parametrize("value", [0, 1, "true", None])
 def test_switches_must_be_bools(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} must be a bool, not {value!r}"):
-        GPTConfig(**{name: value})
+        with_field(name, value)
 
 
-@pytest.mark.parametrize("name", CHOICE_FIELDS)
+@pytest.mark.parametrize("name", [*CHOICE_FIELDS, *COMPUTE_CHOICES])
 @pytest.mark.parametrize("value", ["", "swish", 3, None])
 def test_choices_must_be_known_names(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} must be "):
-        GPTConfig(**{name: value})
+        with_field(name, value)
 
 
 def test_a_misspelt_choice_is_told_the_nearest():
     with pytest.raises(ConfigError, match=r"activation must be one of .*, not 'gelu_tan'; did you mean 'gelu_tanh'\?"):
         GPTConfig(activation="gelu_tan")
+    with pytest.raises(ConfigError, match=r"remat must be one of none, block, dots, not 'dot'; did you mean 'dots'\?"):
+        ComputeConfig(remat="dot")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +136,12 @@ def test_a_misspelt_choice_is_told_the_nearest():
         (GPTConfig, "drop_rate", 1.0, "drop_rate must be at least 0 and below 1, not 1.0"),
         (GPTConfig, "layer_norm_eps", 0, "layer_norm_eps must be above 0 and below 1, not 0"),
         (GPTConfig, "embedding_std", 10.5, "embedding_std must be above 0 and at most 10, not 10.5"),
-        (GPTConfig, "remat", "blocks", "remat must be one of none, block, dots, not 'blocks'; did you mean 'block'?"),
+        (
+            ComputeConfig,
+            "remat",
+            "blocks",
+            "remat must be one of none, block, dots, not 'blocks'; did you mean 'block'?",
+        ),
         (TrainConfig, "steps", 0, "steps must be from 1 to 1000000000, not 0"),
         (TrainConfig, "learning_rate", -1, "learning_rate must be 0 or more, not -1"),
         (TrainConfig, "seed", 0.5, "seed must be an int, not 0.5"),
@@ -144,9 +161,9 @@ def test_a_value_out_of_range_is_told_what_is_allowed(cls, field, value, message
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, MeshConfig])
+@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
 def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
-    tables = {"model", "mesh"} if cls is TrainConfig else set()
+    tables = {"model", "compute", "mesh"} if cls is TrainConfig else set()
     assert {field.name for field in dataclasses.fields(cls)} - tables == {declared.name for declared in settings(cls)}
     for declared in settings(cls):
         step = 1 if declared.type == "int" else 1e-9
@@ -167,7 +184,7 @@ def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
                     declared.check(value, prefix="here.")
 
 
-@pytest.mark.parametrize("cls", [GPTConfig, TrainConfig, MeshConfig])
+@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
 def test_the_docstring_tells_every_fields_meaning(cls):
     told = cls.__doc__.partition("\nAttributes:\n")[2].replace("\n        ", " ")
     assert told.split("\n") == [f"    {declared.name}: {declared}" for declared in settings(cls)]
@@ -189,6 +206,8 @@ def test_every_second_layer_of_an_alternating_model_is_banded():
 def test_an_unknown_key_is_told_the_nearest_field():
     with pytest.raises(ConfigError, match=r"config: unknown key 'n_layer'; did you mean 'n_layers'\?"):
         GPTConfig.from_dict({"n_layer": 2})
+    with pytest.raises(ConfigError, match=r"config: unknown key 'scan_layer'; did you mean 'scan_layers'\?"):
+        ComputeConfig.from_dict({"scan_layer": True})
 
 
 def test_is_frozen_and_hashable_by_value():
@@ -359,8 +378,18 @@ def test_any_values_make_a_valid_config_or_a_config_error(fields):
         assert name == "preset" or value is None or getattr(config, name) == value
 
 
-names = st.one_of(st.sampled_from(["model", "train", "mesh"]), st.text(max_size=5), st.none())
-tables = st.one_of(odd_fields(GPTConfig), odd_fields(TrainConfig), odd_fields(MeshConfig), ODD)
+@given(odd_fields(ComputeConfig))
+@example({"dtype": 10**5000})
+@example({10**5000: 1})
+def test_any_values_make_a_valid_compute_config_or_a_config_error(fields):
+    config = accepted(lambda: ComputeConfig.from_dict(fields))
+    if config is not None:
+        assert hash(config) == hash(ComputeConfig.from_dict(config.to_dict()))
+        assert all(getattr(config, name) == value for name, value in fields.items())
+
+
+names = st.one_of(st.sampled_from(["model", "compute", "train", "mesh"]), st.text(max_size=5), st.none())
+tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, MeshConfig)), ODD)
 
 
 @given(st.dictionaries(names, tables, max_size=3))
@@ -397,9 +426,15 @@ configs = st.builds(
     **{name: st.booleans() for name in BOOL_FIELDS},
     **{name: st.sampled_from(choices(GPTConfig, name)) for name in CHOICE_FIELDS},
 )
+computes = st.builds(
+    ComputeConfig,
+    **{name: st.booleans() for name in COMPUTE_BOOLS},
+    **{name: st.sampled_from(choices) for name, choices in COMPUTE_CHOICES.items()},
+)
 train_configs = st.builds(
     TrainConfig,
-    model=configs.map(lambda config: config.replace(param_dtype="float32")),
+    model=configs,
+    compute=computes.map(lambda compute: compute.replace(param_dtype="float32")),
     mesh=st.builds(MeshConfig, data=st.sampled_from([-1, 1, 4]), fsdp=st.integers(1, 2**20)),
     steps=st.integers(101, 10**9),
     learning_rate=st.floats(0, 1e300),
@@ -420,10 +455,19 @@ def test_every_config_comes_back_from_a_dict_from_json_and_from_toml(config, tmp
     assert GPTConfig.from_file(path) == config
 
 
+@given(compute=computes)
+def test_every_compute_config_comes_back_from_a_dict_and_from_json(compute):
+    assert ComputeConfig.from_dict(json.loads(json.dumps(compute.to_dict()))) == compute
+    assert compute.replace() == compute
+    assert compute.portable() == compute.replace(native_kernel=False)
+
+
 @given(config=train_configs)
 def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_path):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert MeshConfig.parse(str(config.mesh)) == config.mesh
     path = write(tmp_path / "a.toml", to_toml(config.to_dict()))
     assert TrainConfig.from_file(path) == config
-    assert TrainConfig.from_file(path, ["seed=7", "model.n_layers=3"]).model == config.model.replace(n_layers=3)
+    changed = TrainConfig.from_file(path, ["seed=7", "model.n_layers=3", "compute.remat=dots"])
+    assert changed.model == config.model.replace(n_layers=3)
+    assert changed.compute == config.compute.replace(remat="dots")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import TINY, random_ids
 
+from jaxgpt.config import ComputeConfig
 from jaxgpt.generation.decode import scan_generate
 from jaxgpt.generation.sampling import Temperature
 from jaxgpt.model.gpt import GPT
@@ -24,9 +25,9 @@ def abstract_params(model):
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": True, "dtype": "bfloat16", "remat": "block"}])
-def test_forward_exports_for_every_platform(changes):
-    model = GPT(TINY.replace(**changes))
+@pytest.mark.parametrize("compute", [{}, {"scan_layers": True, "dtype": "bfloat16", "remat": "block"}])
+def test_forward_exports_for_every_platform(compute):
+    model = GPT(TINY, ComputeConfig(**compute))
     forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     ids = jax.ShapeDtypeStruct((2, 16), jnp.int32)
     exported = jax.export.export(forward, platforms=PLATFORMS)(abstract_params(model), ids)

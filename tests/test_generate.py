@@ -15,6 +15,7 @@ from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.config import ComputeConfig
 from jaxgpt.generation import decode
 from jaxgpt.generation.decode import scan_generate
 from jaxgpt.generation.sampling import Greedy, Temperature, TopK, TopP
@@ -63,7 +64,7 @@ def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
     model, params = make_model(config, seed=1)
     expected = [naive(model, params, row, 64, SAMPLER, jax.random.fold_in(KEY, r)) for r, row in enumerate(RAGGED)]
     if variant == "scan_layers":
-        model, params = GPT(config.replace(scan_layers=True)), stack_blocks(params, config.n_layers)
+        model, params = GPT(config, ComputeConfig(scan_layers=True)), stack_blocks(params, config.n_layers)
     got = generate(model, params, RAGGED, 64, sampler=SAMPLER, key=KEY)
     assert rows(got) == expected
     assert len({tuple(row[-30:]) for row in expected}) == len(RAGGED)  # the rows are different texts
@@ -153,7 +154,7 @@ def test_steps_past_the_last_one_change_nothing(tiny):
         decode.prefill, model, params, np.ones((2, 4), np.int32), np.array([4, 2], np.int32), np.int32(4), None
     )
     none = np.zeros(0, np.int32)
-    state, ids = decode.decode(
+    state, ids = decode.decode_tokens(
         model, params, read(none, slots=16, sampler=Greedy()), 3, None, none, chunk=8, sampler=Greedy()
     )
     assert int(state.drawn) == 4
@@ -192,7 +193,7 @@ def test_infinite_logits_alone_are_an_error(tiny):
 
 
 def test_bfloat16_model_and_cache():
-    model, params = make_model(TINY.replace(dtype="bfloat16"), seed=1)
+    model, params = make_model(TINY, seed=1, dtype="bfloat16")
     result = generate(model, params, RAGGED[:2], 12, cache_dtype="bfloat16")
     assert [len(new) for new in result.new_tokens] == [12, 12]
     again = generate(model, params, RAGGED[:2], 12, cache_dtype="bfloat16")
@@ -211,9 +212,11 @@ def test_result_counts_and_times(tiny):
 
 
 @pytest.mark.parametrize("n", [1, 9, 30])
-@pytest.mark.parametrize("config", [TINY, ALTERNATING.replace(scan_layers=True)], ids=["dense", "alternating scan"])
-def test_scan_generate_equals_generate(config, n):
-    model, params = make_model(config)
+@pytest.mark.parametrize(
+    ("config", "scan_layers"), [(TINY, False), (ALTERNATING, True)], ids=["dense", "alternating scan"]
+)
+def test_scan_generate_equals_generate(config, scan_layers, n):
+    model, params = make_model(config, scan_layers=scan_layers)
     prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])
     run = jax.jit(functools.partial(scan_generate, model, sampler=SAMPLER), static_argnames=("max_new_tokens",))
     expected = generate(model, params, prompts, n, sampler=SAMPLER, key=KEY).new_tokens
@@ -239,7 +242,7 @@ def test_generator_exports_for_every_platform(tiny):
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
-    model, params = make_model(config.replace(context_length=128, emb_dim=64, n_heads=4, dtype=dtype))
+    model, params = make_model(config.replace(context_length=128, emb_dim=64, n_heads=4), dtype=dtype)
     none = np.zeros(0, np.int32)
     read = functools.partial(
         decode.prefill, model, slots=112, sampler=Greedy()
@@ -247,7 +250,7 @@ def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
     args = np.ones((batch, 16), np.int32), np.full(batch, 5, np.int32), np.int32(5), None, none
     state = jax.eval_shape(read, params, *args)
     text = (
-        decode.decode.lower(model, params, state, np.int32(9), None, none, chunk=32, sampler=Greedy())
+        decode.decode_tokens.lower(model, params, state, np.int32(9), None, none, chunk=32, sampler=Greedy())
         .compile()
         .as_text()
     )

@@ -12,7 +12,7 @@ import pytest
 from helpers import TINY, make_model, random_ids
 
 from jaxgpt import prepare
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.generation import decode
 from jaxgpt.generation.sampling import Greedy
@@ -32,7 +32,7 @@ def relative_error(got, want):
 @pytest.mark.parametrize("rows", [(1, 1), (2, 1), (1, 7), (9, 9)])
 @pytest.mark.parametrize("kind", DTYPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_linear_equals_the_formula_for_any_number_of_rows_and_type_of_weight(rows, kind, dtype):
+def test_product_equals_the_formula_for_any_number_of_rows_and_type_of_weight(rows, kind, dtype):
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(*rows, 64)), jnp.float32)
     weight, scale = rng.normal(size=(50, 64)), None
@@ -41,14 +41,16 @@ def test_linear_equals_the_formula_for_any_number_of_rows_and_type_of_weight(row
     weight = jnp.asarray(weight, kind)
     rounded_x, rounded_weight = (np.asarray(a.astype(dtype), np.float64) for a in (x, weight))
     want = rounded_x @ rounded_weight.T * (1 if scale is None else np.asarray(scale, np.float64))
-    got = jax.jit(lambda x: ops.linear(x, weight, scale if scale is None else jnp.asarray(scale), dtype))(x)
+    matrix = ops.Matrix(weight, scale if scale is None else jnp.asarray(scale))
+    got = jax.jit(lambda x: ops.product(x, matrix, ComputeConfig(dtype=dtype)))(x)
     assert got.dtype == jnp.float32
     assert relative_error(got, want) < (1e-4 if kind == "int8" else 1e-6)
 
 
-def test_linear_of_one_row_is_differentiable():
+def test_product_of_one_row_is_differentiable():
     x, weight = jnp.ones((1, 1, 6)), jnp.arange(12.0).reshape(2, 6)
-    dx, dweight = jax.grad(lambda x, w: ops.linear(x, w, None, "float32").sum(), (0, 1))(x, weight)
+    product = lambda x, w: ops.product(x, ops.Matrix(w, None), ComputeConfig()).sum()  # noqa: E731
+    dx, dweight = jax.grad(product, (0, 1))(x, weight)
     np.testing.assert_allclose(dx[0, 0], weight.sum(0))
     np.testing.assert_allclose(dweight, np.ones((2, 6)))
 
@@ -66,17 +68,17 @@ def test_quantise_rounds_to_the_nearest_of_255_steps_a_row():
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_prepare_unstacks_converts_and_leaves_alone_what_is_in_form(scan_layers):
-    model, params = make_model(TINY.replace(scan_layers=scan_layers))
+    model, params = make_model(TINY, scan_layers=scan_layers)
     ids = random_ids(TINY, 2, 9)
     want = model.apply({"params": params}, ids)
     ready, ready_params = prepare(model, params)
-    assert not ready.config.scan_layers
+    assert not ready.compute.scan_layers
     assert (ready_params is params) == (not scan_layers)
     np.testing.assert_allclose(ready.apply({"params": ready_params}, ids), want, atol=1e-5)
     again = prepare(ready, ready_params, "float32")[1]
     assert all(a is b for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(ready_params), strict=True))
     short, short_params = prepare(model, params, "bfloat16")
-    assert (short.config.param_dtype, short.config.dtype) == ("bfloat16", "bfloat16")
+    assert (short.compute.param_dtype, short.compute.dtype) == ("bfloat16", "bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(short_params)} == {"bfloat16"}
     with pytest.raises(ConfigError, match="dtype must be one of float32, bfloat16, int8, not 'int4'"):
         prepare(model, params, "int4")
@@ -90,7 +92,7 @@ def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
     assert types["weight"] == "int8"
     assert {kind for name, kind in types.items() if name != "weight"} == {"float32"}
     back, back_params = prepare(small, small_params, "float32")
-    assert back.config == model.config
+    assert back == model
     for batch, length in ((1, 1), (2, 3), (9, 9)):  # a form of the product each
         ids = random_ids(TINY, batch, length)
         want = np.asarray(back.apply({"params": back_params}, ids), np.float64)
@@ -123,7 +125,7 @@ def test_int8_parameters_and_a_model_of_another_type_are_refused():
 
 
 def test_an_int8_model_starts_random():
-    model = GPT(TINY.replace(param_dtype="int8"))
+    model = GPT(TINY, ComputeConfig(param_dtype="int8"))
     params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     float_params = prepare(model, params, "float32")[1]
     assert float(float_params["tok_emb"]["weight"].std()) == pytest.approx(0.02, rel=0.05)
@@ -148,7 +150,7 @@ def test_int8_checkpoints_come_back_as_they_were(tmp_path, scan_layers):
     model, params = prepare(*make_model(), "int8")
     weights.save(tmp_path / "int8", model, params)
     loaded, loaded_params = weights.load(tmp_path / "int8", scan_layers=scan_layers)
-    assert loaded.config == model.config.replace(scan_layers=scan_layers)
+    assert loaded == GPT(model.config, model.compute.replace(scan_layers=scan_layers))
     loaded, loaded_params = prepare(loaded, loaded_params)
     jax.tree.map(np.testing.assert_array_equal, loaded_params, params)
     floats = weights.load(tmp_path / "int8", param_dtype="float32")[1]
@@ -161,7 +163,7 @@ def test_a_float_checkpoint_loads_as_int8(tmp_path):
     model, params = make_model()
     weights.save(tmp_path / "model", model, params)
     loaded, loaded_params = weights.load(tmp_path / "model", param_dtype="int8")
-    assert loaded.config.param_dtype == "int8"
+    assert loaded.compute.param_dtype == "int8"
     jax.tree.map(np.testing.assert_array_equal, loaded_params, prepare(model, params, "int8")[1])
 
 
@@ -183,7 +185,7 @@ def compiled_decode(model, params, batch):
     state = decode.prefill(
         model, params, prompt, np.full(batch, 4, np.int32), np.int32(4), None, stops, slots=SLOTS, sampler=Greedy()
     )
-    step = decode.decode.lower(model, params, state, np.int32(8), None, stops, chunk=8, sampler=Greedy())
+    step = decode.decode_tokens.lower(model, params, state, np.int32(8), None, stops, chunk=8, sampler=Greedy())
     return step.compile().as_text()
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, random_ids
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model.gpt import GPT, MultiHeadAttention, TransformerBlock
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -21,8 +21,10 @@ WIDE = GPTConfig(
 )
 
 
-def init(config, seed=0):
-    return jax.jit(GPT(config).init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+def init(config, seed=0, **compute):
+    return jax.jit(GPT(config, ComputeConfig(**compute)).init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))[
+        "params"
+    ]
 
 
 def named_leaves(tree, prefix=""):
@@ -36,7 +38,7 @@ def named_leaves(tree, prefix=""):
 @pytest.mark.parametrize("scan_layers", [False, True])
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_each_leaf_is_initialised_as_gpt2s(scan_layers, param_dtype):
-    params = init(WIDE.replace(scan_layers=scan_layers, param_dtype=param_dtype))
+    params = init(WIDE, scan_layers=scan_layers, param_dtype=param_dtype)
     kinds = set()
     for name, leaf in named_leaves(params):
         kind = name.rsplit("/", 1)[1]
@@ -59,7 +61,7 @@ def test_each_leaf_is_initialised_as_gpt2s(scan_layers, param_dtype):
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_no_two_weights_start_equal(scan_layers):
-    params = init(WIDE.replace(scan_layers=scan_layers))
+    params = init(WIDE, scan_layers=scan_layers)
     rows = [
         row
         for name, leaf in named_leaves(params)
@@ -131,9 +133,9 @@ def test_switches_remove_exactly_their_leaves():
     assert tied | no_qkv | no_bias <= full
 
 
-def run(config, key=None, ids=None):
+def run(config, key=None, ids=None, **compute):
     """Logits and intermediates; dropout on if there is a key."""
-    model, params = make_model(config)
+    model, params = make_model(config, **compute)
     ids = random_ids(config, 2, 12) if ids is None else ids
     apply = jax.jit(functools.partial(model.apply, mutable=["intermediates"], deterministic=key is None))
     logits, state = apply({"params": params}, ids, rngs=None if key is None else {"dropout": key})
@@ -146,10 +148,10 @@ RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 @pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_each_rate_alone_changes_the_output_by_key_and_only_when_asked(rate, scan_layers):
-    config = TINY.replace(scan_layers=scan_layers, **{rate: 0.5})
-    plain, _ = run(TINY.replace(scan_layers=scan_layers))
-    assert np.array_equal(run(config)[0], plain)
-    first, again, other = (run(config, jax.random.key(seed))[0] for seed in (1, 1, 2))
+    config = TINY.replace(**{rate: 0.5})
+    plain, _ = run(TINY, scan_layers=scan_layers)
+    assert np.array_equal(run(config, scan_layers=scan_layers)[0], plain)
+    first, again, other = (run(config, jax.random.key(seed), scan_layers=scan_layers)[0] for seed in (1, 1, 2))
     assert np.array_equal(first, again)
     assert np.abs(first - plain).max() > 0.1
     assert np.abs(first - other).max() > 0.1
@@ -214,9 +216,9 @@ def test_attention_dropout_leaves_the_first_tokens_weight_dropped_or_doubled():
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_blocks_draw_their_own_masks(scan_layers):
     """Two equal blocks whose input is what the dropout left: equal masks would drop the same places."""
-    config = TINY.replace(drop_rate_shortcut=0.5, scan_layers=scan_layers, vocab_size=5)
-    model = GPT(config)
-    params = jax.tree.map(jnp.zeros_like, init(config))
+    config = TINY.replace(drop_rate_shortcut=0.5, vocab_size=5)
+    model = GPT(config, ComputeConfig(scan_layers=scan_layers))
+    params = jax.tree.map(jnp.zeros_like, init(config, scan_layers=scan_layers))
 
     def set_bias(path, leaf):  # each branch adds 1 where it is kept, whatever its input
         return jnp.ones_like(leaf) if path[-1].key == "bias" and path[-2].key == "fc_out" else leaf

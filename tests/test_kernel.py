@@ -16,6 +16,7 @@ import pytest
 from helpers import TINY, make_model, random_ids
 
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
+from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import KernelError
 from jaxgpt.model import ops
@@ -66,7 +67,7 @@ def test_the_kernels_products_equal_xlas(built, rows, kind):
     dtype = "float32" if kind == "int8" else kind
 
     def product(x, native_kernel):
-        return ops.linear(x, weight, scale, dtype, native_kernel)
+        return ops.product(x, ops.Matrix(weight, scale), ComputeConfig(dtype=dtype, native_kernel=native_kernel))
 
     ours, xlas = (jax.jit(product, static_argnums=1)(x, which) for which in (True, False))
     text = jax.jit(product, static_argnums=1).lower(x, True).as_text()
@@ -81,7 +82,8 @@ def test_the_kernels_products_equal_xlas(built, rows, kind):
 def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
     """The kernel takes W as it is."""
     x, weight = jnp.ones((1, 1, 16)), jnp.full((4, 16), 1.001)
-    np.testing.assert_array_equal(ops.linear(x, weight, None, "bfloat16", True), np.full((1, 1, 4), 16))
+    compute = ComputeConfig(dtype="bfloat16", native_kernel=True)
+    np.testing.assert_array_equal(ops.product(x, ops.Matrix(weight, None), compute), np.full((1, 1, 4), 16))
 
 
 @needs_compiler
@@ -91,11 +93,11 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
     model, params = make_model(TINY)
     prompts = random_ids(TINY, rows, 9).tolist()
     with_kernel, its_params = prepare(model, params, dtype)
-    assert with_kernel.config.native_kernel
+    assert with_kernel.compute.native_kernel
     ours = generate(with_kernel, its_params, prompts, 40).tokens
     monkeypatch.setenv(kernel.VARIABLE, "0")
     without, params = prepare(model, params, dtype)
-    assert not without.config.native_kernel
+    assert not without.compute.native_kernel
     for row, want in zip(ours, generate(without, params, prompts, 40).tokens, strict=True):
         np.testing.assert_array_equal(row, want)
 
@@ -103,7 +105,7 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
 @needs_compiler
 def test_the_choice_of_kernel_is_not_saved(built, tmp_path):
     save(tmp_path / "model", *prepare(*make_model(TINY)))
-    assert not load(tmp_path / "model")[0].config.native_kernel
+    assert not load(tmp_path / "model")[0].compute.native_kernel
 
 
 @needs_compiler
@@ -165,7 +167,7 @@ def test_a_kernel_that_others_could_have_put_there_is_not_used(no_cache):
 def test_a_prepared_model_can_be_exported(built):
     """For other machines, so without the kernel."""
     model, params = prepare(*make_model(TINY))
-    assert model.config.native_kernel
+    assert model.compute.native_kernel
     ids = random_ids(TINY, 1, 5)
     program = jax.jit(lambda params, ids: scan_generate(model, params, ids, 6))
     exported = jax.export.export(program)(params, ids)
@@ -177,15 +179,14 @@ def test_a_prepared_model_can_be_exported(built):
 def test_the_kernel_is_left_to_single_devices(built):
     model, params = prepare(*make_model(TINY))
     mesh = sharding.make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
-    with sharding.use(mesh):
-        text = jax.jit(model.apply).lower({"params": sharding.shard(params, mesh)}, random_ids(TINY, 1, 5)).as_text()
+    text = jax.jit(model.apply).lower({"params": sharding.shard(params, mesh)}, random_ids(TINY, 1, 5)).as_text()
     assert kernel.TARGET not in text
 
 
 @needs_compiler
 def test_the_command_finds_the_kernel_in_a_later_process(cache):
     program = (
-        "import jaxgpt; print(jaxgpt.prepare(*jaxgpt.load('shakespeare'))[0].config.native_kernel);"
+        "import jaxgpt; print(jaxgpt.prepare(*jaxgpt.load('shakespeare'))[0].compute.native_kernel);"
         "print(jaxgpt.generate_text(*jaxgpt.load('shakespeare'), 'ROMEO:', 20))"
     )
     printed = {}

@@ -13,7 +13,7 @@ from helpers import TINY, make_model, random_ids, to_numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import DataError
 from jaxgpt.model import reference
 from jaxgpt.training.data import Tokens
@@ -43,7 +43,7 @@ def by_hand(x_BxTxD, head_VxD, labels_BxT):
 @functools.cache
 def compiled(chunk):
     def loss(x, head, labels):
-        return head_cross_entropy(x, head, labels, dtype="float32", chunk=chunk)
+        return head_cross_entropy(x, head, labels, ComputeConfig(), chunk=chunk)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)), jax.jit(loss)
 
@@ -83,7 +83,7 @@ def test_chunked_loss_never_holds_all_logits():
 
     def largest(chunk):
         def loss(x, head):
-            return head_cross_entropy(x, head, labels, dtype="float32", chunk=chunk)[0]
+            return head_cross_entropy(x, head, labels, ComputeConfig(), chunk=chunk)[0]
 
         memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, head).compile().memory_analysis()
         return memory.temp_size_in_bytes
@@ -97,7 +97,7 @@ def test_chunked_loss_never_holds_all_logits():
 def test_chunks_are_balanced(T, chunk, lengths):
     """66 of 64 positions, not 80: what is padded costs as much as what is not."""
     x, head, labels = jnp.ones((2, T, 8)), jnp.ones((1000, 8)), jnp.zeros((2, T), jnp.int32)
-    loss = functools.partial(head_cross_entropy, dtype="float32", chunk=2 * chunk)
+    loss = functools.partial(head_cross_entropy, compute=ComputeConfig(), chunk=2 * chunk)
     program = str(jax.make_jaxpr(loss)(x, head, labels))
     assert f"f32[2,{lengths},1000]" in program
     if lengths < T:
@@ -109,7 +109,7 @@ def test_label_outside_the_vocabulary_makes_the_loss_nan(label):
     labels = LABELS_BxT.copy()
     labels[1, 1] = label
     for chunk in (0, 4):
-        assert math.isnan(head_cross_entropy(X_BxTxD, HEAD_VxD, labels, dtype="float32", chunk=chunk)[0])
+        assert math.isnan(head_cross_entropy(X_BxTxD, HEAD_VxD, labels, ComputeConfig(), chunk=chunk)[0])
 
 
 def test_bfloat16_logits_are_raised_to_float32():

@@ -21,9 +21,9 @@ from helpers import (
 )
 
 import jaxgpt.model.gpt as model_module
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import reference
-from jaxgpt.model.attention import attention
+from jaxgpt.model.attention import attend
 from jaxgpt.model.gpt import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
 TOLERANCE = 2e-5  # of float32 logits against float64
@@ -65,7 +65,7 @@ def test_logits_equal_the_reference_at_the_scale_of_gpt2s_embeddings():
 
 @dense_or_alternating
 def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(config, monkeypatch):
-    monkeypatch.setattr(model_module, "attention", functools.partial(attention, query_block=4))
+    monkeypatch.setattr(model_module, "attend", functools.partial(attend, query_block=4))
     assert logits_error(*make_model(config), random_ids(config, 2, 16)) < TOLERANCE
 
 
@@ -73,7 +73,7 @@ def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(co
 def test_scanned_layers_give_the_same_logits(config):
     _, params = make_model(config)
     stacked = stack_blocks(params, config.n_layers)
-    scanned = GPT(config.replace(scan_layers=True))
+    scanned = GPT(config, ComputeConfig(scan_layers=True))
     ids = random_ids(config, 2, 16)
     assert logits_error(scanned, stacked, ids) < TOLERANCE
     expected = jax.tree.map(jnp.shape, scanned.init(jax.random.key(0), ids)["params"])
@@ -108,7 +108,7 @@ def test_loss_equals_the_reference(tiny):
 @pytest.mark.parametrize("remat", ["none", "block", "dots"])
 def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(remat, scan_layers, config):
     _, params = make_model(config)
-    model = GPT(config.replace(remat=remat, scan_layers=scan_layers))
+    model = GPT(config, ComputeConfig(remat=remat, scan_layers=scan_layers))
     want = plain_gradient(config)
     if scan_layers:
         params, want = (stack_blocks(tree, config.n_layers) for tree in (params, want))
@@ -120,7 +120,7 @@ def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(rema
 def test_rematerialisation_repeats_the_same_dropout():
     gradients = []
     for remat in ("none", "block"):
-        model, params = make_model(TINY.replace(drop_rate=0.3, remat=remat))
+        model, params = make_model(TINY.replace(drop_rate=0.3), remat=remat)
 
         def total(params, model=model):
             rngs = {"dropout": jax.random.key(3)}
@@ -134,7 +134,7 @@ def test_rematerialisation_repeats_the_same_dropout():
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("query_block", [3, 128])
 def test_each_logit_depends_on_all_positions_that_it_may_see_and_on_no_other(query_block, window, monkeypatch):
-    monkeypatch.setattr(model_module, "attention", functools.partial(attention, query_block=query_block))
+    monkeypatch.setattr(model_module, "attend", functools.partial(attend, query_block=query_block))
     model, params = make_model()
     if window:  # the first layer, which is dense, mixes no positions: what is left is one banded layer
         model = GPT(TINY.replace(attention_pattern="alternating", attention_window=window))
@@ -212,7 +212,7 @@ def test_all_intermediates_are_returned_on_request(tiny):
 
 
 def test_scanned_intermediates_are_stacked_over_layers():
-    model, params = make_model(TINY.replace(scan_layers=True))
+    model, params = make_model(TINY, scan_layers=True)
     _, state = model.apply({"params": params}, random_ids(TINY, 2, 9), mutable=["intermediates"])
     blocks = state["intermediates"]["trf_blocks"]
     assert blocks["att"]["weights"][0].shape == (2, 2, TINY.n_heads, 9, 9)
@@ -223,7 +223,7 @@ def test_a_scan_that_alternates_returns_the_intermediates_of_separate_blocks():
     model, params = make_model(ALTERNATING)
     ids = random_ids(ALTERNATING, 2, 9)
     _, separate = model.apply({"params": params}, ids, mutable=["intermediates"])
-    scanned = GPT(ALTERNATING.replace(scan_layers=True))
+    scanned = GPT(ALTERNATING, ComputeConfig(scan_layers=True))
     _, stacked = scanned.apply({"params": stack_blocks(params, 3)}, ids, mutable=["intermediates"])
     for i in range(3):
         here = separate["intermediates"][f"trf_blocks_{i}"]
@@ -234,8 +234,7 @@ def test_a_scan_that_alternates_returns_the_intermediates_of_separate_blocks():
 
 
 def test_a_scan_that_alternates_drops_weights_by_its_key():
-    model = GPT(ALTERNATING.replace(scan_layers=True, drop_rate_attn=0.5))
-    _, params = make_model(model.config)
+    model, params = make_model(ALTERNATING.replace(drop_rate_attn=0.5), scan_layers=True)
     ids = random_ids(ALTERNATING, 2, 9)
     run = jax.jit(lambda key: model.apply({"params": params}, ids, deterministic=False, rngs={"dropout": key}))
     first, again, other = (run(jax.random.key(seed)) for seed in (1, 1, 2))
@@ -250,7 +249,7 @@ def relative_error(got, want):
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_compute_stays_within_three_percent_and_returns_float32(param_dtype):
     # bfloat16 has 8 significant bits: 0.4 % a rounding, and some of them a layer.
-    model, params = make_model(TINY.replace(dtype="bfloat16", param_dtype=param_dtype))
+    model, params = make_model(TINY, dtype="bfloat16", param_dtype=param_dtype)
     ids = random_ids(TINY, 2, 16)
     logits = model.apply({"params": params}, ids)
     assert logits.dtype == jnp.float32
@@ -260,7 +259,7 @@ def test_bfloat16_compute_stays_within_three_percent_and_returns_float32(param_d
 
 
 def test_bfloat16_gradients_stay_within_five_percent_of_float32():
-    model, params = make_model(TINY.replace(dtype="bfloat16"))
+    model, params = make_model(TINY, dtype="bfloat16")
     got = jax.jit(jax.grad(functools.partial(cross_entropy, model)))(params, random_ids(TINY, 2, 12))
     for mine, exact in zip(jax.tree.leaves(got), jax.tree.leaves(plain_gradient(TINY)), strict=True):
         assert mine.dtype == jnp.float32
@@ -302,8 +301,7 @@ def test_the_books_example_shape():
 
 def test_a_scanned_models_program_does_not_grow_with_depth():
     def lines(n_layers, scan_layers):
-        config = TINY.replace(n_layers=n_layers, scan_layers=scan_layers)
-        model = GPT(config)
+        model = GPT(TINY.replace(n_layers=n_layers), ComputeConfig(scan_layers=scan_layers))
         ids = jnp.zeros((1, 8), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
         loss = lambda params: model.apply({"params": params}, ids).sum()  # noqa: E731

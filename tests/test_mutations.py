@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
 from helpers import ALTERNATING, TINY, gradient_errors, logits_error, make_model, random_ids
 
+import jaxgpt.model.attention as attention_module
 import jaxgpt.model.gpt as model_module
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import ops
 from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 
@@ -29,12 +33,13 @@ def error():
 def attention(*, scale=1.0, first_hidden=1, heads=slice(None), order=(0, 1, 2)):
     """Attention in three lines; with the defaults, the right one."""
 
-    def attend(*qkv, **_):
+    def attend(q, seen, **_):
+        qkv = q, seen.k_BxHxSxK, seen.v_BxHxSxK
         q, k, v = (qkv[i] for i in order)
         T = q.shape[2]
         scores = jnp.einsum("BHTK,BHSK->BHTS", q, k) * q.shape[3] ** -0.5 * scale
         hidden = jnp.arange(T) - jnp.arange(T)[:, None] >= first_hidden
-        return (jax.nn.softmax(jnp.where(hidden, -1e30, scores)) @ v)[:, heads]
+        return (jax.nn.softmax(jnp.where(hidden, -1e30, scores)) @ v)[:, heads], None
 
     return attend
 
@@ -52,9 +57,11 @@ def layer_norm(*, eps=None, unbiased=False, with_scale=True, with_shift=True, st
 
 def test_the_right_stand_ins_pass(error, monkeypatch):
     assert error() < TOLERANCE
-    monkeypatch.setattr(model_module, "attention", attention())
-    monkeypatch.setattr(ops, "layer_norm", layer_norm())
+    stand_ins = Mock(side_effect=attention()), Mock(side_effect=layer_norm())
+    monkeypatch.setattr(model_module, "attend", stand_ins[0])
+    monkeypatch.setattr(ops, "layer_norm", stand_ins[1])
     assert error() < TOLERANCE
+    assert [stand_in.call_count for stand_in in stand_ins] == [CONFIG.n_layers, 2 * CONFIG.n_layers + 1]
 
 
 ATTENTION = {
@@ -71,7 +78,7 @@ ATTENTION = {
 
 @pytest.mark.parametrize("mistake", ATTENTION.values(), ids=ATTENTION)
 def test_wrong_attention_is_seen(mistake, error, monkeypatch):
-    monkeypatch.setattr(model_module, "attention", attention(**mistake))
+    monkeypatch.setattr(model_module, "attend", attention(**mistake))
     assert error() > 20 * TOLERANCE
 
 
@@ -87,11 +94,13 @@ BANDS = {
 @pytest.mark.parametrize("wrong", BANDS.values(), ids=BANDS)
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_a_wrong_band_is_seen(wrong, scan_layers, monkeypatch):
-    model, params = make_model(ALTERNATING.replace(scan_layers=scan_layers))
+    model, params = make_model(ALTERNATING, scan_layers=scan_layers)
     assert logits_error(model, params, IDS) < TOLERANCE
-    right = model_module.attention
+    right = attention_module.blocked
     monkeypatch.setattr(
-        model_module, "attention", lambda *qkv, window, **options: right(*qkv, window=wrong(window), **options)
+        attention_module,
+        "blocked",
+        lambda q, seen, *, window, **options: right(q, seen, window=wrong(window), **options),
     )
     assert logits_error(model, params, IDS) > 20 * TOLERANCE
 
@@ -118,15 +127,15 @@ def test_a_wrong_activation_is_seen(wrong, error, monkeypatch):
 
 
 def transposed_where_square(dot):
-    def wrong(subscripts, x, y, dtype):
+    def wrong(subscripts, x, y, *more):
         square_weight = subscripts == "BTD,OD->BTO" and y.shape[0] == y.shape[1]
-        return dot(subscripts, x, y.T if square_weight else y, dtype)
+        return dot(subscripts, x, y.T if square_weight else y, *more)
 
     return wrong
 
 
 def products_in_bfloat16(dot):
-    return lambda subscripts, x, y, dtype: dot(subscripts, x, y, "bfloat16")
+    return lambda subscripts, x, y, dtype, *more: dot(subscripts, x, y, "bfloat16", *more)
 
 
 @pytest.mark.parametrize("mistake", [transposed_where_square, products_in_bfloat16])
@@ -142,7 +151,7 @@ class PositionsFromOne(Embedding):
 
 class ScaledEmbedding(Embedding):
     def __call__(self, ids):
-        return super().__call__(ids) * self.config.emb_dim**0.5
+        return super().__call__(ids) * self.width**0.5
 
 
 class NoFinalNorm(LayerNorm):
@@ -151,27 +160,37 @@ class NoFinalNorm(LayerNorm):
 
 
 class PostNormBlock(nn.Module):
-    config: object
+    config: GPTConfig
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False):
-        attended, layer = MultiHeadAttention(self.config, name="att")(x, cache, layer, deterministic, banded)
-        x = LayerNorm(self.config, name="norm1")(x + attended)
-        return LayerNorm(self.config, name="norm2")(x + FeedForward(self.config, name="ff")(x)), layer
+        attended, layer = MultiHeadAttention(self.config, self.compute, name="att")(
+            x, cache, layer, deterministic, banded
+        )
+        x = LayerNorm(self.config, self.compute, name="norm1")(x + attended)
+        return LayerNorm(self.config, self.compute, name="norm2")(
+            x + FeedForward(self.config, self.compute, name="ff")(x)
+        ), layer
 
 
 class ParallelBlock(nn.Module):
-    config: object
+    config: GPTConfig
+    compute: ComputeConfig
 
     @nn.compact
     def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False):
-        normed = LayerNorm(self.config, name="norm1")(x)
-        attended, layer = MultiHeadAttention(self.config, name="att")(normed, cache, layer, deterministic, banded)
-        return x + attended + FeedForward(self.config, name="ff")(LayerNorm(self.config, name="norm2")(x)), layer
+        normed = LayerNorm(self.config, self.compute, name="norm1")(x)
+        attended, layer = MultiHeadAttention(self.config, self.compute, name="att")(
+            normed, cache, layer, deterministic, banded
+        )
+        return x + attended + FeedForward(self.config, self.compute, name="ff")(
+            LayerNorm(self.config, self.compute, name="norm2")(x)
+        ), layer
 
 
-def linear_without_bias(config, out, use_bias, *more, **named):
-    return Linear(config, out, False, *more, **named)
+def linear_without_bias(out, use_bias, *more, **named):
+    return Linear(out, False, *more, **named)
 
 
 MODULES = {

@@ -12,7 +12,7 @@ from helpers import TINY
 
 from jaxgpt import accounting
 from jaxgpt.cli import main
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.planning import plan as planner
@@ -145,8 +145,8 @@ def test_groups_of_chips_as_xla_writes_them(text, group):
 def test_products_are_counted_as_often_as_they_run():
     from jaxgpt.planning.compile import product_flops
 
-    config = TINY.replace(scan_layers=True, n_layers=5)
-    model, ids = GPT(config), jnp.zeros((3, 7), jnp.int32)
+    config = TINY.replace(n_layers=5)
+    model, ids = GPT(config, ComputeConfig(scan_layers=True)), jnp.zeros((3, 7), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
     traced = jax.make_jaxpr(lambda params: model.apply({"params": params}, ids))(params)
     assert product_flops(traced.jaxpr) == accounting.forward_flops(config, 3, 7).total
@@ -156,10 +156,8 @@ def test_products_of_layers_that_take_turns_are_counted_in_turn():
     from jaxgpt.planning.compile import product_flops
 
     def count(scan_layers, pattern):
-        config = TINY.replace(
-            context_length=1024, n_layers=4, scan_layers=scan_layers, attention_pattern=pattern, attention_window=64
-        )
-        model, ids = GPT(config), jnp.zeros((1, 1024), jnp.int32)
+        config = TINY.replace(context_length=1024, n_layers=4, attention_pattern=pattern, attention_window=64)
+        model, ids = GPT(config, ComputeConfig(scan_layers=scan_layers)), jnp.zeros((1, 1024), jnp.int32)
         params = jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
         def loss(params):
@@ -205,15 +203,16 @@ def test_bandwidth_counts_the_links_that_close_to_rings():
 def test_what_the_config_does_not_say_is_chosen_and_told(tmp_path):
     topology = Topology.parse("v5e:2x2")
     config, chosen = planner.resolve("gpt2", topology)
-    assert chosen == {"model.scan_layers": True, "model.remat": "block", "model.dtype": "bfloat16", "batch_size": 4}
-    assert (config.mesh.fsdp, config.batch_size, config.model.remat) == (4, 4, "block")
+    compute = {"compute.scan_layers": True, "compute.remat": "block", "compute.dtype": "bfloat16"}
+    assert chosen == compute | {"batch_size": 4}
+    assert (config.mesh.fsdp, config.batch_size, config.compute.remat) == (4, 4, "block")
     (tmp_path / "run.toml").write_text(
-        '[model]\npreset = "gpt2"\nremat = "dots"\nscan_layers = false\n[train]\nbatch_size = 6\naccumulate = 3\n'
-        "[mesh]\ndata = 2\ntensor = 2\n"
+        '[model]\npreset = "gpt2"\n[compute]\nremat = "dots"\nscan_layers = false\n'
+        "[train]\nbatch_size = 6\naccumulate = 3\n[mesh]\ndata = 2\ntensor = 2\n"
     )
-    config, chosen = planner.resolve(str(tmp_path / "run.toml"), topology, overrides=["model.dtype=float32"])
+    config, chosen = planner.resolve(str(tmp_path / "run.toml"), topology, overrides=["compute.dtype=float32"])
     assert chosen == {}
-    assert (config.model.remat, config.model.scan_layers, config.model.dtype) == ("dots", False, "float32")
+    assert (config.compute.remat, config.compute.scan_layers, config.compute.dtype) == ("dots", False, "float32")
     config, chosen = planner.resolve("gpt2", topology, batch=64)
     assert chosen["loss_chunk"] == config.loss_chunk < 64 * 1024
 
@@ -242,7 +241,7 @@ def test_batches_that_the_mesh_does_not_divide():
     with pytest.raises(ConfigError, match="data x fsdp=4 does not divide the batch of a step or micro-batch=6"):
         plan_of("gpt2", "v5e:2x2", batch=6)
     with pytest.raises(ConfigError, match="data x fsdp=4 does not divide"):
-        planner.plan(*plan_of("gpt2", "v5e:2x2"), decode_batch=3)
+        planner.make_plan(*plan_of("gpt2", "v5e:2x2"), decode_batch=3)
 
 
 def test_formulae_of_a_training_step():
@@ -251,7 +250,7 @@ def test_formulae_of_a_training_step():
     cost = planner.analytic_training(config, topology)
     assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimiser"] / 2 == 4 * P / 128
     assert cost.memory["activations"] > 40 * 2 * 2048 * 5120 * 4  # each layer's input
-    assert cost.flops == accounting.training_flops(config.model, 128, 2048).total / 256
+    assert cost.flops == accounting.training_flops(config.model, 128, 2048, config.compute.remat).total / 256
     assert cost.wire_bytes == {
         "all-gather": pytest.approx(2 * 31 / 32 * P / 4 * 2),
         "reduce-scatter": pytest.approx(31 / 32 * P / 4 * 4),
@@ -304,18 +303,24 @@ def test_a_program_that_the_compiler_cannot_place_is_a_result():
 
 
 def test_a_compiler_that_fails_says_how(monkeypatch):
-    monkeypatch.setattr(planner, "available", lambda: True)
+    monkeypatch.setattr(planner, "compiler_available", lambda: True)
     monkeypatch.setattr(planner.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stderr="x\nbad flag"))
     with pytest.raises(RuntimeError, match="the TPU compiler failed: x\nbad flag"):
-        planner.plan(*plan_of("gpt2", "v5e:2x2"))
+        planner.make_plan(*plan_of("gpt2", "v5e:2x2"))
 
 
 def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
-    monkeypatch.setattr(planner, "available", lambda: False)
+    monkeypatch.setattr(planner, "compiler_available", lambda: False)
     assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--batch", "256"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'\n")
-    for text in ("1,024 chips", "model.remat = block", "fits 95.00 GiB", "sent: all-reduce (tensor)", "decoding, 128 "):
+    for text in (
+        "1,024 chips",
+        "compute.remat = block",
+        "fits 95.00 GiB",
+        "sent: all-reduce (tensor)",
+        "decoding, 128 ",
+    ):
         assert text in out
     assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -326,7 +331,7 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
 
 def test_the_command_tells_what_does_not_fit(monkeypatch, capsys):
     reason = "RESOURCE_EXHAUSTED: Ran out of memory [on HBM]"
-    monkeypatch.setattr(planner, "available", lambda: True)
+    monkeypatch.setattr(planner, "compiler_available", lambda: True)
     cost = Cost({"parameters": 1e9}, 1, 0, {}, 0, does_not_fit=reason)
     monkeypatch.setattr(planner, "_compiled", lambda *_: {"training": cost})
     assert main(["plan", "gpt2", "--topology", "v5e:2x2"]) == 0
@@ -343,7 +348,7 @@ def test_the_commands_errors_are_one_line(capsys):
 @pytest.mark.slow
 def test_gpt2_compiled_for_four_chips():
     pytest.importorskip("libtpu")
-    report = planner.plan(*plan_of("gpt2", "v5e:2x2", batch=32), quick=True)
+    report = planner.make_plan(*plan_of("gpt2", "v5e:2x2", batch=32), quick=True)
     training, analytic = report["training"]["compiled"], report["training"]["analytic"]
     assert training["fits"]
     for part in ("parameters", "optimiser"):  # all sharded, but LayerNorms and biases
@@ -366,7 +371,7 @@ def test_gpt2_compiled_for_four_chips():
 def test_gpt3_compiled_for_a_pod_it_fits():
     pytest.importorskip("libtpu")
     config, topology = plan_of("gpt3-175b", "v5p:8x8x16", "fsdp=128,tensor=8", batch=256)
-    report = planner.plan(config, topology, decode_batch=0, quick=True)
+    report = planner.make_plan(config, topology, decode_batch=0, quick=True)
     training, analytic = report["training"]["compiled"], report["training"]["analytic"]
     assert training["fits"]
     # Biases and LayerNorms are on every chip.
@@ -384,6 +389,6 @@ def test_gpt3_compiled_for_a_pod_it_fits():
 @pytest.mark.slow
 def test_gpt3_on_four_chips_does_not_fit():
     pytest.importorskip("libtpu")
-    report = planner.plan(*plan_of("gpt3-13b", "v5e:2x2"), decode_batch=0, quick=True)
+    report = planner.make_plan(*plan_of("gpt3-13b", "v5e:2x2"), decode_batch=0, quick=True)
     assert not report["training"]["compiled"]["fits"]
     assert "RESOURCE_EXHAUSTED" in report["training"]["compiled"]["does_not_fit"]

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxgpt import generate, prepare
 from jaxgpt.cli import main
+from jaxgpt.config import ComputeConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.sampling import Temperature
 from jaxgpt.parallel import sharding
@@ -33,6 +34,7 @@ from jaxgpt.training.step import abstract_state, init_state, jit_step, make_step
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 MODEL = TINY.replace(emb_dim=32, n_heads=8, vocab_size=97)
+ALTERNATING_MODEL = MODEL.replace(attention_pattern="alternating", attention_window=5)
 CONFIG = TrainConfig(model=MODEL, batch_size=16, accumulate=2, steps=100, warmup_steps=0, average_decay=0.9)
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=-1"]
 
@@ -59,23 +61,19 @@ def single():
     [
         *((text, {}) for text in MESHES),
         ("data=2,fsdp=2,tensor=2", {"loss_chunk": 32}),
-        ("data=2,fsdp=2,tensor=2", {"scan_layers": True, "remat": "block"}),
-        ("data=2,fsdp=2,tensor=2", {"scan_layers": True, "attention_pattern": "alternating", "attention_window": 5}),
+        ("data=2,fsdp=2,tensor=2", {"compute": ComputeConfig(scan_layers=True, remat="block")}),
+        ("data=2,fsdp=2,tensor=2", {"model": ALTERNATING_MODEL, "compute": ComputeConfig(scan_layers=True)}),
     ],
 )
 def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
-    model = {name: value for name, value in variant.items() if name != "loss_chunk"}
-    config = dataclasses.replace(
-        CONFIG, loss_chunk=variant.get("loss_chunk", 0), model=MODEL.replace(**model), mesh=MeshConfig.parse(text)
-    )
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig.parse(text), **variant)
     ids, _, want, figures = single
-    if model:
+    if "compute" in variant:
         want, figures = jax.jit(make_step(config))(init_state(config), ids)
     mesh = sharding.make_mesh(config.mesh)
     sharding.check(mesh, config.model, config.batch_size // config.accumulate)
     state = init_state(config, mesh=mesh)
-    with sharding.use(mesh):
-        after, got = jit_step(config, mesh)(state, ids)
+    after, got = jit_step(config, mesh)(state, ids)
     assert_close(got, figures)
     assert_close(after["opt_state"], want["opt_state"])
     # Adam's first moment is (1 - beta1) times the gradient.
@@ -109,8 +107,7 @@ def test_a_step_gathers_no_more_than_it_must(text, gathered):
     mesh = sharding.make_mesh(config.mesh)
     layout = NamedSharding(mesh, P(BATCH))
     ids = jax.ShapeDtypeStruct((config.batch_size, config.window + 1), jnp.int32, sharding=layout)
-    with sharding.use(mesh):
-        program = jit_step(config, mesh).lower(abstract_state(config, mesh), ids).compile().as_text()
+    program = jit_step(config, mesh).lower(abstract_state(config, mesh), ids).compile().as_text()
     assert len(re.findall(r" all-reduce(?:-start)?\(", program)) > 0
     assert len(re.findall(r" all-gather(?:-start)?\(", program)) <= gathered
 
@@ -129,7 +126,7 @@ def test_the_state_is_made_in_parts(optimizer):
 
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
-    model = MODEL.replace(tie_embeddings=False, param_dtype="float32")
+    model = MODEL.replace(tie_embeddings=False)
     params = make_model(model)[1]
     mesh = mesh_of("fsdp=2,tensor=2")
     found = {
@@ -140,7 +137,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
     assert found["trf_blocks_1/ff/fc_out/weight"] == P("fsdp", "tensor")
     assert found["trf_blocks_1/ff/fc_in/bias"] == P("tensor")
     assert found["out_head/weight"] == P(None, ("tensor", "fsdp"))
-    stacked = sharding.shardings(mesh, make_model(model.replace(scan_layers=True))[1])["trf_blocks"]
+    stacked = sharding.shardings(mesh, make_model(model, scan_layers=True)[1])["trf_blocks"]
     assert stacked["att"]["out_proj"]["weight"].spec == P(None, "fsdp", "tensor")
     assert stacked["ff"]["fc_in"]["bias"].spec == P(None, "tensor")
     for pattern, _ in sharding.RULES:
@@ -154,7 +151,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
     [("data=4", 3, False), ("tensor=8", 1, False), ("data=2,fsdp=2,tensor=2", 4, False), ("fsdp=2,tensor=2", 3, True)],
 )
 def test_generation_on_a_mesh_draws_the_same_ids(text, rows, scan_layers):
-    model, params = make_model(MODEL.replace(scan_layers=scan_layers))
+    model, params = make_model(MODEL, scan_layers=scan_layers)
     prompts = [row[: 3 + 2 * i].tolist() for i, row in enumerate(random_ids(MODEL, rows, 12))]
     options = {"sampler": Temperature(0.7), "key": jax.random.key(1)}
     want = generate(model, params, prompts, 20, **options).tokens
@@ -268,6 +265,43 @@ def test_the_default_device_is_the_users(chosen):
         assert jnp.ones(1).device == jax.devices("cpu")[0]
 
 
-def test_without_a_mesh_nothing_is_constrained():
-    text = jax.jit(lambda x: sharding.constrain(x, BATCH)).lower(jnp.ones(8)).as_text()
+def laid(letters, shape, mesh):
+    """What `lay` makes of an array that lay whole on each device of a mesh."""
+    x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, P()))
+    return jax.jit(lambda x: sharding.lay(x, letters))(x)
+
+
+@pytest.mark.parametrize(
+    ("letters", "shape", "spec"),
+    [
+        ("BTD", (8, 3, 5), (BATCH,)),
+        ("BHTK", (4, 2, 3, 5), (BATCH, "tensor")),
+        ("BTF", (4, 3, 6), (BATCH, None, "tensor")),
+        ("RW", (7, 6), (None, "tensor")),
+        ("BTV", (2, 3, 8), (None, None, "tensor")),  # two rows are too few for four parts: they stay whole
+        ("BHTK", (4, 1, 3, 5), (BATCH,)),
+    ],
+)
+def test_axes_lie_where_their_letters_say_but_one_too_short_for_its_parts_stays_whole(letters, shape, spec):
+    mesh = mesh_of("data=2,fsdp=2,tensor=2")
+    got = laid(letters, shape, mesh).sharding
+    assert got.is_equivalent_to(NamedSharding(mesh, P(*spec)), len(shape)), got
+
+
+def test_a_letter_that_has_no_place_is_an_error_on_a_mesh():
+    with pytest.raises(KeyError, match="X"):
+        laid("BX", (8, 3), mesh_of("data=8"))
+
+
+@pytest.mark.parametrize("place", [lambda x: sharding.lay(x, "B"), sharding.replicate], ids=["lay", "replicate"])
+def test_without_a_mesh_nothing_is_constrained(place):
+    text = jax.jit(place).lower(jnp.ones(8)).as_text()
     assert "sharding" not in text
+
+
+def test_what_is_replicated_lies_whole_on_every_device():
+    mesh = mesh_of("data=4,tensor=2")
+    x = jax.device_put(jnp.arange(8.0), NamedSharding(mesh, P("data")))
+    got = jax.jit(sharding.replicate)(x)
+    assert got.sharding.is_equivalent_to(NamedSharding(mesh, P()), 1)
+    assert {shard.data.shape for shard in got.addressable_shards} == {(8,)}

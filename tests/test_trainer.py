@@ -22,7 +22,7 @@ from helpers import make_model, random_ids, to_numpy
 
 import jaxgpt
 from jaxgpt.cli import main
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.training import loop as trainer
@@ -409,8 +409,8 @@ def test_tokens_of_another_tokenizer_or_vocabulary_are_refused(tmp_path, tokens)
 
 
 def test_bfloat16_parameters_are_refused():
-    with pytest.raises(ConfigError, match=r"model\.param_dtype must be float32"):
-        dataclasses.replace(CONFIG, model=MODEL.replace(param_dtype="bfloat16"))
+    with pytest.raises(ConfigError, match=r"compute\.param_dtype must be float32"):
+        dataclasses.replace(CONFIG, compute=ComputeConfig(param_dtype="bfloat16"))
 
 
 def test_without_the_extra_a_run_names_it_and_starts_nothing(tmp_path, tokens, monkeypatch):
@@ -467,20 +467,24 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
 
 
 TRAINED_WITH = [
-    {"scan_layers": True},
-    {"remat": "block"},
-    {"remat": "dots", "dtype": "bfloat16"},
-    {"attention_pattern": "alternating", "attention_window": 5, "scan_layers": True, "remat": "block"},
+    {"compute": ComputeConfig(scan_layers=True)},
+    {"compute": ComputeConfig(remat="block")},
+    {"compute": ComputeConfig(remat="dots", dtype="bfloat16")},
+    {
+        "model": MODEL.replace(attention_pattern="alternating", attention_window=5),
+        "compute": ComputeConfig(scan_layers=True, remat="block"),
+    },
 ]
 
 
 @pytest.mark.parametrize("options", TRAINED_WITH)
 def test_runs_with_the_models_options(tmp_path, tokens, options):
-    config = dataclasses.replace(CONFIG, model=MODEL.replace(**options), loss_chunk=13, accumulate=2)
+    config = dataclasses.replace(CONFIG, loss_chunk=13, accumulate=2, **options)
     result = train(config, tokens, tmp_path)
     losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
     assert result.config == config.model
+    assert load_run(tmp_path, "latest")[1] == jaxgpt.GPT(config.model, config.compute)
 
 
 def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, tokens):

@@ -19,13 +19,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt.cli import convert, export
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params
+from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
-from jaxgpt.weights.layout import unstack_layers
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -173,46 +172,45 @@ small = st.builds(
     tokenizer=st.sampled_from(["gpt2", "bytes"]),
     attention_pattern=st.sampled_from(["dense", "alternating"]),
     attention_window=st.integers(1, 9),
-    param_dtype=st.sampled_from(["float32", "bfloat16"]),
-    scan_layers=st.booleans(),
 )
+computes = st.builds(ComputeConfig, param_dtype=st.sampled_from(["float32", "bfloat16"]), scan_layers=st.booleans())
 BIASED = {"bias": True, "qkv_bias": True}
 
 
 @settings(max_examples=8)
-@given(config=small, seed=st.integers(0, 99))
-@example(config=TINY, seed=0)
-@example(config=ALTERNATING.replace(scan_layers=True), seed=0)
-def test_own_directory_comes_back_identical(config, seed, tmp_path):
-    model, params = make_model(config, seed)
+@given(config=small, compute=computes, seed=st.integers(0, 99))
+@example(config=TINY, compute=ComputeConfig(), seed=0)
+@example(config=ALTERNATING, compute=ComputeConfig(scan_layers=True), seed=0)
+def test_own_directory_comes_back_identical(config, compute, seed, tmp_path):
+    model, params = make_model(config, seed, **compute.to_dict())
     weights.save(tmp_path / "model", model, params)
     loaded, got = weights.load(tmp_path / "model", check_finite=True)
-    assert loaded.config == config
+    assert loaded == GPT(config, compute)
     assert type(got) is dict
     assert_same(got, params)
 
 
 @settings(max_examples=8)
-@given(config=small, seed=st.integers(0, 99))
-def test_an_int8_directory_comes_back_identical(config, seed, tmp_path):
-    config = config.replace(param_dtype="int8")
-    params = cast_params(make_model(config.replace(param_dtype="float32"), seed)[1], "int8")
-    weights.save(tmp_path / "model", GPT(config), params)
+@given(config=small, scan_layers=st.booleans(), seed=st.integers(0, 99))
+def test_an_int8_directory_comes_back_identical(config, scan_layers, seed, tmp_path):
+    model = GPT(config, ComputeConfig(param_dtype="int8", scan_layers=scan_layers))
+    params = cast_params(make_model(config, seed, scan_layers=scan_layers)[1], "int8")
+    weights.save(tmp_path / "model", model, params)
     loaded, got = weights.load(tmp_path / "model", check_finite=True)
-    assert loaded.config == config
+    assert loaded == model
     assert_same(got, params)
 
 
 @settings(max_examples=8)
-@given(config=small, seed=st.integers(0, 99))
-def test_hugging_face_directory_comes_back_identical(config, seed, tmp_path):
+@given(config=small, compute=computes, seed=st.integers(0, 99))
+def test_hugging_face_directory_comes_back_identical(config, compute, seed, tmp_path):
     config = config.replace(attention_pattern="dense")
-    model, params = make_model(config, seed)
+    model, params = make_model(config, seed, **compute.to_dict())
     weights.save(tmp_path / "hf", model, params, format="huggingface")
-    loaded, got = weights.load(tmp_path / "hf", param_dtype=config.param_dtype)
-    same = {"attention_window": 256, "scan_layers": False, "param_dtype": config.param_dtype}
-    assert loaded.config == config.replace(**BIASED, **same)
-    got, expected = layout.leaves(got), layout.leaves(unstack_layers(params) if config.scan_layers else params)
+    loaded, got = weights.load(tmp_path / "hf", param_dtype=compute.param_dtype)
+    assert loaded.config == config.replace(**BIASED, attention_window=256)
+    assert loaded.compute == ComputeConfig(param_dtype=compute.param_dtype)
+    got, expected = leaves(got), leaves(unstack_layers(params) if compute.scan_layers else params)
     assert set(expected) <= set(got)
     for name, array in got.items():
         np.testing.assert_array_equal(array, expected.get(name, np.zeros(array.shape)), err_msg=name)
@@ -221,8 +219,8 @@ def test_hugging_face_directory_comes_back_identical(config, seed, tmp_path):
 @settings(max_examples=8)
 @given(config=small, seed=st.integers(0, 99))
 def test_book_file_gives_the_parameters_that_were_written(config, seed, tmp_path):
-    config = config.replace(tie_embeddings=False, bias=True, attention_pattern="dense", param_dtype="float32")
-    _, params = make_model(config.replace(scan_layers=False), seed)
+    config = config.replace(tie_embeddings=False, bias=True, attention_pattern="dense")
+    _, params = make_model(config, seed)
     save_file(book_tensors(params), tmp_path / "book.safetensors")
     loaded, got = weights.load(tmp_path / "book.safetensors", n_heads=config.n_heads)
     for name in ("vocab_size", "context_length", "emb_dim", "n_layers", "ffn_dim", "qkv_bias"):
@@ -243,7 +241,7 @@ def test_nanogpt_file_gives_the_parameters_that_were_written(config, seed, tmp_p
     _, params = make_model(config, seed)
     torch.save(nanogpt_checkpoint(config, params), tmp_path / "ckpt.pt")
     loaded, got = weights.load(tmp_path / "ckpt.pt")
-    assert loaded.config == config
+    assert loaded == GPT(config)
     assert_same(got, params)
 
 
@@ -251,7 +249,7 @@ def test_own_directory_is_plain_safetensors_named_by_paths(tiny, tmp_path):
     model, params = tiny
     weights.save(tmp_path / "model", model, params)
     tensors = load_file(tmp_path / "model" / "model.safetensors")
-    assert set(tensors) == set(layout.leaves(params))
+    assert set(tensors) == set(leaves(params))
     np.testing.assert_array_equal(
         tensors["trf_blocks_1/att/qkv/weight"], params["trf_blocks_1"]["att"]["qkv"]["weight"]
     )
@@ -269,7 +267,7 @@ def test_hugging_face_directory_loads(config, prefix, masks, tmp_path):
         tensors[f"{prefix}h.1.attn.bias"] = np.ones((1, 1, 16, 16), np.uint8)
         tensors[f"{prefix}h.1.attn.masked_bias"] = np.float32([-1e4])
     loaded, got = weights.load(write_hf(tmp_path / "hf", config, tensors))
-    assert loaded.config == config
+    assert loaded == GPT(config)
     assert_same(got, params)
 
 
@@ -320,15 +318,18 @@ def test_hugging_face_aliases_of_sizes_are_honoured(tmp_path):
     assert weights.load_config(tmp_path) == TINY
 
 
-@pytest.mark.parametrize("config", [TINY, UNTIED, BOOK, NANOGPT_BARE, TINY.replace(scan_layers=True)])
-def test_hugging_face_export_is_the_same_function(config, tmp_path):
-    model, params = make_model(config)
+@pytest.mark.parametrize(
+    ("config", "scan_layers"),
+    [(TINY, False), (UNTIED, False), (BOOK, False), (NANOGPT_BARE, False), (TINY, True)],
+)
+def test_hugging_face_export_is_the_same_function(config, scan_layers, tmp_path):
+    model, params = make_model(config, scan_layers=scan_layers)
     weights.save(tmp_path / "hf", model, params, format="huggingface")
     loaded, got = weights.load(tmp_path / "hf")
-    assert loaded.config == config.replace(bias=True, qkv_bias=True, scan_layers=False)
+    assert loaded == GPT(config.replace(bias=True, qkv_bias=True))
     np.testing.assert_allclose(logits(loaded, got), logits(model, params), rtol=0, atol=1e-5)
     if config in (TINY, UNTIED):
-        assert_same(got, params)
+        assert_same(got, unstack_layers(params) if scan_layers else params)
 
 
 def test_hugging_face_export_refuses_a_band_that_it_cannot_express(tmp_path):
@@ -430,7 +431,7 @@ def test_book_safetensors_loads_with_the_config_from_its_shapes(config, tmp_path
     model, params = make_model(config)
     save_file(book_tensors(params), tmp_path / "book.bin")
     loaded, got = weights.load(tmp_path / "book.bin", n_heads=3, drop_rate=0.0)
-    assert loaded.config == config
+    assert loaded == GPT(config)
     assert_same(got, params)
     np.testing.assert_array_equal(logits(loaded, got), logits(model, params))
 
@@ -461,7 +462,7 @@ def test_nanogpt_checkpoint_loads(bias, prefix, tmp_path):
     _, params = make_model(config)
     torch.save(nanogpt_checkpoint(config, params, prefix), tmp_path / "ckpt.pt")
     model, got = weights.load(tmp_path / "ckpt.pt")
-    assert model.config == config
+    assert model == GPT(config)
     assert_same(got, params)
 
 
@@ -471,7 +472,7 @@ def test_nanogpt_padded_vocabulary_is_dropped(tmp_path):
     _, params = make_model(config)
     torch.save(nanogpt_checkpoint(config, params, padded=47), tmp_path / "ckpt.pt")
     model, got = weights.load(tmp_path / "ckpt.pt")
-    assert model.config == config
+    assert model == GPT(config)
     assert_same(got, params)
     untied = weights.load(tmp_path / "ckpt.pt", tie_embeddings=False)[1]
     np.testing.assert_array_equal(untied["out_head"]["weight"], params["tok_emb"]["weight"])
@@ -487,13 +488,13 @@ def test_other_types_are_converted_to_param_dtype(kind, tmp_path):
     write_hf(tmp_path, TINY, narrow)
     assert_same(weights.load(tmp_path)[1], params)
     model, got = weights.load(tmp_path, param_dtype="bfloat16")
-    assert model.config.param_dtype == "bfloat16"
+    assert model.compute.param_dtype == "bfloat16"
     assert_same(got, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
 
 
 def test_torch_bfloat16_is_read_exactly(tmp_path):
     torch = pytest.importorskip("torch")
-    _, params = make_model(BOOK.replace(param_dtype="bfloat16"))
+    _, params = make_model(BOOK, param_dtype="bfloat16")
     state = {
         name: torch.from_numpy(array.astype(np.float32)).bfloat16() for name, array in book_tensors(params).items()
     }
@@ -506,23 +507,23 @@ def test_scan_layers_override_stacks_the_blocks(tiny, tmp_path):
     weights.save(tmp_path / "model", model, params)
     scanned, stacked = weights.load(tmp_path / "model", scan_layers=True)
     assert stacked["trf_blocks"]["att"]["qkv"]["weight"].shape == (2, 3, 24, 24)
-    assert_same(stacked, weights.stack_layers(params))
-    assert_same(weights.unstack_layers(stacked), params)
+    assert_same(stacked, stack_layers(params))
+    assert_same(unstack_layers(stacked), params)
     np.testing.assert_allclose(logits(scanned, stacked), logits(model, params), rtol=0, atol=1e-5)
 
 
 def test_stacking_refuses_trees_that_are_not_a_models(tiny):
     _, params = tiny
     with pytest.raises(ValueError, match="trf_blocks_1"):
-        weights.stack_layers({name: child for name, child in params.items() if name != "trf_blocks_0"})
+        stack_layers({name: child for name, child in params.items() if name != "trf_blocks_0"})
     with pytest.raises(ValueError, match="stacked"):
-        weights.unstack_layers(params)
+        unstack_layers(params)
 
 
 def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp_path):
     weights.save(tmp_path / "model", *tiny)
     model, _ = weights.load(tmp_path / "model", drop_rate=0.2, dtype="bfloat16")
-    assert model.config == TINY.replace(drop_rate=0.2, dtype="bfloat16")
+    assert model == GPT(TINY.replace(drop_rate=0.2), ComputeConfig(dtype="bfloat16"))
     assert model.config.drop_rate_attn == 0.2
     assert weights.load_config(tmp_path / "model", drop_rate=0.2) == TINY.replace(drop_rate=0.2)
     with pytest.raises(CheckpointError, match=r"'pos_emb/weight' is \[16, 24\] and should be \[8, 24\]"):
@@ -534,7 +535,7 @@ def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp
 @pytest.mark.parametrize("rows", [huggingface.ROWS, book.ROWS], ids=["huggingface", "book"])
 def test_tables_name_every_parameter_once(rows):
     full = TINY.replace(tie_embeddings=False, bias=True, qkv_bias=True)
-    assert sorted(row.ours for row in rows) == sorted(layout.abstract_leaves(full))
+    assert sorted(row.ours for row in rows) == sorted(layout.abstract_leaves(full, "float32"))
 
 
 def test_load_config_reads_no_tensors(tiny, tmp_path):
@@ -650,7 +651,7 @@ def test_saving_refuses_parameters_of_another_model(tiny, tmp_path):
         assert name in str(caught.value)
     assert caught.value.path == tmp_path / "model"
     with pytest.raises(CheckpointError, match="missing"):
-        weights.save(tmp_path / "model", GPT(TINY.replace(scan_layers=True)), params)
+        weights.save(tmp_path / "model", GPT(TINY, ComputeConfig(scan_layers=True)), params)
     with pytest.raises(CheckpointError, match="1 missing: 'final_norm/shift'") as caught:
         weights.save(tmp_path / "model", model, {**params, "final_norm": {"scale": params["final_norm"]["scale"]}})
     assert caught.value.path == tmp_path / "model"
@@ -680,8 +681,8 @@ def test_convert_passes_its_flags_on_and_overwrites_only_with_force(tmp_path):
     save_file(book_tensors(params), tmp_path / "book.safetensors")
     argv = (tmp_path / "book.safetensors", tmp_path / "own", "--n-heads", 3, "--param-dtype", "bfloat16")
     run_convert(*argv)
-    config = weights.load_config(tmp_path / "own")
-    assert (config.n_heads, config.param_dtype) == (3, "bfloat16")
+    model, _ = weights.load(tmp_path / "own")
+    assert (model.config.n_heads, model.compute.param_dtype) == (3, "bfloat16")
     with pytest.raises(CheckpointError, match="--force"):
         run_convert(*argv)
     assert run_convert(*argv[:2], "--n-heads", 4, "--force") == 0
@@ -696,7 +697,7 @@ _PEAK = r"""
     from jaxgpt.weights import layout
 
     path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
-    layout.abstract_leaves(weights.load_config(path))  # tracing is not what is measured
+    layout.abstract_leaves(weights.load_config(path), "float32")  # tracing is not what is measured
     jnp.ones((512, 512)).block_until_ready()
     def peak():
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
@@ -712,8 +713,8 @@ _PEAK = r"""
 def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
     config = GPTConfig(vocab_size=8192, context_length=64, emb_dim=640, n_heads=10, n_layers=9)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
-    slots = layout.slots(config, huggingface.ROWS)
-    tensors = {slot.names[0]: np.full(slot.outside_shape, 0.5, np.float32) for slot in slots}
+    entries = layout.entries(config, "float32", huggingface.ROWS)
+    tensors = {entry.names[0]: np.full(entry.outside_shape, 0.5, np.float32) for entry in entries}
     save_file(tensors, tmp_path / "model.safetensors")
     size = sum(array.nbytes for array in tensors.values())
     assert 150e6 < size < 250e6

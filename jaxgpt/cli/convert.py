@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
         raise CheckpointError(args.dst, "exists: choose another name, or pass --force to replace it")
 
     from jaxgpt.accounting import count_parameters
-    from jaxgpt.weights.formats import load, save
+    from jaxgpt.weights import load, save
 
     given = {"n_heads": args.n_heads, "param_dtype": args.param_dtype}
     overrides = {name: value for name, value in given.items() if value is not None}

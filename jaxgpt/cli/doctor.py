@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints what each check found; returns 1 if one of them failed, else 0."""
-    from jaxgpt.measuring.doctor import examine
+    from jaxgpt.measuring import examine
 
     results = []
     for result in examine():

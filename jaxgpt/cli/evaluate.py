@@ -25,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the figures and returns the exit code."""
-    from jaxgpt.training.data import open_tokens
-    from jaxgpt.training.evaluation import evaluate
+    from jaxgpt.training import evaluate, open_tokens
 
     model, params = load_model(args)
     tokens = open_tokens(args.data, model.config)

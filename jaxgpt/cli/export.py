@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the model and returns the exit code."""
-    from jaxgpt.training.loop import load_run
-    from jaxgpt.weights.formats import save
+    from jaxgpt.training import load_run
+    from jaxgpt.weights import save
 
     step, model, params = load_run(args.run_directory, _step(args), param_dtype=args.param_dtype)
     save(args.out, model, params, format=args.format)

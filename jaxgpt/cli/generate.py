@@ -58,8 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     import jax
 
-    from jaxgpt.generation import sampling
-    from jaxgpt.generation.text import encode_prompt
+    from jaxgpt.generation import encode_prompt, sampling
     from jaxgpt.tokenizer import get_tokenizer
 
     temperature = 0.0 if args.greedy else args.temperature
@@ -94,8 +93,7 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generation.session import generate
-    from jaxgpt.generation.text import without_stop
+    from jaxgpt.generation import generate, without_stop
     from jaxgpt.tokenizer import get_tokenizer
 
     result = generate(model, params, rows, args.max_new_tokens, key=key, **options)
@@ -119,8 +117,7 @@ def _print(args, model, params, prompts, rows, key, options) -> None:
 def _stream(args, model, params, prompts, rows, key, options) -> None:
     import jax
 
-    from jaxgpt.generation.session import Generation
-    from jaxgpt.generation.text import STREAM_CHUNK, text_pieces
+    from jaxgpt.generation import STREAM_CHUNK, Generation, text_pieces
 
     results = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):

@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if inside is not None:
         report["inside"] = inside_report(config, args.prompt, inside)
     if args.plot is not None:
-        from jaxgpt.pictures.report import write_pictures
+        from jaxgpt.pictures import write_pictures
 
         name = Path(args.model).resolve().name
         page, *pictures = write_pictures(args.plot, name, config, inside, args.prompt)
@@ -73,7 +73,7 @@ def resolve_config(name: str) -> GPTConfig:
         return GPTConfig.preset(name)
     if Path(name).suffix in (".toml", ".json"):
         return GPTConfig.from_file(name)
-    from jaxgpt.weights.formats import load_config
+    from jaxgpt.weights import load_config
 
     return load_config(name)
 
@@ -93,10 +93,10 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
             f"{name} is a config without weights, and --prompt needs a model that can read: shakespeare, gpt2, or the "
             "path of a checkpoint"
         )
-    from jaxgpt.generation.text import encode_prompt
+    from jaxgpt.generation import encode_prompt
     from jaxgpt.interpret import look_inside
     from jaxgpt.tokenizer import get_tokenizer
-    from jaxgpt.weights.formats import load
+    from jaxgpt.weights import load
 
     model, params = load(name)
     return model.config, look_inside(model, params, encode_prompt(get_tokenizer(model.config.tokenizer), prompt))

@@ -28,10 +28,9 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     Raises:
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model cannot be read, or the mesh not be made.
     """
-    from jaxgpt.generation.prepare import prepare
-    from jaxgpt.parallel import sharding
-    from jaxgpt.parallel.mesh import MeshConfig
-    from jaxgpt.weights.formats import load
+    from jaxgpt.generation import prepare
+    from jaxgpt.parallel import MeshConfig, sharding
+    from jaxgpt.weights import load
 
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
     # What is to be spread must not first fill one device.

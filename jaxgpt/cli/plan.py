@@ -33,11 +33,11 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: for a slice, mesh or config that cannot be.
     """
-    from jaxgpt.planning import plan as planner
+    from jaxgpt import planning
 
-    topology = planner.Topology.parse(args.topology)
-    config, chosen = planner.resolve(args.config, topology, args.mesh, args.set, args.batch)
-    parts = planner.plan(config, topology, args.decode_batch, args.quick)
+    topology = planning.Topology.parse(args.topology)
+    config, chosen = planning.resolve(args.config, topology, args.mesh, args.set, args.batch)
+    parts = planning.make_plan(config, topology, args.decode_batch, args.quick)
     report = {
         "model": args.config,
         "topology": topology.name,
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         "batch": config.batch_size,
         "length": config.window,
         "chosen": chosen,
-        "compiled": planner.available(),
+        "compiled": planning.compiler_available(),
         "quick": args.quick,
         **parts,
     }

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the token file and returns the exit code."""
-    from jaxgpt.training.data import read_text
+    from jaxgpt.training import read_text
 
     tokens = read_text(args.text, args.tokenizer)
     tokens.save(args.out)

@@ -40,7 +40,7 @@ def describe_settings(width: int) -> str:
     """Every field that --set takes, by table of the config file, in lines of at most `width` characters."""
     from jaxgpt.config import PRESETS
     from jaxgpt.fields import settings
-    from jaxgpt.training.config import TABLES
+    from jaxgpt.training import TABLES
 
     def entry(key: str, text: str) -> list[str]:
         first = f"  {key} ".ljust(28)
@@ -60,8 +60,8 @@ def describe_settings(width: int) -> str:
 def run(args: argparse.Namespace) -> int:
     """Trains, and returns the exit code: 128 + the signal's number if one ended the run."""
     from jaxgpt.errors import ConfigError
-    from jaxgpt.parallel.mesh import MeshConfig
-    from jaxgpt.training.config import TrainConfig
+    from jaxgpt.parallel import MeshConfig
+    from jaxgpt.training import TrainConfig
 
     config = TrainConfig.from_file(args.config, args.set)
     if args.mesh is not None:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
     elif (args.coordinator, args.processes, args.process) != (None, None, None):
         raise ConfigError("--coordinator, --processes and --process belong to --distributed")
-    from jaxgpt.training.loop import train
+    from jaxgpt.training import train
 
     result = train(
         config,

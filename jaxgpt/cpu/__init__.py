@@ -1,1 +1,5 @@
-"""Forms of the model's arithmetic that run well on a CPU."""
+"""Forms of the model's arithmetic that run well on a CPU. What other rooms may use of it is in `__init__.pyi`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

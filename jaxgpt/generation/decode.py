@@ -17,9 +17,8 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model.cache import Cache, RecentTokens
-from jaxgpt.model.gpt import GPT
-from jaxgpt.parallel.sharding import replicate
+from jaxgpt.model import GPT, Cache, RecentTokens
+from jaxgpt.parallel import replicate
 
 
 @struct.dataclass
@@ -86,7 +85,7 @@ def prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk", "sampler"), donate_argnames=("state",))
-def decode(
+def decode_tokens(
     model: GPT,
     params: Any,
     state: DecodeState,
@@ -174,13 +173,13 @@ def scan_generate(
     )
     pieces = [ids_BxT, state.token_B[:, None]]
     if cached > 1:
-        state, ids = decode(model, params, state, cached - 1, key, no_stops, chunk=cached - 1, sampler=sampler)
+        state, ids = decode_tokens(model, params, state, cached - 1, key, no_stops, chunk=cached - 1, sampler=sampler)
         pieces.append(ids)
     windowed = max_new_tokens - cached
     if windowed > 0:
         read_BxC = jnp.concatenate(pieces, axis=1)[:, -C - 1 : -1]
         state = dataclasses.replace(state, memory=RecentTokens(read_BxC, jnp.full(B, C, jnp.int32)))
-        _, ids = decode(model, params, state, windowed, key, no_stops, chunk=windowed, sampler=sampler)
+        _, ids = decode_tokens(model, params, state, windowed, key, no_stops, chunk=windowed, sampler=sampler)
         pieces.append(ids)
     return jnp.concatenate(pieces[1:], axis=1)
 

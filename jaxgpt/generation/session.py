@@ -12,11 +12,10 @@ import numpy as np
 
 from jaxgpt.checks import check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
-from jaxgpt.generation.prepare import prepare
+from jaxgpt.generation.preparation import prepare
 from jaxgpt.generation.prompts import check_key, check_prompts
 from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model.cache import RecentTokens
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT, RecentTokens
 
 # Shapes are rounded up to powers of two from these on, so that lengths in one bucket share a compilation.
 PROMPT_BUCKET = 16
@@ -187,7 +186,7 @@ class Generation:
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
                 state = decode.grow(state, slots)
-            state, ids_BxN = decode.decode(
+            state, ids_BxN = decode.decode_tokens(
                 self.model,
                 self.params,
                 state,

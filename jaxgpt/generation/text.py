@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.generation.session import Generation, generate
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
 # Few, so that text appears as it is drawn; more than one, so that the host costs little.

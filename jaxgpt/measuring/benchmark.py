@@ -203,7 +203,7 @@ def costliest_operations(directory: Path, most: int = 10) -> list[tuple[str, flo
 def _decode(work: Work) -> Callable[[], Any]:
     import numpy as np
 
-    from jaxgpt.generation.session import generate
+    from jaxgpt.generation import generate
 
     model, params = _model(work.config(), ComputeConfig(param_dtype=work.dtype), work.dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, PROMPT))
@@ -224,8 +224,7 @@ def _train(work: Work) -> Callable[[], Any]:
     import jax
     import numpy as np
 
-    from jaxgpt.training.config import TrainConfig
-    from jaxgpt.training.step import init_state, make_step
+    from jaxgpt.training import TrainConfig, init_state, make_step
 
     model = work.config()
     config = TrainConfig(
@@ -248,8 +247,8 @@ def _model(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tupl
     import jax
     import numpy as np
 
-    from jaxgpt.generation.prepare import prepare
-    from jaxgpt.model.gpt import GPT
+    from jaxgpt.generation import prepare
+    from jaxgpt.model import GPT
 
     model = GPT(config, compute)
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
@@ -274,7 +273,7 @@ def _matmul(work: Work) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
-    from jaxgpt.model.ops import dot
+    from jaxgpt.model import dot
 
     x, y = (jax.random.normal(jax.random.key(i), (MATMUL, MATMUL)).astype(work.dtype) for i in range(2))
     product = jax.jit(lambda x, y: dot("ij,kj->ik", x, y, work.dtype))

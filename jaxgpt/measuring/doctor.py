@@ -80,7 +80,7 @@ def _arithmetic(dtype: str) -> str:
     import numpy as np
 
     from jaxgpt.cpu import kernel
-    from jaxgpt.generation.prepare import prepare
+    from jaxgpt.generation import prepare
     from jaxgpt.model import reference
 
     with mock.patch.dict(os.environ, {kernel.VARIABLE: "0"}):  # the kernel has a check of its own
@@ -96,7 +96,7 @@ def _generation() -> str:
     """The cached generator's ids against the whole float64 forward for each."""
     import numpy as np
 
-    from jaxgpt.generation.session import generate
+    from jaxgpt.generation import generate
     from jaxgpt.model import reference
 
     model, params = _small_model()
@@ -115,7 +115,7 @@ def _gradient() -> str:
     import numpy as np
 
     from jaxgpt.model import reference
-    from jaxgpt.training.loss import model_loss
+    from jaxgpt.training import model_loss
 
     model, params = _small_model()
     ids = np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 70)).astype(np.int32)
@@ -185,7 +185,7 @@ def _bundled_model() -> str:
         raise Wrong(str(error), REINSTALL) from None
     if digest != MODEL_SHA256:
         raise Wrong(f"its sha256 is {digest[:12]}…, and should be {MODEL_SHA256[:12]}…", REINSTALL)
-    from jaxgpt.weights.formats import load
+    from jaxgpt.weights import load
 
     model, _ = load("shakespeare", check_finite=True)
     return f"as released; {model.config.n_layers} layers, all values finite"
@@ -248,7 +248,7 @@ def _small_model() -> tuple[Any, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from jaxgpt.model.gpt import GPT
+    from jaxgpt.model import GPT
 
     model = GPT(SMALL)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]

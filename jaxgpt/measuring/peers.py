@@ -136,7 +136,7 @@ def _ctranslate2(work: Work, threads: int) -> float:
     import ctranslate2
     from transformers import GPT2Tokenizer
 
-    from jaxgpt.weights.huggingface import write_tokenizer
+    from jaxgpt.weights import write_tokenizer
 
     with tempfile.TemporaryDirectory() as work_directory:
         source, converted = Path(work_directory) / "source", Path(work_directory) / "converted"

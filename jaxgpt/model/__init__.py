@@ -1,1 +1,5 @@
-"""The book's chapter 4: the GPT, and the arithmetic under it."""
+"""The book's chapter 4: the GPT, and the arithmetic under it. What other rooms may use of it is in `__init__.pyi`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

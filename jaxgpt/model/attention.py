@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from jaxgpt.model.cache import Seen
 from jaxgpt.model.ops import dot, dropout_mask, keep
-from jaxgpt.parallel.sharding import is_distributed, platform
+from jaxgpt.parallel import is_distributed, platform
 
 # Finite, so that a row with every score masked gives a uniform row and not NaN.
 MASKED_SCORE = -1e30

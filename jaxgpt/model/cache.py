@@ -11,7 +11,7 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.parallel.sharding import lay, platform
+from jaxgpt.parallel import lay, platform
 
 
 @struct.dataclass

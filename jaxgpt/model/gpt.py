@@ -18,7 +18,7 @@ from jaxgpt.model import ops, stack
 from jaxgpt.model.attention import attend
 from jaxgpt.model.cache import Cache, remember
 from jaxgpt.model.layers import WEIGHT_STD, Dropout, Embedding, LayerNorm, Linear, dropout_key, residual_std
-from jaxgpt.parallel.sharding import lay
+from jaxgpt.parallel import lay
 
 
 class FeedForward(nn.Module):

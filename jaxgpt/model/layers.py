@@ -15,7 +15,7 @@ from jax import Array, lax
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import ops
-from jaxgpt.parallel.sharding import lay
+from jaxgpt.parallel import lay
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import products
-from jaxgpt.parallel.sharding import is_distributed
+from jaxgpt.parallel import is_distributed
 
 
 def dot(subscripts: str, x: Array, y: Array, dtype: str, custom_derivatives: bool = True) -> Array:

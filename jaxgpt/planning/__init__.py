@@ -1,1 +1,5 @@
-"""What a model needs on a TPU pod slice, with no TPU at hand."""
+"""What a model needs on a TPU pod slice, with no TPU at hand. What other rooms may use of it is in `__init__.pyi`."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -17,15 +17,12 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.generation.decode import DecodeState, decode, prefill
-from jaxgpt.generation.sampling import Greedy
-from jaxgpt.model.gpt import GPT
-from jaxgpt.parallel import sharding
-from jaxgpt.parallel.mesh import BATCH
+from jaxgpt.generation import DecodeState, Greedy, decode_tokens, prefill
+from jaxgpt.model import GPT
+from jaxgpt.parallel import BATCH, sharding
 from jaxgpt.planning.hlo import Program
 from jaxgpt.planning.plan import Cost, Topology
-from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.step import abstract_state, jit_step
+from jaxgpt.training import TrainConfig, abstract_state, jit_step
 
 # XLA's least effort: a sixth of the time. Memory and exchanges come out about the same, but two to three times the
 # traffic with HBM: less is fused, and less kept in on-chip memory.
@@ -58,7 +55,7 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
 
 
 def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """`decode` at the end of a full context, as `training`."""
+    """`decode_tokens` at the end of a full context, as `training`."""
     model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none"))
     C = model.config.context_length
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
@@ -74,7 +71,7 @@ def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any
         )
 
     state = sharding.abstract(state, jax.tree.map(layout, state))
-    step = jax.jit(functools.partial(decode, model, chunk=CHUNK, sampler=Greedy()), donate_argnums=1)
+    step = jax.jit(functools.partial(decode_tokens, model, chunk=CHUNK, sampler=Greedy()), donate_argnums=1)
     arguments = (params, state, ints(()), None, ints((0,)))
     return step, arguments, {"parameters": params, "cache": state.memory}
 

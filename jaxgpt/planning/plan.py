@@ -24,9 +24,9 @@ from jaxgpt import accounting
 from jaxgpt.checks import did_you_mean
 from jaxgpt.config import PRESETS
 from jaxgpt.errors import ConfigError
-from jaxgpt.parallel.mesh import AXES, MeshConfig
+from jaxgpt.parallel import AXES, MeshConfig
 from jaxgpt.textfile import read_toml
-from jaxgpt.training.config import TrainConfig, override
+from jaxgpt.training import TrainConfig, override
 
 GIB = 2**30
 
@@ -128,7 +128,7 @@ class Cost:
     does_not_fit: str = ""
 
 
-def available() -> bool:
+def compiler_available() -> bool:
     """Whether the TPU compiler is installed."""
     return importlib.util.find_spec("libtpu") is not None
 
@@ -292,7 +292,7 @@ def roofline(cost: Cost, topology: Topology, tokens: int, useful_flops: float) -
     }
 
 
-def plan(
+def make_plan(
     config: TrainConfig, topology: Topology, decode_batch: int | None = None, quick: bool = False
 ) -> dict[str, Any]:
     """The whole plan, as plain values ready for JSON: for "training" and "decoding" the roofline of the formulae,
@@ -320,7 +320,7 @@ def plan(
         name: {"tokens": n, "analytic": roofline(cost, topology, n, useful)}
         for name, (cost, n, useful) in parts.items()
     }
-    if available():
+    if compiler_available():
         for name, cost in _compiled(config, topology, rows, quick).items():
             _, n, useful = parts[name]
             report[name]["compiled"] = roofline(cost, topology, n, useful)

@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from jaxgpt.checks import first_line
 from jaxgpt.errors import CheckpointError, require
-from jaxgpt.model.params import leaves
+from jaxgpt.model import leaves
 from jaxgpt.parallel import distributed, sharding
 
 

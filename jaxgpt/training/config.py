@@ -11,7 +11,7 @@ from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import check, documented, from_table, setting, to_table
-from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.parallel import MeshConfig
 from jaxgpt.textfile import parse_value, read_toml
 
 

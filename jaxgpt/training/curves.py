@@ -14,7 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from jaxgpt.errors import ConfigError, DataError
-from jaxgpt.pictures.style import COLOURS, MUTED, drawable, styled
+from jaxgpt.pictures import style
 from jaxgpt.training.run_directory import Run
 
 AXES = ("tokens", "steps")
@@ -90,7 +90,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
     return runs
 
 
-@styled
+@style.styled
 def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = tuple(PANELS)) -> Figure:
     """One figure of all runs: training loss thin, validation loss thick; under it the other panels.
 
@@ -119,7 +119,7 @@ def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = t
                 scale = run.tokens_per_step if x == "tokens" and run.tokens_per_step else 1
                 _line(axes, [step * scale for step in values], list(values.values()), key, i, len(runs))
         axes.set_ylabel(label)
-        axes.grid(alpha=0.25, linewidth=0.6, color=MUTED)
+        axes.grid(alpha=0.25, linewidth=0.6, color=style.MUTED)
         axes.set_axisbelow(True)
     grid[-1].set_xlabel(x)
     grid[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -134,7 +134,7 @@ def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = t
 def _line(axes: Axes, xs: list[int], ys: list[float], key: str, i: int, runs: int) -> None:
     colour, dashes = _look(i)
     if key == "val_loss":
-        colour = COLOURS[1] if runs == 1 else colour
+        colour = style.COLOURS[1] if runs == 1 else colour
         axes.plot(xs, ys, color=colour, linestyle=dashes, linewidth=2, marker="o", markersize=3.5, zorder=3)
     else:
         alpha = 0.55 if key == "loss" and runs > 1 else 1
@@ -144,20 +144,20 @@ def _line(axes: Axes, xs: list[int], ys: list[float], key: str, i: int, runs: in
 
 def _legend(figure: Figure, axes: Axes, runs: Sequence[Curves]) -> None:
     validated = any(run.points["val_loss"] for run in runs)
-    both = COLOURS[:2] if len(runs) == 1 else (MUTED, MUTED)
+    both = style.COLOURS[:2] if len(runs) == 1 else (style.MUTED, style.MUTED)
     kinds = [Line2D([], [], color=both[0], linewidth=1, label="training")]
     if validated:
         kinds.append(Line2D([], [], color=both[1], linewidth=2, marker="o", markersize=3.5, label="validation"))
     axes.add_artist(axes.legend(handles=kinds, loc="upper right"))
     if len(runs) == 1:
-        axes.set_title(drawable(runs[0].name, 80), loc="left", fontweight="bold")
+        axes.set_title(style.drawable(runs[0].name, 80), loc="left", fontweight="bold")
         return
     handles = []
     for i, run in enumerate(runs):
         colour, dashes = _look(i)
-        handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2, label=drawable(run.name, 60)))
+        handles.append(Line2D([], [], color=colour, linestyle=dashes, linewidth=2, label=style.drawable(run.name, 60)))
     figure.legend(handles=handles, loc="outside upper left", ncols=min(len(runs), 3), fontsize=8)
 
 
 def _look(i: int) -> tuple[str, Any]:
-    return COLOURS[i % len(COLOURS)], _DASHES[i // len(COLOURS) % len(_DASHES)]
+    return style.COLOURS[i % len(style.COLOURS)], _DASHES[i // len(style.COLOURS) % len(_DASHES)]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxgpt.errors import DataError
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.data import Ids
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity

@@ -19,13 +19,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError, TrainingError
-from jaxgpt.generation.sampling import Temperature
-from jaxgpt.generation.text import generate_text
-from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params
-from jaxgpt.parallel import distributed, sharding
-from jaxgpt.parallel.mesh import BATCH
+from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
+from jaxgpt.generation import Temperature, generate_text
+from jaxgpt.model import GPT, cast_params
+from jaxgpt.parallel import BATCH, distributed, sharding
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
@@ -34,7 +31,7 @@ from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run, import_tensorboard
 from jaxgpt.training.step import SAMPLE, State, abstract_state, eval_params, init_state, jit_step, stream_key
-from jaxgpt.weights.formats import load, load_config
+from jaxgpt.weights import load, load_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,7 +171,7 @@ class _Loop:
                     self.checkpoints.save(done, state)
                 self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
         try:
-            self.run.plot_losses()
+            _plot_losses(self.run)
         except Exception as error:  # a picture is not worth a finished run
             self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
@@ -326,6 +323,20 @@ def _check_samples(config: TrainConfig) -> None:
             f"sample_tokens: the model has {config.model.vocab_size} ids and its tokenizer "
             f"{config.model.tokenizer!r} {known}, so samples could not be shown as text; set it to 0"
         )
+
+
+def _plot_losses(run: Run) -> None:
+    """Writes loss.png, if the extra [plot] is there."""
+    if not run.writes:
+        return
+    try:
+        from jaxgpt.pictures import style
+    except MissingExtraError:
+        return
+    from jaxgpt.training import curves
+
+    curve = curves.from_metrics(run.directory.resolve().name, run.read_metrics())
+    style.save(curves.draw([curve], panels=("loss",)), run.directory / "loss.png")
 
 
 @contextlib.contextmanager

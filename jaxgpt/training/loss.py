@@ -12,9 +12,8 @@ from jax import Array, lax
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import products
-from jaxgpt.model.gpt import GPT
-from jaxgpt.model.ops import dot, widen
-from jaxgpt.parallel.sharding import is_distributed, lay
+from jaxgpt.model import GPT, dot, widen
+from jaxgpt.parallel import is_distributed, lay
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
 IGNORE = -1

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import short_repr
-from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, require
+from jaxgpt.errors import CheckpointError, ConfigError, require
 from jaxgpt.textfile import read_json
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
@@ -178,18 +178,6 @@ class Run:
                     ):
                         lines.append(line)
         return lines
-
-    def plot_losses(self) -> None:
-        """Writes loss.png, if the extra [plot] is there."""
-        if not self.writes:
-            return
-        try:
-            from jaxgpt.pictures import style
-            from jaxgpt.training import curves
-        except MissingExtraError:
-            return
-        curve = curves.from_metrics(self.directory.resolve().name, self.read_metrics())
-        style.save(curves.draw([curve], panels=("loss",)), self.directory / "loss.png")
 
     def _described(self, key: str) -> Any:
         if not self.description.exists():

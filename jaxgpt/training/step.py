@@ -12,7 +12,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT
 from jaxgpt.parallel import sharding
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import model_loss

@@ -30,8 +30,7 @@ from typing import Any
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
-from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params
+from jaxgpt.model import GPT, cast_params
 from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params

@@ -14,7 +14,7 @@ from typing import Any
 from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer, gpt2_alphabet, gpt2_merges
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors

@@ -23,8 +23,7 @@ from flax.traverse_util import unflatten_dict
 from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
-from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import leaves
+from jaxgpt.model import GPT, leaves
 from jaxgpt.weights.tensors import FLOATS, Tensor
 
 BLOCKS = "trf_blocks/"

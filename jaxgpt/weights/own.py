@@ -15,7 +15,7 @@ from typing import Any
 from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
-from jaxgpt.model.gpt import GPT
+from jaxgpt.model import GPT
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
 from jaxgpt.weights.tensors import open_safetensors, write_safetensors
 

@@ -10,8 +10,7 @@ from jaxgpt.checks import did_you_mean
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import ConfigError
-from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params, unstack_layers
+from jaxgpt.model import GPT, cast_params, unstack_layers
 from jaxgpt.parallel import sharding
 
 

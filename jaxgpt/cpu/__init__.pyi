@@ -1,0 +1,2 @@
+from . import kernel as kernel
+from . import products as products

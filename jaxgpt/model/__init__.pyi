@@ -1,0 +1,15 @@
+from . import ops as ops
+from . import reference as reference
+from .cache import Cache as Cache
+from .cache import RecentTokens as RecentTokens
+from .gpt import GPT as GPT
+from .gpt import FeedForward as FeedForward
+from .gpt import MultiHeadAttention as MultiHeadAttention
+from .gpt import TransformerBlock as TransformerBlock
+from .layers import LayerNorm as LayerNorm
+from .ops import dot as dot
+from .ops import widen as widen
+from .params import cast_params as cast_params
+from .params import leaves as leaves
+from .params import stack_layers as stack_layers
+from .params import unstack_layers as unstack_layers

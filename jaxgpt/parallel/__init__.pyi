@@ -1,0 +1,11 @@
+from . import distributed as distributed
+from . import sharding as sharding
+from .mesh import AXES as AXES
+from .mesh import BATCH as BATCH
+from .mesh import MeshConfig as MeshConfig
+from .sharding import is_distributed as is_distributed
+from .sharding import lay as lay
+from .sharding import make_mesh as make_mesh
+from .sharding import platform as platform
+from .sharding import replicate as replicate
+from .sharding import shard as shard

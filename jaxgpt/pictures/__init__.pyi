@@ -1,0 +1,2 @@
+from . import style as style
+from .report import write_pictures as write_pictures
