@@ -23,9 +23,9 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params
-from jaxgpt.weights import book, huggingface, nanogpt
+from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
-from jaxgpt.weights.formats import layout, unstack_layers
+from jaxgpt.weights.formats import unstack_layers
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -692,7 +692,7 @@ _PEAK = r"""
     import re, sys
     from pathlib import Path
     import jax.numpy as jnp
-    from jaxgpt import weights
+    from jaxgpt.weights import formats as weights
     from jaxgpt.weights import layout
 
     path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
