@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import product_flops
+from helpers import grid, product_flops
 
 from jaxgpt.model import reference
 from jaxgpt.model.attention import attention
@@ -44,9 +44,7 @@ def plain_attention(q, k, v, kept, window):
     return jax.nn.softmax(scores) * kept @ v
 
 
-@pytest.mark.parametrize("window", [2, 4, 9])
-@pytest.mark.parametrize("group_scores", [1, 10**6])
-@pytest.mark.parametrize("drop_rate", [0.0, 0.4])
+@grid(2, drop_rate=[0.0, 0.4], group_scores=[1, 10**6], window=[2, 4, 9])
 def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores, window):
     T = 9
     q, k, v = attention_inputs(T, T)
@@ -72,11 +70,14 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
         np.testing.assert_allclose(mine, theirs, atol=5e-6)
 
 
-@pytest.mark.parametrize("window", [None, 2, 5])
-@pytest.mark.parametrize("start_B", [None, [0, 3]])
-@pytest.mark.parametrize("query_slot", [0, 4])
-@pytest.mark.parametrize("group_scores", [1, 100, 10**6])  # a head, a row, and everything at a time
-@pytest.mark.parametrize("query_block", [3, 4])
+@grid(
+    2,
+    query_block=[3, 4],
+    group_scores=[1, 100, 10**6],  # a head, a row, and everything at a time
+    query_slot=[0, 4],
+    start_B=[None, [0, 3]],
+    window=[None, 2, 5],
+)
 def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     query_block, query_slot, start_B, group_scores, window
 ):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
+from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, stack_blocks, to_numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def bytes_model():
     return make_model(BYTES, seed=3)
 
 
-@pytest.mark.parametrize("variant", ["as is", "scan_layers", "untied, no biases", "alternating"])
+@pytest.mark.parametrize("variant", ["as is", "scan_layers", exhaustive("untied, no biases"), "alternating"])
 def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
     others = {
         "untied, no biases": TINY.replace(tie_embeddings=False, bias=False, qkv_bias=False),
@@ -210,8 +210,7 @@ def test_result_counts_and_times(tiny):
 # --- as one pure function
 
 
-@pytest.mark.parametrize("n", [1, 9, 30])
-@pytest.mark.parametrize("config", [TINY, ALTERNATING.replace(scan_layers=True)], ids=["dense", "alternating scan"])
+@grid(1, config={"dense": TINY, "alternating scan": ALTERNATING.replace(scan_layers=True)}, n=[1, 9, 30])
 def test_scan_generate_equals_generate(config, n):
     model, params = make_model(config)
     prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])
@@ -226,6 +225,7 @@ def test_scan_generate_crops_prompts_beyond_the_context(tiny):
     assert scan_generate(*tiny, prompt, 3)[0].tolist() == expected
 
 
+@pytest.mark.exhaustive  # test_export.py does much the same
 def test_generator_exports_for_every_platform(tiny):
     model, params = tiny
     run = jax.jit(lambda params, ids: scan_generate(model, params, ids, 20))
@@ -235,9 +235,7 @@ def test_generator_exports_for_every_platform(tiny):
     assert exported.call(params, ids).tolist() == scan_generate(model, params, ids, 20).tolist()
 
 
-@pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@grid(2, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
 def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
     model, params = make_model(config.replace(context_length=128, emb_dim=64, n_heads=4, dtype=dtype))
     none = np.zeros(0, np.int32)

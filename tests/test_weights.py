@@ -706,7 +706,7 @@ _PEAK = r"""
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("scan", [False, True], ids=["blocks", "scan"])
 def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
