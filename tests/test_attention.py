@@ -59,11 +59,11 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
     )
     # The same mask as it acts on the weights, read off with no scores and the identity for values.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
-    kept = run(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
+    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
     assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
     assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
-    got, pull_back = jax.vjp(run, q, k, v)
-    want, pull_back_formula = jax.vjp(lambda q, k, v: plain_attention(q, k, v, kept, window), q, k, v)
+    got, pull_back = jax.vjp(jax.jit(run), q, k, v)
+    want, pull_back_formula = jax.vjp(jax.jit(lambda q, k, v: plain_attention(q, k, v, kept, window)), q, k, v)
     np.testing.assert_allclose(got, want, atol=2e-6)
     g = normal(3, *got.shape)
     for mine, theirs in zip(pull_back(g), pull_back_formula(g), strict=True):

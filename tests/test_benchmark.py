@@ -96,7 +96,7 @@ def test_the_report_takes_the_best_round_and_gives_ratios(canned, capsys):
     assert row["ms"] == 2000
     assert row["limit_tokens_per_s"] > 0
     turns = [call[0] for call in canned if call[1] == "decode-8-bfloat16"]
-    assert turns == ["benchmark", "benchmark_peers"] * 2
+    assert turns == ["benchmark", "peers"] * 2
     canned.clear()
     assert main(["benchmark", "--peers", "--only", "decode-8-bfloat16"]) == 0
     table = capsys.readouterr().out
