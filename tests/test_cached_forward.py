@@ -38,7 +38,7 @@ def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16
 
 
 @grid(
-    2,
+    1,
     chunks=[(12,), (7, 1, 1, 1, 1, 1), (1,) * 12, (3, 4, 5)],
     scan_layers=[False, True],
     traced=[True, False],

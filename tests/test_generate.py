@@ -24,6 +24,8 @@ from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 RAGGED = [[5, 9, 2], [17, 3, 88, 41, 6, 0, 12], [33], list(range(40, 60))]
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
 SAMPLER = Temperature(1.5) | TopK(40) | TopP(0.95)
@@ -236,6 +238,7 @@ def test_generator_exports_for_every_platform(tiny):
 
 
 @grid(2, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
+@pytest.mark.usefixtures("compiled_fully")
 def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
     model, params = make_model(config.replace(context_length=128, emb_dim=64, n_heads=4, dtype=dtype))
     none = np.zeros(0, np.int32)

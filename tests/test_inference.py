@@ -22,6 +22,8 @@ from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import quantise
 from jaxgpt.weights import formats as weights
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 DTYPES = ("float32", "bfloat16", "int8")
 
 
@@ -202,6 +204,7 @@ def written(hlo):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
 @grid(1, dtype=DTYPES, batch=[1, 2])
+@pytest.mark.usefixtures("compiled_fully")
 def test_the_compiled_decode_writes_a_cache_row_in_place_and_no_copy_of_a_weight(dtype, batch):
     model, params = prepare(*make_model(SHAPES), dtype)
     results = list(written(compiled_decode(model, params, batch)))

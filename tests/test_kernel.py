@@ -22,6 +22,8 @@ from jaxgpt.model import ops
 from jaxgpt.parallel import sharding
 from jaxgpt.training.config import MeshConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
 )
@@ -132,6 +134,7 @@ def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
     source = kernel.SOURCE.read_text()
     assert source.count("sums[b][r][s] += ") == 1

@@ -59,7 +59,9 @@ def single():
         *(exhaustive(text, {}) for text in MESHES),
         ("data=2,fsdp=2,tensor=2", {"loss_chunk": 32}),
         exhaustive("data=2,fsdp=2,tensor=2", {"scan_layers": True, "remat": "block"}),
-        ("data=2,fsdp=2,tensor=2", {"scan_layers": True, "attention_pattern": "alternating", "attention_window": 5}),
+        exhaustive(
+            "data=2,fsdp=2,tensor=2", {"scan_layers": True, "attention_pattern": "alternating", "attention_window": 5}
+        ),
     ],
 )
 def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):

@@ -454,7 +454,7 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
 TRAINED_WITH = [
     exhaustive({"scan_layers": True}),
     exhaustive({"remat": "block"}),
-    {"remat": "dots", "dtype": "bfloat16"},
+    exhaustive({"remat": "dots", "dtype": "bfloat16"}),
     {"attention_pattern": "alternating", "attention_window": 5, "scan_layers": True, "remat": "block"},
 ]
 
@@ -482,6 +482,7 @@ def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, 
     assert result.val_loss == pytest.approx(start, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_fine_tuning_remembers_what_it_started_from(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, drop_rate=0.0))
     jaxgpt.save(tmp_path / "model", model, params)
