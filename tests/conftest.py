@@ -44,6 +44,15 @@ def compiled_quickly():
     jax.clear_caches()
 
 
+@pytest.fixture
+def compiled_fully():
+    """For a test that reads a compiled program, in a module that is otherwise compiled quickly: what users get."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """(model, params) of the smallest configuration, its parameters random in every leaf."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxgpt.accounting import Flops
 from jaxgpt.config import ComputeConfig, GPTConfig
@@ -18,6 +21,41 @@ from jaxgpt.model.gpt import GPT
 TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 # An odd number of layers, of which the middle one is banded; the band's width divides nothing here.
 ALTERNATING = TINY.replace(n_layers=3, attention_pattern="alternating", attention_window=5)
+
+
+def grid(strength: int, **axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """`pytest.mark.parametrize` over every combination of the axes' values, most of them in the exhaustive tier.
+
+    The default tier runs a subset in which every combination of values of any `strength` axes occurs: with 1 each
+    value, with 2 each pair of values. A fault that takes one or two options to show is thus seen by default.
+
+    Args:
+        strength: how many axes at a time the subset covers in full.
+        axes: the test's arguments, each with its values, or with a mapping from names for the test's id to values.
+    """
+    values = [axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()]
+    cases = list(itertools.product(*values))
+    # What each case shows: for any `strength` axes, the values that it gives them.
+    shown = {case: set(itertools.combinations(enumerate(case), strength)) for case in cases}
+    missing, default = set().union(*shown.values()), set()
+    while missing:  # greedily the case that shows most of what is missing: near the fewest, and always the same
+        best = max(cases, key=lambda case: len(shown[case] & missing))
+        default.add(best)
+        missing -= shown[best]
+    parameters = [
+        pytest.param(
+            *(named[name] for named, name in zip(values, case, strict=True)),
+            id="-".join(case),
+            marks=[] if case in default else [pytest.mark.exhaustive],
+        )
+        for case in cases
+    ]
+    return pytest.mark.parametrize(list(axes), parameters)
+
+
+def exhaustive(*values: Any, id: str | None = None) -> Any:
+    """A case of `pytest.mark.parametrize` that runs in the exhaustive tier only."""
+    return pytest.param(*values, id=id, marks=pytest.mark.exhaustive)
 
 
 def make_model(config: GPTConfig = TINY, seed: int = 0, **compute: Any) -> tuple[GPT, dict[str, Any]]:

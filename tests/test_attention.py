@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import product_flops
+from helpers import grid, product_flops
 
 from jaxgpt.model import reference
 from jaxgpt.model.attention import attend, blocked
@@ -27,8 +27,7 @@ def attention(q, k, v, dtype, query_slot=0, start_B=None, **options):
     return blocked(q, Seen(k, v, query_slot, start_B, dtype), **options)
 
 
-@pytest.mark.parametrize("query_block", [2, 128])
-@pytest.mark.parametrize("window", [None, 1, 4, 9])
+@grid(1, window=[None, 1, 4, 9], query_block=[2, 128])
 def test_attention_equals_the_reference_head_by_head(window, query_block):
     q, k, v = attention_inputs(9, 9)
     seen = Seen(k, v, 0, None, "float32")
@@ -49,9 +48,7 @@ def plain_attention(q, k, v, kept, window):
     return jax.nn.softmax(scores) * kept @ v
 
 
-@pytest.mark.parametrize("window", [2, 4, 9])
-@pytest.mark.parametrize("group_scores", [1, 10**6])
-@pytest.mark.parametrize("drop_rate", [0.0, 0.4])
+@grid(1, drop_rate=[0.0, 0.4], group_scores=[1, 10**6], window=[2, 4, 9])
 def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores, window):
     T = 9
     q, k, v = attention_inputs(T, T)
@@ -66,22 +63,25 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
     )
     # The same mask as it acts on the weights, read off with no scores and the identity for values.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
-    kept = run(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
+    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
     assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
     assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
-    got, pull_back = jax.vjp(run, q, k, v)
-    want, pull_back_formula = jax.vjp(lambda q, k, v: plain_attention(q, k, v, kept, window), q, k, v)
+    got, pull_back = jax.vjp(jax.jit(run), q, k, v)
+    want, pull_back_formula = jax.vjp(jax.jit(lambda q, k, v: plain_attention(q, k, v, kept, window)), q, k, v)
     np.testing.assert_allclose(got, want, atol=2e-6)
     g = normal(3, *got.shape)
     for mine, theirs in zip(pull_back(g), pull_back_formula(g), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=5e-6)
 
 
-@pytest.mark.parametrize("window", [None, 2, 5])
-@pytest.mark.parametrize("start_B", [None, [0, 3]])
-@pytest.mark.parametrize("query_slot", [0, 4])
-@pytest.mark.parametrize("group_scores", [1, 100, 10**6])  # a head, a row, and everything at a time
-@pytest.mark.parametrize("query_block", [3, 4])
+@grid(
+    2,
+    query_block=[3, 4],
+    group_scores=[1, 100, 10**6],  # a head, a row, and everything at a time
+    query_slot=[0, 4],
+    start_B=[None, [0, 3]],
+    window=[None, 2, 5],
+)
 def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     query_block, query_slot, start_B, group_scores, window
 ):
@@ -166,7 +166,8 @@ def test_attention_dropout_acts_on_the_weights_differently_in_each_block():
     T, rate = 64, 0.25
     zeros = jnp.zeros((4, 1, T, T))
     values = jnp.broadcast_to(jnp.eye(T), (4, 1, T, T))  # so the output is the weights
-    y = attention(zeros, zeros, values, dtype="float32", drop_rate=rate, dropout_key=jax.random.key(0), query_block=16)
+    options = {"drop_rate": rate, "dropout_key": jax.random.key(0), "query_block": 16}
+    y = jax.jit(functools.partial(attention, dtype="float32", **options))(zeros, zeros, values)
     weights = np.asarray(y)[:, 0]
     visible = np.broadcast_to(np.tril(np.ones((T, T), bool)), weights.shape)
     assert not weights[~visible].any()

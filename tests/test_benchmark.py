@@ -71,6 +71,7 @@ def test_a_work_is_measured_and_profiled(tmp_path):
     assert list(tmp_path.rglob("*.trace.json.gz"))  # for Perfetto
 
 
+@pytest.mark.exhaustive
 def test_a_limit_is_measured_in_its_own_process():
     result = benchmark.run_in_process("jaxgpt.measuring.benchmark", "matmul-float32", "gpt2")
     assert result["seconds"] > 0

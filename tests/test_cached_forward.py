@@ -5,14 +5,13 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
-from helpers import ALTERNATING, TINY, make_model, random_ids
+from helpers import ALTERNATING, TINY, grid, make_model, random_ids
 
 from jaxgpt.model.cache import Cache
 from jaxgpt.model.gpt import GPT
 
 ATOL = 1e-5
-dense_or_alternating = pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])
+DENSE_OR_ALTERNATING = {"dense": TINY, "alternating": ALTERNATING}
 
 
 def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16):
@@ -38,10 +37,13 @@ def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16
     return np.asarray(logits)
 
 
-@dense_or_alternating
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("chunks", [(12,), (7, 1, 1, 1, 1, 1), (1,) * 12, (3, 4, 5)])
+@grid(
+    1,
+    chunks=[(12,), (7, 1, 1, 1, 1, 1), (1,) * 12, (3, 4, 5)],
+    scan_layers=[False, True],
+    traced=[True, False],
+    config=DENSE_OR_ALTERNATING,
+)
 def test_cached_equals_uncached(chunks, scan_layers, traced, config):
     model, params = make_model(config, scan_layers=scan_layers)
     ids = random_ids(TINY, 2, 12)
@@ -49,9 +51,7 @@ def test_cached_equals_uncached(chunks, scan_layers, traced, config):
     np.testing.assert_allclose(cached_logits(model, params, ids, [0, 0], chunks, traced=traced), want, atol=ATOL)
 
 
-@dense_or_alternating
-@pytest.mark.parametrize("traced", [False, True])
-@pytest.mark.parametrize("chunks", [(8, 1, 1, 1, 1), (5, 7)])
+@grid(2, chunks=[(8, 1, 1, 1, 1), (5, 7)], traced=[False, True], config=DENSE_OR_ALTERNATING)
 def test_each_row_of_a_left_padded_batch_equals_itself_alone(chunks, traced, config):
     model, params = make_model(config)
     ids, starts = random_ids(TINY, 3, 12), [0, 3, 7]

@@ -177,7 +177,7 @@ sys.exit(main(["generate", "--prompt", "To be", "--max-new-tokens", "2"]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_bundled_model_needs_no_network_no_home_and_no_cache(tmp_path):
     kept = {name: value for name, value in os.environ.items() if name in ("PATH", "PYTHONPATH", "VIRTUAL_ENV")}
     for settings in ({}, {"HOME": str(tmp_path / "none"), "XDG_CACHE_HOME": "/proc/none"}):

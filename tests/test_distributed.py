@@ -51,7 +51,7 @@ def start(processes, directory, mesh, mode):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("processes", "mesh", "mode"), [(2, "fsdp=2", "faults"), (4, "data=2,tensor=2", "resume")])
 def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, processes, mesh, mode):
     crashing = start(processes, tmp_path / "run", mesh, "crash")
@@ -101,6 +101,7 @@ def config_file(tmp_path):
     return path
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_path):
     command = [sys.executable, "-m", "jaxgpt", "train", str(config_file)]
     options = {"--data": tmp_path / "text", "--out": tmp_path / "run", "--join-timeout": 3, "--processes": 2}

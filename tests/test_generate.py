@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, make_model, stack_blocks, to_numpy
+from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, stack_blocks, to_numpy
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -24,6 +24,8 @@ from jaxgpt.generation.text import generate_text, stream, text_pieces
 from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 RAGGED = [[5, 9, 2], [17, 3, 88, 41, 6, 0, 12], [33], list(range(40, 60))]
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
@@ -54,7 +56,7 @@ def bytes_model():
     return make_model(BYTES, seed=3)
 
 
-@pytest.mark.parametrize("variant", ["as is", "scan_layers", "untied, no biases", "alternating"])
+@pytest.mark.parametrize("variant", ["as is", "scan_layers", exhaustive("untied, no biases"), "alternating"])
 def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
     others = {
         "untied, no biases": TINY.replace(tie_embeddings=False, bias=False, qkv_bias=False),
@@ -211,11 +213,9 @@ def test_result_counts_and_times(tiny):
 # --- as one pure function
 
 
-@pytest.mark.parametrize("n", [1, 9, 30])
-@pytest.mark.parametrize(
-    ("config", "scan_layers"), [(TINY, False), (ALTERNATING, True)], ids=["dense", "alternating scan"]
-)
-def test_scan_generate_equals_generate(config, scan_layers, n):
+@grid(1, variant={"dense": (TINY, False), "alternating scan": (ALTERNATING, True)}, n=[1, 9, 30])
+def test_scan_generate_equals_generate(variant, n):
+    config, scan_layers = variant
     model, params = make_model(config, scan_layers=scan_layers)
     prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])
     run = jax.jit(functools.partial(scan_generate, model, sampler=SAMPLER), static_argnames=("max_new_tokens",))
@@ -229,6 +229,7 @@ def test_scan_generate_crops_prompts_beyond_the_context(tiny):
     assert scan_generate(*tiny, prompt, 3)[0].tolist() == expected
 
 
+@pytest.mark.exhaustive  # test_export.py does much the same
 def test_generator_exports_for_every_platform(tiny):
     model, params = tiny
     run = jax.jit(lambda params, ids: scan_generate(model, params, ids, 20))
@@ -238,9 +239,8 @@ def test_generator_exports_for_every_platform(tiny):
     assert exported.call(params, ids).tolist() == scan_generate(model, params, ids, 20).tolist()
 
 
-@pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@grid(2, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
+@pytest.mark.usefixtures("compiled_fully")
 def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
     model, params = make_model(config.replace(context_length=128, emb_dim=64, n_heads=4), dtype=dtype)
     none = np.zeros(0, np.int32)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, make_model, random_ids
+from helpers import TINY, exhaustive, grid, make_model, random_ids
 
 from jaxgpt import prepare
 from jaxgpt.config import ComputeConfig, GPTConfig
@@ -21,6 +21,8 @@ from jaxgpt.model import ops
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import quantise
 from jaxgpt.weights import formats as weights
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -84,7 +86,7 @@ def test_prepare_unstacks_converts_and_leaves_alone_what_is_in_form(scan_layers)
         prepare(model, params, "int4")
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, True])
+@pytest.mark.parametrize("tie_embeddings", [False, exhaustive(True)])
 def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
     model, params = make_model(TINY.replace(tie_embeddings=tie_embeddings))
     small, small_params = prepare(model, params, "int8")
@@ -126,12 +128,13 @@ def test_int8_parameters_and_a_model_of_another_type_are_refused():
 
 def test_an_int8_model_starts_random():
     model = GPT(TINY, ComputeConfig(param_dtype="int8"))
-    params = model.init(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     float_params = prepare(model, params, "float32")[1]
     assert float(float_params["tok_emb"]["weight"].std()) == pytest.approx(0.02, rel=0.05)
     assert bool(jnp.isfinite(model.apply({"params": params}, random_ids(TINY, 2, 5))).all())
 
 
+@pytest.mark.exhaustive
 def test_int8_costs_the_bundled_model_almost_nothing():
     """The whole validation split is measured in configs/shakespeare.toml; here its prompts' greedy continuations."""
     model, params = weights.load("shakespeare", dtype="float32")
@@ -202,8 +205,8 @@ def written(hlo):
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="what XLA does on a CPU")
-@pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("dtype", DTYPES)
+@grid(1, dtype=DTYPES, batch=[1, 2])
+@pytest.mark.usefixtures("compiled_fully")
 def test_the_compiled_decode_writes_a_cache_row_in_place_and_no_copy_of_a_weight(dtype, batch):
     model, params = prepare(*make_model(SHAPES), dtype)
     results = list(written(compiled_decode(model, params, batch)))

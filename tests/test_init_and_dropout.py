@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, make_model, random_ids
+from helpers import TINY, grid, make_model, random_ids
 
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model.gpt import GPT, MultiHeadAttention, TransformerBlock
@@ -35,8 +35,7 @@ def named_leaves(tree, prefix=""):
             yield prefix + name, np.asarray(child, np.float64)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@grid(1, param_dtype=["float32", "bfloat16"], scan_layers=[False, True])
 def test_each_leaf_is_initialised_as_gpt2s(scan_layers, param_dtype):
     params = init(WIDE, scan_layers=scan_layers, param_dtype=param_dtype)
     kinds = set()
@@ -87,8 +86,8 @@ def test_init_is_reproducible_from_its_key():
 
 def test_parameters_do_not_depend_on_the_shape_of_the_ids():
     model = GPT(TINY)
-    short = model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    long = model.init(jax.random.key(0), jnp.zeros((3, 9), jnp.int32))["params"]
+    short = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    long = jax.jit(model.init)(jax.random.key(0), jnp.zeros((3, 9), jnp.int32))["params"]
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), short, long))
 
 
@@ -145,8 +144,7 @@ def run(config, key=None, ids=None, **compute):
 RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 
-@pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("scan_layers", [False, True])
+@grid(1, scan_layers=[False, True], rate=RATES)
 def test_each_rate_alone_changes_the_output_by_key_and_only_when_asked(rate, scan_layers):
     config = TINY.replace(**{rate: 0.5})
     plain, _ = run(TINY, scan_layers=scan_layers)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, make_model, random_ids
+from helpers import TINY, grid, make_model, random_ids
 
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
 from jaxgpt.config import ComputeConfig
@@ -22,6 +22,8 @@ from jaxgpt.errors import KernelError
 from jaxgpt.model import ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
@@ -87,8 +89,7 @@ def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
 
 
 @needs_compiler
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("rows", [1, 3])
+@grid(1, rows=[1, 3], dtype=["float32", "bfloat16", "int8"])
 def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, monkeypatch):
     model, params = make_model(TINY)
     prompts = random_ids(TINY, rows, 9).tolist()
@@ -135,6 +136,7 @@ def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
     source = kernel.SOURCE.read_text()
     assert source.count("sums[b][r][s] += ") == 1
@@ -184,6 +186,7 @@ def test_the_kernel_is_left_to_single_devices(built):
 
 
 @needs_compiler
+@pytest.mark.exhaustive
 def test_the_command_finds_the_kernel_in_a_later_process(cache):
     program = (
         "import jaxgpt; print(jaxgpt.prepare(*jaxgpt.load('shakespeare'))[0].compute.native_kernel);"

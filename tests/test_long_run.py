@@ -58,7 +58,7 @@ def resident():
     return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the process's size from /proc")
 def test_two_thousand_generations_keep_no_memory_and_compile_no_more(model, caplog):
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
@@ -86,6 +86,7 @@ def test_two_thousand_generations_keep_no_memory_and_compile_no_more(model, capl
     assert resident() - memory < 8e6
 
 
+@pytest.mark.exhaustive
 def test_threads_that_generate_at_once_get_what_each_would_alone(model):
     numbers = [number for number in range(60) if number % 10]
     alone = [run(model, number) for number in numbers]

@@ -8,13 +8,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ALTERNATING, TINY, gradient_errors, logits_error, make_model, random_ids
+from helpers import ALTERNATING, TINY, gradient_errors, grid, logits_error, make_model, random_ids
 
 import jaxgpt.model.attention as attention_module
 import jaxgpt.model.gpt as model_module
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import ops
 from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 TOLERANCE = 2e-5  # the parity tests'
 CONFIG = TINY.replace(tie_embeddings=False)
@@ -91,8 +93,7 @@ BANDS = {
 }
 
 
-@pytest.mark.parametrize("wrong", BANDS.values(), ids=BANDS)
-@pytest.mark.parametrize("scan_layers", [False, True])
+@grid(1, scan_layers=[False, True], wrong=BANDS)
 def test_a_wrong_band_is_seen(wrong, scan_layers, monkeypatch):
     model, params = make_model(ALTERNATING, scan_layers=scan_layers)
     assert logits_error(model, params, IDS) < TOLERANCE

@@ -145,7 +145,7 @@ def test_step_takes_the_gradient_of_the_mean_loss():
         losses, count = model_loss(make_model()[0], params, ids[:, :-1], ids[:, 1:])
         return losses / count
 
-    grads = jax.grad(mean)(state["params"])
+    grads = jax.jit(jax.grad(mean))(state["params"])
     norm = math.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
     assert float(metrics["grad_norm"]) == pytest.approx(norm, rel=1e-5)
 

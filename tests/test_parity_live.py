@@ -11,7 +11,7 @@ from helpers import cross_entropy
 
 import jaxgpt
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = [pytest.mark.parity, pytest.mark.exhaustive]
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

@@ -16,7 +16,7 @@ from jaxgpt.training.step import init_state, make_step
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = [pytest.mark.parity, pytest.mark.exhaustive]
 
 CONFIG = TrainConfig(
     model=TINY, steps=10, batch_size=8, warmup_steps=3, learning_rate=1e-2, weight_decay=0.1, clip_norm=1.0

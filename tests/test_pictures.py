@@ -502,6 +502,7 @@ print([main(arguments.split()) for arguments in sys.argv[1:]])
 """
 
 
+@pytest.mark.exhaustive
 def test_drawing_without_its_extra_names_it_and_training_does_without(tmp_path):
     write_run(tmp_path / "run", metrics(1))
     sizes = "context_length = 8\nemb_dim = 8\nn_heads = 1\nn_layers = 1\n"

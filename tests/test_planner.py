@@ -345,7 +345,7 @@ def test_the_commands_errors_are_one_line(capsys):
     assert capsys.readouterr().err.startswith("jaxgpt: error: no TPU 'v7'")
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gpt2_compiled_for_four_chips():
     pytest.importorskip("libtpu")
     report = planner.make_plan(*plan_of("gpt2", "v5e:2x2", batch=32), quick=True)
@@ -367,7 +367,7 @@ def test_gpt2_compiled_for_four_chips():
     assert decoding["wire_bytes"]["all-gather"] == pytest.approx(3 / 4 * weights, rel=0.1)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gpt3_compiled_for_a_pod_it_fits():
     pytest.importorskip("libtpu")
     config, topology = plan_of("gpt3-175b", "v5p:8x8x16", "fsdp=128,tensor=8", batch=256)
@@ -386,7 +386,7 @@ def test_gpt3_compiled_for_a_pod_it_fits():
     assert training["wire_bytes"]["all-reduce"] == pytest.approx(reduced, rel=0.05)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_gpt3_on_four_chips_does_not_fit():
     pytest.importorskip("libtpu")
     report = planner.make_plan(*plan_of("gpt3-13b", "v5e:2x2"), decode_batch=0, quick=True)

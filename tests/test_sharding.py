@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import TINY, make_model, random_ids
+from helpers import TINY, exhaustive, make_model, random_ids
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -59,10 +59,10 @@ def single():
 @pytest.mark.parametrize(
     ("text", "variant"),
     [
-        *((text, {}) for text in MESHES),
+        *(exhaustive(text, {}) for text in MESHES),
         ("data=2,fsdp=2,tensor=2", {"loss_chunk": 32}),
-        ("data=2,fsdp=2,tensor=2", {"compute": ComputeConfig(scan_layers=True, remat="block")}),
-        ("data=2,fsdp=2,tensor=2", {"model": ALTERNATING_MODEL, "compute": ComputeConfig(scan_layers=True)}),
+        exhaustive("data=2,fsdp=2,tensor=2", {"compute": ComputeConfig(scan_layers=True, remat="block")}),
+        exhaustive("data=2,fsdp=2,tensor=2", {"model": ALTERNATING_MODEL, "compute": ComputeConfig(scan_layers=True)}),
     ],
 )
 def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
@@ -97,9 +97,9 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
 @pytest.mark.parametrize(
     ("text", "gathered"),
     [
-        ("data=8", 0),  # gradients are added up, and that is all
+        exhaustive("data=8", 0),  # gradients are added up, and that is all
         ("fsdp=8", 2 + 4 * MODEL.n_layers),  # every matrix once
-        ("tensor=8", 1),  # the embedded tokens; the vocabulary's logits stay apart
+        exhaustive("tensor=8", 1),  # the embedded tokens; the vocabulary's logits stay apart
     ],
 )
 def test_a_step_gathers_no_more_than_it_must(text, gathered):
@@ -112,7 +112,7 @@ def test_a_step_gathers_no_more_than_it_must(text, gathered):
     assert len(re.findall(r" all-gather(?:-start)?\(", program)) <= gathered
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", exhaustive("muon")])
 def test_the_state_is_made_in_parts(optimizer):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     mesh = mesh_of("fsdp=4,tensor=2")
@@ -148,7 +148,12 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
 
 @pytest.mark.parametrize(
     ("text", "rows", "scan_layers"),
-    [("data=4", 3, False), ("tensor=8", 1, False), ("data=2,fsdp=2,tensor=2", 4, False), ("fsdp=2,tensor=2", 3, True)],
+    [
+        exhaustive("data=4", 3, False),
+        exhaustive("tensor=8", 1, False),
+        ("data=2,fsdp=2,tensor=2", 4, False),
+        exhaustive("fsdp=2,tensor=2", 3, True),
+    ],
 )
 def test_generation_on_a_mesh_draws_the_same_ids(text, rows, scan_layers):
     model, params = make_model(MODEL, scan_layers=scan_layers)
@@ -194,7 +199,7 @@ RUN = dataclasses.replace(
 )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_checkpoint_resumes_on_other_devices(tmp_path):
     meshes = {"1": "", "4": "tensor=4", "8": "data=2,fsdp=2,tensor=2"}
     configs = {name: dataclasses.replace(RUN, mesh=MeshConfig.parse(text)) for name, text in meshes.items()}

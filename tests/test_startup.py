@@ -86,6 +86,7 @@ def entries(directory):
     return {e.name: e.stat().st_mtime_ns for e in directory.iterdir() if not e.name.endswith("-atime")}
 
 
+@pytest.mark.exhaustive
 def test_the_second_process_compiles_nothing(environment, monkeypatch):
     # Or else a program that takes about as long as the least that is kept may be kept or not.
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import regex
 import tiktoken
+from helpers import grid
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -134,8 +135,7 @@ def test_end_of_text_typed_by_a_user_is_text_unless_allowed(name):
     assert tokenizer.decode(expected) == text
 
 
-@pytest.mark.parametrize("unit", ["a", "中", "!", "0", "é", " ", "\n", " \n", "\u3000", "\0"])
-@pytest.mark.parametrize("end", ["", "x"])
+@grid(1, end=["", "x"], unit=["a", "中", "!", "0", "é", " ", "\n", " \n", "\u3000", "\0"])
 def test_a_megabyte_of_one_character_comes_back(unit, end):
     text = unit * (1_000_000 // len(unit.encode())) + end  # quadratic work would take hours
     for name in TOKENIZERS:

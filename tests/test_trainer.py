@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import make_model, random_ids, to_numpy
+from helpers import exhaustive, make_model, random_ids, to_numpy
 
 import jaxgpt
 from jaxgpt.cli import main
@@ -297,8 +297,8 @@ def test_a_damaged_checkpoint_goes_only_when_a_good_one_has_come(tmp_path, token
     ("change", "message"),
     [
         (lambda c: dataclasses.replace(c, seed=6), r"train\.seed: 5 before, 6 now"),
-        (lambda c: dataclasses.replace(c, learning_rate=1e-3), r"train\.learning_rate"),
-        (lambda c: dataclasses.replace(c, model=c.model.replace(drop_rate=0.2)), r"model\.drop_rate_attn"),
+        exhaustive(lambda c: dataclasses.replace(c, learning_rate=1e-3), r"train\.learning_rate"),
+        exhaustive(lambda c: dataclasses.replace(c, model=c.model.replace(drop_rate=0.2)), r"model\.drop_rate_attn"),
     ],
 )
 def test_resume_with_another_config_is_refused_unless_forced(tmp_path, tokens, monkeypatch, change, message):
@@ -437,6 +437,7 @@ def test_the_best_is_saved_whatever_the_interval(tmp_path, tokens):
     assert step == min(losses, key=losses.get)
 
 
+@pytest.mark.exhaustive
 def test_the_books_chapter_5_in_short(tmp_path):
     """configs/the-verdict.toml with a smaller model, on this project's own prose: it memorises what it trains on."""
     root = Path(__file__).parent.parent
@@ -467,9 +468,9 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
 
 
 TRAINED_WITH = [
-    {"compute": ComputeConfig(scan_layers=True)},
-    {"compute": ComputeConfig(remat="block")},
-    {"compute": ComputeConfig(remat="dots", dtype="bfloat16")},
+    exhaustive({"compute": ComputeConfig(scan_layers=True)}),
+    exhaustive({"compute": ComputeConfig(remat="block")}),
+    exhaustive({"compute": ComputeConfig(remat="dots", dtype="bfloat16")}),
     {
         "model": MODEL.replace(attention_pattern="alternating", attention_window=5),
         "compute": ComputeConfig(scan_layers=True, remat="block"),
@@ -501,6 +502,7 @@ def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, 
     assert result.val_loss == pytest.approx(start, rel=1e-4)
 
 
+@pytest.mark.exhaustive
 def test_a_resumed_fine_tuning_remembers_what_it_started_from(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, drop_rate=0.0))
     jaxgpt.save(tmp_path / "model", model, params)
@@ -580,7 +582,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
     """SIGKILL at random moments of training and saving. Start-up is most of such a process's life, so the
     moments are counted from the first step it reports."""

@@ -693,7 +693,7 @@ _PEAK = r"""
     import re, sys
     from pathlib import Path
     import jax.numpy as jnp
-    from jaxgpt import weights
+    from jaxgpt.weights import formats as weights
     from jaxgpt.weights import layout
 
     path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])
@@ -707,7 +707,7 @@ _PEAK = r"""
 """
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("scan", [False, True], ids=["blocks", "scan"])
 def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
