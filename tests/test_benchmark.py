@@ -11,31 +11,33 @@ import pytest
 from jaxgpt.cli import main
 from jaxgpt.measuring import benchmark
 from jaxgpt.measuring import peers as benchmark_peers
-from jaxgpt.measuring.benchmark import Work
+from jaxgpt.measuring.benchmark import Workload
 
 
 def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        rate, _ = benchmark.limit(Work("decode", "gpt2", dtype, 8), 1e10, {})
+        rate, _ = benchmark.limit(Workload("decode", "gpt2", dtype, 8), 1e10, {})
         weights = (124_439_808 - 1024 * 768) * size
         assert rate == pytest.approx(8 * 1e10 / (weights + 2 * 12 * 8 * 96 * 768 * 4))
     # int8: a byte a weight, and for the rest, scales and biases, much less than the cache.
-    rate, _ = benchmark.limit(Work("decode", "gpt2", "int8", 1), 1e10, {})
+    rate, _ = benchmark.limit(Workload("decode", "gpt2", "int8", 1), 1e10, {})
     assert 1e10 / rate == pytest.approx(124e6 + 2 * 12 * 96 * 768 * 4, rel=0.01)
 
 
 def test_the_limit_of_the_rest_is_the_matrix_products():
     flops = {"float32": 1e11, "bfloat16": 1e12}
     linear, attention = 2 * 4096 * (12 * 12 * 768**2 + 50257 * 768), 4 * 4 * 1024 * 1025 / 2 * 768 * 12
-    rate, _ = benchmark.limit(Work("forward", "gpt2", "float32", 4, 1024), 1.0, flops)
+    rate, _ = benchmark.limit(Workload("forward", "gpt2", "float32", 4, 1024), 1.0, flops)
     assert rate == pytest.approx(4096 * 1e11 / (linear + attention))
-    rate, _ = benchmark.limit(Work("train", "gpt2", "bfloat16", 4, 1024), 1.0, flops)
+    rate, _ = benchmark.limit(Workload("train", "gpt2", "bfloat16", 4, 1024), 1.0, flops)
     assert rate == pytest.approx(4096 * 1e12 / (3 * (linear + attention)))
 
 
 def test_banded_attention_has_no_peers_and_needs_less():
-    assert benchmark_peers.available(Work("forward", "gpt3-125m")) == []
-    rates = [benchmark.limit(Work("forward", preset), 1.0, {"float32": 1e11})[0] for preset in ("gpt2", "gpt3-125m")]
+    assert benchmark_peers.available(Workload("forward", "gpt3-125m")) == []
+    rates = [
+        benchmark.limit(Workload("forward", preset), 1.0, {"float32": 1e11})[0] for preset in ("gpt2", "gpt3-125m")
+    ]
     assert rates[0] < rates[1]
 
 
@@ -62,7 +64,7 @@ def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):
 
 
 def test_a_work_is_measured_and_profiled(tmp_path):
-    measured, costliest = benchmark.measure(Work("decode", "character", "int8"), tmp_path)
+    measured, costliest = benchmark.measure(Workload("decode", "character", "int8"), tmp_path)
     assert 0 < measured.seconds < 100
     assert measured.peak_bytes > 1e7
     assert 0 < len(costliest) <= 10

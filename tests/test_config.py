@@ -147,9 +147,9 @@ def test_a_misspelt_choice_is_told_the_nearest():
         (TrainConfig, "seed", 0.5, "seed must be an int, not 0.5"),
         (
             TrainConfig,
-            "windows",
+            "sequences",
             "slide",
-            "windows must be one of random, sliding, not 'slide'; did you mean 'sliding'?",
+            "sequences must be one of random, sliding, not 'slide'; did you mean 'sliding'?",
         ),
         (MeshConfig, "fsdp", -2, "mesh.fsdp must be 1 or more, or -1 for what the other axes leave, not -2"),
     ],
@@ -264,7 +264,7 @@ def test_gpt3_files_hold_the_published_training(name, published):
     config = TrainConfig.from_file(CONFIGS / f"{name}.toml")
     assert config.model == GPTConfig.preset(name)
     tokens, learning_rate = published
-    assert config.window == 2048
+    assert config.T == 2048
     assert config.learning_rate == learning_rate
     assert config.batch_size % 256 == 0
     assert config.batch_size * 2048 == pytest.approx(tokens, rel=0.05)
@@ -394,7 +394,7 @@ tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, Mesh
 
 @given(st.dictionaries(names, tables, max_size=3))
 @example({"train": {"steps": 10**5000}})
-@example({"train": {"length": 10**5000}})
+@example({"train": {"seq_len": 10**5000}})
 @example({"train": {"warmup_steps": 10**5000}})
 @example({10**5000: 1})
 @example({"train": {"learning_rate": 10**400}})
@@ -402,7 +402,7 @@ tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, Mesh
 def test_any_tables_make_a_valid_training_config_or_a_config_error(tables):
     config = accepted(lambda: TrainConfig.from_dict(tables))
     if config is not None:
-        assert config.batch_size % config.accumulate == 0
+        assert config.batch_size % config.grad_accumulation == 0
         assert all(abs(float(getattr(config, name))) < 1e400 for name in ("learning_rate", "clip_norm", "weight_decay"))
 
 

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import DataError
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens, batch, check_enough, open_tokens, read_text, window_starts
+from jaxgpt.training.data import Tokens, batch, check_enough, open_tokens, read_text, sequence_starts
 
 BYTES = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=2, n_layers=1, tokenizer="bytes")
 CONFIG = TrainConfig(model=BYTES, batch_size=4, warmup_steps=0, seed=3)
@@ -120,10 +120,10 @@ def test_binary_file_and_missing_file_are_refused(tmp_path):
         open_tokens(tmp_path / "absent", BYTES)
 
 
-@pytest.mark.parametrize("windows", ["random", "sliding"])
-def test_rows_read_apart_are_those_of_the_whole_batch(windows):
+@pytest.mark.parametrize("sequences", ["random", "sliding"])
+def test_rows_read_apart_are_those_of_the_whole_batch(sequences):
     ids_N = np.arange(200)
-    config = dataclasses.replace(CONFIG, windows=windows)
+    config = dataclasses.replace(CONFIG, sequences=sequences)
     whole = batch(ids_N, config, step=7)
     assert whole.shape == (4, 9)
     for shards in (2, 4):
@@ -132,26 +132,26 @@ def test_rows_read_apart_are_those_of_the_whole_batch(windows):
         np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
-@pytest.mark.parametrize("windows", ["random", "sliding"])
-def test_batches_depend_on_seed_and_step_alone(windows):
+@pytest.mark.parametrize("sequences", ["random", "sliding"])
+def test_batches_depend_on_seed_and_step_alone(sequences):
     ids_N = np.arange(500)
-    config = dataclasses.replace(CONFIG, windows=windows)
+    config = dataclasses.replace(CONFIG, sequences=sequences)
     np.testing.assert_array_equal(batch(ids_N, config, 5), batch(ids_N, config, 5))
     assert not np.array_equal(batch(ids_N, config, 5), batch(ids_N, config, 6))
     assert not np.array_equal(batch(ids_N, config, 5), batch(ids_N, dataclasses.replace(config, seed=4), 5))
-    # Every window is a run of consecutive tokens.
+    # Every sequence is a run of consecutive tokens.
     assert (np.diff(batch(ids_N, config, 5), axis=1) == 1).all()
 
 
 def test_random_windows_reach_both_ends():
-    ids_N = np.arange(12)  # windows of 9 start at 0, 1, 2 or 3
+    ids_N = np.arange(12)  # sequences of 9 start at 0, 1, 2 or 3
     starts = {int(row[0]) for step in range(50) for row in batch(ids_N, CONFIG, step)}
     assert starts == {0, 1, 2, 3}
 
 
 def test_sliding_windows_cover_an_epoch_once_and_reshuffle():
     ids_N = np.arange(8 * 12 + 1)
-    config = dataclasses.replace(CONFIG, windows="sliding")
+    config = dataclasses.replace(CONFIG, sequences="sliding")
     epochs = [np.concatenate([batch(ids_N, config, 3 * epoch + i)[:, 0] for i in range(3)]) for epoch in range(2)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(0, 96, 8))
@@ -159,17 +159,17 @@ def test_sliding_windows_cover_an_epoch_once_and_reshuffle():
 
 
 def test_sliding_windows_are_the_books():
-    # 5,145 tokens split at 0.9, windows of 256, two a batch: 9 training batches and 1 of validation.
-    assert len(window_starts(int(5145 * 0.9), 256, 256)) // 2 == 9
-    assert len(window_starts(5145 - int(5145 * 0.9), 256, 256)) // 2 == 1
-    assert list(window_starts(10, 4, 1)) == [0, 1, 2, 3, 4, 5]
+    # 5,145 tokens split at 0.9, sequences of 256, two a batch: 9 training batches and 1 of validation.
+    assert len(sequence_starts(int(5145 * 0.9), 256, 256)) // 2 == 9
+    assert len(sequence_starts(5145 - int(5145 * 0.9), 256, 256)) // 2 == 1
+    assert list(sequence_starts(10, 4, 1)) == [0, 1, 2, 3, 4, 5]
 
 
 def test_split_shorter_than_a_window_is_refused():
     with pytest.raises(DataError, match="training split has 8 tokens"):
         check_enough(8, CONFIG, "training")
-    with pytest.raises(DataError, match="2 sliding windows, too few for batch_size=4"):
-        check_enough(20, dataclasses.replace(CONFIG, windows="sliding"), "training")
+    with pytest.raises(DataError, match="2 sliding sequences, too few for batch_size=4"):
+        check_enough(20, dataclasses.replace(CONFIG, sequences="sliding"), "training")
     check_enough(9, CONFIG, "training")
 
 

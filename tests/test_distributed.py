@@ -158,5 +158,5 @@ def test_a_mesh_without_every_process_is_refused(monkeypatch):
 def test_alone_there_is_nothing_to_wait_for():
     assert distributed.is_primary()
     assert distributed.highest(7) == 7
-    with pytest.raises(KeyError, match="mine"), distributed.together(ValueError("another's")):
+    with pytest.raises(KeyError, match="mine"), distributed.fail_together(ValueError("another's")):
         raise KeyError("mine")

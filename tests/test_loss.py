@@ -175,8 +175,8 @@ def test_evaluation_predicts_every_token_once(bytes_model, n, stride):
 def test_evaluation_of_part_of_a_text(bytes_model):
     model, params = bytes_model
     ids = Tokens.from_text("abcdefgh" * 20, "bytes").ids_N
-    assert evaluate(model, params, ids, max_windows=2).tokens == 32
-    assert evaluate(model, params, ids, max_windows=2).loss == pytest.approx(evaluate(model, params, ids[:33]).loss)
+    assert evaluate(model, params, ids, max_sequences=2).tokens == 32
+    assert evaluate(model, params, ids, max_sequences=2).loss == pytest.approx(evaluate(model, params, ids[:33]).loss)
 
 
 def test_evaluation_refuses_what_it_cannot_do(bytes_model):

@@ -1,4 +1,4 @@
-"""The optimiser against float64 arithmetic written here from the papers' formulas."""
+"""The optimizer against float64 arithmetic written here from the papers' formulas."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers import TINY, make_model, random_ids, stack_blocks, to_numpy
 
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import IGNORE, model_loss
-from jaxgpt.training.optimizer import is_matrix, optimizer, schedule
+from jaxgpt.training.optimizer import is_matrix, schedule
 from jaxgpt.training.step import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -67,7 +67,7 @@ def flat(tree):
 
 def test_adamw_is_the_papers_with_decay_on_matrices_only(tiny):
     _, params = tiny
-    tx = optimizer(CONFIG)
+    tx = make_optimizer(CONFIG)
     opt_state = tx.init(params)
     by_hand = AdamW(CONFIG, flat(is_matrix(params)))
     exact = flat(to_numpy(params))
@@ -95,7 +95,7 @@ def test_clipping_scales_the_whole_gradient_to_the_norm(tiny):
     grads = jax.tree.map(jnp.ones_like, params)
     norm = math.sqrt(sum(leaf.size for leaf in jax.tree.leaves(params)))
     clipped = jax.tree.map(lambda g: g * 0.5 / norm, grads)
-    tx, plain = optimizer(config), optimizer(dataclasses.replace(config, clip_norm=0.0))
+    tx, plain = make_optimizer(config), make_optimizer(dataclasses.replace(config, clip_norm=0.0))
     got = tx.update(grads, tx.init(params), params)[1]
     want = plain.update(clipped, plain.init(params), params)[1]
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -109,7 +109,7 @@ def test_muon_gives_block_matrices_orthogonal_updates_and_adamw_the_rest(scan):
     params = stack_blocks(params, TINY.n_layers) if scan else params
     rng = np.random.default_rng(0)
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
-    tx = optimizer(config)
+    tx = make_optimizer(config)
     updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     for name, update in flat(updates).items():
         if "trf_blocks" in name and name.endswith("['weight']"):
@@ -121,14 +121,16 @@ def test_muon_gives_block_matrices_orthogonal_updates_and_adamw_the_rest(scan):
             np.testing.assert_allclose(update, -config.learning_rate * np.sign(flat(grads)[name]), rtol=1e-3)
 
 
-@pytest.mark.parametrize("accumulate", [2, 4])
-def test_accumulated_step_equals_the_one_big_batch(accumulate):
+@pytest.mark.parametrize("grad_accumulation", [2, 4])
+def test_accumulated_step_equals_the_one_big_batch(grad_accumulation):
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
     ids = random_ids(TINY, 4, 17)
     ids[0, -1] = IGNORE  # only as a label: the micro-batches then count differently
     state = init_state(config)
     big, big_metrics = jax.jit(make_step(config))(state, ids)
-    small, small_metrics = jax.jit(make_step(dataclasses.replace(config, accumulate=accumulate)))(state, ids)
+    small, small_metrics = jax.jit(make_step(dataclasses.replace(config, grad_accumulation=grad_accumulation)))(
+        state, ids
+    )
     assert float(small_metrics["loss"]) == pytest.approx(float(big_metrics["loss"]), rel=1e-6)
     assert float(small_metrics["grad_norm"]) == pytest.approx(float(big_metrics["grad_norm"]), rel=1e-5)
     for a, b in zip(jax.tree.leaves(small["opt_state"]), jax.tree.leaves(big["opt_state"]), strict=True):
@@ -151,14 +153,14 @@ def test_step_takes_the_gradient_of_the_mean_loss():
 
 
 def test_average_is_the_exponential_moving_average():
-    config = dataclasses.replace(CONFIG, average_decay=0.75)
+    config = dataclasses.replace(CONFIG, ema_decay=0.75)
     state = init_state(config)
     step = jax.jit(make_step(config))
     average = to_numpy(state["params"])
     for i in range(4):
         state, _ = step(state, random_ids(TINY, 4, 17, seed=i))
         average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * np.asarray(p, np.float64), average, state["params"])
-    for a, b in zip(jax.tree.leaves(state["average"]), jax.tree.leaves(average), strict=True):
+    for a, b in zip(jax.tree.leaves(state["ema_params"]), jax.tree.leaves(average), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 

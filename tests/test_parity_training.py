@@ -1,4 +1,4 @@
-"""Ten optimiser steps against torch: the same model, batches, schedule, clipping and AdamW."""
+"""Ten optimizer steps against torch: the same model, batches, schedule, clipping and AdamW."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def torch_losses(directory, batches):
     return losses
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 4}, {"loss_chunk": 30}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"grad_accumulation": 4}, {"loss_chunk": 30}], ids=str)
 def test_ten_steps_of_losses_equal_torchs(tmp_path, options):
     config = dataclasses.replace(CONFIG, **options)
     batches = [random_ids(TINY, 8, TINY.context_length + 1, seed=step) for step in range(10)]

@@ -384,7 +384,7 @@ def write_run(directory: Path, lines: list[dict], batch: int | None = 2) -> Path
     directory.mkdir(parents=True)
     (directory / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     if batch:
-        config = jaxgpt.TrainConfig(model=TINY, batch_size=batch, length=8)
+        config = jaxgpt.TrainConfig(model=TINY, batch_size=batch, seq_len=8)
         (directory / "run.json").write_text(json.dumps({"config": config.to_dict()}), encoding="utf-8")
     return directory
 

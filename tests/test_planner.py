@@ -248,7 +248,7 @@ def test_formulae_of_a_training_step():
     config, topology = plan_of("gpt3-13b", "v5p:4x8x8", "data=2,fsdp=32,tensor=4", batch=128)
     P = accounting.count_parameters(config.model).total
     cost = planner.analytic_training(config, topology)
-    assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimiser"] / 2 == 4 * P / 128
+    assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimizer"] / 2 == 4 * P / 128
     assert cost.memory["activations"] > 40 * 2 * 2048 * 5120 * 4  # each layer's input
     assert cost.flops == accounting.training_flops(config.model, 128, 2048, config.compute.remat).total / 256
     assert cost.wire_bytes == {
@@ -351,7 +351,7 @@ def test_gpt2_compiled_for_four_chips():
     report = planner.make_plan(*plan_of("gpt2", "v5e:2x2", batch=32), quick=True)
     training, analytic = report["training"]["compiled"], report["training"]["analytic"]
     assert training["fits"]
-    for part in ("parameters", "optimiser"):  # all sharded, but LayerNorms and biases
+    for part in ("parameters", "optimizer"):  # all sharded, but LayerNorms and biases
         assert training["memory_bytes"][part] == pytest.approx(analytic["memory_bytes"][part], rel=0.01)
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.3)
     # Attention skips what is masked; the loss's last chunk is filled up, from 357 positions to 667.

@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 MODEL = TINY.replace(emb_dim=32, n_heads=8, vocab_size=97)
 ALTERNATING_MODEL = MODEL.replace(attention_pattern="alternating", attention_window=5)
-CONFIG = TrainConfig(model=MODEL, batch_size=16, accumulate=2, steps=100, warmup_steps=0, average_decay=0.9)
+CONFIG = TrainConfig(model=MODEL, batch_size=16, grad_accumulation=2, steps=100, warmup_steps=0, ema_decay=0.9)
 MESHES = ["data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "data=2,tensor=-1"]
 
 
@@ -51,7 +51,7 @@ def assert_close(got, want, atol=1e-5):
 @pytest.fixture(scope="module")
 def single():
     """A step on one device: (ids, the state before it, the state after it, figures)."""
-    ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, CONFIG.window + 1)).astype(np.int32)
+    ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, CONFIG.T + 1)).astype(np.int32)
     state = init_state(CONFIG)
     return ids, state, *jax.jit(make_step(CONFIG))(state, ids)
 
@@ -71,7 +71,7 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
     if "compute" in variant:
         want, figures = jax.jit(make_step(config))(init_state(config), ids)
     mesh = sharding.make_mesh(config.mesh)
-    sharding.check(mesh, config.model, config.batch_size // config.accumulate)
+    sharding.check(mesh, config.model, config.batch_size // config.grad_accumulation)
     state = init_state(config, mesh=mesh)
     after, got = jit_step(config, mesh)(state, ids)
     assert_close(got, figures)
@@ -83,7 +83,7 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
     moments = jax.tree.leaves(optax.tree.get(want["opt_state"], "mu"))
     steady = [np.abs(moment) > (1 - config.beta1) * 1e-6 for moment in moments]
     assert np.mean([*map(np.mean, steady)]) > 0.9
-    for name in ("params", "average"):
+    for name in ("params", "ema_params"):
         mine, theirs = (
             [np.asarray(leaf)[where] for leaf, where in zip(jax.tree.leaves(state[name]), steady, strict=True)]
             for state in (after, want)
@@ -106,7 +106,7 @@ def test_a_step_gathers_no_more_than_it_must(text, gathered):
     config = dataclasses.replace(CONFIG, mesh=MeshConfig.parse(text))
     mesh = sharding.make_mesh(config.mesh)
     layout = NamedSharding(mesh, P(BATCH))
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.window + 1), jnp.int32, sharding=layout)
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32, sharding=layout)
     program = jit_step(config, mesh).lower(abstract_state(config, mesh), ids).compile().as_text()
     assert len(re.findall(r" all-reduce(?:-start)?\(", program)) > 0
     assert len(re.findall(r" all-gather(?:-start)?\(", program)) <= gathered

@@ -46,7 +46,7 @@ CONFIG = TrainConfig(
     batch_size=4,
     warmup_steps=2,
     learning_rate=1e-2,
-    average_decay=0.9,
+    ema_decay=0.9,
     log_interval=1,
     eval_interval=4,
     checkpoint_interval=2,
@@ -69,7 +69,7 @@ steps = 8
 batch_size = 4
 warmup_steps = 2
 learning_rate = 1e-2
-average_decay = 0.9
+ema_decay = 0.9
 log_interval = 1
 eval_interval = 4
 checkpoint_interval = 2
@@ -145,9 +145,9 @@ def test_validation_loss_is_the_references_on_the_averaged_parameters(undisturbe
     total = 0.0
     for start in range(0, len(val_N) - 1, 16):
         window = val_N[None, start : start + 17]
-        total += reference.loss(to_numpy(state["average"]), MODEL, window) * (window.shape[1] - 1)
+        total += reference.loss(to_numpy(state["ema_params"]), MODEL, window) * (window.shape[1] - 1)
     assert result.val_loss == pytest.approx(total / (len(val_N) - 1), rel=1e-5)
-    for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(state["average"]), strict=True):
+    for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(state["ema_params"]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -421,10 +421,10 @@ def test_without_the_extra_a_run_names_it_and_starts_nothing(tmp_path, tokens, m
 
 
 def test_validation_windows_are_as_long_as_the_training_ones(tmp_path, tokens):
-    config = dataclasses.replace(CONFIG, length=8, steps=4, sample_tokens=0)
+    config = dataclasses.replace(CONFIG, seq_len=8, steps=4, sample_tokens=0)
     result = train(config, tokens, tmp_path)
     model, val_N = jaxgpt.GPT(MODEL), tokens.split(0.1)[1]
-    assert result.val_loss == pytest.approx(evaluate(model, result.params, val_N, window=8).loss)
+    assert result.val_loss == pytest.approx(evaluate(model, result.params, val_N, seq_len=8).loss)
     assert result.val_loss != pytest.approx(evaluate(model, result.params, val_N).loss)
 
 
@@ -480,7 +480,7 @@ TRAINED_WITH = [
 
 @pytest.mark.parametrize("options", TRAINED_WITH)
 def test_runs_with_the_models_options(tmp_path, tokens, options):
-    config = dataclasses.replace(CONFIG, loss_chunk=13, accumulate=2, **options)
+    config = dataclasses.replace(CONFIG, loss_chunk=13, grad_accumulation=2, **options)
     result = train(config, tokens, tmp_path)
     losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5

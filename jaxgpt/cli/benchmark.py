@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument("--preset", choices=PRESETS, default="gpt2", metavar="NAME", help="default: %(default)s")
     parser.add_argument(
-        "--only", action="append", metavar="PART", help="only the works whose name contains PART; may be repeated"
+        "--only", action="append", metavar="PART", help="only the workloads whose name contains PART; may be repeated"
     )
     parser.add_argument(
         "--peers", action="store_true", help="run transformers and CTranslate2 too, in turn (extra: bench)"
@@ -43,11 +43,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
     chosen = [
         work
-        for work in benchmark.works(args.preset)
+        for work in benchmark.workloads(args.preset)
         if work.kind not in ("read", "matmul") and (not args.only or any(part in work.name for part in args.only))
     ]
     if not chosen and args.only != ["start"]:
-        names = ", ".join(work.name for work in benchmark.works(args.preset) if work.kind not in ("read", "matmul"))
+        names = ", ".join(work.name for work in benchmark.workloads(args.preset) if work.kind not in ("read", "matmul"))
         raise ValueError(f"--only {' '.join(args.only)} fits none of {names}, start")
     if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
         raise MissingExtraError("transformers", "bench", "jaxgpt benchmark --peers")
@@ -145,8 +145,8 @@ def _table(report: dict[str, Any]) -> str:
         if report["rows"]:
             console.print(table)
         for formula in dict.fromkeys(row["formula"] for row in report["rows"]):
-            works = ", ".join(row["work"] for row in report["rows"] if row["formula"] == formula)
-            console.print(f"limit of {works}: {formula}", soft_wrap=True)
+            workloads = ", ".join(row["work"] for row in report["rows"] if row["formula"] == formula)
+            console.print(f"limit of {workloads}: {formula}", soft_wrap=True)
         if "start_seconds" in report:
             seconds = report["start_seconds"]
             console.print(

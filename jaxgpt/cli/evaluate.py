@@ -14,9 +14,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
     parser.add_argument(
-        "--stride", type=int, default=0, help="tokens between windows (default: the context, so none overlap)"
+        "--stride",
+        type=int,
+        default=0,
+        help="tokens from one sequence's start to the next (default: the context, so none overlap)",
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="windows a call (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences per call (default: 8)")
     parser.add_argument(
         "--last-fraction", type=float, metavar="F", help="only the last part of the tokens, such as a validation split"
     )

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         "chips": topology.size,
         "mesh": str(config.mesh),
         "batch": config.batch_size,
-        "length": config.window,
+        "length": config.T,
         "chosen": chosen,
         "compiled": planning.compiler_available(),
         "quick": args.quick,

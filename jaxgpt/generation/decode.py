@@ -175,11 +175,11 @@ def scan_generate(
     if cached > 1:
         state, ids = decode_tokens(model, params, state, cached - 1, key, no_stops, chunk=cached - 1, sampler=sampler)
         pieces.append(ids)
-    windowed = max_new_tokens - cached
-    if windowed > 0:
+    recomputed = max_new_tokens - cached
+    if recomputed > 0:
         read_BxC = jnp.concatenate(pieces, axis=1)[:, -C - 1 : -1]
         state = dataclasses.replace(state, memory=RecentTokens(read_BxC, jnp.full(B, C, jnp.int32)))
-        _, ids = decode_tokens(model, params, state, windowed, key, no_stops, chunk=windowed, sampler=sampler)
+        _, ids = decode_tokens(model, params, state, recomputed, key, no_stops, chunk=recomputed, sampler=sampler)
         pieces.append(ids)
     return jnp.concatenate(pieces[1:], axis=1)
 

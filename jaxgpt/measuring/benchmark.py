@@ -36,12 +36,12 @@ START_UP = ["generate", "--prompt", "ROMEO:", "--max-new-tokens", "64"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class Workload:
     """Something to measure.
 
     Attributes:
         kind: "decode" (`PROMPT` ids in, `NEW` ids drawn), "forward" (logits at every position), "train" (a whole
-            optimiser step), "read" or "matmul" (the machine's limits).
+            optimizer step), "read" or "matmul" (the machine's limits).
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: of parameters while decoding, and of the products' operands.
         batch: rows.
@@ -85,20 +85,20 @@ class Measurement:
     peak_bytes: int
 
 
-def works(preset: str) -> list[Work]:
-    """All works for a preset, the limits first."""
+def workloads(preset: str) -> list[Workload]:
+    """All workloads for a preset, the limits first."""
     return [
-        Work("read"),
-        Work("matmul", dtype="float32"),
-        Work("matmul", dtype="bfloat16"),
-        *(Work("decode", preset, dtype, batch) for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")),
-        *(Work("forward", preset, dtype, 4, 1024) for dtype in ("float32", "bfloat16")),
-        *(Work("train", preset, dtype, 2, 512) for dtype in ("float32", "bfloat16")),
-        *(Work("train", "character", dtype, 32, 256) for dtype in ("float32", "bfloat16")),
+        Workload("read"),
+        Workload("matmul", dtype="float32"),
+        Workload("matmul", dtype="bfloat16"),
+        *(Workload("decode", preset, dtype, batch) for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")),
+        *(Workload("forward", preset, dtype, 4, 1024) for dtype in ("float32", "bfloat16")),
+        *(Workload("train", preset, dtype, 2, 512) for dtype in ("float32", "bfloat16")),
+        *(Workload("train", "character", dtype, 32, 256) for dtype in ("float32", "bfloat16")),
     ]
 
 
-def limit(work: Work, read_bytes_per_s: float, flops_per_s: dict[str, float]) -> tuple[float, str] | None:
+def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]) -> tuple[float, str] | None:
     """(tokens/s that the machine allows, the formula); None where no limit applies."""
     config = work.config()
     if work.kind == "decode":
@@ -151,7 +151,7 @@ def timed(
     return pick(seconds)
 
 
-def measure(work: Work, profile: Path | None = None) -> tuple[Measurement, list[tuple[str, float]]]:
+def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, list[tuple[str, float]]]:
     """Runs a work in this process: what it measured, and with `profile` its ten costliest operations in ms."""
     import jax
 
@@ -200,7 +200,7 @@ def costliest_operations(directory: Path, most: int = 10) -> list[tuple[str, flo
     return [(f"{kind} x {times[kind]}", own[kind] / 1e6) for kind in ranked]
 
 
-def _decode(work: Work) -> Callable[[], Any]:
+def _decode(work: Workload) -> Callable[[], Any]:
     import numpy as np
 
     from jaxgpt.generation import generate
@@ -210,7 +210,7 @@ def _decode(work: Work) -> Callable[[], Any]:
     return lambda: generate(model, params, ids, NEW)
 
 
-def _forward(work: Work) -> Callable[[], Any]:
+def _forward(work: Workload) -> Callable[[], Any]:
     import jax
     import numpy as np
 
@@ -220,7 +220,7 @@ def _forward(work: Work) -> Callable[[], Any]:
     return lambda: forward(params, ids).block_until_ready()
 
 
-def _train(work: Work) -> Callable[[], Any]:
+def _train(work: Workload) -> Callable[[], Any]:
     import jax
     import numpy as np
 
@@ -228,7 +228,7 @@ def _train(work: Work) -> Callable[[], Any]:
 
     model = work.config()
     config = TrainConfig(
-        model=model, compute=ComputeConfig(dtype=work.dtype), batch_size=work.batch, length=work.length
+        model=model, compute=ComputeConfig(dtype=work.dtype), batch_size=work.batch, seq_len=work.length
     )
     step = jax.jit(make_step(config), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (work.batch, work.length + 1)).astype(np.int32)
@@ -236,8 +236,8 @@ def _train(work: Work) -> Callable[[], Any]:
 
     def run() -> None:
         nonlocal state
-        state, figures = step(state, ids)
-        float(figures["loss"])
+        state, metrics = step(state, ids)
+        float(metrics["loss"])
 
     return run
 
@@ -255,7 +255,7 @@ def _model(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tupl
     return prepare(model, params, dtype)
 
 
-def _read(work: Work) -> Callable[[], Any]:
+def _read(work: Workload) -> Callable[[], Any]:
     """A sum over 512 MiB."""
     import jax
     import jax.numpy as jnp
@@ -269,7 +269,7 @@ READ_BYTES = 2**29
 MATMUL = 2048
 
 
-def _matmul(work: Work) -> Callable[[], Any]:
+def _matmul(work: Workload) -> Callable[[], Any]:
     import jax
     import jax.numpy as jnp
 
@@ -309,7 +309,7 @@ def main(arguments: list[str]) -> None:
     """`python -m jaxgpt.measuring.benchmark WORK PRESET [PROFILE_DIR]`: runs the work and prints what it measured."""
     startup.configure()
     name, preset, *profile = arguments
-    work = next(work for work in works(preset) if work.name == name)
+    work = next(work for work in workloads(preset) if work.name == name)
     measurement, costliest = measure(work, Path(profile[0]) if profile else None)
     print(json.dumps({**dataclasses.asdict(measurement), "costliest": costliest}))
 

@@ -1,4 +1,4 @@
-"""Whether this installation works: its versions, its arithmetic against float64, its files, its caches.
+"""Whether this installation workloads: its versions, its arithmetic against float64, its files, its caches.
 
 A faulty build of JAX is found by what it computes, not by a list of bad versions.
 """

@@ -1,4 +1,4 @@
-"""What a user would run instead, on the same works as `benchmark`: transformers on PyTorch, and CTranslate2.
+"""What a user would run instead, on the same workloads as `benchmark`: transformers on PyTorch, and CTranslate2.
 
 Random weights in Hugging Face's layout, as many threads as the process may use. `python -m jaxgpt.measuring.peers
 WORK PRESET PEER` prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
@@ -17,9 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.measuring.benchmark import NEW, PROMPT, Measurement, Work, peak_bytes, timed, works
+from jaxgpt.measuring.benchmark import NEW, PROMPT, Measurement, Workload, peak_bytes, timed, workloads
 
-# name: the packages it needs, and the (kind, dtype) of the works it can do.
+# name: the packages it needs, and the (kind, dtype) of the workloads it can do.
 PEERS = {
     "transformers": (
         ("torch", "transformers"),
@@ -29,7 +29,7 @@ PEERS = {
 }
 
 
-def available(work: Work) -> list[str]:
+def available(work: Workload) -> list[str]:
     """The peers that are installed and can do a work: none has a GPT with banded attention."""
     if work.config().banded_layers:
         return []
@@ -40,7 +40,7 @@ def available(work: Work) -> list[str]:
     ]
 
 
-def measure(work: Work, peer: str) -> Measurement:
+def measure(work: Workload, peer: str) -> Measurement:
     """Runs a work with a peer, in this process."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
@@ -53,7 +53,7 @@ def measure(work: Work, peer: str) -> Measurement:
     return Measurement(timed(run, repeats=3, warm_up=2), peak_bytes())
 
 
-def _model(work: Work) -> Any:
+def _model(work: Workload) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -76,13 +76,13 @@ def _model(work: Work) -> Any:
     )
 
 
-def _ids(work: Work, length: int) -> Any:
+def _ids(work: Workload, length: int) -> Any:
     import torch
 
     return torch.randint(0, work.config().vocab_size, (work.batch, length))
 
 
-def _decode(work: Work) -> Callable[[], Any]:
+def _decode(work: Workload) -> Callable[[], Any]:
     import torch
 
     model, ids = _model(work).to(getattr(torch, work.dtype)).eval(), _ids(work, PROMPT)
@@ -101,7 +101,7 @@ def _decode(work: Work) -> Callable[[], Any]:
     return run
 
 
-def _forward(work: Work) -> Callable[[], Any]:
+def _forward(work: Workload) -> Callable[[], Any]:
     import torch
 
     model, ids = _model(work).to(getattr(torch, work.dtype)).eval(), _ids(work, work.length)
@@ -113,7 +113,7 @@ def _forward(work: Work) -> Callable[[], Any]:
     return run
 
 
-def _train(work: Work) -> Callable[[], Any]:
+def _train(work: Workload) -> Callable[[], Any]:
     import torch
 
     model, ids = _model(work).train(), _ids(work, work.length)
@@ -132,7 +132,7 @@ def _train(work: Work) -> Callable[[], Any]:
     return run
 
 
-def _ctranslate2(work: Work, threads: int) -> float:
+def _ctranslate2(work: Workload, threads: int) -> float:
     import ctranslate2
     from transformers import GPT2Tokenizer
 
@@ -158,7 +158,7 @@ def _ctranslate2(work: Work, threads: int) -> float:
 def main(arguments: list[str]) -> None:
     """Runs a work and prints what it measured."""
     name, preset, peer = arguments
-    work = next(work for work in works(preset) if work.name == name)
+    work = next(work for work in workloads(preset) if work.name == name)
     print(json.dumps(dataclasses.asdict(measure(work, peer))))
 
 

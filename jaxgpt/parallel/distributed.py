@@ -117,7 +117,7 @@ def check_same(what: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def together(otherwise: Exception) -> Iterator[None]:
+def fail_together(otherwise: Exception) -> Iterator[None]:
     """For what may fail in one process and not in another: it ends when all have come to its end, and where it fails
     in one, it fails in all. (Left to itself, each would wait for the others at their next exchange.) It is an exchange
     itself, so there must be none within it.

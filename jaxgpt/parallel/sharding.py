@@ -4,7 +4,7 @@ XLA's partitioner (GSPMD) turns the single-device program into the one of each d
 of the program's inputs and, where it would have to guess, of a few activations. The mesh has three axes:
 
     data     replicas of the model, each with its part of the batch
-    fsdp     parts of the batch too, over which parameters and optimiser state are spread and gathered for use
+    fsdp     parts of the batch too, over which parameters and optimizer state are spread and gathered for use
              (ZeRO-3: Rajbhandari et al. 2020)
     tensor   attention heads, feed-forward columns and vocabulary (Shoeybi et al. 2019)
 """
@@ -27,7 +27,7 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.parallel.mesh import AXES, BATCH, MeshConfig
 
-# Where parameters lie, by the end of their path; the optimiser's copies of them have the same ends. The first rule
+# Where parameters lie, by the end of their path; the optimizer's copies of them have the same ends. The first rule
 # that fits the path decides. Weights are [out, in]; a stacked layer axis comes before.
 RULES: tuple[tuple[str, P], ...] = (
     # By width, because the vocabulary is rarely divisible. In this order, gathering over fsdp leaves whole stretches.

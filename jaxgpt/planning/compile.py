@@ -48,10 +48,10 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
     """The trainer's step: (function, arguments as shapes, those of them that stay)."""
     state = abstract_state(config, mesh)
     ids = jax.ShapeDtypeStruct(
-        (config.batch_size, config.window + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH))
+        (config.batch_size, config.T + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH))
     )
     step = jit_step(config, mesh)
-    return step, (state, ids), {"parameters": state["params"], "optimiser": state["opt_state"]}
+    return step, (state, ids), {"parameters": state["params"], "optimizer": state["opt_state"]}
 
 
 def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:

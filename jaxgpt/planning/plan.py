@@ -168,15 +168,15 @@ def resolve(
         )
     tables["mesh"] = {"data": data, "fsdp": fsdp, "tensor": tensor}
     if "batch_size" not in tables["train"]:
-        rows = data * fsdp * tables["train"].get("accumulate", 1)
+        rows = data * fsdp * tables["train"].get("grad_accumulation", 1)
         chosen["batch_size"] = tables["train"]["batch_size"] = rows
     config = TrainConfig.from_dict(tables, source)
     check(config)
     if "loss_chunk" not in tables["train"]:
         # Logits in float32 for as many positions as a gibibyte a chip holds. A chunk more is an exchange more.
-        rows = config.batch_size // config.accumulate
+        rows = config.batch_size // config.grad_accumulation
         positions = int(GIB // (4 * rows / (data * fsdp) * config.model.vocab_size / tensor))
-        if positions < config.window:
+        if positions < config.T:
             chosen["loss_chunk"] = rows * max(1, positions)
             config = dataclasses.replace(config, loss_chunk=chosen["loss_chunk"])
     return config, chosen
@@ -188,14 +188,14 @@ def check(config: TrainConfig, rows: int | None = None) -> None:
 
     from jaxgpt.parallel import sharding
 
-    rows = config.batch_size // config.accumulate if rows is None else rows
+    rows = config.batch_size // config.grad_accumulation if rows is None else rows
     mesh: Any = AbstractMesh(config.mesh.resolve(0), AXES)
     sharding.check(mesh, config.model, rows)
 
 
 def model_flops(config: TrainConfig) -> int:
     """Operations of a step without what is computed twice: what utilisation (MFU) is counted in."""
-    return 3 * accounting.forward_flops(config.model, config.batch_size, config.window).total
+    return 3 * accounting.forward_flops(config.model, config.batch_size, config.T).total
 
 
 def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
@@ -208,22 +208,24 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     where the backward pass recomputes the block (Narayanan et al. 2021, section 2.3).
     """
     model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
-    L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.window
-    P, rows = accounting.count_parameters(model).total, config.batch_size / config.accumulate / (d * f)
+    L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
+    P, rows = accounting.count_parameters(model).total, config.batch_size / config.grad_accumulation / (d * f)
     item = accounting.DTYPE_BYTES[compute.dtype]
     tokens, shard = rows * T, P / (f * t)
     products = (5 * D + F) / t
     scores = rows * model.n_heads / t * T
     kept = tokens * 4 * (D + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
-    positions = min(T, max(1, config.loss_chunk * config.accumulate // config.batch_size)) if config.loss_chunk else T
+    positions = (
+        min(T, max(1, config.loss_chunk * config.grad_accumulation // config.batch_size)) if config.loss_chunk else T
+    )
     logits, layer = rows * positions * V / t * 4, (P / L) * item / t
     memory = {
         "parameters": 4 * shard,
-        "optimiser": 8 * shard,
+        "optimizer": 8 * shard,
         "gradients": 4 * shard,
         "activations": L * kept + tokens * 4 * (3 * D + 2 * products) + 2 * logits + 2 * layer,
     }
-    micro, passes = config.accumulate, 4 if compute.remat == "block" else 3
+    micro, passes = config.grad_accumulation, 4 if compute.remat == "block" else 3
     sent = {
         "all-gather": (2 * micro * (f - 1) / f * P / t * item, "fsdp"),
         "reduce-scatter": (micro * (f - 1) / f * P / t * 4, "fsdp"),
@@ -311,7 +313,7 @@ def make_plan(
     data, fsdp, _ = config.mesh.resolve(0)
     rows = data * fsdp if decode_batch is None else decode_batch
     check(config, rows)
-    tokens = config.batch_size * config.window
+    tokens = config.batch_size * config.T
     parts = {"training": (analytic_training(config, topology), tokens, model_flops(config))}
     if rows:
         once = accounting.forward_flops(config.model, rows, 1).total

@@ -113,10 +113,10 @@ class Checkpoints:
             CheckpointError: if it is damaged, or not of these shapes.
         """
         directory = self._directory / str(step)
-        with distributed.together(CheckpointError(directory, "another process could not read it")):
+        with distributed.fail_together(CheckpointError(directory, "another process could not read it")):
             state, manifest = self._read(directory, abstract_state)
         found = _manifest(state)
-        with distributed.together(CheckpointError(directory, "another process found it damaged")):
+        with distributed.fail_together(CheckpointError(directory, "another process found it damaged")):
             if damaged := [name for name, entry in found.items() if entry != manifest[name]]:
                 raise CheckpointError(directory, f"damaged: {', '.join(damaged[:5])}")
         return state

@@ -28,15 +28,15 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     steps: int = setting(1000, low=1, high=10**9, help="Optimizer steps.")
     batch_size: int = setting(8, low=1, high=10**6, help="Sequences per optimizer step.")
-    accumulate: int = setting(
+    grad_accumulation: int = setting(
         1,
         low=1,
         high=10**6,
         help="Micro-batches that each batch is processed in, to save memory; must divide batch_size. The result equals "
         "that of the whole batch at once.",
     )
-    length: int = setting(0, low=0, help="Tokens per sequence; 0 means the model's context_length.")
-    windows: str = setting(
+    seq_len: int = setting(0, low=0, help="Tokens per sequence; 0 means the model's context_length.")
+    sequences: str = setting(
         "random",
         choices=("random", "sliding"),
         help="Where sequences start: anywhere at random, or, as in the book, every stride tokens (sliding), each once "
@@ -68,7 +68,7 @@ class TrainConfig:
     beta2: float = setting(0.95, low=0, high=0.99999, help="Decay of AdamW's running mean of the squared gradients.")
     weight_decay: float = setting(0.1, low=0, help="Weight decay; acts on matrices only.")
     clip_norm: float = setting(1.0, low=0, help="Gradients are scaled down to this global norm; 0 turns clipping off.")
-    average_decay: float = setting(
+    ema_decay: float = setting(
         0.0,
         low=0,
         high=0.99999,
@@ -84,7 +84,7 @@ class TrainConfig:
     eval_interval: int = setting(
         250, low=1, high=10**9, help="Steps from one evaluation to the next; the last step is always evaluated."
     )
-    eval_windows: int = setting(
+    eval_sequences: int = setting(
         0, low=0, help="Validation sequences per evaluation; 0 means the whole validation split."
     )
     sample_tokens: int = setting(0, low=0, help="Tokens of text sampled at each evaluation; 0 means none.")
@@ -108,11 +108,11 @@ class TrainConfig:
 
     def __post_init__(self):
         check(self)
-        if self.batch_size % self.accumulate:
-            raise ConfigError(f"accumulate must divide batch_size: {self.batch_size} / {self.accumulate}")
-        if self.length > self.model.context_length:
+        if self.batch_size % self.grad_accumulation:
+            raise ConfigError(f"grad_accumulation must divide batch_size: {self.batch_size} / {self.grad_accumulation}")
+        if self.seq_len > self.model.context_length:
             raise ConfigError(
-                f"length {short_repr(self.length)} is beyond model.context_length {self.model.context_length}"
+                f"seq_len {short_repr(self.seq_len)} is beyond model.context_length {self.model.context_length}"
             )
         if self.compute.param_dtype != "float32":
             raise ConfigError(
@@ -122,9 +122,9 @@ class TrainConfig:
             raise ConfigError(f"warmup_steps must be below steps: {short_repr(self.warmup_steps)} of {self.steps}")
 
     @property
-    def window(self) -> int:
+    def T(self) -> int:
         """Tokens per sequence, T."""
-        return self.length or self.model.context_length
+        return self.seq_len or self.model.context_length
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any], source: str = "config") -> TrainConfig:

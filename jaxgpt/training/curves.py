@@ -18,7 +18,7 @@ from jaxgpt.pictures import style
 from jaxgpt.training.run_directory import Run
 
 AXES = ("tokens", "steps")
-# By panel: its axis' label, and the figures of metrics.jsonl that it draws.
+# By panel: its axis' label, and the metrics of metrics.jsonl that it draws.
 PANELS = {
     "loss": ("loss, nats a token", ("loss", "val_loss")),
     "learning_rate": ("learning rate", ("learning_rate",)),
@@ -80,12 +80,12 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
             raise DataError(f"{directory}: expected a run's directory, with a metrics.jsonl in it")
         try:
             config = run.config()
-            tokens_per_step = config.batch_size * config.window
+            tokens_per_step = config.batch_size * config.T
         except ValueError:  # no run.json, or a damaged one: then the curves are against steps
             tokens_per_step = None
         curves = from_metrics(name if names.count(name) == 1 else str(directory), run.read_metrics(), tokens_per_step)
         if not any(curves.points.values()):
-            raise DataError(f"{run.metrics}: holds no figures to draw: has the run logged a step yet?")
+            raise DataError(f"{run.metrics}: holds no metrics to draw: has the run logged a step yet?")
         runs.append(curves)
     return runs
 

@@ -21,7 +21,7 @@ class Evaluation:
     """What `evaluate` measured.
 
     Attributes:
-        loss: mean of -log p(token | tokens before it in its window), in nats a token.
+        loss: mean of -log p(token | tokens before it in its sequence), in nats per token.
         perplexity: exp(loss).
         bits_per_byte: of the text's UTF-8 bytes.
         tokens: how many tokens were predicted.
@@ -34,30 +34,37 @@ class Evaluation:
 
 
 def evaluate(
-    model: GPT, params: Any, ids_N: Ids, *, window: int = 0, stride: int = 0, batch_size: int = 8, max_windows: int = 0
+    model: GPT,
+    params: Any,
+    ids_N: Ids,
+    *,
+    seq_len: int = 0,
+    stride: int = 0,
+    batch_size: int = 8,
+    max_sequences: int = 0,
 ) -> Evaluation:
-    """Evaluates windows of tokens, one each `stride`; every token but the first is predicted once.
+    """Evaluates sequences of tokens, one every `stride`; each token but the first is predicted once.
 
     Args:
         model: the model.
         params: its parameters.
         ids_N: the text's ids.
-        window: tokens a window; 0 means the context length.
-        stride: tokens between windows; 0 means `window`, so that they do not overlap. A smaller one gives each token
-            more context before it (at least window - stride) and costs more.
-        batch_size: windows a call.
-        max_windows: only the first so many windows; 0 means all.
+        seq_len: tokens per sequence; 0 means the context length.
+        stride: tokens from the start of one sequence to the next; 0 means `seq_len`, so that they do not overlap. A
+            smaller one gives each token more context before it (at least seq_len - stride) and costs more.
+        batch_size: sequences per call.
+        max_sequences: only the first so many sequences; 0 means all.
 
     Raises:
         DataError: if there are fewer than two tokens.
         ValueError: for sizes out of range.
     """
-    T = window or model.config.context_length
+    T = seq_len or model.config.context_length
     stride = stride or T
     if not 1 <= T <= model.config.context_length:
-        raise ValueError(f"window must be from 1 to context_length={model.config.context_length}, not {T}")
+        raise ValueError(f"seq_len must be from 1 to context_length={model.config.context_length}, not {T}")
     if not 1 <= stride <= T:
-        raise ValueError(f"stride must be from 1 to the window's {T} tokens, not {stride}")
+        raise ValueError(f"stride must be from 1 to the sequence's {T} tokens, not {stride}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     if len(ids_N) < 2:
@@ -67,11 +74,11 @@ def evaluate(
     for start in range(0, len(ids_N) - 1, stride):
         rows.append((start, predicted))
         predicted = min(start + T, len(ids_N) - 1) + 1
-        if predicted == len(ids_N) or len(rows) == max_windows:
+        if predicted == len(ids_N) or len(rows) == max_sequences:
             break
     total, count = 0.0, 0.0
     for i in range(0, len(rows), batch_size):
-        batch = [_window(ids_N, start, first, T) for start, first in rows[i : i + batch_size]]
+        batch = [_sequence(ids_N, start, first, T) for start, first in rows[i : i + batch_size]]
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = (np.stack(side) for side in zip(*batch, strict=True))
         losses, counted = _losses(model, params, inputs_BxT, labels_BxT)
@@ -81,8 +88,8 @@ def evaluate(
     return Evaluation(loss, perplexity(loss), bits_per_byte(total, text_bytes), int(count))
 
 
-def _window(ids_N: Ids, start: int, first: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs and labels [T] of the window at `start`; labels before token `first` and past the end do not count."""
+def _sequence(ids_N: Ids, start: int, first: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels [T] of the sequence at `start`; labels before token `first` and past the end do not count."""
     ids = np.asarray(ids_N[start : start + T + 1], np.int32)
     inputs, labels = np.zeros(T, np.int32), np.full(T, IGNORE, np.int32)
     inputs[: len(ids) - 1] = ids[:-1]

@@ -30,7 +30,7 @@ from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens,
 from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run, import_tensorboard
-from jaxgpt.training.step import SAMPLE, State, abstract_state, eval_params, init_state, jit_step, stream_key
+from jaxgpt.training.step import SAMPLE, TrainState, abstract_state, eval_params, init_state, jit_step, stream_key
 from jaxgpt.weights import load, load_config
 
 
@@ -85,7 +85,7 @@ def train(
     run = Run(out, writes=distributed.is_primary())
     alone = TrainingError("another process failed before the first step; its own message tells why")
     with contextlib.ExitStack() as held:
-        with distributed.together(alone):
+        with distributed.fail_together(alone):
             if resume and init_from is None:
                 init_from = run.init_from()
             if init_from is not None:
@@ -108,7 +108,7 @@ def train(
                 run.check_new()
             run.make()
         distributed.check_same("their arguments or their data", (config, tokens.sha256, resume, force, init_from))
-        with distributed.together(alone):
+        with distributed.fail_together(alone):
             run.check_shared()
             val_losses = run.val_losses()
         checkpoints = held.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.keep, val_losses)))
@@ -117,11 +117,11 @@ def train(
         if resume and checkpoints.steps():
             start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
         else:
-            with distributed.together(alone):
+            with distributed.fail_together(alone):
                 params = None if init_from is None else _initial_params(config, init_from, mesh)
             start, state = 0, init_state(config, params, mesh)
             del params  # the state holds them
-        with distributed.together(alone):
+        with distributed.fail_together(alone):
             run.describe(config, tokens, init_from)
             run.truncate_metrics(start)
             if tensorboard:
@@ -147,17 +147,17 @@ class _Loop:
         self.model = GPT(config.model, config.compute.replace(remat="none"))
         self.val_losses = run.val_losses()
 
-    def train(self, start: int, state: State) -> TrainResult:
+    def train(self, start: int, state: TrainState) -> TrainResult:
         config, done = self.config, start
         step_fn, stop = jit_step(config, self.mesh), None
-        running: collections.deque = collections.deque()  # (step, figures) still on the device
+        running: collections.deque = collections.deque()  # (step, metrics) still on the device
         self.clock = time.perf_counter(), start
         with _signals() as received:
             while done < config.steps and not (stop := self.stop(received, done)):
                 # The batch is made while the device works on the step before.
-                state, figures = step_fn(state, self.global_batch(done))
+                state, metrics = step_fn(state, self.global_batch(done))
                 done += 1
-                running.append((done, figures))
+                running.append((done, metrics))
                 if len(running) > 1:
                     self.record(*running.popleft())
                 if self.due(config.eval_interval, done) or self.due(config.checkpoint_interval, done):
@@ -183,7 +183,7 @@ class _Loop:
         if mesh is None:
             return batch(self.train_N, config, step)
         layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
-        shape = (config.batch_size, config.window + 1)
+        shape = (config.batch_size, config.T + 1)
 
         @functools.cache  # devices along `tensor` hold the same rows
         def rows(start: int | None, stop: int | None) -> Any:
@@ -205,9 +205,9 @@ class _Loop:
     def due(self, interval: int, step: int) -> bool:
         return step % interval == 0 or step == self.config.steps
 
-    def record(self, step: int, figures: dict[str, Array]) -> None:
+    def record(self, step: int, metrics: dict[str, Array]) -> None:
         """Waits for a step to end; logs it; stops a run that has gone bad."""
-        loss, grad_norm, rate, bad = (float(figures[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
+        loss, grad_norm, rate, bad = (float(metrics[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
         if bad:
             self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was left out")
         if bad >= self.config.bad_steps:
@@ -220,17 +220,17 @@ class _Loop:
         now = time.perf_counter()
         seconds = (now - self.clock[0]) / (step - self.clock[1])  # a step
         self.clock = now, step
-        speed = self.config.batch_size * self.config.window / seconds
+        speed = self.config.batch_size * self.config.T / seconds
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
         self.run.append({**line, "tokens_per_second": round(speed, 1)})
         self.progress.update(step, loss, speed, seconds * (self.config.steps - step))
 
-    def pause(self, step: int, state: State) -> None:
+    def pause(self, step: int, state: TrainState) -> None:
         """Evaluates, saves and samples, as the intervals say. None of it touches the training's random numbers."""
         config, loss, improved = self.config, None, False
         evaluating = self.due(config.eval_interval, step)
         if evaluating and config.val_fraction:
-            evaluation = self.validate(eval_params(state), config.eval_windows)
+            evaluation = self.validate(eval_params(state), config.eval_sequences)
             loss = evaluation.loss
             improved = loss < min(self.val_losses.values(), default=math.inf)
             self.run.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
@@ -245,15 +245,16 @@ class _Loop:
             self.progress.say(self.sample(step, eval_params(state)))
         self.clock = time.perf_counter(), step
 
-    def validate(self, params: Any, windows: int, batch_size: int = 8) -> Evaluation:
+    def validate(self, params: Any, sequences: int, batch_size: int = 8) -> Evaluation:
         ids_N = self.val_N if self.config.val_fraction else self.train_N
-        window = self.config.window
-        return evaluate(self.model, params, ids_N, window=window, max_windows=windows, batch_size=batch_size)
+        return evaluate(
+            self.model, params, ids_N, seq_len=self.config.T, max_sequences=sequences, batch_size=batch_size
+        )
 
-    def healthy(self, state: State) -> bool:
+    def healthy(self, state: TrainState) -> bool:
         """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
         it does not tell of an update that has just ruined them."""
-        return math.isfinite(self.validate(state["params"], windows=1, batch_size=1).loss)
+        return math.isfinite(self.validate(state["params"], sequences=1, batch_size=1).loss)
 
     def sample(self, step: int, params: Any) -> str:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
@@ -284,7 +285,7 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
         if chosen not in steps:
             raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
-        with sharding.on_host():  # with the optimiser's state, it may be more than a device has
+        with sharding.on_host():  # with the optimizer's state, it may be more than a device has
             state = checkpoints.restore(chosen, abstract_state(config))
             params = jax.tree.map(np.asarray, cast_params(eval_params(state), param_dtype))
     params = jax.tree.map(jax.device_put, params)
@@ -296,7 +297,7 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     mesh = sharding.make_mesh(config.mesh)
     if mesh.size == 1:
         return None
-    sharding.check(mesh, config.model, config.batch_size // config.accumulate)
+    sharding.check(mesh, config.model, config.batch_size // config.grad_accumulation)
     return mesh
 
 

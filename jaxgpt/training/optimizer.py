@@ -1,4 +1,4 @@
-"""The optimiser and its schedule, from a `TrainConfig`, out of optax's parts."""
+"""The optimizer and its schedule, from a `TrainConfig`, out of optax's parts."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
     return optax.join_schedules([rise, cosine], [warmup])
 
 
-def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with decay on matrices only; with
     `optimizer="muon"` the blocks' matrices take Muon's orthogonalised momentum instead (Jordan et al. 2024)."""
     adamw = optax.adamw(

@@ -141,12 +141,12 @@ class Run:
             self._tensorboard = writer(str(self.directory / "tensorboard"), purge_step=step + 1)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl: "step" and its figures; one that is not finite is null, as JSON has no NaN."""
+        """Adds a line to metrics.jsonl: "step" and its metrics; one that is not finite is null, as JSON has no NaN."""
         if not self.writes:
             return
         with self.metrics.open("a", encoding="utf-8") as file:
-            figures = {name: value if math.isfinite(value) else None for name, value in line.items()}
-            file.write(json.dumps(figures) + "\n")
+            metrics = {name: value if math.isfinite(value) else None for name, value in line.items()}
+            file.write(json.dumps(metrics) + "\n")
         if self._tensorboard is not None:
             for name, value in line.items():
                 if name != "step":

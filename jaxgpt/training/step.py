@@ -16,9 +16,9 @@ from jaxgpt.model import GPT
 from jaxgpt.parallel import sharding
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import model_loss
-from jaxgpt.training.optimizer import optimizer, schedule
+from jaxgpt.training.optimizer import make_optimizer, schedule
 
-State = dict[str, Any]
+TrainState = dict[str, Any]
 
 # Streams of random numbers that must not meet, whatever the seed.
 INIT, DROPOUT, SAMPLE = range(3)
@@ -29,10 +29,10 @@ def stream_key(config: TrainConfig, stream: int) -> Array:
     return jax.random.fold_in(jax.random.key(config.seed), stream)
 
 
-def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> State:
+def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step:
 
-        params, opt_state   the optimiser's
+        params, opt_state   the optimizer's
         average             of the parameters, if the config asks for one
         step                steps taken, int32
         updates             those of them that changed the parameters
@@ -49,37 +49,37 @@ def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None
     return jax.jit(functools.partial(_initial, config), out_shardings=layout)(params)
 
 
-def _initial(config: TrainConfig, params: Any = None) -> State:
+def _initial(config: TrainConfig, params: Any = None) -> TrainState:
     if params is None:
         params = GPT(config.model, config.compute).init(stream_key(config, INIT), jnp.zeros((1, 1), jnp.int32))[
             "params"
         ]
-    state = {"params": params, "opt_state": optimizer(config).init(params)}
-    if config.average_decay:
-        state["average"] = params
+    state = {"params": params, "opt_state": make_optimizer(config).init(params)}
+    if config.ema_decay:
+        state["ema_params"] = params
     return state | {name: jnp.int32(0) for name in ("step", "updates", "bad")}
 
 
-def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> State:
+def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
     """The shapes, types and, with a mesh, layouts of `init_state`, without allocating it."""
     state = jax.eval_shape(functools.partial(_initial, config))
     return state if mesh is None else sharding.abstract(state, sharding.shardings(mesh, state))
 
 
-def eval_params(state: State) -> Any:
+def eval_params(state: TrainState) -> Any:
     """The parameters to evaluate, sample from and export: the moving average if there is one."""
-    return state.get("average", state["params"])
+    return state.get("ema_params", state["params"])
 
 
-def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict[str, Array]]]:
-    """The optimiser step, not yet jitted: (state, ids [B, T + 1]) -> (state, figures).
+def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
+    """The optimizer step, not yet jitted: (state, ids [B, T + 1]) -> (state, metrics).
 
     Gradients are those of the mean loss over all labels that count, in however many micro-batches they are taken.
-    A step whose loss or gradient is not finite changes none of the parameters and the optimiser's state.
+    A step whose loss or gradient is not finite changes none of the parameters and the optimizer's state.
 
-    The figures are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
+    The metrics are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
     """
-    model, tx = GPT(config.model, config.compute), optimizer(config)
+    model, tx = GPT(config.model, config.compute), make_optimizer(config)
     rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
 
     def losses_and_grads(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
@@ -92,19 +92,19 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
         return total, count, grads
 
     def accumulated(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
-        if config.accumulate == 1:
+        if config.grad_accumulation == 1:
             return losses_and_grads(params, ids_BxT1, key)
 
         def add(total, micro):
             return jax.tree.map(jnp.add, total, losses_and_grads(params, *micro)), None
 
         # Every so many-th row, so that a micro-batch has rows on every device.
-        micro_ids = ids_BxT1.reshape(-1, config.accumulate, ids_BxT1.shape[1]).swapaxes(0, 1)
-        micro_keys = jax.random.split(key, config.accumulate)
+        micro_ids = ids_BxT1.reshape(-1, config.grad_accumulation, ids_BxT1.shape[1]).swapaxes(0, 1)
+        micro_keys = jax.random.split(key, config.grad_accumulation)
         zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
         return lax.scan(add, zero, (micro_ids, micro_keys))[0]
 
-    def step(state: State, ids_BxT1: Array) -> tuple[State, dict[str, Array]]:
+    def step(state: TrainState, ids_BxT1: Array) -> tuple[TrainState, dict[str, Array]]:
         params = state["params"]
         key = jax.random.fold_in(stream_key(config, DROPOUT), state["step"])
         total, count, grads = accumulated(params, ids_BxT1, key)
@@ -113,9 +113,11 @@ def make_step(config: TrainConfig) -> Callable[[State, Array], tuple[State, dict
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state["opt_state"], params)
         new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        if config.average_decay:
-            decay = config.average_decay
-            new["average"] = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p, state["average"], new["params"])
+        if config.ema_decay:
+            decay = config.ema_decay
+            new["ema_params"] = jax.tree.map(
+                lambda a, p: decay * a + (1 - decay) * p, state["ema_params"], new["params"]
+            )
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {k: state[k] for k in new})
         bad = jnp.where(finite, 0, state["bad"] + 1)
