@@ -13,7 +13,7 @@ from helpers import TINY, make_model, random_ids, stack_blocks, to_numpy
 
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import IGNORE, model_loss
-from jaxgpt.training.optimizer import is_matrix, schedule
+from jaxgpt.training.optimizer import is_matrix, make_optimizer, schedule
 from jaxgpt.training.step import init_state, make_step
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

@@ -30,15 +30,15 @@ def recognises(fields: Mapping[str, Any]) -> bool:
 
 def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
     """The checkpoint in `directory`, whose config.json holds `fields`."""
-    if fields.get("version") != VERSION or not isinstance(fields.get("config"), dict):
+    model, run = fields.get("config"), fields.get("compute", {})
+    if fields.get("version") != VERSION or not isinstance(model, dict) or not isinstance(run, dict):
         raise CheckpointError(
             directory / "config.json",
-            f"expected version {VERSION} and a 'config' object, not version {short_repr(fields.get('version'))}: "
-            "a later jaxgpt may have written it",
+            f"expected version {VERSION}, a 'config' object and a 'compute' object, not version "
+            f"{short_repr(fields.get('version'))}: a later jaxgpt may have written it",
         )
     source = str(directory / "config.json")
-    config = GPTConfig.from_dict(fields["config"], source)
-    compute = ComputeConfig.from_dict(fields.get("compute", {}), source)
+    config, compute = GPTConfig.from_dict(model, source), ComputeConfig.from_dict(run, source)
     return Checkpoint(
         directory,
         config,
