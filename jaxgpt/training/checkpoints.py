@@ -175,9 +175,13 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _without_aftermath() -> Iterator[None]:
-    """Orbax closes its event loop at the first file that fails, and leaves its reads and writes still under way. They
-    then complain, a page each, to the interpreter or to asyncio, and bury the reason. They come late, so after a
-    failure this stays."""
+    """Keeps orbax's abandoned reads and writes quiet.
+
+    Orbax (0.12, its v1 API included) closes its event loop at the first file that fails without waiting for the other
+    reads and writes, and each of those then reports to `sys.unraisablehook` or to asyncio's log that the loop is closed
+    or that it failed too: up to thousands of lines after our one, which no option turns off. They come late, so after a
+    failure the hooks stay.
+    """
     report, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
 
     def hook(unraisable: Any) -> None:
