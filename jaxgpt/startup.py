@@ -89,7 +89,11 @@ def check_private(directory: Path) -> None:
 
 
 def _prune(directory: Path) -> None:
-    """Removes the oldest entries of a cache that has grown past `CACHE_BYTES`, down to half of that."""
+    """Removes the oldest entries of a cache that has grown past `CACHE_BYTES`, down to half of that.
+
+    JAX's own bound, `jax_compilation_cache_max_size`, will not do (0.10.2): it needs the package filelock, reads the
+    time of every entry at each write, and after a process killed between an entry and its time no write succeeds.
+    """
     entries = []
     for entry in directory.iterdir():
         with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
