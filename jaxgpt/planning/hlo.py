@@ -1,10 +1,12 @@
 """What a compiled program moves: the bytes in and out of memory and between chips, read from XLA's own text of it.
 
-XLA's cost analysis counts the body of a loop once, and what it keeps in on-chip memory like what it does not. Here a
-loop counts as often as it runs, and only arrays in the chip's main memory (HBM) count; not what the exchanges between
-chips read and write there, for which the links are the limit. The text is that of `compiled.as_text()` on TPU: an
-array's layout ends in S(n) where it lies in another memory than HBM, and collectives that overlap with other work
-appear in several fusions, with one channel.
+It is read from the text because neither of the libraries' own counts has it: `compiled.cost_analysis()` counts the
+body of a loop once, does not tell HBM from on-chip memory, and has no entry for collectives;
+`jax.experimental.roofline` reads the jaxpr, before XLA fuses and partitions it, and counts the body of a loop once
+too. Here a loop counts as often as it runs, and only arrays in the chip's main memory (HBM) count; not what the
+exchanges between chips read and write there, for which the links are the limit. The text is that of
+`compiled.as_text()` on TPU: an array's layout ends in S(n) where it lies in another memory than HBM, and collectives
+that overlap with other work appear in several fusions, with one channel.
 """
 
 from __future__ import annotations
