@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import inspect
 import re
 from importlib import import_module
 from pathlib import Path
@@ -100,6 +101,36 @@ class CommandHelp(Directive):
         return [nodes.literal_block(help_text, help_text, language="text")]
 
 
+def public_names() -> dict[str, list[str]]:
+    """Those of `jaxgpt/__init__.pyi`, by the heading above them there."""
+    groups: dict[str, list[str]] = {}
+    for line in (ROOT / "jaxgpt" / "__init__.pyi").read_text(encoding="utf-8").splitlines():
+        if heading := re.fullmatch(r"# (\w+)", line):
+            names = groups.setdefault(heading[1], [])
+        elif groups:  # what comes before the first heading is no part of the table
+            names += re.findall(r"\b(\w+) as \1\b", line)
+    return groups
+
+
+class PublicNames(Directive):
+    """`.. public-names::`: a table of the public names, each with the first sentence of its docstring."""
+
+    def run(self):
+        rows = [".. list-table::", "   :widths: 32 68", ""]
+        for heading, names in public_names().items():
+            rows += [f"   * - **{heading}**", "     -"]
+            for name in names:
+                public = getattr(jaxgpt, name)
+                role = "class" if inspect.isclass(public) else "func"
+                sentence = re.split(r"(?<=\.)\s", inspect.getdoc(public), maxsplit=1)[0]
+                rows += [
+                    f"   * - :{role}:`~{public.__module__}.{public.__qualname__}`",
+                    f"     - {' '.join(sentence.split())}",
+                ]
+        self.state_machine.insert_input(rows, "jaxgpt/__init__.pyi")
+        return []
+
+
 def setup(app):
     """Called by Sphinx."""
 
@@ -113,6 +144,7 @@ def setup(app):
         as_restructured_text(lines)
 
     app.add_directive("command-help", CommandHelp)
+    app.add_directive("public-names", PublicNames)
     app.connect("source-read", page_read)
     app.connect("include-read", include_read)
     app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before napoleon, which has 500
