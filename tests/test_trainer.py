@@ -198,13 +198,15 @@ def test_a_full_disk_says_why_once(tmp_path, caplog):
     state = {f"array_{i}": rng.normal(size=(50, 50)).astype(np.float32) for i in range(300)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
+        checkpoints.save(1, state)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # the arrays' file is larger, no other is
         try:
             with pytest.raises(CheckpointError, match=r"could not be written, .*: OUT_OF_RANGE: Error writing"):
-                checkpoints.save(1, state)
+                checkpoints.save(2, state)
             gc.collect()  # as above
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert checkpoints.steps() == [1]
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
