@@ -21,6 +21,7 @@ from jax import Array, lax
 
 from jaxgpt.checks import check_ids
 from jaxgpt.model import GPT
+from jaxgpt.parallel import to_device
 from jaxgpt.tokenizer import Tokenizer
 
 
@@ -70,7 +71,7 @@ def look_inside(model: GPT, params: Any, ids: Any, *, top: int = 5) -> Inside:
         raise ValueError(f"{len(ids_T)} ids do not fit context_length={config.context_length}: shorten the text")
     if top < 1:
         raise ValueError(f"top must be at least 1, not {top}")
-    seen = jax.device_get(_look(model, params, ids_T[None], min(top, config.vocab_size)))
+    seen = jax.device_get(_look(model, params, to_device(ids_T[None], params), min(top, config.vocab_size)))
     attention, residual, top_ids, top_probabilities, true_probabilities = seen
     if not np.isfinite(top_probabilities).all():
         place, position = np.argwhere(~np.isfinite(top_probabilities))[0, :2]

@@ -13,6 +13,9 @@ from hypothesis import HealthCheck, settings
 os.environ["JAXGPT_KERNEL"] = "0"
 # Simulated ones, for tests/test_sharding.py; all other tests use the first.
 jax.config.update("jax_num_cpu_devices", 8)
+# Nothing is widened or converted unasked: users may forbid it, and it hides mistakes.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 # The same examples in every run, whatever failed before; and no test is about time, so a busy machine decides none.
 settings.register_profile(

@@ -16,6 +16,7 @@ from jaxgpt.generation.preparation import prepare
 from jaxgpt.generation.prompts import check_key, check_prompts
 from jaxgpt.generation.sampling import Greedy, Sampler
 from jaxgpt.model import GPT, RecentTokens
+from jaxgpt.parallel import to_device
 
 # Shapes are rounded up to powers of two from these on, so that lengths in one bucket share a compilation.
 PROMPT_BUCKET = 16
@@ -177,7 +178,7 @@ class Generation:
         state = self._prefill(longest, slots)
         yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
         drawn = 1
-        while drawn < self.max_new_tokens and not np.all(state.done_B):
+        while drawn < self.max_new_tokens and not np.all(jax.device_get(state.done_B)):
             started = time.perf_counter()
             if drawn == cached:
                 state = dataclasses.replace(state, memory=self._recent_tokens())
@@ -190,13 +191,11 @@ class Generation:
                 self.model,
                 self.params,
                 state,
-                np.int32(steps),
-                self.key,
-                self._padded_stop_ids(),
+                *to_device((np.int32(steps), self.key, self._padded_stop_ids()), self.params),
                 chunk=CHUNK,
                 sampler=self.sampler,
             )
-            before, drawn = drawn, int(state.drawn)
+            before, drawn = drawn, int(jax.device_get(state.drawn))
             yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
 
     def _slots(self, needed: int) -> int:
@@ -211,14 +210,12 @@ class Generation:
         for row, prompt in zip(ids_BxT, self.prompts, strict=True):
             prompt = prompt[-C:]
             row[longest - len(prompt) : longest] = prompt
+        lengths_B = np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32)
+        arguments = (ids_BxT, lengths_B, np.int32(longest), self.key, self._padded_stop_ids())
         return decode.prefill(
             self.model,
             self.params,
-            ids_BxT,
-            np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32),
-            np.int32(longest),
-            self.key,
-            self._padded_stop_ids(),
+            *to_device(arguments, self.params),
             slots=slots,
             sampler=self.sampler,
             cache_dtype=self.cache_dtype,
@@ -233,7 +230,7 @@ class Generation:
             read = ids[:-1][-C:]
             ids_BxC[r, C - len(read) :] = read
             lengths_B[r] = len(read)
-        return RecentTokens(ids_BxC, lengths_B)  # type: ignore[arg-type]
+        return RecentTokens(*to_device((ids_BxC, lengths_B), self.params))
 
     def _accept(self, state: decode.DecodeState, ids_BxN: jax.Array, timing: _Timing) -> list[np.ndarray]:
         """Brings ids to the host, keeps them, and returns those that are not past a row's end."""

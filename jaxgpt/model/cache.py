@@ -61,7 +61,7 @@ class Cache:
 
     def positions_BxT(self, T: int) -> Array:
         """Positions of the next T tokens of each row; slots before a row's start count as position 0."""
-        return jnp.maximum(self.length + jnp.arange(T) - self.start_B[:, None], 0)
+        return jnp.maximum((self.length + jnp.arange(T))[None] - self.start_B[:, None], 0)
 
 
 class Seen(NamedTuple):

@@ -9,3 +9,4 @@ from .sharding import make_mesh as make_mesh
 from .sharding import platform as platform
 from .sharding import replicate as replicate
 from .sharding import shard as shard
+from .sharding import to_device as to_device

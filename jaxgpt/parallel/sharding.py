@@ -162,6 +162,12 @@ def mesh_of(params: Any) -> Mesh | None:
     return None
 
 
+def to_device(arrays: Any, params: Any) -> Any:
+    """A tree of the host's arrays as arguments beside `params`. On one device they are put there, said outright so that
+    `jax.transfer_guard` lets them pass; for a mesh they stay as they are, and every device gets them whole."""
+    return arrays if mesh_of(params) is not None else jax.device_put(arrays)
+
+
 def is_distributed(x: Array) -> bool:
     """Whether x lies on more than one device. Its type says so, traced or not: a mesh is never entered, and so never
     forgotten."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxgpt.errors import DataError
 from jaxgpt.model import GPT
+from jaxgpt.parallel import to_device
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.data import Ids
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
@@ -80,8 +81,8 @@ def evaluate(
     for i in range(0, len(rows), batch_size):
         batch = [_sequence(ids_N, start, first, T) for start, first in rows[i : i + batch_size]]
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
-        inputs_BxT, labels_BxT = (np.stack(side) for side in zip(*batch, strict=True))
-        losses, counted = _losses(model, params, inputs_BxT, labels_BxT)
+        inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
+        losses, counted = jax.device_get(_losses(model, params, inputs_BxT, labels_BxT))
         total, count = total + float(losses), count + float(counted)
     loss = total / count
     text_bytes = len(get_tokenizer(model.config.tokenizer).decode_bytes(ids_N[1:predicted].tolist()))

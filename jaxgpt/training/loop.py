@@ -181,7 +181,7 @@ class _Loop:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
         config, mesh = self.config, self.mesh
         if mesh is None:
-            return batch(self.train_N, config, step)
+            return jax.device_put(batch(self.train_N, config, step))
         layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
         shape = (config.batch_size, config.T + 1)
 
@@ -207,6 +207,7 @@ class _Loop:
 
     def record(self, step: int, metrics: dict[str, Array]) -> None:
         """Waits for a step to end; logs it; stops a run that has gone bad."""
+        metrics = jax.device_get(metrics)
         loss, grad_norm, rate, bad = (float(metrics[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
         if bad:
             self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was left out")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +21,7 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
     warmup, end = config.warmup_steps, config.final_learning_rate
     cosine = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), alpha=end)
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else cosine
-    return optax.join_schedules([rise, cosine], [warmup])
+    return _promoting(optax.join_schedules([rise, cosine], [warmup]))
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
@@ -41,7 +43,20 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
         )
         adamw = optax.partition({"muon": muon, "adamw": adamw}, _optimizer_labels)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, adamw)
+    tx = optax.chain(clip, adamw)
+    return optax.GradientTransformation(tx.init, _promoting(tx.update))
+
+
+def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions of optax, which mix integers and floats: they work for users who forbid that
+    (`jax_numpy_dtype_promotion="strict"`) too."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args)
+
+    return call
 
 
 def is_matrix(params: Any) -> Any:
