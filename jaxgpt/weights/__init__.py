@@ -1,4 +1,4 @@
-"""Checkpoints: every layout in, and out. What other rooms may use of it is in `__init__.pyi`."""
+"""Reads and writes checkpoints in every supported format. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

@@ -1,7 +1,7 @@
 """The state dict of "Build a Large Language Model (From Scratch)", as `.pth` or `.safetensors`. Read only.
 
-A state dict has no configuration: the sizes follow from the shapes, and the number of heads, which does not,
-from the book's four sizes, all with heads of width 64.
+A state dict has no configuration. The sizes follow from the shapes; the number of heads does not, so it is looked up
+among the book's four sizes, all of which have heads of width 64.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ ROWS = (
 
 
 def recognises(content: Mapping[str, Any]) -> bool:
-    """Whether what a file holds is this layout's."""
+    """Whether a file's content is in this format."""
     state = _state_dict(content)
     return "tok_emb.weight" in state or "_orig_mod.tok_emb.weight" in state
 
 
 def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint whose state dict is in `content`; `overrides` may say `n_heads`.
+    """Returns the checkpoint whose state dict is in `content`; `overrides` may set `n_heads`.
 
     Raises:
-        CheckpointError: if the tensors from which the sizes are read are not there.
+        CheckpointError: if a tensor that the sizes are read from is missing.
         ConfigError: if the number of heads is neither given nor known.
     """
     n_heads = overrides.get("n_heads")
@@ -86,7 +86,7 @@ def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -
 
 
 def _state_dict(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The file's state dict, where the book's chapter 5 puts the optimizer's beside it too."""
+    """The model's state dict; the book's chapter 5 saves it next to the optimizer's."""
     inner = content.get("model_state_dict")
     return inner if isinstance(inner, Mapping) else content
 

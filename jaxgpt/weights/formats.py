@@ -1,23 +1,23 @@
-"""Checkpoints: `load`, `load_config` and `save`. One file a format, each essentially one table of names.
+"""`load`, `load_config` and `save` of checkpoints. Each format is one file, and essentially one table of names.
 
 | what | recognised by | read | written |
 |---|---|---|---|
-| the project's own directory | config.json with "format": "jaxgpt" | yes | yes |
+| this project's directory | config.json with "format": "jaxgpt" | yes | yes |
 | Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
 | the book's .pth or .safetensors | a tensor tok_emb.weight | yes | |
 | nanoGPT's ckpt.pt | the keys model and model_args | yes | |
 
-A format is a module, entered in `FORMATS` or `FILE_FORMATS`. Both kinds have
+A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
 
-- `recognises(content)`: whether what was found is this format's: a directory's config.json, as a dict; or what a file
-  holds by name: from .safetensors a `files.Tensor` each, and from .pt and .pth whatever `torch.save` was given;
-- `read(path, content, overrides)`: the `layout.Checkpoint`, its tensors not read yet. `overrides` are the fields of
-  `GPTConfig` that the caller gave, for what the content does not say.
+- `recognises(content)`: whether `content` is in this format. For a directory, `content` is its config.json as a dict;
+  for a .safetensors file, its `tensors.Tensor`s by name; for a .pt or .pth file, whatever `torch.save` was given;
+- `read(path, content, overrides)`: returns the `layout.Checkpoint`, with its tensors not read yet. `overrides` are the
+  fields of `GPTConfig` that the caller gave, for what the content does not say.
 
-Those of `FORMATS` are written too, and have
+Those in `FORMATS` can also be written, and have
 
-- `FILES`: names of all files they may write;
-- `refusal(model)`: why the format cannot hold such a model, or `None`;
+- `FILES`: the names of all files that they may write;
+- `refusal(model)`: why the format cannot hold this model, or `None`;
 - `write(directory, model, params)`.
 """
 
@@ -38,10 +38,10 @@ from jaxgpt.weights.tensors import load_torch, open_safetensors, replacing
 
 __all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save"]
 
-# Models that ship with the package, by name: their directories under jaxgpt/assets.
+# Models that ship with the package: name to directory under jaxgpt/assets.
 BUNDLED = {"shakespeare": "shakespeare"}
 
-# By name, directories and single files; of several that recognise the same content the first is taken.
+# Formats of directories and of single files, by name. If several recognise the same content, the first is taken.
 FORMATS: dict[str, Any] = {"jaxgpt": own, "huggingface": huggingface}
 FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 
@@ -53,26 +53,26 @@ def load(
     check_finite: bool = False,
     **overrides: Any,
 ) -> tuple[GPT, dict[str, Any]]:
-    """Loads a model and its parameters from any format, recognised by content.
+    """Loads a model and its parameters from any format, which is recognised by content.
 
-    Memory holds the parameters once, and one more array at a time. Nothing in a file is executed.
+    Memory holds the parameters once, plus one array at a time. Nothing in a file is executed.
 
     Args:
-        path_or_name: a file or directory, the name of a bundled model, or of a GPT-2 on the Hugging Face hub. A
-            bundled name comes before a path (write "./shakespeare" for that), a path before the hub.
-        compute: how to run the model. By default the package's own directories keep what they were saved with, and
-            everything else is `ComputeConfig()`: parameters become float32, whatever they are in the file. To and from
-            int8, memory holds both.
+        path_or_name: a file or directory, or the name of a bundled model or of a GPT-2 on the Hugging Face hub. A
+            bundled name takes precedence over a path (write "./shakespeare" for the path), and a path over the hub.
+        compute: how to run the model. By default this project's directories keep what they were saved with, and
+            everything else gets `ComputeConfig()`: parameters become float32, whatever they are in the file. For a
+            conversion to or from int8, memory holds both versions.
         check_finite: whether to look for NaN and infinite values.
-        overrides: single fields of `ComputeConfig` to change (`param_dtype`, `dtype`, `scan_layers`, ...); and fields
-            of `GPTConfig`: those the file does not know (`n_heads` for the book's files), or that leave the
-            parameters' shapes alone (`drop_rate`, ...).
+        overrides: single fields of `ComputeConfig` to change (`param_dtype`, `dtype`, `scan_layers`, ...), and fields
+            of `GPTConfig` that the file does not have (`n_heads` for the book's files) or that do not affect the
+            parameters' shapes (`drop_rate`, ...).
 
     Returns:
         (model, params): a `GPT`, and a plain nested dict of JAX arrays.
 
     Raises:
-        CheckpointError: if it cannot be read, or its tensors are not exactly those of the model; lists them all.
+        CheckpointError: if it cannot be read, or its tensors are not exactly the model's; lists every difference.
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
         MissingExtraError: if the format needs a package that is not installed.
     """
@@ -87,15 +87,15 @@ def load(
 
 
 def load_config(path_or_name: str | Path, **overrides: Any) -> GPTConfig:
-    """The configuration that `load` would use. Reads no tensors, and downloads none."""
+    """Returns the configuration that `load` would use. Neither reads nor downloads tensors."""
     return _recognise(path_or_name, overrides, with_tensors=False).config.replace(**overrides)
 
 
 def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str = "jaxgpt") -> None:
-    """Writes a checkpoint directory: the project's own, or one that transformers loads as it is.
+    """Writes a checkpoint directory in this project's format, or in one that transformers loads directly.
 
-    `path` appears, or changes from the checkpoint it was, only when everything is on the disk. Parameters keep
-    their types. Beside them, memory holds one array at a time.
+    `path` appears, or replaces the checkpoint that was there, only once everything is on disk. Parameters keep
+    their types. In addition to them, memory holds one array at a time.
 
     Args:
         path: the directory.
@@ -105,7 +105,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
 
     Raises:
         CheckpointError: if `params` do not fit the model, or the format cannot express it; if `path` holds anything
-            but a checkpoint; or if writing fails, and then `path` is as it was.
+            but a checkpoint; or if writing fails, in which case `path` is unchanged.
         ValueError: for an unknown format.
     """
     if format not in FORMATS:
@@ -119,7 +119,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
 
 
 def _refuse_foreign_content(path: Path) -> None:
-    """Saving replaces the whole directory, so it must hold nothing but what saving writes."""
+    """Raises unless the directory holds only files that `save` writes, because saving replaces it as a whole."""
     if path.exists() and not path.is_dir():
         raise CheckpointError(path, "exists and is not a directory")
     known = {file for layout in FORMATS.values() for file in layout.FILES}
@@ -142,7 +142,7 @@ def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_t
     try:
         path = path.expanduser()
         is_there = path.exists()
-    except (OSError, RuntimeError) as error:  # a name too long, a directory without permission, an unknown user's home
+    except (OSError, RuntimeError) as error:  # a name that is too long, no permission, the home of an unknown user
         raise CheckpointError(path, f"cannot be read: {error}") from None
     if path.is_dir():
         return _read_directory(path, overrides)
@@ -170,7 +170,7 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 
 
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
-    if not path.is_file():  # opening a pipe could wait for ever
+    if not path.is_file():  # opening a pipe could block forever
         raise CheckpointError(path, "is neither a file nor a directory")
     try:
         with path.open("rb") as file:

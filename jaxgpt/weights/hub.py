@@ -1,4 +1,4 @@
-"""Hugging Face's hub: a model's name to a directory on this machine."""
+"""The Hugging Face hub: downloads a model by name into a local directory."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ def is_name(name: str) -> bool:
 
 
 def download(name: str, *, with_tensors: bool) -> Path:
-    """The directory with a hub model's config.json, and its safetensors if asked.
+    """Returns a directory with a hub model's config.json and, with `with_tensors`, its safetensors.
 
-    The library's cache comes first, and its variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, ...) hold.
+    Uses huggingface_hub's cache and honours its environment variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, ...).
 
     Raises:
-        CheckpointError: if it is neither in the cache nor to be had; says which files to put where.
+        CheckpointError: if it is not in the cache and cannot be downloaded; says which files to put where.
         MissingExtraError: without huggingface_hub.
     """
     hub = require("huggingface_hub", "hub", f"no file or directory {name!r}: getting it from the hub")
     patterns = ["config.json", *(_TENSORS if with_tensors else ())]
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:  # the family of the library's network errors has changed between its versions
+    except Exception as error:  # the base class of the library's network errors differs between its versions
         raise CheckpointError(
             name,
-            f"no such file or directory, and not to be had from the hub ({type(error).__name__}: {first_line(error)}). "
-            "To do without the network, put config.json and model.safetensors from "
-            f"https://huggingface.co/{name}/tree/main into one directory and pass its path",
+            "no such file or directory, and the download from the hub failed "
+            f"({type(error).__name__}: {first_line(error)}). To work offline, put config.json and model.safetensors "
+            f"from https://huggingface.co/{name}/tree/main into one directory and pass its path",
         ) from None

@@ -1,6 +1,6 @@
-"""Hugging Face's GPT-2: a directory with config.json and model.safetensors, or shards and their index.
+"""Hugging Face's GPT-2: a directory with config.json and either model.safetensors or shards with their index.
 
-`Conv1D` weights are [in, out], with query, key and value side by side along out.
+`Conv1D` weights are [in, out], with query, key and value side by side along the out axis.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ROWS = (
     Row("out_head/weight", "lm_head.weight"),
 )
 
-# Our field, their keys (the second is transformers' alias of the first), the value where neither is given.
+# Our field, their keys (the second is transformers' alias for the first), the value if neither is given.
 _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("vocab_size", ("vocab_size",), 50257),
     ("context_length", ("n_positions", "max_position_embeddings"), 1024),
@@ -59,12 +59,12 @@ _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("drop_rate_shortcut", ("resid_pdrop",), 0.1),
     ("tie_embeddings", ("tie_word_embeddings",), True),
     ("activation", ("activation_function",), "gelu_new"),
-    ("tokenizer", ("jaxgpt_tokenizer",), "gpt2"),  # our own key, which transformers carries along
+    ("tokenizer", ("jaxgpt_tokenizer",), "gpt2"),  # our own key, which transformers preserves
 )
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
-# Switches that change the mathematics: our values of them, and transformers' own defaults.
-# reorder_and_upcast_attn is not among them: either way it is the same function, computed in float32 as here.
+# Switches that change the mathematics, with the only values that we support, which are transformers' defaults.
+# reorder_and_upcast_attn is not among them: on or off, the function is the same, and computed in float32 as here.
 _FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -74,12 +74,12 @@ _FIXED = {
 
 
 def recognises(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is this layout's."""
+    """Whether a config.json is in this format."""
     return "model_type" in fields or "architectures" in fields
 
 
 def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint in `directory`, whose config.json holds `fields`.
+    """Returns the checkpoint in `directory`, whose config.json holds `fields`.
 
     Raises:
         CheckpointError: if it is not a GPT-2.
@@ -100,7 +100,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
 
 
 def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
-    """The `GPTConfig` of a config.json of model_type "gpt2"; raises ConfigError as `read` does."""
+    """Converts a config.json of model_type "gpt2" to a `GPTConfig`; raises ConfigError as `read` does."""
     for name, value in _FIXED.items():
         if fields.get(name, value) is not value:
             raise ConfigError(
@@ -145,7 +145,7 @@ def _open(directory: Path) -> dict[str, Tensor]:
 
 
 def refusal(model: GPT) -> str | None:
-    """Why this layout cannot hold such a model, or `None`."""
+    """Why this format cannot hold `model`, or `None` if it can."""
     if model.compute.param_dtype == "int8":
         return "huggingface's format has no int8: convert to float32 or bfloat16 first (param_dtype)"
     if model.config.banded_layers:
@@ -154,14 +154,14 @@ def refusal(model: GPT) -> str | None:
 
 
 def write(directory: Path, model: GPT, params: Any) -> None:
-    """Writes a directory that transformers loads as it is, with the tokenizer's files if that is GPT-2's.
+    """Writes a directory that transformers loads directly, with the tokenizer's files if the tokenizer is GPT-2's.
 
-    transformers' GPT-2 always has biases: those that the config leaves out are written as zeros.
+    transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros.
     """
     config = model.config
     full = config.replace(bias=True, qkv_bias=True)
     tensors = outside_tensors(directory, model, params, ROWS, full)
-    # Without this prefix, transformers would take the file for a model that has no head of its own.
+    # Without this prefix, transformers would take the file for a model without an output head.
     named = {name if name == TIED[0] else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     write_safetensors(directory / "model.safetensors", named, {"format": "pt"})
     _write_json(directory / "config.json", config_fields(config) | {"torch_dtype": model.compute.param_dtype})
@@ -170,7 +170,7 @@ def write(directory: Path, model: GPT, params: Any) -> None:
 
 
 def config_fields(config: GPTConfig) -> dict[str, Any]:
-    """The content of config.json for a config, but for the parameters' type."""
+    """The content of config.json for a config, except the parameters' dtype."""
     end_of_text = get_tokenizer(config.tokenizer).end_of_text
     return {
         "model_type": "gpt2",
@@ -183,7 +183,7 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
 
 
 def write_tokenizer(directory: Path, config: GPTConfig) -> None:
-    """GPT-2's tokenizer as transformers keeps it: the merge table, and the vocabulary that follows from it."""
+    """Writes GPT-2's tokenizer in transformers' files: the merge table, and the vocabulary that follows from it."""
     table = gpt2_merges()
     merged = [merge.replace(" ", "") for merge in table.split("\n")[1:] if merge]
     tokens = [*gpt2_alphabet().values(), *merged, END_OF_TEXT]

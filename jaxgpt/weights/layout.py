@@ -1,7 +1,7 @@
-"""Tables of names between our parameters and an outside layout, and what reads and writes by such a table.
+"""Tables that map our parameters to the tensors of an outside layout, and reading and writing by such a table.
 
-Everything here thinks of the tree with its blocks stacked (`trf_blocks/att/qkv/weight` [L, 3, D, D]), because
-the shapes of that tree follow from a config without tracing L blocks.
+All paths here are those of the tree with stacked blocks (`trf_blocks/att/qkv/weight` [L, 3, D, D]), because the
+shapes of that tree follow from a config without tracing L blocks.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ class Row(NamedTuple):
 
     Attributes:
         ours: path in the stacked tree.
-        theirs: the outside name, with "{i}" for the layer; or several, the parts along our first axis.
-        form: how the outside tensor lies: "same" as ours (the default); "flat", all axes in one; "rows",
-            [out, in] with our output axes in one; "columns", [in, out] likewise.
-        padding: rows at the end of the outside tensor that are not ours.
+        theirs: the outside name, with "{i}" for the layer; or several names, for the parts along our first axis.
+        form: layout of the outside tensor: "same" as ours (the default); "flat", all axes merged into one; "rows",
+            [out, in] with our output axes merged; "columns", [in, out] likewise.
+        padding: number of rows at the end of the outside tensor that we do not have.
     """
 
     ours: str
@@ -48,7 +48,7 @@ class Row(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One of our arrays, a layer's own where there are layers, and the outside names of its parts."""
+    """One of our arrays (per layer, if it belongs to a block) and the outside names of its parts."""
 
     row: Row
     layer: int | None
@@ -63,7 +63,7 @@ class Entry(NamedTuple):
 
     @property
     def outside_shape(self) -> tuple[int, ...]:
-        """The shape of each of its outside tensors."""
+        """The shape of each outside tensor that it is read from."""
         shape = self.shape[1:] if len(self.names) > 1 else self.shape
         if self.row.form == "flat":
             return (math.prod(shape),)
@@ -81,23 +81,23 @@ class Entry(NamedTuple):
         return part[: len(part) - self.row.padding].reshape(self.shape)
 
     def outward(self, array: np.ndarray) -> np.ndarray:
-        """The one outside tensor that holds our array."""
+        """Converts our array to the one outside tensor that holds it."""
         shape = self.outside_shape
         return array.reshape(shape[::-1]).T if self.row.form == "columns" else array.reshape(shape)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a format found at a path, its tensors not read yet.
+    """What a format found at a path, with the tensors not read yet.
 
     Attributes:
         path: the file or directory.
-        config: what the model is.
+        config: the model's config.
         rows: the format's table.
         tensors: opens the files and returns their tensors by name.
-        skip: pattern of the names that are known and not parameters.
-        tied: (head, embedding): a name for the output head that may appear though it is tied to the embedding.
-        compute: how the model is run unless the caller says otherwise; its `param_dtype` is the file's.
+        skip: regular expression for names that are known and are not parameters.
+        tied: (head, embedding): the names of both; the head may appear in the file even if it is tied.
+        compute: how to run the model unless the caller says otherwise; its `param_dtype` is the file's.
     """
 
     path: Path
@@ -111,14 +111,14 @@ class Checkpoint:
 
 @functools.lru_cache(maxsize=64)
 def abstract_leaves(config: GPTConfig, param_dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Path to shape and type of every parameter, with the blocks stacked. Allocates no array."""
+    """Shape and dtype of every parameter by path, with the blocks stacked. Allocates no array."""
     model = GPT(config, ComputeConfig(param_dtype=param_dtype, scan_layers=True))
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return leaves(jax.eval_shape(model.init, jax.random.key(0), ids)["params"])
 
 
 def entries(config: GPTConfig, param_dtype: str, rows: tuple[Row, ...]) -> Iterator[Entry]:
-    """Every array of a model by a table, leaf by leaf and within a leaf layer by layer."""
+    """Yields every array of a model that a table maps, leaf by leaf, and layer by layer within a leaf."""
     abstract = abstract_leaves(config, param_dtype)
     for row in rows:
         if row.ours not in abstract:
@@ -134,14 +134,14 @@ def entries(config: GPTConfig, param_dtype: str, rows: tuple[Row, ...]) -> Itera
 def read_params(
     checkpoint: Checkpoint, config: GPTConfig, compute: ComputeConfig, check_finite: bool = False
 ) -> dict[str, Any]:
-    """Reads a checkpoint's parameters for a model of `config`, as `compute` lays them out and in its `param_dtype`.
+    """Reads a checkpoint's parameters for a model of `config`, in the layout and `param_dtype` that `compute` asks for.
 
-    Beside the result, memory holds one leaf at a time.
+    In addition to the result, memory holds one leaf at a time.
 
     Raises:
         CheckpointError: listing every tensor that is missing, unexpected, of the wrong shape or not of a
-            floating-point type; or if the tied head differs from the embedding; or, with `check_finite`, naming
-            every parameter that holds NaN or infinite values.
+            floating-point type; if the tied head differs from the embedding; or, with `check_finite`, naming every
+            parameter that holds NaN or infinite values.
     """
     tensors = checkpoint.tensors()
     table = list(entries(config, compute.param_dtype, checkpoint.rows))
@@ -160,7 +160,7 @@ def read_params(
     params: dict[str, jax.Array] = {}
     for ours, group in itertools.groupby(table, key=lambda entry: entry.row.ours):
         stacked = compute.scan_layers and ours.startswith(BLOCKS)
-        # What a leaf of the result holds: all the layers' entries, or one entry.
+        # A leaf of the result holds the entries of all layers, or one entry.
         for parts in [list(group)] if stacked else [[entry] for entry in group]:
             shape = (len(parts), *parts[0].shape) if stacked else parts[0].shape
             leaf = _adoptable(shape, parts[0].dtype)
@@ -168,7 +168,7 @@ def read_params(
                 array[...] = entry.inward(tensors)
                 if check_finite and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
                     damaged.append(f"{entry.path} ({bad} of {array.size})")
-            # Waiting lets the host's array go, where it is not adopted, before the next one is read.
+            # Wait, so that the host's array, unless adopted, is freed before the next one is read.
             params[ours if stacked else parts[0].path] = jax.block_until_ready(jax.device_put(leaf))
     if damaged:
         raise CheckpointError(checkpoint.path, "values that are NaN or infinite in" + _listing("parameters", damaged))
@@ -176,18 +176,17 @@ def read_params(
 
 
 def _adoptable(shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """An uninitialised array at a multiple of 64 bytes, which jax on a CPU takes over instead of copying."""
-    kind = jnp.dtype(dtype)
-    size = math.prod(shape) * kind.itemsize
+    """An uninitialised array aligned to 64 bytes, which JAX on a CPU adopts instead of copying."""
+    size = math.prod(shape) * jnp.dtype(dtype).itemsize
     buffer = np.empty(size + 64, np.uint8)
     start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(kind).reshape(shape)
+    return buffer[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
 
 
 def _check_tied(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
     assert checkpoint.tied is not None
     head, embedding = (tensors[name] for name in checkpoint.tied)
-    # As bytes: a NaN must equal itself here, and the types must agree too.
+    # Compare bytes, because a NaN must equal itself here; the dtypes must agree too.
     if head.dtype != embedding.dtype or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
         raise CheckpointError(
             checkpoint.path,
@@ -199,12 +198,12 @@ def _check_tied(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
 def outside_tensors(
     path: Path, model: GPT, params: Any, rows: tuple[Row, ...], outside: GPTConfig
 ) -> dict[str, Tensor]:
-    """A model's parameters as the tensors by which a layout holds a model of `outside`.
+    """Converts a model's parameters to the tensors in which a layout stores a model of config `outside`.
 
-    Arrays that `outside` has and the model has not are zeros: right for biases, the only difference it is for.
+    Arrays that `outside` has and the model lacks become zeros. Biases are the only such arrays in use.
 
     Raises:
-        CheckpointError: listing what does not fit, if `params` are not the model's.
+        CheckpointError: listing every difference, if `params` are not the model's.
     """
     found = {
         name: Tensor(np.shape(leaf), str(leaf.dtype), functools.partial(np.asarray, leaf))
@@ -228,7 +227,7 @@ def outside_tensors(
 
 @functools.lru_cache(maxsize=64)
 def identity_rows(config: GPTConfig, param_dtype: str) -> tuple[Row, ...]:
-    """The table of our own layout: paths as names, one array per layer."""
+    """The table of this project's format: paths as names, one array per layer."""
     paths = abstract_leaves(config, param_dtype)
     return tuple(Row(path, path.replace(BLOCKS, "trf_blocks_{i}/")) for path in paths)
 
@@ -236,8 +235,8 @@ def identity_rows(config: GPTConfig, param_dtype: str) -> tuple[Row, ...]:
 def check_tensors(
     path: Path, expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor], quantised: Set[str] = frozenset()
 ) -> None:
-    """Raises one CheckpointError that lists every tensor which is missing, unexpected or unfit. Those named in
-    `quantised` must be int8, and all others of a floating-point type."""
+    """Raises one CheckpointError that lists every tensor that is missing, unexpected or of the wrong shape or dtype.
+    Tensors named in `quantised` must be int8, and all others of a floating-point type."""
     both = [name for name in expected if name in found]
     problems = {
         "missing": [repr(name) for name in expected if name not in found],

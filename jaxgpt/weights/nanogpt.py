@@ -1,8 +1,8 @@
 """nanoGPT's `ckpt.pt`: {"model": state dict, "model_args": {...}, ...}. Read only.
 
-The names are those of transformers' GPT-2, with `nn.Linear` [out, in] in place of `Conv1D`. nanoGPT's GELU is the
-exact one (`nn.GELU()`, by erf); checkpoints from before April 2023 used the tanh form, which the file does not
-say: load those with `activation="gelu_tanh"`.
+The tensors are named as in transformers' GPT-2, but are `nn.Linear` [out, in] instead of `Conv1D`. nanoGPT's GELU is
+the exact form with erf (`nn.GELU()`). Checkpoints from before April 2023 used the tanh form, which the file does not
+record: load those with `activation="gelu_tanh"`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jaxgpt.weights import huggingface
 from jaxgpt.weights.layout import Checkpoint
 from jaxgpt.weights.tensors import tensors_of, without_prefix
 
-# nanoGPT rounds GPT-2's vocabulary up to a multiple of 64 for speed. No text contains the ids above it.
+# nanoGPT rounds GPT-2's vocabulary up to a multiple of 64 for speed. No text contains the added ids.
 PADDED_VOCAB, VOCAB = 50304, 50257
 
 _ARGS = {
@@ -33,16 +33,17 @@ _ARGS = {
 
 
 def recognises(content: Mapping[str, Any]) -> bool:
-    """Whether what a file holds is this layout's."""
+    """Whether a file's content is in this format."""
     return isinstance(content.get("model"), dict) and isinstance(content.get("model_args"), dict)
 
 
 def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint in `content`. Of a vocabulary padded to 50,304 the first 50,257 rows are kept, so that ids
-    which no tokenizer knows cannot be sampled.
+    """Returns the checkpoint in `content`. If the vocabulary is padded to 50,304, only the first 50,257 rows are kept,
+    so that ids which no tokenizer knows cannot be sampled.
 
     Raises:
-        ConfigError: for a key of `model_args` that nanoGPT does not have (forks use such keys to change the
+        CheckpointError: if `model_args` lacks a key.
+        ConfigError: for a key in `model_args` that nanoGPT does not have (forks use such keys to change the
             mathematics), or an invalid value.
     """
     fields: dict[str, Any] = {"activation": "gelu"}

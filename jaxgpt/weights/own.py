@@ -1,8 +1,8 @@
-"""The project's own layout: a directory with config.json and model.safetensors.
+"""This project's format: a directory with config.json and model.safetensors.
 
 config.json is {"format": "jaxgpt", "version": 1, "config": {the fields of GPTConfig}, "compute": {those of
-ComputeConfig}}; the tensors are named by their paths, one array per layer (`trf_blocks_0/att/qkv/weight`), whatever
-`scan_layers` says.
+ComputeConfig}}. The tensors are named by their paths, one array per layer (`trf_blocks_0/att/qkv/weight`), regardless
+of `scan_layers`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ FILES = ("config.json", "model.safetensors")
 
 
 def recognises(fields: Mapping[str, Any]) -> bool:
-    """Whether a config.json is this layout's."""
+    """Whether a config.json is in this format."""
     return fields.get("format") == "jaxgpt"
 
 
 def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint in `directory`, whose config.json holds `fields`."""
+    """Returns the checkpoint in `directory`, whose config.json holds `fields`."""
     model, run = fields.get("config"), fields.get("compute", {})
     if fields.get("version") != VERSION or not isinstance(model, dict) or not isinstance(run, dict):
         raise CheckpointError(
@@ -49,7 +49,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
 
 
 def refusal(model: GPT) -> str | None:
-    """Why this layout cannot hold such a model; it holds all."""
+    """Why this format cannot hold `model`: always `None`, because it holds every model."""
     return None
 
 

@@ -1,7 +1,7 @@
-"""Tensor files: opened without trusting them, read and written one tensor at a time.
+"""Opens tensor files without trusting them, and reads and writes them one tensor at a time.
 
-The safetensors library validates a file; the bytes are then read here, straight into one array a tensor. Its
-own readers would map the whole file into memory beside the arrays, and its NumPy reader has no bfloat16.
+The safetensors library validates a file; this module then reads the bytes straight into one array per tensor. The
+library's readers would map the whole file into memory in addition to the arrays, and its NumPy reader lacks bfloat16.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from safetensors import SafetensorError, safe_open
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import CheckpointError, require
 
-# NumPy's name to safetensors' name of each type that a parameter may have in a file.
+# The dtypes that a parameter may have in a file: NumPy's name to safetensors' name.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 TYPES = {**FLOATS, "int8": "I8"}
 
-# Bytes. The deepest model that a config allows needs half of it; parsed, it takes some twenty times as much memory.
+# Bytes. The deepest model that a config allows needs half of this. Parsed, a header takes about 20 times its size.
 HEADER_LIMIT = 2**24
 
 
@@ -39,8 +39,8 @@ class Tensor(NamedTuple):
 
     Attributes:
         shape: its shape.
-        dtype: NumPy's name of its type; for types that are not in `TYPES`, the file's own name.
-        read: returns it, as an array that shares no memory with the file.
+        dtype: NumPy's name for its type, or the file's name for a type that is not in `TYPES`.
+        read: returns it as an array that shares no memory with the file.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +49,7 @@ class Tensor(NamedTuple):
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; only its header is read.
+    """Returns the tensors of a safetensors file by name; reads only its header.
 
     Raises:
         CheckpointError: if the file is missing, truncated or malformed.
@@ -62,7 +62,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
             if size > HEADER_LIMIT:
                 raise ValueError(f"a header of {size:,} bytes is longer than any model's")
             with safe_open(path, framework="numpy"):
-                pass  # opening validates: header length, offsets that overlap, leave gaps or run out of the file
+                pass  # opening checks the header's length, and that offsets neither overlap, leave gaps nor overrun
             header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
@@ -107,7 +107,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         header[name] = {"dtype": TYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data aligned
+    text += b" " * (-len(text) % 8)  # the format requires aligned data
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
@@ -115,10 +115,10 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 
 
 def load_torch(path: Path) -> Any:
-    """What `torch.save` wrote to `path`, its tensors mapped and not read. Executes nothing from the file.
+    """Loads what `torch.save` wrote to `path`, with its tensors memory-mapped. Executes nothing from the file.
 
     Raises:
-        CheckpointError: if torch refuses the file, which it does if it holds anything but plain data.
+        CheckpointError: if torch refuses the file, as it does if the file holds anything but plain data.
         MissingExtraError: without PyTorch.
     """
     torch = require("torch", "torch", f"reading {path}")
@@ -127,7 +127,7 @@ def load_torch(path: Path) -> Any:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
         if not compressed:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch lets through whatever its parsers raise
+    except Exception as error:  # torch does not wrap what its parsers raise
         raise CheckpointError(
             path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {first_line(error)}"
         ) from None
@@ -135,7 +135,7 @@ def load_torch(path: Path) -> Any:
 
 
 def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a state dict, as `open_safetensors` or `load_torch` returned it.
+    """Returns the tensors of a state dict that came from `open_safetensors` or `load_torch`.
 
     Raises:
         CheckpointError: if a value is not a plain dense tensor, or claims more elements than the file can hold.
@@ -146,7 +146,7 @@ def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
     def read(tensor: torch.Tensor) -> np.ndarray:
         tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
-        if tensor.dtype == torch.bfloat16:  # unknown to NumPy, and so to torch's bridge to it
+        if tensor.dtype == torch.bfloat16:  # NumPy does not have it, so `tensor.numpy()` refuses it
             return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
         return tensor.numpy()
 
@@ -165,10 +165,10 @@ def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def without_prefix(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The same tensors, with `prefix` taken off the names that have it.
+    """Returns the same tensors, with `prefix` removed from the names that have it.
 
     Raises:
-        CheckpointError: if a name exists both with and without it.
+        CheckpointError: if a name exists both with and without the prefix.
     """
     result: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -183,13 +183,13 @@ def without_prefix(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> di
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A new directory to write into, which takes the place of `path` once the block ends without an error.
+    """Yields a new directory to write into, which replaces `path` once the block ends without an error.
 
-    Until then `path` stays as it was. (A process killed between the two renames leaves the old directory,
-    complete, beside it under a name that ends in ".old".)
+    Until then `path` is unchanged. (A process killed between the two renames leaves the complete old directory next
+    to it, under a name that ends in ".old".)
 
     Raises:
-        CheckpointError: naming `path`, if writing or the block fails; what `path` held before is then still there.
+        CheckpointError: naming `path`, if writing or the block fails; `path` then still holds what it held before.
     """
     path = path.resolve()
     token = secrets.token_hex(4)
@@ -204,7 +204,7 @@ def replacing(path: Path) -> Iterator[Path]:
             path.rename(old)
         fresh.rename(path)
         _sync(path.parent)
-    except CheckpointError as error:  # of the new directory, which its reader will not find
+    except CheckpointError as error:  # it names the new directory, which will no longer exist
         raise CheckpointError(path, error.reason) from None
     except OSError as error:
         raise CheckpointError(path, f"could not be written ({error}); what was there before is unchanged") from error
