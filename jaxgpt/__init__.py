@@ -1,7 +1,7 @@
 """jaxgpt: GPT-2 in JAX and Flax, with parameters as a plain pytree that is passed explicitly.
 
-The public names are those of `__init__.pyi`. Each is imported at its first use, so that what needs no arrays does not
-wait for JAX.
+`__init__.pyi` lists the public names. Each is imported on first use, so that code that needs no arrays does not wait
+for JAX.
 """
 
 import lazy_loader

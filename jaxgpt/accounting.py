@@ -1,6 +1,6 @@
-"""What a GPT costs: parameters, bytes and floating-point operations, exactly, from its config alone.
+"""Computes what a GPT costs from its config alone: exact numbers of parameters, bytes and floating-point operations.
 
-No arrays and no JAX: a 175-billion-parameter model is counted as quickly as a small one.
+Needs no arrays and no JAX: a 175-billion-parameter model is counted as quickly as a small one.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Counts:
     """Numbers of parameters, by component.
 
     Attributes:
-        tok_emb: the token embedding, V D; also the output head where the two are tied.
+        tok_emb: the token embedding, V D; also the output head if the two are tied.
         pos_emb: the position embedding, C D.
         attention: the four projections of all blocks.
-        feed_forward: the two layers of all blocks.
-        norms: two LayerNorms a block, and the final one.
-        out_head: the output head, V D, where it is a matrix of its own; else 0.
+        feed_forward: the two feed-forward layers of all blocks.
+        norms: two LayerNorms per block, and the final one.
+        out_head: the output head, V D; 0 if it is tied to the token embedding.
     """
 
     tok_emb: int = 0
@@ -45,19 +45,19 @@ class Counts:
 
     @property
     def without_embeddings(self) -> int:
-        """What is left without the two embeddings and the output head: N of Kaplan et al. 2020."""
+        """All parameters except the two embeddings and the output head: N in Kaplan et al. 2020."""
         return self.attention + self.feed_forward + self.norms
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of the matrix products; a multiplication and an addition are two.
+    """Floating-point operations of the matrix products; a multiplication plus an addition counts as two.
 
     Attributes:
-        linear: of the linear layers and the output head.
-        attention: of the scores, q k^T, and of the sums of values that they weight. Counted in full, as is the
-            custom: as if each query saw all T positions, or in a banded layer as many as its band is wide.
-            `causal_attention_flops` counts those that it does see, in a dense layer about half.
+        linear: operations of the linear layers and the output head.
+        attention: operations of the scores, q k^T, and of the weighted sums of values. By convention these are counted
+            in full, as if each query saw all T positions, or in a banded layer the full width of the band.
+            `causal_attention_flops` counts only the positions that a query does see, about half in a dense layer.
     """
 
     linear: int
@@ -65,15 +65,15 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """Both together."""
+        """The sum of both."""
         return self.linear + self.attention
 
 
 def parameter_shapes(config: GPTConfig) -> Shapes:
-    """Shape of every parameter by its path ("trf_blocks_0/att/qkv/weight"), in the order of the data's way through.
+    """Shape of every parameter by its path ("trf_blocks_0/att/qkv/weight"), in the order in which data flows.
 
-    This is the tree with one subtree a block, whatever `scan_layers` says: scanned, the same leaves are
-    stacked on a leading axis [L, ...] under `trf_blocks`.
+    This is the tree with one subtree per block, regardless of `scan_layers`, which stacks the same leaves on a
+    leading axis [L, ...] under `trf_blocks`.
     """
     D, F, V, C = config.emb_dim, config.ffn_dim, config.vocab_size, config.context_length
 
@@ -101,7 +101,7 @@ def parameter_shapes(config: GPTConfig) -> Shapes:
 
 
 def count_parameters(config: GPTConfig) -> Counts:
-    """Numbers of parameters by component; arrays that are used twice (a tied head) count once."""
+    """Counts parameters by component; an array that is used twice (a tied head) counts once."""
     counts = dict.fromkeys((field.name for field in dataclasses.fields(Counts)), 0)
     for path, shape in parameter_shapes(config).items():
         counts[_component(path)] += math.prod(shape)
@@ -117,8 +117,8 @@ def _component(path: str) -> str:
 
 
 def parameter_bytes(config: GPTConfig, dtype: str = "float32") -> int:
-    """Bytes of all parameters stored in `dtype`. In int8 only matrices are, each with a float32 scale per row, and the
-    rest is float32.
+    """Bytes of all parameters stored in `dtype`. With int8 only matrices are int8, each with one float32 scale per
+    row, and all other parameters are float32.
 
     Raises:
         ConfigError: for a dtype that is not one of `DTYPE_BYTES`.
@@ -134,27 +134,27 @@ def parameter_bytes(config: GPTConfig, dtype: str = "float32") -> int:
 
 
 def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:
-    """Operations of one forward pass over [B, T] ids, logits at every position included.
+    """Operations of one forward pass over [B, T] ids, including logits at every position.
 
     linear = 2 B T (L (4 D^2 + 2 D F) + V D), which is 2 B T (12 L D^2 + V D) for F = 4 D;
-    attention = 4 B T^2 D L, of which each banded layer has T min(W, T) in place of T^2, W being its window.
+    attention = 4 B T^2 D L, where each banded layer has T min(W, T) instead of T^2, with W its window.
     Source: Kaplan et al. 2020, table 1, with attention over all T positions.
 
     Raises:
-        ValueError: if `batch` or `length` is not positive, or `length` is beyond the context.
+        ValueError: if `batch` or `length` is not positive, or `length` exceeds the context.
     """
     body, head = _linear_flops(config, batch, length)
     return Flops(linear=body + head, attention=_attention_flops(config, batch, length))
 
 
 def training_flops(config: GPTConfig, batch: int, length: int, remat: str = "none") -> Flops:
-    """Operations of one training step over [B, T] ids: the forward pass, and twice it for the backward pass.
+    """Operations of one training step over [B, T] ids: the forward pass, and twice as many for the backward pass.
 
-    With `remat="block"` the backward pass computes the blocks' forward again, but for their last product, fc_out, whose
-    result no gradient needs: four times in all for a block's other products and three for fc_out and the output head.
-    With "dots" it keeps the linear layers' products, and only attention is computed four times. Rows of scores that
-    attention itself recomputes to save memory are not counted. For the utilisation of a machine as usually quoted,
-    recomputation is left out: use three times `forward_flops`.
+    With `remat="block"` the backward pass repeats each block's forward pass, except its last product, fc_out, whose
+    result no gradient needs. That makes four times the forward operations for a block's other products, and three
+    times for fc_out and the output head. With "dots" the products of the linear layers are kept, and only attention
+    counts four times. Scores that attention recomputes to save memory are not counted. Utilisation as usually
+    quoted excludes recomputation: use three times `forward_flops` for it.
     """
     body, head = _linear_flops(config, batch, length)
     fc_out = 2 * batch * length * config.n_layers * config.emb_dim * config.ffn_dim
@@ -164,11 +164,12 @@ def training_flops(config: GPTConfig, batch: int, length: int, remat: str = "non
 
 
 def causal_attention_flops(config: GPTConfig, batch: int, length: int) -> int:
-    """`forward_flops`' attention without what is masked: exactly the pairs of a query and a key that it sees, which
-    are W (W + 1) / 2 + (T - W) W in a banded layer, W being its window or T, and T (T + 1) / 2 in a dense one.
+    """`forward_flops(...).attention` without masked positions. It counts exactly the pairs of a query and a key that
+    the query sees: W (W + 1) / 2 + (T - W) W in a banded layer, with W = min(window, T), and T (T + 1) / 2 in a dense
+    layer.
 
     Raises:
-        ValueError: as `forward_flops` does.
+        ValueError: as `forward_flops`.
     """
     _check_sizes(config, batch, length)
     pairs = sum(width * (width + 1) // 2 + (length - width) * width for width in _widths(config, length))
@@ -176,7 +177,7 @@ def causal_attention_flops(config: GPTConfig, batch: int, length: int) -> int:
 
 
 def cache_bytes(config: GPTConfig, batch: int, slots: int, dtype: str) -> int:
-    """Bytes of the keys and values of a cache, 2 L B S D elements of `dtype`. `Cache.empty` says which type it takes.
+    """Bytes of the keys and values of a cache: 2 L B S D elements of `dtype`. `Cache.empty` documents its dtype.
 
     Raises:
         ValueError: if `batch` or `slots` is not positive.
@@ -187,7 +188,7 @@ def cache_bytes(config: GPTConfig, batch: int, slots: int, dtype: str) -> int:
 
 
 def _linear_flops(config: GPTConfig, batch: int, length: int) -> tuple[int, int]:
-    """(the blocks', the output head's)."""
+    """Returns the operations of the linear layers as (all blocks, output head)."""
     _check_sizes(config, batch, length)
     L, D, F, V = config.n_layers, config.emb_dim, config.ffn_dim, config.vocab_size
     return 2 * batch * length * L * (4 * D**2 + 2 * D * F), 2 * batch * length * V * D
@@ -198,7 +199,7 @@ def _attention_flops(config: GPTConfig, batch: int, length: int) -> int:
 
 
 def _widths(config: GPTConfig, length: int) -> list[int]:
-    """Most positions that a query of each layer sees."""
+    """For each layer, the largest number of positions that a query sees."""
     band = min(config.attention_window, length)
     return [band if i in config.banded_layers else length for i in range(config.n_layers)]
 

@@ -1,6 +1,7 @@
-"""Checks of values that may be anything, and how an error message shows them.
+"""Checks values of any type, and formats them for error messages.
 
-NumPy is imported only where ids are checked: it would take most of the time of `jaxgpt train --help`.
+NumPy is imported only where ids are checked, because importing it would take most of the time of
+`jaxgpt train --help`.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 
 
 def check_type(name: str, value: Any, kind: str) -> None:
-    """Raises a ConfigError naming the field unless `value` is a finite "float" (or an int), or exactly an "int",
-    "bool" or "str"."""
+    """Raises a ConfigError that names the field unless `value` is of type `kind`: a finite "float" (ints count too), or
+    exactly an "int", "bool" or "str"."""
     if kind == "float":
         good = type(value) is int or isinstance(value, float)
         try:
@@ -36,7 +37,8 @@ def check_type(name: str, value: Any, kind: str) -> None:
 
 
 def check_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
-    """Ids as an int32 array; a ValueError names the first that is not an integer from 0 to `vocab_size` - 1."""
+    """Returns `ids` as an int32 array; raises a ValueError that names the first one that is not an integer from 0 to
+    `vocab_size` - 1."""
     import numpy as np
 
     if hasattr(ids, "dtype"):
@@ -57,7 +59,7 @@ def check_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
 
 
 def whole_number(name: str, value: Any) -> int:
-    """The value as an int; a ValueError if it is not an integer of 0 or more."""
+    """Returns the value as an int; raises a ValueError unless it is an integer of 0 or more."""
     import numpy as np
 
     try:
@@ -70,13 +72,13 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
-    """Returns '; did you mean X?' for the known word nearest to `word`, or ''."""
+    """Returns '; did you mean X?' for the known word closest to `word`, or ''."""
     match = difflib.get_close_matches(word, list(known), n=1) if isinstance(word, str) and len(word) < 100 else []
     return f"; did you mean {match[0]!r}?" if match else ""
 
 
 class _ShortRepr(reprlib.Repr):
-    """Short, and in bounded time: a list that holds itself twice over, sixty deep, has a `repr` without end."""
+    """A short `repr`, in bounded time: plain `repr` never finishes for a list nested 60 deep, twice per level."""
 
     def __init__(self):
         super().__init__()
@@ -94,11 +96,12 @@ class _ShortRepr(reprlib.Repr):
 
 
 def short_repr(value: Any) -> str:
-    """What an error message says of a value that may be anything: its `repr` if that is short, or part of it."""
+    """Formats a value of any type for an error message: its `repr` if that is short, otherwise part of it."""
     return _ShortRepr().repr(value)
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's error says, which may quote a whole file: its first line, or that line's two ends."""
+    """The first line of another library's error message, with its middle cut if it is long: it may quote a whole
+    file."""
     line = str(error).strip().partition("\n")[0] or type(error).__name__
     return line if len(line) <= 300 else f"{line[:140]} ... {line[-150:]}"

@@ -1,5 +1,5 @@
-"""`GPTConfig`, what a GPT is, and `ComputeConfig`, how it is run: frozen, hashable, validated dataclasses; and the
-published presets."""
+"""`GPTConfig` (what a GPT is), `ComputeConfig` (how it is run) and the published presets. Both configs are frozen,
+hashable, validated dataclasses."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 @documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The shape and the switches of a GPT. Field names are the book's where the book has them."""
+    """The shape and the switches of a GPT. Fields that the book has too are named as in the book."""
 
-    # The limits of sizes are far above anything published, and far below what would exhaust memory by a typo or a
-    # hostile file.
+    # The limits on sizes are far above anything published, and low enough that a typo or a hostile file cannot exhaust
+    # memory.
     vocab_size: int = setting(50257, low=1, high=2**24, help="Number of token ids, V.")
-    context_length: int = setting(1024, low=1, high=2**22, help="Most positions the model can see at once, C.")
+    context_length: int = setting(1024, low=1, high=2**22, help="Most positions that the model can see at once, C.")
     emb_dim: int = setting(768, low=1, high=2**17, help="Width of the residual stream, D; a multiple of n_heads.")
     n_heads: int = setting(12, low=1, high=2**12, help="Attention heads, H.")
     n_layers: int = setting(12, low=1, high=2**12, help="Transformer blocks, L.")
@@ -36,10 +36,10 @@ class GPTConfig:
         0.1, low=0, below=1, help="Default of drop_rate_emb, drop_rate_attn and drop_rate_shortcut."
     )
     qkv_bias: bool = setting(
-        True, help="Whether the query, key and value projections have biases; they do in GPT-2, not in the book."
+        True, help="Whether the query, key and value projections have biases; they do in GPT-2, but not in the book."
     )
     tie_embeddings: bool = setting(
-        True, help="Whether the output head is the token embedding's matrix; it is in GPT-2, not in the book."
+        True, help="Whether the output head is the token embedding's matrix; it is in GPT-2, but not in the book."
     )
     bias: bool = setting(
         True, help="Whether all other linear layers and the LayerNorms have biases; nanoGPT can turn them off."
@@ -50,10 +50,10 @@ class GPTConfig:
         help="Activation of the feed-forward layer: GPT-2's tanh form of GELU, the exact form with erf, or ReLU.",
     )
     layer_norm_eps: float = setting(1e-5, above=0, below=1, help="Added to the variance under LayerNorm's square root.")
-    # Where the default is derived, __post_init__ does it, so a reader always finds a number.
+    # __post_init__ fills in derived defaults, so readers of a config always find a number.
     ffn_dim: int = setting(derived="4 * emb_dim", low=1, high=2**20, help="Width of the feed-forward layer, F.")
-    # Brown et al. say no more than "alternating dense and locally banded sparse attention patterns [...] similar to
-    # the Sparse Transformer"; a band is the local half of that one's pattern, without its strides.
+    # Brown et al. only say "alternating dense and locally banded sparse attention patterns [...] similar to the Sparse
+    # Transformer"; a band is the local half of the Sparse Transformer's pattern, without its strides.
     attention_pattern: str = setting(
         "dense",
         choices=("dense", "alternating"),
@@ -75,10 +75,10 @@ class GPTConfig:
         0.02,
         above=0,
         high=10,
-        help="Standard deviation of the initial token embeddings; that of the position embeddings is half of it. GPT-2 "
-        "has 0.02; the book has PyTorch's 1.0, with which a tied head would start out absurdly confident.",
+        help="Standard deviation of the initial token embeddings; position embeddings get half of it. GPT-2 uses 0.02. "
+        "The book uses PyTorch's 1.0, with which a tied head would start out absurdly confident.",
     )
-    tokenizer: str = setting("gpt2", choices=TOKENIZERS, help="Tokenizer of the text; checkpoints keep its name.")
+    tokenizer: str = setting("gpt2", choices=TOKENIZERS, help="Tokenizer of the text; checkpoints store its name.")
 
     def __post_init__(self):
         derived = {"ffn_dim": lambda: 4 * self.emb_dim} | dict.fromkeys(_BRANCH_RATES, lambda: self.drop_rate)
@@ -97,13 +97,13 @@ class GPTConfig:
 
     @property
     def banded_layers(self) -> range:
-        """The layers whose attention is banded; none where the band would hold the whole context."""
+        """The layers whose attention is banded; none if the window covers the whole context."""
         banded = self.attention_pattern == "alternating" and self.attention_window < self.context_length
         return range(1, self.n_layers if banded else 0, 2)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:
-        """A published configuration by name, with any field overridden; see `PRESETS` for the names.
+        """Returns a published configuration by name, with `overrides` applied; `PRESETS` has the names.
 
         Raises:
             ConfigError: for an unknown name or an invalid override.
@@ -135,7 +135,7 @@ class GPTConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], source: str) -> GPTConfig:
-        """Like `from_dict`, but a `preset` key names the preset that the other keys override."""
+        """Like `from_dict`, except that a `preset` key may name a preset for the other keys to override."""
         if "preset" not in fields:
             return cls.from_dict(fields, source=source)
         name = fields["preset"]
@@ -150,8 +150,8 @@ class GPTConfig:
         return to_table(self)
 
     def replace(self, **changes: Any) -> GPTConfig:
-        """A copy with fields changed; `ffn_dim` and the branch dropout rates that stood at their
-        defaults follow `emb_dim` and `drop_rate`."""
+        """Returns a copy with fields changed. `ffn_dim` and the branch dropout rates follow `emb_dim` and `drop_rate`
+        if they had their default values."""
         fields = self.to_dict()
         if self.ffn_dim == 4 * self.emb_dim:
             fields["ffn_dim"] = None
@@ -164,7 +164,7 @@ class GPTConfig:
 @documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
-    """How a GPT is run. What it computes is the same whatever these say, but for rounding."""
+    """How a GPT is run. Except for rounding, none of these fields changes what it computes."""
 
     dtype: str = setting(
         "float32",
@@ -175,7 +175,7 @@ class ComputeConfig:
     param_dtype: str = setting(
         "float32",
         choices=PARAM_DTYPES,
-        help="Type that parameters are initialised and stored in; only float32 can be trained. With int8, matrices "
+        help="Type in which parameters are initialised and stored; only float32 can be trained. With int8, matrices "
         "are int8 with one float32 weight_scale per output, and all other parameters are float32.",
     )
     scan_layers: bool = setting(
@@ -186,13 +186,13 @@ class ComputeConfig:
     remat: str = setting(
         "none",
         choices=("none", "block", "dots"),
-        help="What the backward pass recomputes instead of storing: nothing, whole blocks, or everything but the "
+        help="What the backward pass recomputes instead of storing: nothing, whole blocks, or everything except the "
         "linear layers' products (dots).",
     )
     custom_derivatives: bool = setting(
         True,
-        help="Whether to use hand-written derivatives, which are the fastest in reverse mode. Without them the "
-        "derivatives are JAX's own, as forward mode needs (jax.jvp, jax.jacfwd, jax.hessian).",
+        help="Whether to use hand-written derivatives, which are the fastest in reverse mode. Forward mode (jax.jvp, "
+        "jax.jacfwd, jax.hessian) needs them off; the derivatives are then JAX's own.",
     )
     native_kernel: bool = setting(
         False,
@@ -217,11 +217,11 @@ class ComputeConfig:
         return to_table(self)
 
     def replace(self, **changes: Any) -> ComputeConfig:
-        """A copy with fields changed."""
+        """Returns a copy with fields changed."""
         return type(self).from_dict({**self.to_dict(), **changes})
 
     def portable(self) -> ComputeConfig:
-        """The same without what only this machine may have: its kernel."""
+        """Returns a copy without what other machines may lack: the native kernel."""
         return self.replace(native_kernel=False)
 
 
@@ -232,10 +232,10 @@ def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, 
 _BOOK = {"qkv_bias": False, "tie_embeddings": False}
 _GPT3 = {"context_length": 2048, "drop_rate": 0.0, "attention_pattern": "alternating"}
 
-# GPT-2: Radford et al. 2019, table 2 (the paper's parameter counts there, 117M to 1542M, are its own early
-# miscount). The book's variants untie the head and drop the Q/K/V biases.
-# GPT-3: Brown et al. 2020, table 2.1, except where its row does not divide: 13B has d_model 5120 (the table
-# says 5140) and 1.3B has 16 heads of 128 (the table says 24). Section 2.1 has the alternating attention.
+# GPT-2: Radford et al. 2019, table 2 (the parameter counts there, 117M to 1542M, are an early miscount by the
+# authors). The book's variants untie the head and drop the Q/K/V biases.
+# GPT-3: Brown et al. 2020, table 2.1, except where the heads do not divide d_model: 13B has d_model 5120 (the table
+# says 5140) and 1.3B has 16 heads of 128 (the table says 24). Section 2.1 describes the alternating attention.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2": _sizes(12, 768, 12),
     "gpt2-medium": _sizes(24, 1024, 16),

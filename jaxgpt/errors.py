@@ -16,7 +16,7 @@ class CheckpointError(ValueError):
 
     Attributes:
         path: the file or directory that was refused.
-        reason: what was expected, what came, what to do.
+        reason: what was expected, what was found, and what to do.
     """
 
     def __init__(self, path: str | Path, reason: str):
@@ -33,7 +33,7 @@ class DataError(ValueError):
 
 
 class MissingExtraError(ImportError):
-    """An optional dependency is not installed. The message names the extra that brings it."""
+    """An optional dependency is not installed. The message names the extra that installs it."""
 
     def __init__(self, module: str, extra: str, purpose: str):
         super().__init__(f"{purpose} needs {module!r}: pip install 'jaxgpt[{extra}]'")
@@ -44,7 +44,7 @@ class MissingExtraError(ImportError):
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on. What it had saved is good."""
+    """A training run that cannot continue. The checkpoints it has saved are good."""
 
 
 class KernelError(RuntimeError):
@@ -56,11 +56,11 @@ def require(module: str, extra: str, purpose: str) -> Any:
 
     Raises:
         MissingExtraError: if it is not installed.
-        ImportError: its own, if it is, and does not work.
+        ImportError: the module's own, if it is installed but cannot be imported.
     """
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise  # something that it needs itself
+            raise  # a dependency of the module is missing
         raise MissingExtraError(module, extra, purpose) from None

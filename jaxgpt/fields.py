@@ -1,4 +1,4 @@
-"""How a config dataclass declares its fields: default, allowed values and meaning of each, written once.
+"""Declares the fields of config dataclasses: each field's default, allowed values and meaning, written once.
 
     @documented
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,12 +35,12 @@ class Setting:
     Attributes:
         default: the default value.
         help: what the field means, in full sentences.
-        low, high: ends of the range; both are allowed values.
-        above, below: ends of the range that are not allowed values themselves.
+        low, high: inclusive bounds of the range.
+        above, below: exclusive bounds of the range.
         also: one more allowed value, outside the range.
         choices: all allowed values of a field that is a name.
-        words: the range in words, where the numbers would say too much.
-        derived: which value the dataclass puts in place of the default None.
+        words: the range in words, if the numbers would say too much.
+        derived: the value that the dataclass substitutes for the default None, in words.
         name: the field's name.
         type: "int", "float", "bool" or "str", as annotated.
     """
@@ -60,7 +60,7 @@ class Setting:
 
     @property
     def allowed(self) -> str:
-        """What the value must be besides its type, such as "from 1 to 8"; empty if that is all."""
+        """The condition on the value beyond its type, such as "from 1 to 8"; empty if there is none."""
         if self.words or self.choices:
             return self.words or f"one of {', '.join(self.choices)}"
         if self.low is not None and self.high is not None:
@@ -81,7 +81,7 @@ class Setting:
         return f"{self.help} ({'; '.join(filter(None, [f'default: {self.default_text}', self.allowed]))})"
 
     def check(self, value: Any, prefix: str = "") -> None:
-        """Raises a ConfigError that names the field, with `prefix` before it, unless it can have this value."""
+        """Raises a ConfigError that names the field, prefixed with `prefix`, unless `value` is allowed."""
         name = prefix + self.name
         check_type(name, value, self.type)
         if not self._allows(value):
@@ -105,7 +105,7 @@ def setting(default: Any = None, **declared: Any) -> Any:
 
 
 def settings(cls: type) -> list[Setting]:
-    """The fields of a dataclass that are declared with `setting`, in order. Those that hold other tables are not."""
+    """The fields of a dataclass that are declared with `setting`, in order; fields that hold other tables are not."""
     return [
         dataclasses.replace(field.metadata["setting"], name=field.name, type=str(field.type))
         for field in dataclasses.fields(cls)
@@ -114,14 +114,15 @@ def settings(cls: type) -> list[Setting]:
 
 
 def check(config: Any, only: Container[str] | None = None, prefix: str = "") -> None:
-    """Raises a ConfigError for the first setting, of all or `only` some, that its declaration does not allow."""
+    """Raises a ConfigError for the first setting (of all, or of those in `only`) whose value is not allowed."""
     for declared in settings(type(config)):
         if only is None or declared.name in only:
             declared.check(getattr(config, declared.name), prefix)
 
 
 def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: Any) -> T:
-    """A dataclass from plain values, such as a table of a config file, and `others`: its fields that are no settings.
+    """Builds a dataclass from plain values, such as a table of a config file, and `others`, fields not declared with
+    `setting`.
 
     Raises:
         ConfigError: naming `source`, and the unknown key or the invalid field.
@@ -137,12 +138,12 @@ def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: An
 
 
 def to_table(config: Any) -> dict[str, Any]:
-    """The settings of a dataclass instance as plain values, in the form that `from_table` takes."""
+    """Returns the settings of a dataclass instance as plain values, in the form that `from_table` takes."""
     return {declared.name: getattr(config, declared.name) for declared in settings(type(config))}
 
 
 def documented(cls: type[T]) -> type[T]:
-    """A class decorator that appends the settings to the docstring, as its "Attributes:"."""
+    """A class decorator that appends the settings to the docstring, as its "Attributes:" section."""
     lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:"]
     for declared in settings(cls):
         lines += textwrap.wrap(

@@ -1,5 +1,5 @@
-"""What the `jaxgpt` command sets up in its process before JAX starts. A Python program that wants the same calls
-`configure()` before it imports jax; `import jaxgpt` alone changes nothing."""
+"""Process settings that the `jaxgpt` command makes before JAX starts. To get the same in a Python program, call
+`configure()` before importing jax; `import jaxgpt` alone changes nothing."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ import sys
 import warnings
 from pathlib import Path
 
-# Set to 0 to compile everything anew in each process.
+# Environment variable; set to 0 to compile everything again in each process.
 CACHE_VARIABLE = "JAXGPT_COMPILE_CACHE"
 CACHE_BYTES = 2**30
 
 
 def configure() -> None:
-    """Both of the functions below."""
+    """Calls both `use_compile_cache` and `keep_freed_memory`."""
     use_compile_cache()
     keep_freed_memory()
 
 
 def use_compile_cache() -> None:
-    """Lets JAX keep what it compiles, in the user's cache directory, for the next process.
+    """Makes JAX store what it compiles in the user's cache directory, for the next process.
 
-    Does nothing if JAX_COMPILATION_CACHE_DIR is set, which then decides; if JAXGPT_COMPILE_CACHE is 0; or, with a
-    warning, if the directory cannot be made or others could write to it: what is in there is executed.
+    Does nothing if JAX_COMPILATION_CACHE_DIR is set, which then takes precedence; if JAXGPT_COMPILE_CACHE is 0; or,
+    with a warning, if the directory cannot be created or others could write to it: its content is executed.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ or os.environ.get(CACHE_VARIABLE) == "0":
         return
     try:
         directory = private_directory("xla")
         _prune(directory)
-    except (OSError, RuntimeError) as error:  # a RuntimeError if there is no home
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         warnings.warn(f"no compile cache: {error}. {CACHE_VARIABLE}=0 switches it off.", stacklevel=2)
         return
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
@@ -45,21 +45,21 @@ def use_compile_cache() -> None:
 
 
 def cache_directory(name: str) -> Path:
-    """Where in the user's cache code belongs that was made for this kind of processor.
+    """The directory in the user's cache for code compiled for this type of processor.
 
     Raises:
-        RuntimeError: if there is no home.
+        RuntimeError: if there is no home directory.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "jaxgpt" / f"{name}-{_processor()}"
 
 
 def private_directory(name: str) -> Path:
-    """`cache_directory`, made.
+    """Creates `cache_directory` and returns it.
 
     Raises:
-        OSError: if it cannot be made, or if others could write to it: what is in there is executed.
-        RuntimeError: if there is no home.
+        OSError: if it cannot be created, or if others could write to it: its content is executed.
+        RuntimeError: if there is no home directory.
     """
     directory = cache_directory(name)
     directory.parent.parent.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ def private_directory(name: str) -> Path:
 
 @functools.cache
 def _processor() -> str:
-    """A name for the kind of processor: what was compiled for one may not run on another, and homes are shared."""
+    """A name for the type of processor: code compiled for one may not run on another, and machines share homes."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -82,21 +82,22 @@ def _processor() -> str:
 
 
 def check_private(directory: Path) -> None:
-    """Raises PermissionError if others than the user can write to it."""
+    """Raises PermissionError if anyone but the user can write to `directory`."""
     status = directory.stat()
     if hasattr(os, "getuid") and (status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)):
         raise PermissionError(f"others can write to {directory}, or it is another user's")
 
 
 def _prune(directory: Path) -> None:
-    """Removes the oldest entries of a cache that has grown past `CACHE_BYTES`, down to half of that.
+    """If a cache has grown past `CACHE_BYTES`, removes its oldest entries until it is half that size.
 
-    JAX's own bound, `jax_compilation_cache_max_size`, will not do (0.10.2): it needs the package filelock, reads the
-    time of every entry at each write, and after a process killed between an entry and its time no write succeeds.
+    JAX's own limit, `jax_compilation_cache_max_size`, is not usable (0.10.2): it needs the package filelock, reads the
+    timestamp of every entry on each write, and if a process is killed between writing an entry and its timestamp, no
+    later write succeeds.
     """
     entries = []
     for entry in directory.iterdir():
-        with contextlib.suppress(FileNotFoundError):  # another process may be doing the same
+        with contextlib.suppress(FileNotFoundError):  # another process may be pruning too
             status = entry.stat()
             entries.append((status.st_mtime, status.st_size, entry))
     entries.sort(key=lambda item: item[0])
@@ -111,11 +112,11 @@ def _prune(directory: Path) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc's allocator keep large blocks that were freed, instead of handing each back to the system.
+    """Makes glibc's allocator keep large freed blocks, instead of returning each to the system.
 
-    XLA on CPU allocates the results of every call anew. Fetching those pages from the system each time, zeroed, took
-    a third of a forward pass over [4, 1024] ids of GPT-2 small, whose logits are 0.8 GB. The price is that the
-    process stays as large as it ever was. Elsewhere than on Linux with glibc this does nothing.
+    On a CPU, XLA allocates new memory for the results of every call. Getting those pages, zeroed, from the system
+    took a third of a forward pass of GPT-2 small over [4, 1024] ids, whose logits are 0.8 GB. The price is that the
+    process never shrinks below its peak size. Does nothing except on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -1,4 +1,4 @@
-"""Text files that users write: TOML and JSON, read with limits, and values typed on the command line."""
+"""Reads TOML and JSON files that users write, with limits on size, and values typed on the command line."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from jaxgpt.checks import first_line
 from jaxgpt.errors import ConfigError
 
-# Bytes. Parsed, JSON takes some twenty times as much memory.
+# Bytes. Parsed, JSON takes about 20 times as much memory.
 _JSON_LIMIT, _TOML_LIMIT = 2**24, 2**16
-# In a line of TOML: for a key of n parts (a.b.c has three) `tomllib` needs time and memory in proportion to n squared.
+# Most dots in a line of TOML: a key of n parts (a.b.c has three) costs `tomllib` O(n^2) time and memory.
 _TOML_DOTS = 256
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Parses a TOML file; a missing or malformed one is a ConfigError that names it."""
+    """Parses a TOML file; if it is missing or malformed, raises a ConfigError that names it."""
     try:
         text = _read_text(path, _TOML_LIMIT)
         if max(line.count(".") for line in text.split("\n")) > _TOML_DOTS:
@@ -28,7 +28,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def read_json(path: str | Path) -> Any:
-    """Parses a JSON file; a missing or malformed one is a ConfigError that names it."""
+    """Parses a JSON file; if it is missing or malformed, raises a ConfigError that names it."""
     try:
         return json.loads(_read_text(path, _JSON_LIMIT))
     except (OSError, ValueError, RecursionError) as error:
@@ -37,7 +37,7 @@ def read_json(path: str | Path) -> Any:
 
 def _read_text(path: str | Path, limit: int) -> str:
     path = Path(path)
-    if path.exists() and not path.is_file():  # opening a pipe could wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe could block forever
         raise ValueError("it is not a file")
     with path.open("rb") as file:
         data = file.read(limit + 1)
@@ -47,7 +47,7 @@ def _read_text(path: str | Path, limit: int) -> str:
 
 
 def parse_value(text: str) -> Any:
-    """A value as typed on the command line: JSON, or else a plain string."""
+    """Parses a value typed on the command line, as JSON or else as a plain string."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):

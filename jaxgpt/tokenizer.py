@@ -1,4 +1,4 @@
-"""Text to token ids and back, from data inside the package: nothing here touches the network."""
+"""Converts text to token ids and back, with data from inside the package: no network is needed."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ END_OF_TEXT = "<|endoftext|>"
 
 _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
-# GPT-2's pattern as tiktoken writes it: the same pieces, but without backtracking where that can be avoided.
+# GPT-2's pattern as tiktoken writes it: it gives the same pieces, and avoids backtracking where possible.
 _GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
-# What \s means in the pattern above (in Python's own it means four control characters more).
+# What \s means in the pattern above (in Python's `re` it matches four more control characters).
 _SPACE = "[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]"
 _LONG_SPACE_LENGTH = 10_000
 _LONG_SPACE = re.compile(f"{_SPACE}(?<!{_SPACE}{_SPACE}){_SPACE}{{{_LONG_SPACE_LENGTH - 1},}}+")
 
 
 class Tokenizer:
-    """A vocabulary of byte strings, and the rule that cuts text into them.
+    """A vocabulary of byte strings, and the rule that splits text into them.
 
     Attributes:
-        name: what `get_tokenizer` calls it.
-        vocab_size: number of ids, the end-of-text token included.
-        end_of_text: id of `<|endoftext|>`, the last one.
+        name: the name that `get_tokenizer` takes.
+        vocab_size: number of ids, including the end-of-text token.
+        end_of_text: id of `<|endoftext|>`, which is the last one.
     """
 
     def __init__(self, name: str, tokens: list[bytes], encode_text: Callable[[str], list[int]]):
-        """`tokens` are the bytes of each id but the last, which `END_OF_TEXT` gets; `encode_text` never returns it."""
+        """`tokens` are the bytes of each id except the last, which is `END_OF_TEXT`'s; `encode_text` never returns
+        that one."""
         self.name = name
         self.end_of_text = len(tokens)
         self.vocab_size = len(tokens) + 1
@@ -49,10 +50,10 @@ class Tokenizer:
         return f"get_tokenizer({self.name!r})"
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """The ids of `text`.
+        """Returns the ids of `text`.
 
-        `<|endoftext|>` in it is text like any other, unless `allow_special` makes it the end-of-text token.
-        Lone surrogates, which no UTF-8 can carry, become U+FFFD.
+        `<|endoftext|>` in it is ordinary text, unless `allow_special` makes it the end-of-text token.
+        Lone surrogates, which UTF-8 cannot represent, become U+FFFD.
         """
         text = _well_formed(text)
         if not allow_special:
@@ -64,10 +65,10 @@ class Tokenizer:
         return ids
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`: a list of ints, or an integer array [T].
+        """Returns the bytes of `ids`: a list of ints, or an integer array [T].
 
         Raises:
-            ValueError: if an id is not an integer, or not in the vocabulary; it says which and where.
+            ValueError: if an id is not an integer, or not in the vocabulary; says which one and where.
         """
         ids_T = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
         if ids_T.ndim != 1:
@@ -86,15 +87,15 @@ class Tokenizer:
         return b"".join([self._tokens[i] for i in ids_T.tolist()])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Errors as in `decode_bytes`."""
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises as `decode_bytes` does."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:
-    """Decodes ids as they come, holding back the bytes of a character until it is whole.
+    """Decodes ids as they arrive, holding back the bytes of a character until it is complete.
 
-    The pieces from `feed`, and the last from `finish`, join to exactly what `Tokenizer.decode` gives for all
-    the ids at once.
+    The pieces from `feed`, plus the last one from `finish`, concatenate to exactly what `Tokenizer.decode` returns for
+    all the ids at once.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -102,11 +103,11 @@ class StreamDecoder:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The text that `ids` complete, maybe ''. Errors as in `Tokenizer.decode_bytes`."""
+        """Returns the text that `ids` complete, possibly ''. Raises as `Tokenizer.decode_bytes` does."""
         return self._decoder.decode(self._tokenizer.decode_bytes(ids))
 
     def finish(self) -> str:
-        """U+FFFD for a character that was never completed, else ''. The decoder can then be used anew."""
+        """Returns U+FFFD for a character that was never completed, else ''; resets the decoder for new ids."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest
@@ -114,10 +115,10 @@ class StreamDecoder:
 
 @functools.cache
 def get_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, built once a process.
+    """Returns the tokenizer called `name`, built once per process.
 
-    "gpt2" is GPT-2's byte-pair encoding, 50,257 ids, by tiktoken from the merge table in this package. "bytes"
-    is the 256 byte values and end-of-text.
+    "gpt2" is GPT-2's byte-pair encoding with 50,257 ids, which tiktoken builds from the merge table in this package.
+    "bytes" has the 256 byte values and end-of-text.
 
     Raises:
         ConfigError: for an unknown name.
@@ -135,7 +136,7 @@ def _bytes() -> Tokenizer:
 
 
 def _gpt2() -> Tokenizer:
-    import tiktoken  # here, because "bytes" does without it
+    import tiktoken  # here, because "bytes" does not need it
 
     tokens = _gpt2_tokens()
     encoding = tiktoken.Encoding(
@@ -156,14 +157,14 @@ def _gpt2() -> Tokenizer:
 
 
 def _gpt2_tokens() -> list[bytes]:
-    """The 50,256 tokens in order of rank: the single bytes, those that print first, then one token a merge.
+    """The 50,256 tokens in order of rank: the single bytes, printable ones first, then one token per merge.
 
-    The table is a version line, then one merge a line: two tokens and a space between, each byte written as one
-    character: itself if it prints in Latin-1, else the next from U+0100 on.
+    The table has a version line, then one merge per line: two tokens separated by a space. Each byte is written as one
+    character: itself if printable in Latin-1, else the next unused one from U+0100 on.
     """
     alphabet = gpt2_alphabet()
-    # All lines at once is several times faster than one by one. A line end, U+0200 for the moment, must be told
-    # from the byte 10.
+    # Translating all lines at once is several times faster than one by one. Line ends become U+0200 for the moment, to
+    # distinguish them from the byte 10.
     bytes_of = {ord(character): byte for byte, character in alphabet.items()}
     text = gpt2_merges().translate({**bytes_of, ord(" "): None, ord("\n"): 0x200})
     merged = [token.encode("latin-1") for token in text.split("\u0200")[1:-1]]
@@ -171,17 +172,17 @@ def _gpt2_tokens() -> list[bytes]:
 
 
 def gpt2_alphabet() -> dict[int, str]:
-    """By byte, in order of rank, the character by which the merge table writes it."""
+    """Maps each byte, in order of rank, to the character that the merge table writes for it."""
     printable = [byte for byte in range(ord("!"), 256) if chr(byte).isprintable()]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 def gpt2_merges() -> str:
-    """The merge table.
+    """Returns the merge table.
 
     Raises:
-        DataError: if the package's file is not the one that was released.
+        DataError: if the package's file is not the released one.
     """
     path = files("jaxgpt").joinpath("assets", "gpt2", "vocab.bpe")
     try:
@@ -203,10 +204,10 @@ def _well_formed(text: str) -> str:
 
 
 def _cut_long_spaces(text: str) -> list[str]:
-    r"""Cuts `text` where tiktoken cuts it anyway, in a long run of whitespace before its last character.
+    r"""Splits `text` where tiktoken splits it anyway, before the last character of a long run of whitespace.
 
-    The ids do not change, but `\s+(?!\S)` would need one frame a character to find that cut, and overflows the
-    stack of tiktoken's regular expression engine in a megabyte of spaces.
+    The ids do not change. To find that split, `\s+(?!\S)` would need one stack frame per character, and a megabyte of
+    spaces overflows the stack of tiktoken's regular expression engine.
     """
     if len(text) < _LONG_SPACE_LENGTH:
         return [text]
