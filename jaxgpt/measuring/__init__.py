@@ -1,4 +1,4 @@
-"""How fast and how sound this machine runs the model. What other rooms may use of it is in `__init__.pyi`."""
+"""Measures how fast and how correctly this machine runs the model. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

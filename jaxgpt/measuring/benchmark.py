@@ -1,7 +1,8 @@
-"""`jaxgpt benchmark`: how fast this machine runs the model, and how fast it could.
+"""`jaxgpt benchmark`: measures how fast this machine runs the model, and how fast it could.
 
-Every work is measured in a process of its own, so that nothing is warm but what the work warms, and its peak memory
-is its own: `python -m jaxgpt.measuring.benchmark WORK` prints one JSON object. `peers` runs other programs likewise.
+Each workload runs in a separate process, so that only the workload itself warms anything up, and the peak memory is
+its alone: `python -m jaxgpt.measuring.benchmark WORKLOAD PRESET` prints one JSON object. `peers` runs other programs
+the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ CHARACTER_MODEL = {
     "n_layers": 6,
     "drop_rate": 0.2,
 }
-# The bundled model's first text, as the README's first command asks for it.
+# Generates the bundled model's first text, as the README's first command does.
 START_UP = ["generate", "--prompt", "ROMEO:", "--max-new-tokens", "64"]
 
 
@@ -40,12 +41,12 @@ class Workload:
     """Something to measure.
 
     Attributes:
-        kind: "decode" (`PROMPT` ids in, `NEW` ids drawn), "forward" (logits at every position), "train" (a whole
+        kind: "decode" (`PROMPT` ids in, `NEW` ids out), "forward" (logits at every position), "train" (a whole
             optimizer step), "read" or "matmul" (the machine's limits).
         preset: the model; "character" is `CHARACTER_MODEL`.
-        dtype: of parameters while decoding, and of the products' operands.
-        batch: rows.
-        length: tokens a row.
+        dtype: type of the parameters while decoding, and of the operands of matrix products.
+        batch: number of rows.
+        length: tokens per row.
     """
 
     kind: str
@@ -67,11 +68,11 @@ class Workload:
 
     @property
     def tokens(self) -> int:
-        """Tokens that one repetition draws, reads or trains on."""
+        """Tokens that one repetition generates, reads or trains on."""
         return self.batch * (NEW if self.kind == "decode" else self.length)
 
     def config(self) -> GPTConfig:
-        """The model's."""
+        """The model's config."""
         if self.preset == "character":
             return GPTConfig(**CHARACTER_MODEL)  # type: ignore[arg-type]
         return GPTConfig.preset(self.preset, drop_rate=0.0)
@@ -79,14 +80,14 @@ class Workload:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What a process measured: the median of the repetitions, and the most memory it held."""
+    """What a process measured: the median time of the repetitions, and its peak memory."""
 
     seconds: float
     peak_bytes: int
 
 
 def workloads(preset: str) -> list[Workload]:
-    """All workloads for a preset, the limits first."""
+    """All workloads for a preset, starting with the machine's limits."""
     return [
         Workload("read"),
         Workload("matmul", dtype="float32"),
@@ -99,10 +100,11 @@ def workloads(preset: str) -> list[Workload]:
 
 
 def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]) -> tuple[float, str] | None:
-    """(tokens/s that the machine allows, the formula); None where no limit applies."""
+    """Returns (tokens/s that the machine allows, the formula), or None if no limit applies."""
     config = work.config()
     if work.kind == "decode":
-        # Embeddings are looked up, not read; a tied one is read as the head. The cache grows to PROMPT + NEW.
+        # Embeddings are looked up, not read, except that a tied one is read as the head. The cache grows to
+        # PROMPT + NEW.
         counts, size = accounting.count_parameters(config), accounting.parameter_bytes(config, work.dtype)
         unread = counts.pos_emb + (0 if config.tie_embeddings else counts.tok_emb)
         weights = size - unread * size / counts.total
@@ -122,10 +124,10 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
 
 
 def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
-    """The JSON object that `python -m module NAME PRESET ...` prints last.
+    """Returns the JSON object that `python -m module NAME PRESET ...` prints last.
 
     Raises:
-        RuntimeError: with the end of its stderr, if it fails or takes longer than `timeout` seconds.
+        RuntimeError: if it fails, with the end of its stderr, or takes longer than `timeout` seconds.
     """
     command = [sys.executable, "-m", module, name, preset, *arguments]
     try:
@@ -140,7 +142,7 @@ def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout
 def timed(
     run: Callable[[], Any], repeats: int, warm_up: int, pick: Callable[[list[float]], float] = statistics.median
 ) -> float:
-    """Seconds of `run`: the median of the repetitions, or what else `pick` makes of them."""
+    """Seconds that `run` takes: the median of the repetitions, or whatever `pick` returns for them."""
     for _ in range(warm_up):
         run()
     seconds = []
@@ -152,12 +154,13 @@ def timed(
 
 
 def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, list[tuple[str, float]]]:
-    """Runs a work in this process: what it measured, and with `profile` its ten costliest operations in ms."""
+    """Runs a workload in this process. Returns the measurement, and with `profile` its ten costliest operations in
+    ms."""
     import jax
 
     make = {"decode": _decode, "forward": _forward, "train": _train, "read": _read, "matmul": _matmul}[work.kind]
     run = make(work)
-    # A limit is the best that was seen.
+    # A limit is the best time observed.
     is_limit = work.kind in ("read", "matmul")
     seconds = timed(run, 30, 2, min) if is_limit else timed(run, repeats=3, warm_up=2)
     peak = peak_bytes()  # before tracing adds to it
@@ -170,7 +173,7 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held."""
+    """The peak memory of this process."""
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
@@ -178,7 +181,7 @@ def peak_bytes() -> int:
 
 
 def costliest_operations(directory: Path, most: int = 10) -> list[tuple[str, float]]:
-    """The compiled operations that took longest in a trace, without what they call: (kind and how many, ms)."""
+    """The compiled operations that took longest in a trace, excluding what they call: (kind and how many, ms)."""
     from jax.profiler import ProfileData
 
     trace = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
@@ -243,7 +246,7 @@ def _train(work: Workload) -> Callable[[], Any]:
 
 
 def _model(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tuple[Any, Any]:
-    """A model with random parameters, in the form it decodes fastest."""
+    """A model with random parameters, in the form that decodes fastest."""
     import jax
     import numpy as np
 
@@ -256,7 +259,7 @@ def _model(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tupl
 
 
 def _read(work: Workload) -> Callable[[], Any]:
-    """A sum over 512 MiB."""
+    """Sums 512 MiB."""
     import jax
     import jax.numpy as jnp
 
@@ -282,14 +285,14 @@ def _matmul(work: Workload) -> Callable[[], Any]:
 
 
 def _start_up() -> float:
-    """Seconds of a whole `jaxgpt generate` process."""
+    """Seconds that a whole `jaxgpt generate` process takes."""
     started = time.perf_counter()
     subprocess.run([sys.executable, "-m", "jaxgpt", *START_UP], check=True, capture_output=True)
     return time.perf_counter() - started
 
 
 def cold_and_warm_start() -> tuple[float, float]:
-    """Seconds of the bundled model's first process, with an empty compile cache, and of the second."""
+    """Seconds that the bundled model's first process takes, with an empty compile cache, and then the second."""
     with tempfile.TemporaryDirectory() as cache:
         others = ("JAX_COMPILATION_CACHE_DIR", startup.CACHE_VARIABLE)
         before = {name: os.environ.get(name) for name in ("XDG_CACHE_HOME", *others)}
@@ -306,7 +309,7 @@ def cold_and_warm_start() -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m jaxgpt.measuring.benchmark WORK PRESET [PROFILE_DIR]`: runs the work and prints what it measured."""
+    """`python -m jaxgpt.measuring.benchmark WORKLOAD PRESET [PROFILE_DIR]`: runs it and prints the measurement."""
     startup.configure()
     name, preset, *profile = arguments
     work = next(work for work in workloads(preset) if work.name == name)

@@ -1,6 +1,6 @@
-"""Whether this installation workloads: its versions, its arithmetic against float64, its files, its caches.
+"""Checks whether this installation works: its versions, its arithmetic against float64, its files and its caches.
 
-A faulty build of JAX is found by what it computes, not by a list of bad versions.
+A faulty build of JAX is detected by what it computes, not by a list of bad versions.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from unittest import mock
 from jaxgpt.config import GPTConfig
 
 ASSETS = Path(__file__).parent.parent / "assets"
-# Of the bundled model, as it was released. (The tokenizer checks its own file whenever it is made.)
+# Of the bundled model as released. (The tokenizer checks its own file whenever it is built.)
 MODEL_SHA256 = "32d0b83a4ab40dfbfd817f39dcb3de77b61a5edd4655d87b833f0eba6f9d64de"
 PACKAGES = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "numpy", "tiktoken", "safetensors")
 
 SMALL = GPTConfig(vocab_size=300, context_length=96, emb_dim=48, n_heads=4, n_layers=3, drop_rate=0.0)
-# Largest error of the logits, relative to the largest logit, by type. What is seen: 1e-6, 1e-2, 1e-6.
+# Largest allowed error of the logits, relative to the largest logit, by dtype. Observed errors: 1e-6, 1e-2, 1e-6.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2, "int8": 2e-4}
 REINSTALL = "pip install --force-reinstall --no-deps jaxgpt"
 OTHER_JAX = "this build of JAX computes wrongly here: install another version of jax and jaxlib, and report it to them"
@@ -56,7 +56,7 @@ def examine() -> Iterator[Result]:
             yield Result(name, True, check())
         except Wrong as wrong:
             yield Result(name, False, wrong.found, wrong.advice)
-        except Exception as error:  # whatever a broken installation raises is what we are here to tell
+        except Exception as error:  # report whatever a broken installation raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             found = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
             yield Result(name, False, found, "see the message; if it names a package, install that again")
@@ -75,7 +75,7 @@ def _machine() -> str:
 
 
 def _arithmetic(dtype: str) -> str:
-    """The logits of a small model, jitted, against float64."""
+    """Compares the jitted logits of a small model with float64."""
     import jax
     import numpy as np
 
@@ -83,7 +83,7 @@ def _arithmetic(dtype: str) -> str:
     from jaxgpt.generation import prepare
     from jaxgpt.model import reference
 
-    with mock.patch.dict(os.environ, {kernel.VARIABLE: "0"}):  # the kernel has a check of its own
+    with mock.patch.dict(os.environ, {kernel.VARIABLE: "0"}):  # the kernel has a separate check
         model, params = prepare(*_small_model(), dtype)
     rounded = _float64(params)
     ids = np.random.default_rng(0).integers(0, SMALL.vocab_size, (2, 80)).astype(np.int32)
@@ -93,7 +93,7 @@ def _arithmetic(dtype: str) -> str:
 
 
 def _generation() -> str:
-    """The cached generator's ids against the whole float64 forward for each."""
+    """Compares the cached generator's ids with those of a full float64 forward pass per id."""
     import numpy as np
 
     from jaxgpt.generation import generate
@@ -109,7 +109,7 @@ def _generation() -> str:
 
 
 def _gradient() -> str:
-    """The loss's derivative along a direction against float64's difference quotient."""
+    """Compares the loss's derivative along a direction with a difference quotient in float64."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -137,7 +137,7 @@ def _gradient() -> str:
 
 
 def _large_product() -> str:
-    """One row times more rows than 32,768, and a reduction: some builds went wrong there (JAX issue 39103)."""
+    """Checks one row times more than 32,768 rows, then a reduction: some builds got it wrong (JAX issue 39103)."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -243,7 +243,7 @@ CHECKS: dict[str, Callable[[], str]] = {
 
 
 def _small_model() -> tuple[Any, Any]:
-    """A model whose every parameter matters: biases and scales random too."""
+    """A model in which every parameter matters, because biases and scales are random too."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -257,7 +257,7 @@ def _small_model() -> tuple[Any, Any]:
 
 
 def _float64(params: Any) -> Any:
-    """Parameters as float64, an int8 matrix times its scales as one."""
+    """Converts parameters to float64; an int8 matrix and its scales become one matrix, their product."""
     import numpy as np
 
     if not isinstance(params, dict):

@@ -1,7 +1,7 @@
-"""What a user would run instead, on the same workloads as `benchmark`: transformers on PyTorch, and CTranslate2.
+"""Runs the workloads of `benchmark` with what a user could use instead: transformers on PyTorch, and CTranslate2.
 
-Random weights in Hugging Face's layout, as many threads as the process may use. `python -m jaxgpt.measuring.peers
-WORK PRESET PEER` prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
+Weights are random, in Hugging Face's layout; threads are as many as the process may use. `python -m
+jaxgpt.measuring.peers WORKLOAD PRESET PEER` prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxgpt.measuring.benchmark import NEW, PROMPT, Measurement, Workload, peak_bytes, timed, workloads
 
-# name: the packages it needs, and the (kind, dtype) of the workloads it can do.
+# Name: the packages that the peer needs, and the (kind, dtype) of the workloads that it can run.
 PEERS = {
     "transformers": (
         ("torch", "transformers"),
@@ -30,7 +30,7 @@ PEERS = {
 
 
 def available(work: Workload) -> list[str]:
-    """The peers that are installed and can do a work: none has a GPT with banded attention."""
+    """The installed peers that can run a workload. None has a GPT with banded attention."""
     if work.config().banded_layers:
         return []
     return [
@@ -41,7 +41,7 @@ def available(work: Workload) -> list[str]:
 
 
 def measure(work: Workload, peer: str) -> Measurement:
-    """Runs a work with a peer, in this process."""
+    """Runs a workload with a peer, in this process."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
 
@@ -156,7 +156,7 @@ def _ctranslate2(work: Workload, threads: int) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a work and prints what it measured."""
+    """Runs a workload and prints the measurement."""
     name, preset, peer = arguments
     work = next(work for work in workloads(preset) if work.name == name)
     print(json.dumps(dataclasses.asdict(measure(work, peer))))

@@ -1,4 +1,4 @@
-"""The diagram of a model, drawn from its config: the data goes up, shapes stand on the edges, parameters beside."""
+"""Draws the diagram of a model from its config: data flows upwards, edges show shapes, and counts are at the side."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from jaxgpt.accounting import count_parameters, parameter_shapes
 from jaxgpt.config import GPTConfig
 from jaxgpt.pictures.style import INK, MUTED, PAPER, TIMES, drawable, styled
 
-# Inches: the column of boxes, what is left and right of it, and the rows.
+# Inches: the column of boxes, the positions left and right of it, and the gap between boxes.
 _X, _WIDTH, _HEIGHT = 4.1, 3.5, 0.56
 _SHORTCUT_X, _COUNT_X, _SHARE_X = 1.9, 8.15, 8.85
 _GAP = 0.42
 _FILL = {"embedding": "#cfe8f7", "norm": "#f6efb3", "attention": "#fbdcae", "feed forward": "#c4e8db"}
-_DARK = "#000000"  # on those, in a dark page too
+_DARK = "#000000"  # text on these fills, on a dark page too
 
 
 @styled
 def architecture(name: str, config: GPTConfig) -> Figure:
-    """The diagram."""
+    """Draws the diagram."""
     return _Diagram(name, config).figure
 
 
 def describe(config: GPTConfig) -> str:
-    """The diagram in words."""
+    """Describes the diagram in words."""
     return (
         f"Diagram of the model: token and position embeddings of width {config.emb_dim:,} are added; then "
         f"{config.n_layers} blocks, each a LayerNorm, attention with {config.n_heads} heads, a shortcut, a LayerNorm, "
@@ -37,7 +37,7 @@ def describe(config: GPTConfig) -> str:
 
 
 class _Diagram:
-    """Draws from below; `y` is the top of what has been drawn."""
+    """Draws from the bottom up; `y` is the top of what has been drawn."""
 
     def __init__(self, name: str, config: GPTConfig):
         self.config, self.y = config, 0.0
@@ -117,7 +117,7 @@ class _Diagram:
         return f"{config.emb_dim:,} → {config.ffn_dim:,} → {config.activation} → {config.emb_dim:,}"
 
     def branch(self, norm: str, name: str, detail: str, title: str, kind: str) -> None:
-        """A norm, what it feeds, and the shortcut around both."""
+        """Draws a norm, the box that it feeds, and the shortcut around both."""
         stream = f"T {TIMES} {self.config.emb_dim:,}"
         start = self.y + 0.1
         self.arrow("")
@@ -134,7 +134,7 @@ class _Diagram:
         )
 
     def box(self, name: str, title: str, detail: str, kind: str, prefix: str) -> None:
-        """A part of the model, with its parameters beside it."""
+        """Draws a part of the model, with its parameter count at the side."""
         self.axes.add_patch(_box(_X - _WIDTH / 2, self.y, _WIDTH, _HEIGHT, _FILL[kind]))
         middle = self.y + _HEIGHT / 2
         self.axes.text(_X, middle + 0.1, title, ha="center", va="center", fontsize=10, color=_DARK)
@@ -143,7 +143,7 @@ class _Diagram:
         self.y += _HEIGHT
 
     def count(self, y: float, prefix: str) -> None:
-        """The parameters of all leaves whose path holds `prefix`, and their share, at the height y."""
+        """Writes, at height y, the parameters of all leaves whose path contains `prefix`, and their share."""
         sizes = [size for path, size in self._sizes() if prefix in path]
         L = self.config.n_layers if prefix.startswith("/") else 1
         text = f"{sum(sizes) // L:,}" if L == 1 else f"{L} {TIMES} {sum(sizes) // L:,}"
@@ -151,7 +151,7 @@ class _Diagram:
         self.axes.text(_SHARE_X, y, f"{sum(sizes) / self.total:.1%}", ha="right", va="center", fontsize=9)
 
     def plus(self) -> float:
-        """A sum; returns the height of its middle."""
+        """Draws a sum; returns the height of its centre."""
         middle = self.y + 0.13
         self.axes.add_patch(Circle((_X, middle), 0.13, facecolor=PAPER, edgecolor=INK, linewidth=1.1, zorder=3))
         self._line((_X - 0.07, middle), (_X + 0.07, middle), zorder=4)
@@ -160,13 +160,13 @@ class _Diagram:
         return middle
 
     def arrow(self, shape: str) -> None:
-        """The way up to the next part, with the shape of what goes there."""
+        """Draws the arrow up to the next part, with the shape of the data on it."""
         self._line((_X, self.y), (_X, self.y + _GAP), arrow=True)
         self.axes.text(_X + 0.12, self.y + _GAP / 2 - 0.02, shape, fontsize=7.5, ha="left", va="center", color=MUTED)
         self.y += _GAP
 
     def step(self) -> None:
-        """A piece of line, between a block's frame and what is in it."""
+        """Draws a short line between a block's frame and its content."""
         self._line((_X, self.y), (_X, self.y + 0.12))
         self.y += 0.12
 

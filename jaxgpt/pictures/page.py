@@ -1,4 +1,4 @@
-"""One HTML page that holds its pictures and needs nothing else: no script, no font, no network."""
+"""Makes one HTML page that contains its pictures and needs nothing else: no script, no font, no network."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxgpt.pictures.style import escape
 from jaxgpt.version import __version__
 
-# The browser itself is told to load nothing: the only images are those inside the page.
+# Makes the browser load nothing; the only images are those in the page.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 _STYLE = """
@@ -39,10 +39,10 @@ class Section:
     """A part of the page.
 
     Attributes:
-        name: of its anchor.
+        name: name of its anchor.
         title: its heading.
         text: how to read its pictures.
-        svgs: these, as <svg> elements.
+        svgs: the pictures, as <svg> elements.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Section:
 
 
 def page(title: str, prompt: str | None, sections: Sequence[Section]) -> str:
-    """The page as a text; `prompt` is quoted under the title."""
+    """Returns the page's HTML; `prompt` is quoted under the title."""
     links = "".join(f'<li><a href="#{section.name}">{escape(section.title)}</a></li>\n' for section in sections)
     quoted = "" if prompt is None else f"<blockquote>{escape(prompt)}</blockquote>\n"
     return (

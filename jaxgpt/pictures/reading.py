@@ -1,4 +1,4 @@
-"""Pictures of one text being read: attention maps, the next token at each position, the logit lens."""
+"""Draws how a model reads a text: attention maps, the next token at each position, and the logit lens."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.interpret import Inside
 from jaxgpt.pictures.style import MUTED, OUTLINE, SCALE, drawable, on, styled
 
-# Labels along one side of a head's map; of more tokens, every so many is named.
+# Most labels along one side of a head's map; with more tokens, only every n-th is labelled.
 _MOST_LABELS = 24
-# Positions in one picture of the other two kinds, and inches across the last one; longer texts take several.
+# Most positions per next-token figure and per logit-lens figure, and the width of the latter in inches; longer texts
+# take several figures.
 _ROWS, _COLUMNS, _LENS_WIDTH = 32, 24, 10.5
 _LONGEST_LABEL = 10
 _TILE = 2.3  # inches
-# The square root shows weights of a few per cent, of which a long text has most.
+# The square root makes weights of a few per cent visible; in a long text most are that small.
 _ATTENTION_SCALE = PowerNorm(0.5, 0, 1)
 
 
 @styled
 def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[str]) -> Figure:
-    """One block's attention: a map for each head, queries down, keys across. What a query cannot see stays blank."""
+    """Draws one block's attention as one map per head, queries down, keys across. Keys that a query cannot see are
+    blank."""
     weights_HxTxT = inside.attention_LxHxTxT[layer]
     H, T = weights_HxTxT.shape[:2]
-    # The fullest grid that is somewhat wider than high.
+    # Of the grids that are slightly wider than high, the one with the fewest empty cells.
     across = min(range(math.isqrt(H - 1) + 1, math.isqrt(2 * H) + 2), key=lambda n: (-H % n, n))
     down, gap = math.ceil(H / across), max(1, round(0.09 * T))
     pitch = T + gap
-    # All maps are one image: matplotlib is slow at many axes, and some models have hundreds of heads.
+    # All maps form one image, because matplotlib is slow with many axes, and some models have hundreds of heads.
     image = np.full((down * pitch - gap, across * pitch - gap), np.nan)
     window = config.attention_window if layer in config.banded_layers else T
     visible = np.tril(np.ones((T, T), bool)) & ~np.tril(np.ones((T, T), bool), -window)
@@ -46,7 +48,7 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
     for head, weights_TxT in enumerate(weights_HxTxT):
         top, left = head // across * pitch, head % across * pitch
         image[top : top + T, left : left + T] = np.where(visible, weights_TxT, np.nan)
-        # The edge of what a query can see, so that a map of faint weights has a shape too.
+        # Outline the positions that queries can see, so that a map of faint weights has a shape too.
         steps = np.repeat(np.arange(T + 1), 2)
         axes.plot(left + steps[1:] - 0.5, top + steps[:-1] - 0.5, color=MUTED, linewidth=0.4)
         corner = [left - 0.5, left - 0.5, left + T - 0.5], [top - 0.5, top + T - 0.5, top + T - 0.5]
@@ -62,7 +64,7 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
     axes.set_xticks(np.concatenate([shown + column * pitch for column in range(across)]), names * across, rotation=90)
     size = min(7.5, 0.8 * 72 * tile / (T + gap) * step)
     axes.tick_params(length=0, labelsize=size)
-    if min(last_row) < down - 1:  # the labels under maps that have none below them
+    if min(last_row) < down - 1:  # hide the labels in columns whose last map is not in the bottom row
         for label, column in zip(axes.get_xticklabels(), np.repeat(range(across), len(shown)), strict=True):
             label.set_visible(last_row[column] == down - 1)
     axes.spines[:].set_visible(False)
@@ -76,8 +78,8 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
 
 @styled
 def next_tokens(inside: Inside, labels: Sequence[str], top_labels: Any) -> list[Figure]:
-    """The likeliest next tokens after each position, and what came; some positions a figure. `top_labels` are those
-    of `inside.top_ids_NxTxK`."""
+    """Draws the likeliest next tokens after each position, and the one that came; one figure per `_ROWS` positions.
+    `top_labels` are the labels of `inside.top_ids_NxTxK`."""
     T = len(inside.ids_T)
     widest = max(4, *(len(_cut(label)) for ranks in top_labels[-1] for label in ranks))
     return [
@@ -117,7 +119,8 @@ def _next_tokens(inside: Inside, labels: Sequence[str], top_labels_TxK: Any, row
 
 @styled
 def lens(inside: Inside, labels: Sequence[str], top_labels: Any) -> list[Figure]:
-    """What the model would say after each block, at each position; some positions a figure. `top_labels` as above."""
+    """Draws what the model would predict after each block, at each position; long texts take several figures.
+    `top_labels` are the labels of `inside.top_ids_NxTxK`."""
     N, T = inside.top_ids_NxTxK.shape[:2]
     shown = [*labels, *(top_labels[n][t][0] for n in range(N) for t in range(T))]
     width = 0.17 + 0.075 * max(2, *(len(_cut(label)) for label in shown))

@@ -1,4 +1,5 @@
-"""Pictures of a model and of what it does with a text: PNG files, and one HTML page that holds them all as SVG."""
+"""Writes the pictures of a model and of what it does with a text: PNG files, and one HTML page with all of them as
+SVG."""
 
 from __future__ import annotations
 
@@ -15,27 +16,27 @@ from jaxgpt.pictures.page import Section, page
 from jaxgpt.pictures.style import save, to_svg
 from jaxgpt.tokenizer import get_tokenizer
 
-# Of more, nobody could read the maps.
+# With more, the maps would be unreadable.
 MOST_TOKENS = 128
 
-Picture = tuple[str, Figure, str]  # its file's name without suffix, the figure, the same in words
+Picture = tuple[str, Figure, str]  # the file's name without suffix, the figure, and its description in words
 
 
 def write_pictures(
     directory: str | Path, name: str, config: GPTConfig, inside: Inside | None = None, prompt: str | None = None
 ) -> list[Path]:
-    """Writes the architecture and, with `inside`, what happened while the model read the prompt: attention by block and
-    head, the next token at each position, the logit lens. Replaces files of the same names.
+    """Draws the architecture and, with `inside`, what happened while the model read the prompt: attention by block and
+    head, the next token at each position, and the logit lens. Overwrites files of the same names.
 
     Args:
-        directory: made if it does not exist.
-        name: the model's, for titles.
-        config: the model's.
-        inside: of `jaxgpt.interpret.look_inside`.
-        prompt: the text of `inside`, to be quoted.
+        directory: where to write; created if it does not exist.
+        name: the model's name, for titles.
+        config: the model's config.
+        inside: from `jaxgpt.interpret.look_inside`.
+        prompt: the text that `inside` is about, to be quoted.
 
     Returns:
-        index.html, which needs no other file, and the PNG files, in that order.
+        The paths of index.html, which needs no other file, and then of the PNG files.
 
     Raises:
         ValueError: for more than `MOST_TOKENS` tokens.
@@ -61,7 +62,7 @@ def write_pictures(
 
 
 def _sections(name: str, config: GPTConfig, inside: Inside | None) -> Iterator[tuple[str, str, str, Iterator[Picture]]]:
-    """Each section's anchor, title, text and pictures. Figures are made one at a time: they are large."""
+    """Yields each section's anchor, title, text and pictures. Figures are large, so they are made one at a time."""
     if inside is not None:
         tokenizer = get_tokenizer(config.tokenizer)
         labels = token_labels(tokenizer, inside.ids_T)

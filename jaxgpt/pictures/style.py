@@ -1,4 +1,4 @@
-"""How all pictures look, and how they become PNG and SVG. Nothing here touches pyplot or the user's own settings."""
+"""The style of all pictures, and their conversion to PNG and SVG. Leaves pyplot and the user's settings alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
-# On the page these follow the reader's light or dark scheme.
+# On the page these colours follow the reader's light or dark scheme.
 _THEME = {INK: "currentColor", MUTED: "var(--muted)", PAPER: "var(--paper)"}
-# Okabe and Ito 2008: told apart with every common kind of colour blindness. Its yellow is too pale for lines.
+# Okabe and Ito 2008: distinguishable with every common form of colour blindness. Its yellow is too pale for lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-OUTLINE = "#0a84ff"  # seen on both ends of SCALE
+OUTLINE = "#0a84ff"  # visible on both ends of SCALE
 TIMES = "\N{MULTIPLICATION SIGN}"
 FONT = "DejaVu Sans"  # comes with matplotlib
 PNG_DPI = 160
-# Perceptually uniform, light for nothing and dark for much; its black end would hide marks and outlines.
+# Perceptually uniform, from light (0) to dark. The black end of magma is cut off: it would hide marks and outlines.
 SCALE = ListedColormap(matplotlib.colormaps["magma_r"]([0.85 * i / 255 for i in range(256)]), name="probability")
 
 _SETTINGS: dict[str, Any] = {
@@ -51,18 +51,18 @@ _SETTINGS: dict[str, Any] = {
     "figure.constrained_layout.h_pad": 0.12,
     "figure.constrained_layout.w_pad": 0.12,
     "svg.fonttype": "path",
-    "svg.hashsalt": "jaxgpt",  # same picture, same file
+    "svg.hashsalt": "jaxgpt",  # makes files reproducible
     "pdf.fonttype": 42,
 }
 
 
-# A decorator: the function runs with these settings, and the user's are as before.
+# A decorator: the function runs with these settings, and the user's are restored afterwards.
 styled = matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]
 
 
 @styled
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format that the path's suffix names: .png, .svg or .pdf. Its layout is then settled."""
+    """Writes a figure in the format of the path's suffix: .png, .svg or .pdf. Its layout is fixed from then on."""
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     suffix = Path(path).suffix.lower()
     figure.savefig(path, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
@@ -71,8 +71,8 @@ def save(figure: Figure, path: str | Path) -> None:
 
 @styled
 def to_svg(figure: Figure, name: str, description: str) -> str:
-    """A figure as an <svg> element for a page: its ids begin with `name`, its ink and paper are the page's, and
-    `description` is what those hear who do not see it."""
+    """Converts a figure to an <svg> element for a page. Its ids begin with `name`, it takes ink and paper colours from
+    the page, and screen readers read out `description`."""
     file = io.StringIO()
     figure.savefig(file, format="svg", facecolor="none", metadata={"Date": None})
     root, _, content = file.getvalue().partition("<svg ")[2].partition(">")
@@ -91,13 +91,13 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 
 def escape(text: str) -> str:
-    """Text for HTML, in an attribute too."""
+    """Escapes text for HTML, including attributes."""
     return "".join({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}.get(c, c) for c in text)
 
 
 def drawable(text: str, longest: int | None = None) -> str:
-    """Text as matplotlib draws it literally: characters that the font lacks as escapes, dollars as no formula; cut
-    with … to `longest` characters."""
+    """Prepares text for matplotlib to draw literally: characters that the font lacks become escapes, and dollar signs
+    do not start a formula. Cuts it with … to `longest` characters."""
     text = "".join(c if ord(c) in _characters() else ascii(c)[1:-1] for c in text)
     if longest is not None and len(text) > longest:
         text = text[: longest - 1] + "…"
@@ -105,7 +105,7 @@ def drawable(text: str, longest: int | None = None) -> str:
 
 
 def on(colour: tuple[float, ...]) -> str:
-    """Black or white, whichever is read more easily on a colour (relative luminance: WCAG 2, with gamma 2.2)."""
+    """Black or white, whichever is more readable on a colour (relative luminance: WCAG 2, with gamma 2.2)."""
     luminance = sum(weight * part**2.2 for weight, part in zip((0.2126, 0.7152, 0.0722), colour, strict=False))
     return "#ffffff" if luminance < 0.18 else "#000000"
 

@@ -1,4 +1,5 @@
-"""What a model needs on a TPU pod slice, with no TPU at hand. What other rooms may use of it is in `__init__.pyi`."""
+"""Estimates what a model needs on a TPU pod slice, with no TPU at hand. `__init__.pyi` lists what other packages may
+use."""
 
 import lazy_loader
 

@@ -1,6 +1,6 @@
 """Compiles training and decoding for the TPUs of a slice, from shapes alone, for `jaxgpt.planning.plan`.
 
-A program (`python -m jaxgpt.planning.compile`): reads a task as JSON from stdin, and prints the costs as JSON.
+Run as a program (`python -m jaxgpt.planning.compile`), it reads a task as JSON from stdin and prints costs as JSON.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from jaxgpt.planning.hlo import Program
 from jaxgpt.planning.plan import Cost, Topology
 from jaxgpt.training import TrainConfig, abstract_state, jit_step
 
-# XLA's least effort: a sixth of the time. Memory and exchanges come out about the same, but two to three times the
-# traffic with HBM: less is fused, and less kept in on-chip memory.
+# XLA's lowest effort takes a sixth of the time. Memory and communication come out about the same, but HBM traffic is
+# two to three times as large: less is fused, and less is kept in on-chip memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
-# Tokens of the compiled decoding loop.
+# Tokens per call of the compiled decoding loop.
 CHUNK = 8
 
 
 def main() -> None:
-    """Reads the task, compiles, prints."""
+    """Reads the task, compiles, and prints the costs."""
     task = json.load(sys.stdin)
     config, topology = TrainConfig.from_dict(task["config"]), Topology.parse(task["topology"])
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """The trainer's step: (function, arguments as shapes, those of them that stay)."""
+    """Returns the trainer's step, its arguments as shapes, and those arguments that stay in memory, by name."""
     state = abstract_state(config, mesh)
     ids = jax.ShapeDtypeStruct(
         (config.batch_size, config.T + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec(BATCH))
@@ -55,7 +55,7 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
 
 
 def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """`decode_tokens` at the end of a full context, as `training`."""
+    """Returns the same as `training`, for `decode_tokens` at the end of a full context."""
     model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none"))
     C = model.config.context_length
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
@@ -79,7 +79,7 @@ def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any
 def _cost(
     topology: Topology, mesh: Mesh, options: Any, step: Any, arguments: Any, kept: dict[str, Any], runs: int = 1
 ) -> Cost:
-    """What the compiled step costs a chip; of its `runs`, one."""
+    """What the compiled step costs per chip; if it makes several `runs`, the cost of one."""
     memory = {name: float(sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))) for name, tree in kept.items()}
     traced = step.trace(*arguments)
     flops = product_flops(traced.jaxpr.jaxpr) / mesh.size / runs
@@ -111,9 +111,9 @@ def _shard_bytes(leaf: Any) -> int:
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Operations of the matrix products of a traced program, loops as often as they run: attention without the
-    blocks it skips and with the scores it computes again, unlike `accounting`'s. Of a choice, the mean of the branches
-    that multiply at all: layers that see all positions and layers that see a band take turns."""
+    """Operations of the matrix products of a traced program, with loop bodies counted once per iteration. Unlike
+    `accounting`, it excludes the blocks that attention skips, and includes the scores that it recomputes. A conditional
+    counts as the mean of the branches that multiply at all, because dense and banded layers alternate."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":

@@ -1,12 +1,12 @@
-"""What a compiled program moves: the bytes in and out of memory and between chips, read from XLA's own text of it.
+"""Counts the bytes that a compiled program moves to and from memory and between chips, from XLA's text of it.
 
-It is read from the text because neither of the libraries' own counts has it: `compiled.cost_analysis()` counts the
-body of a loop once, does not tell HBM from on-chip memory, and has no entry for collectives;
-`jax.experimental.roofline` reads the jaxpr, before XLA fuses and partitions it, and counts the body of a loop once
-too. Here a loop counts as often as it runs, and only arrays in the chip's main memory (HBM) count; not what the
-exchanges between chips read and write there, for which the links are the limit. The text is that of
-`compiled.as_text()` on TPU: an array's layout ends in S(n) where it lies in another memory than HBM, and collectives
-that overlap with other work appear in several fusions, with one channel.
+The text is parsed because no library provides these counts: `compiled.cost_analysis()` counts the body of a loop
+once, does not distinguish HBM from on-chip memory, and has no entry for collectives; `jax.experimental.roofline` reads
+the jaxpr, before XLA fuses and partitions it, and also counts the body of a loop once. Here a loop body counts once
+per iteration, and only arrays in the chip's main memory (HBM) count. What collectives read and write there does not
+count, because the links limit them. The text comes from `compiled.as_text()` on TPU: an array's layout ends in S(n)
+if the array is in a memory other than HBM, and a collective that overlaps with other work appears in several fusions
+with the same channel.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
-# Bytes that one chip of n puts on the wire, a byte of its operand: rings, each way half. Source: the collectives of
-# "How to Scale Your Model", part 3 (https://jax-ml.github.io/scaling-book/sharding).
+# Bytes that each of n chips puts on the wire per byte of its operand, on rings with half of it in each direction.
+# Source: the collectives of "How to Scale Your Model", part 3 (https://jax-ml.github.io/scaling-book/sharding).
 WIRE: dict[str, Callable[[int], float]] = {
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -34,7 +34,7 @@ WIRE: dict[str, Callable[[int], float]] = {
 
 
 class Collective(NamedTuple):
-    """One exchange between chips: the bytes that each puts on the wire, and the ids of one group that takes part."""
+    """One collective: the bytes that each chip puts on the wire, and the ids of one of the groups that take part."""
 
     kind: str
     wire_bytes: float
@@ -43,7 +43,7 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Bytes a chip: read from and written to HBM, and sent, by channel."""
+    """Bytes per chip: read from and written to HBM, and sent, by channel."""
 
     hbm_bytes: float = 0
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
@@ -52,7 +52,7 @@ class Traffic:
         return Traffic(self.hbm_bytes + other.hbm_bytes, self.collectives | other.collectives)
 
     def times(self, n: float) -> Traffic:
-        """That of n runs."""
+        """The traffic of n runs."""
         sent = {channel: c._replace(wire_bytes=n * c.wire_bytes) for channel, c in self.collectives.items()}
         return Traffic(n * self.hbm_bytes, sent)
 
@@ -67,13 +67,13 @@ class _Op(NamedTuple):
 
 
 _ARRAY = re.compile(r"([a-z]+)(\d*)\w*\[([\d,]*)\](\{[^}]*\})?")
-# What takes no traffic of its own: names for other results, and the ends of what was counted at its start.
+# Operations without traffic: names for other results, and the ends of operations that are counted at their start.
 _FREE = ("parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "custom-call")
 _SLICES = ("dynamic-slice", "slice", "gather")
 
 
 class Program:
-    """A program's text, taken apart."""
+    """A program's text, parsed."""
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, _Op]] = {}
@@ -88,7 +88,7 @@ class Program:
 
     @functools.cache  # noqa: B019  (a program lives no longer than the plan)
     def traffic(self, computation: str | None = None) -> Traffic:
-        """That of one run of a computation; default: the whole program."""
+        """The traffic of one run of a computation; default: the whole program."""
         total = Traffic()
         for op in self.computations[computation or self.entry].values():
             total = total + self._traffic_of(computation or self.entry, op)
@@ -106,7 +106,7 @@ class Program:
                 if branches
                 else re.findall(r"_computation=%([\w.\-]+)", op.rest)
             )
-            return _in_turn([self.traffic(name) for name in names])
+            return _mean_of_working([self.traffic(name) for name in names])
         if op.code == "call":
             return self.traffic(_called(op))
         if op.code in _FREE or op.code.endswith("-done"):
@@ -125,15 +125,15 @@ class Program:
         if op.code == "copy-start":  # its result names both ends
             return Traffic(_bytes(op.type))
         if kind in _SLICES:
-            result = list(_arrays(op.type))[1] if op.code.endswith("-start") else op.type  # the first is the operand
+            result = list(_arrays(op.type))[1] if op.code.endswith("-start") else op.type  # [0] is the operand
             return Traffic(_bytes(result) + min(_bytes(ops[op.operands[0]].type), _bytes(result, hbm=False)))
         if op.code == "dynamic-update-slice":
             return Traffic(2 * _bytes(ops[op.operands[1]].type))
         return Traffic(operand_bytes + _bytes(op.type))
 
     def _trips(self, loop: _Op) -> int:
-        """How often a counted loop runs. Its condition compares an element of its state with a constant; its body adds
-        constants to that, more than 1 where XLA has unrolled it. Counters start at 0."""
+        """Number of iterations of a counted loop. Its condition compares an element of its state with a constant; its
+        body adds constants to that element, more than 1 if XLA has unrolled the loop. Counters start at 0."""
         condition, body = (self.computations[_called(loop, part)] for part in ("condition", "body"))
         limit = max((value for op in condition.values() if (value := _constant(op)) is not None), default=1)
         index = next((op.rest for op in condition.values() if op.code == "get-tuple-element"), "index=0")
@@ -150,7 +150,7 @@ class Program:
         ops, sent = self.computations[computation], {}
         for op in ops.values():
             if op.code in COLLECTIVES:
-                # An all-reduce of which each chip keeps its part.
+                # In these fusions each chip keeps only its part of an all-reduce.
                 kind = "reduce-scatter" if computation.startswith("all-reduce-scatter") else op.code
                 sent[_channel(op)] = self._collective(
                     op, kind, sum(_bytes(ops[n].type, hbm=False) for n in op.operands)
@@ -164,7 +164,7 @@ class Program:
         return Collective(kind, WIRE[kind](len(group)) * operand_bytes, group)
 
     def _read(self, computation: str, index: int, type: str) -> float:
-        """Bytes that a fused computation reads of its operand `index`."""
+        """Bytes of its operand `index` that a fused computation reads."""
         if not (whole := _bytes(type)):
             return 0
         ops = self.computations[computation]
@@ -175,7 +175,7 @@ class Program:
         read = 0.0
         for op in self.computations[computation].values():
             if name not in op.operands or op.code in ("tuple", "custom-call", *COLLECTIVES):
-                continue  # what only passes through is not read
+                continue  # these pass the operand through without reading it
             if op.code in _SLICES:
                 read += _bytes(op.type, hbm=False)
             elif op.code == "bitcast":
@@ -188,7 +188,7 @@ class Program:
         return read
 
     def _written(self, computation: str, op: _Op, type: str) -> float:
-        """Bytes that a fused computation writes as its result `op`, of which `type` says where it goes."""
+        """Bytes that a fused computation writes for its result `op`; `type` says to which memory."""
         ops = self.computations[computation]
         if op.code == "tuple":
             parts = list(_arrays(type))
@@ -205,9 +205,9 @@ class Program:
         return whole
 
 
-def _in_turn(branches: list[Traffic]) -> Traffic:
-    """Of a choice, the mean of the branches that do something: layers that see all positions take turns with those
-    that see a band, and a decoding step is either made or nothing is."""
+def _mean_of_working(branches: list[Traffic]) -> Traffic:
+    """The mean over the branches of a conditional that do anything: dense and banded layers alternate, and decoding
+    either makes a step or does nothing."""
     most = max(branch.hbm_bytes for branch in branches)
     working = [branch for branch in branches if branch.hbm_bytes >= most / 1000]
     return functools.reduce(Traffic.__add__, working).times(1 / len(working))
@@ -226,7 +226,7 @@ def _parse(line: str) -> _Op | None:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis closes that `text` opens with."""
+    """Index of the parenthesis that closes the one at the start of `text`."""
     depth = 0
     for found in re.finditer(r"[()]", text):
         depth += 1 if found[0] == "(" else -1
@@ -240,7 +240,7 @@ def _arrays(type: str) -> Iterator[str]:
 
 
 def _bytes(type: str, hbm: bool = True) -> float:
-    """Bytes of the arrays of a type: those in HBM, or all."""
+    """Bytes of the arrays of a type: those in HBM, or with `hbm=False` all of them."""
     total = 0.0
     for name, bits, shape, layout in _ARRAY.findall(type):
         if not (hbm and "S(" in layout):
@@ -270,7 +270,7 @@ def _channel(op: _Op) -> str:
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """One group of the chips that exchange, in any of the four ways that XLA writes them."""
+    """One group of chips that communicate, parsed from any of the four notations that XLA uses."""
     if pairs := re.search(r"source_target_pairs=\{(.*?\})\}", attributes):
         following = {int(a): int(b) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs[1])}
         ring = [next((a for a, b in following.items() if a != b), 0)]

@@ -1,9 +1,10 @@
-"""What training and decoding need of a TPU pod, without one: memory, operations, bytes moved, and the time they imply.
+"""Estimates what training and decoding need on a TPU pod slice, with no TPU at hand: memory, operations, bytes moved,
+and the time that follows from them.
 
-With the extra [tpu], XLA compiles the step that `jaxgpt train` runs, and `generation/decode.py`'s, for the chips of
-the pod, from shapes alone; without it the figures are formulae. Either way the time is a roofline's: each chip's
-operations, its memory's traffic and its links' traffic at full speed, all three at once at best and one after another
-at worst.
+With the extra [tpu], XLA compiles the step that `jaxgpt train` runs and that of `generation/decode.py` for the chips
+of the slice, from shapes alone; without it the numbers come from formulae. Either way the time is a roofline estimate:
+each chip's operations, memory traffic and link traffic run at full speed, all three overlapped at best and one after
+another at worst.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU chip, by its documentation.
+    """A TPU chip, as documented by Google.
 
     Attributes:
-        flops: peak of matrix products in bfloat16, operations a second.
-        hbm_bytes: main memory.
-        hbm_bandwidth: of that, bytes a second.
-        link_bandwidth: of one link to a neighbour, one way, bytes a second. A torus axis has two.
-        ring: what a slice's axis must be a multiple of to close to a ring.
-        most: chips of the largest slice.
-        slices: those smaller than `ring` along some axis; beyond, any axes that are multiples of it.
+        flops: peak of matrix products in bfloat16, in operations per second.
+        hbm_bytes: size of the main memory.
+        hbm_bandwidth: bandwidth of the main memory, in bytes per second.
+        link_bandwidth: one-way bandwidth of one link to a neighbour, in bytes per second. A torus axis has two links.
+        ring: a slice's axis closes to a ring if its size is a multiple of this.
+        most: number of chips in the largest slice.
+        slices: slices smaller than `ring` along some axis; all others have axes that are multiples of `ring`.
     """
 
     flops: float
@@ -77,7 +78,7 @@ class Topology:
 
     @property
     def size(self) -> int:
-        """Chips."""
+        """Number of chips."""
         return math.prod(self.axes)
 
     @classmethod
@@ -85,7 +86,7 @@ class Topology:
         """Reads "v5e:4x8".
 
         Raises:
-            ConfigError: for a chip or a slice that there is not; says which there are.
+            ConfigError: for a chip or a slice that does not exist; lists those that do.
         """
         kind, _, shape = name.partition(":")
         if kind not in CHIPS:
@@ -98,8 +99,8 @@ class Topology:
         return cls(name, chip, axes)
 
     def bandwidth(self, spanned: Sequence[int]) -> float:
-        """Bytes a second that a chip can send in a group that spans so many chips of each axis: two links an axis
-        where it closes to a ring, and one where it does not, or is not spanned whole."""
+        """Bytes per second that a chip can send within a group that spans `spanned[i]` chips along axis i. An axis
+        contributes two links if it closes to a ring and is spanned whole, and one link otherwise."""
         chip = self.chip
         links = sum(
             2 if n == axis and n % chip.ring == 0 else 1 for n, axis in zip(spanned, self.axes, strict=True) if n > 1
@@ -109,15 +110,15 @@ class Topology:
 
 @dataclasses.dataclass
 class Cost:
-    """What one step (of training, or a token a row of decoding) costs a chip.
+    """What one step (of training, or of decoding one token per row) costs per chip.
 
     Attributes:
         memory: bytes by what they hold.
         flops: operations of the matrix products.
-        hbm_bytes: read from and written to HBM.
-        wire_bytes: sent to other chips, by the kind of collective.
-        wire_seconds: what that takes, one collective after another.
-        does_not_fit: the compiler's reason, where it could not place the program.
+        hbm_bytes: bytes read from and written to HBM.
+        wire_bytes: bytes sent to other chips, by type of collective.
+        wire_seconds: time that sending takes, one collective after another.
+        does_not_fit: the compiler's reason, if the program does not fit in memory.
     """
 
     memory: dict[str, float]
@@ -136,17 +137,17 @@ def compiler_available() -> bool:
 def resolve(
     source: str, topology: Topology, mesh: str | None = None, overrides: Sequence[str] = (), batch: int | None = None
 ) -> tuple[TrainConfig, dict[str, Any]]:
-    """The run to plan, and which of its fields the plan chose because the config does not say.
+    """Returns the run to plan, and the fields that the plan chose because the config does not set them.
 
     Args:
         source: a preset's name, or a TOML file.
         topology: the slice.
         mesh: as in `--mesh`; default: the config's, and if it has none, fsdp=-1.
         overrides: as in `--set`.
-        batch: rows a step; default: the config's, and if it has none, one a part of the batch.
+        batch: rows per step; default: the config's, and if it has none, one row per shard of the batch.
 
     Raises:
-        ConfigError: for a config that is not good, or a mesh that does not fit the slice, the model or the batch.
+        ConfigError: for an invalid config, or a mesh that does not fit the slice, the model or the batch.
     """
     tables = override({"model": {"preset": source}} if source in PRESETS else read_toml(source), overrides)
     if mesh is not None:
@@ -155,7 +156,7 @@ def resolve(
         tables["mesh"] = {"fsdp": -1}
     if batch is not None:
         tables["train"]["batch_size"] = batch
-    # A deep model that stores everything, or unrolls its layers, is no plan.
+    # A deep model that stores all activations or unrolls its layers is not worth planning.
     chosen: dict[str, Any] = {}
     for key, value in {"scan_layers": True, "remat": "block", "dtype": "bfloat16"}.items():
         if key not in tables["compute"]:
@@ -173,7 +174,7 @@ def resolve(
     config = TrainConfig.from_dict(tables, source)
     check(config)
     if "loss_chunk" not in tables["train"]:
-        # Logits in float32 for as many positions as a gibibyte a chip holds. A chunk more is an exchange more.
+        # As many positions as have float32 logits of one GiB per chip. More chunks would mean more communication.
         rows = config.batch_size // config.grad_accumulation
         positions = int(GIB // (4 * rows / (data * fsdp) * config.model.vocab_size / tensor))
         if positions < config.T:
@@ -183,7 +184,7 @@ def resolve(
 
 
 def check(config: TrainConfig, rows: int | None = None) -> None:
-    """Raises ConfigError unless the mesh divides the model, and the rows (default: a micro-batch's)."""
+    """Raises ConfigError unless the mesh divides the model and the rows (default: those of a micro-batch)."""
     from jax.sharding import AbstractMesh
 
     from jaxgpt.parallel import sharding
@@ -194,18 +195,20 @@ def check(config: TrainConfig, rows: int | None = None) -> None:
 
 
 def model_flops(config: TrainConfig) -> int:
-    """Operations of a step without what is computed twice: what utilisation (MFU) is counted in."""
+    """Operations of a step without recomputation, as the utilisation (MFU) counts them."""
     return 3 * accounting.forward_flops(config.model, config.batch_size, config.T).total
 
 
 def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
-    """A training step, from formulae. P parameters, L layers of width D; mesh d x f x t; rows x T tokens a part.
+    """Costs of a training step, from formulae: P parameters, L layers of width D, mesh d x f x t, and rows x T tokens
+    per shard of the batch.
 
-    Memory: parameters 4 P / (f t), Adam's moments 8, gradients 4; a layer's input, 4 rows T D, for each layer with
-    remat "block", and else what the products give too; the widest layer's own, and the logits twice. Exchanges:
-    weights gathered over f once forward and once backward in the compute type, gradients scattered in float32, and
-    reduced over d; over t, two reductions a layer of [rows, T, D] in float32 forward, two backward, and one more
-    where the backward pass recomputes the block (Narayanan et al. 2021, section 2.3).
+    Memory: parameters 4 P / (f t), Adam's moments 8 P / (f t), gradients 4 P / (f t); for each layer its input,
+    4 rows T D, and except with remat "block" the results of its products too; the activations inside the widest layer,
+    and the logits twice. Communication: over f, weights are gathered once forward and once backward in the compute
+    dtype, and gradients are scattered in float32; over d, gradients are reduced; over t, each layer reduces
+    [rows, T, D] in float32 twice forward, twice backward, and once more if the backward pass recomputes the block
+    (Narayanan et al. 2021, section 2.3).
     """
     model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
     L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
@@ -238,8 +241,8 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
 
 
 def analytic_decoding(config: TrainConfig, topology: Topology, rows: int) -> Cost:
-    """A token for each row at the end of a full context, from formulae: bfloat16 weights, gathered over fsdp, and
-    the cache of the rows and heads a chip has; two reductions a layer over tensor."""
+    """Costs of decoding one token per row at the end of a full context, from formulae: bfloat16 weights, gathered over
+    fsdp; the cache of the rows and heads on a chip; and two reductions per layer over tensor."""
     model, (d, f, t) = config.model, config.mesh.resolve(0)
     C, weights = model.context_length, accounting.parameter_bytes(model, "bfloat16") / t
     cache = accounting.cache_bytes(model, rows, C, "bfloat16") / (d * f * t)
@@ -254,7 +257,7 @@ def analytic_decoding(config: TrainConfig, topology: Topology, rows: int) -> Cos
 
 
 def _analytic(config, topology, memory, flops, hbm, sent) -> Cost:
-    """The mesh's tensor axis takes one axis of the torus, and the others share the rest."""
+    """Assumes that the mesh's tensor axis occupies one axis of the torus, and that the others share the rest."""
     d, f, t = config.mesh.resolve(0)
     axes = sorted(topology.axes)
     rest = axes[1:] if t > 1 and len(axes) > 1 else axes
@@ -268,8 +271,8 @@ def _analytic(config, topology, memory, flops, hbm, sent) -> Cost:
 
 
 def roofline(cost: Cost, topology: Topology, tokens: int, useful_flops: float) -> dict[str, Any]:
-    """The bounds that a cost sets: seconds, tokens a second of the whole slice, and the utilisation of its peak (MFU).
-    Of a program that the compiler could not place only the memory."""
+    """The bounds that follow from a cost: seconds, tokens per second of the whole slice, and utilisation of its peak
+    (MFU). For a program that does not fit, only the memory."""
     chip, total = topology.chip, sum(cost.memory.values())
     bounds: dict[str, Any] = {
         "memory_bytes": {**cost.memory, "total": total},
@@ -297,18 +300,19 @@ def roofline(cost: Cost, topology: Topology, tokens: int, useful_flops: float) -
 def make_plan(
     config: TrainConfig, topology: Topology, decode_batch: int | None = None, quick: bool = False
 ) -> dict[str, Any]:
-    """The whole plan, as plain values ready for JSON: for "training" and "decoding" the roofline of the formulae,
-    "analytic", and where the compiler is installed that of the compiled program, "compiled". Bytes are bytes.
+    """Returns the whole plan as plain values, ready for JSON. "training" and "decoding" each hold the roofline from the
+    formulae, "analytic", and if the compiler is installed, the one of the compiled program, "compiled". Sizes are in
+    bytes.
 
     Args:
-        config: the run, of `resolve`.
+        config: the run, from `resolve`.
         topology: the slice.
-        decode_batch: rows to decode; 0 for no decoding; default: one a part of the batch.
-        quick: compile with little optimisation. Memory and exchanges are about right then, traffic with HBM is not.
+        decode_batch: rows to decode; 0 for no decoding; default: one row per shard of the batch.
+        quick: compile with little optimisation. Memory and communication are then about right, HBM traffic is not.
 
     Raises:
         ConfigError: if the mesh does not divide `decode_batch`.
-        RuntimeError: if the compiler fails for another reason than memory.
+        RuntimeError: if the compiler fails for a reason other than memory.
     """
     data, fsdp, _ = config.mesh.resolve(0)
     rows = data * fsdp if decode_batch is None else decode_batch
@@ -330,11 +334,11 @@ def make_plan(
 
 
 def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool) -> dict[str, Cost]:
-    """`jaxgpt.planning.compile` in a process of its own: its devices are no others', and libtpu is loud."""
-    # No TPU is touched: neither looked for in the cloud's metadata, nor kept from other processes by a lock.
+    """Runs `jaxgpt.planning.compile` in a separate process, because it sets up other devices and libtpu is noisy."""
+    # No TPU is touched: do not look for one in the cloud's metadata, and do not lock it against other processes.
     quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     environment = os.environ | quiet
-    # The package may be found by the way this process was started.
+    # The child must find the package even if only the way this process was started made it importable.
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
