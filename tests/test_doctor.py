@@ -43,7 +43,7 @@ def test_wrong_arithmetic_is_found_in_every_type(dtype, monkeypatch, capsys):
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert f"FAIL  arithmetic in {dtype}: logits: off by" in out
-    assert "what to do: this build of JAX computes wrongly here" in out
+    assert "what to do: this build of JAX computes wrong results" in out
 
 
 def test_a_product_that_loses_its_last_rows_is_found(monkeypatch, capsys):
@@ -73,7 +73,7 @@ def test_a_cache_that_cannot_be_written_is_told(home, monkeypatch, capsys):
     only(monkeypatch, "compile cache")
     (home / "jaxgpt").touch()
     assert main(["doctor"]) == 1
-    assert "what to do: make it writable to you alone, set XDG_CACHE_HOME, or JAXGPT_COMPILE_CACHE=0" in (
+    assert "what to do: make it writable by you alone, or set XDG_CACHE_HOME or JAXGPT_COMPILE_CACHE=0" in (
         capsys.readouterr().out
     )
 
@@ -87,7 +87,7 @@ def test_a_hub_cache_that_cannot_be_written_is_told(monkeypatch, capsys, tmp_pat
     assert not (tmp_path / "not").exists()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
     assert main(["doctor"]) == 1
-    assert "what to do: make it writable, set HF_HOME, or HF_HUB_OFFLINE=1" in capsys.readouterr().out
+    assert "what to do: make it writable, set HF_HOME, or set HF_HUB_OFFLINE=1" in capsys.readouterr().out
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(["doctor"]) == 0
     assert "is only read, because of HF_HUB_OFFLINE" in capsys.readouterr().out
@@ -107,7 +107,7 @@ def test_a_kernel_that_went_bad_is_told(home, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "FAIL  native kernel: the kernel is wrong" in out
     assert "does not load" in out
-    assert "what to do: jaxgpt build-kernel, or JAXGPT_KERNEL=0" in out
+    assert "what to do: run jaxgpt build-kernel, or set JAXGPT_KERNEL=0" in out
 
 
 def test_a_check_that_raises_has_failed_and_the_others_still_run(monkeypatch, capsys):

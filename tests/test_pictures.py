@@ -296,7 +296,7 @@ def test_heads_fill_a_grid(heads, shape, width):
     names = texts(figure)
     assert {"t0".ljust(width, "m"), "t2".ljust(width, "m"), "t28".ljust(width, "m")} <= set(names)
     assert not any(name.startswith("t1m") or name == "t1" for name in names)
-    assert "key: the token looked at (every 2nd is named)" in names
+    assert "key: the token looked at (every 2nd is labelled)" in names
     style.styled(figure.draw_without_rendering)()
     for text in figure.findobj(matplotlib.text.Text):
         if text.get_visible() and text.get_text():
@@ -456,7 +456,7 @@ def test_many_runs_look_different():
 
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}]])
 def test_a_run_without_figures_is_refused(tmp_path, lines):
-    with pytest.raises(DataError, match="holds no figures to draw"):
+    with pytest.raises(DataError, match="holds no metrics to draw"):
         curves.read_runs([write_run(tmp_path / "run", lines)])
 
 

@@ -28,7 +28,7 @@ SMALL = GPTConfig(vocab_size=300, context_length=96, emb_dim=48, n_heads=4, n_la
 # Largest allowed error of the logits, relative to the largest logit, by dtype. Observed errors: 1e-6, 1e-2, 1e-6.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2, "int8": 2e-4}
 REINSTALL = "pip install --force-reinstall --no-deps jaxgpt"
-OTHER_JAX = "this build of JAX computes wrongly here: install another version of jax and jaxlib, and report it to them"
+OTHER_JAX = "this build of JAX computes wrong results: install other versions of jax and jaxlib, and report it to JAX"
 
 
 class Wrong(Exception):
@@ -59,7 +59,7 @@ def examine() -> Iterator[Result]:
         except Exception as error:  # report whatever a broken installation raises
             where = traceback.extract_tb(error.__traceback__)[-1]
             found = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
-            yield Result(name, False, found, "see the message; if it names a package, install that again")
+            yield Result(name, False, found, "see the message; if it names a package, reinstall that package")
 
 
 def _versions() -> str:
@@ -104,7 +104,7 @@ def _generation() -> str:
     for prompt, row in zip(prompts, generate(model, params, prompts, 24).tokens, strict=True):
         want = reference.generate_greedy(_float64(params), SMALL, prompt, 24)
         if not np.array_equal(row, want):
-            raise Wrong(f"greedy ids {row.tolist()}, and by float64 {want}", OTHER_JAX)
+            raise Wrong(f"greedy ids are {row.tolist()}, but float64 gives {want}", OTHER_JAX)
     return "24 greedy ids of two prompts equal float64's"
 
 
@@ -165,7 +165,7 @@ def _kernel() -> str:
             return "not built: jaxgpt build-kernel makes decoding on a CPU faster"
         kernel.check_apart(file)
     except (KernelError, OSError) as error:
-        raise Wrong(str(error), f"jaxgpt build-kernel, or {kernel.VARIABLE}=0 to do without") from None
+        raise Wrong(str(error), f"run jaxgpt build-kernel, or set {kernel.VARIABLE}=0 to do without") from None
     return f"{file}: equals float64"
 
 
@@ -174,8 +174,8 @@ def _tokenizer() -> str:
 
     text, want = "Hello, I am 北京", [15496, 11, 314, 716, 10263, 234, 245, 12859, 105]
     if (got := get_tokenizer("gpt2").encode(text)) != want:
-        raise Wrong(f"{text!r} is {got}, and should be {want}", "install another version of tiktoken")
-    return "GPT-2's merge table is the released one, and a text encodes as it should"
+        raise Wrong(f"{text!r} encodes to {got} instead of {want}", "install another version of tiktoken")
+    return "GPT-2's merge table is the released one, and a sample text encodes correctly"
 
 
 def _bundled_model() -> str:
@@ -184,7 +184,7 @@ def _bundled_model() -> str:
     except OSError as error:
         raise Wrong(str(error), REINSTALL) from None
     if digest != MODEL_SHA256:
-        raise Wrong(f"its sha256 is {digest[:12]}…, and should be {MODEL_SHA256[:12]}…", REINSTALL)
+        raise Wrong(f"its sha256 is {digest[:12]}… instead of {MODEL_SHA256[:12]}…", REINSTALL)
     from jaxgpt.weights import load
 
     model, _ = load("shakespeare", check_finite=True)
@@ -201,7 +201,7 @@ def _compile_cache() -> str:
         _try_to_write(directory)
     except (OSError, RuntimeError) as error:
         raise Wrong(
-            f"{error}", f"make it writable to you alone, set XDG_CACHE_HOME, or {startup.CACHE_VARIABLE}=0"
+            f"{error}", f"make it writable by you alone, or set XDG_CACHE_HOME or {startup.CACHE_VARIABLE}=0"
         ) from None
     return f"{directory} can be written"
 
@@ -217,7 +217,7 @@ def _hub_cache() -> str:
     try:
         _try_to_write(next(path for path in (directory, *directory.parents) if path.exists()))
     except OSError as error:
-        raise Wrong(f"{error}", "make it writable, set HF_HOME, or HF_HUB_OFFLINE=1 to do without") from None
+        raise Wrong(f"{error}", "make it writable, set HF_HOME, or set HF_HUB_OFFLINE=1 to work offline") from None
     return f"{directory} can be written"
 
 
@@ -273,5 +273,5 @@ def _compare(what: str, got: Any, want: Any, tolerance: float) -> str:
 
     error = float(np.abs(got - want).max() / np.abs(want).max())
     if not error <= tolerance:  # NaN is wrong too
-        raise Wrong(f"{what}: off by {error:.1e} of the largest, and {tolerance:.0e} is allowed", OTHER_JAX)
+        raise Wrong(f"{what}: off by {error:.1e} of the largest value ({tolerance:.0e} allowed)", OTHER_JAX)
     return f"{what}: within {error:.1e} of float64 ({tolerance:.0e} allowed)"

@@ -92,7 +92,7 @@ class _Diagram:
         self.axes.text(1.3, (self.y + bottom) / 2, title, fontsize=12, fontweight="bold", ha="right", va="center")
         self.axes.text(1.3, (self.y + bottom) / 2 - 0.26, "trf_blocks", fontsize=7.5, ha="right", va="center")
         self.axes.text(
-            6.6, bottom + 0.12, f"{blocks // L:,} a block", fontsize=7.5, ha="left", va="center", color=MUTED
+            6.6, bottom + 0.12, f"{blocks // L:,} per block", fontsize=7.5, ha="left", va="center", color=MUTED
         )
         self.arrow(stream)
         self.box("final_norm", "LayerNorm", f"{D:,}", "norm", "final_norm")

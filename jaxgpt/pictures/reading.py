@@ -69,7 +69,7 @@ def attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[st
             label.set_visible(last_row[column] == down - 1)
     axes.spines[:].set_visible(False)
     axes.set_facecolor("none")
-    every = "" if step == 1 else f" (every {_ordinal(step)} is named)"
+    every = "" if step == 1 else f" (every {_ordinal(step)} is labelled)"
     axes.set(xlabel=f"key: the token looked at{every}", ylabel="query: the token that looks")
     axes.set_title(f"attention in block {layer}", fontsize=13, fontweight="bold", loc="left", pad=18)
     _bar(figure, axes, drawn, "attention weight", (0, 0.1, 0.25, 0.5, 1), 0.6)

@@ -71,7 +71,8 @@ def _sections(name: str, config: GPTConfig, inside: Inside | None) -> Iterator[t
             "next-tokens",
             "The next token",
             "After each token that it reads, the model gives every token of its vocabulary a probability of coming "
-            "next. A row shows the likeliest, and at its right what did come, outlined where it is among them.",
+            "next. A row shows the most likely ones, and on its right the token that did come, outlined if it is among "
+            "them.",
             _numbered(
                 "next-tokens", reading.next_tokens(inside, labels, top_labels), _next_in_words(labels, top_labels)
             ),
@@ -79,22 +80,22 @@ def _sections(name: str, config: GPTConfig, inside: Inside | None) -> Iterator[t
         yield (
             "lens",
             "The logit lens",
-            "Every block adds to the same stream of numbers, and the output head reads only the last state of it. Here "
-            "it reads all of them: each row is what the model would say had it stopped there, from the embeddings at "
-            "the bottom to its real answer at the top. Outlined is what did come next.",
+            "Every block adds to the same stream of numbers, and the output head normally reads only its last state. "
+            "Here it reads every state: each row is what the model would predict if it stopped there, from the "
+            "embeddings at the bottom to its real answer at the top. Tokens that did come next are outlined.",
             _numbered("lens", reading.lens(inside, labels, top_labels), _lens_in_words(top_labels)),
         )
         yield (
             "attention",
             "Attention",
-            "Where each token (a row) looks for what it needs among those before it and itself (the columns). The "
-            "weights of a row add up to 1. The scale is that of a square root, so that small weights show; blank is "
-            "what a token cannot see.",
+            "Where each token (a row) looks for what it needs, among the tokens before it and itself (the columns). "
+            "The weights of a row add up to 1. The colour scale is a square root, so that small weights are visible; "
+            "positions that a token cannot see are blank.",
             (
                 (
                     f"attention-{layer:02d}",
                     reading.attention(config, inside, layer, labels),
-                    f"Attention weights of the {config.n_heads} heads of block {layer}, a map each, over "
+                    f"Attention weights of the {config.n_heads} heads of block {layer}, one map per head, over "
                     f"{len(labels)} tokens.",
                 )
                 for layer in range(config.n_layers)
@@ -103,7 +104,7 @@ def _sections(name: str, config: GPTConfig, inside: Inside | None) -> Iterator[t
     yield (
         "architecture",
         "The architecture",
-        "T tokens come in below; the shapes on the way up are those for one text. Dropout, which acts only in "
+        "T tokens enter at the bottom; the shapes on the way up are those for one text. Dropout, which acts only in "
         "training, is not drawn.",
         iter([("architecture", architecture(name, config), describe(config))]),
     )
@@ -122,4 +123,4 @@ def _next_in_words(labels: Sequence[str], top_labels: Sequence) -> str:
 def _lens_in_words(top_labels: Sequence) -> str:
     said = [places[-1][0] for places in top_labels]
     after = ", ".join(f"block {i} {label}" for i, label in enumerate(said[1:]))
-    return f"What the model would say after the last token: at the embeddings {said[0]}, after {after}."
+    return f"What the model would predict after the last token: at the embeddings {said[0]}, after {after}."
