@@ -9,15 +9,15 @@ import pytest
 from helpers import TINY, make_model
 from hypothesis import HealthCheck, settings
 
-# A kernel that the developer has built decides no test but those of tests/test_kernel.py.
+# A kernel that the developer has built must affect only tests/test_kernel.py.
 os.environ["JAXGPT_KERNEL"] = "0"
-# Simulated ones, for tests/test_sharding.py; all other tests use the first.
+# Simulated devices for tests/test_sharding.py; all other tests use the first one.
 jax.config.update("jax_num_cpu_devices", 8)
-# Nothing is widened or converted unasked: users may forbid it, and it hides mistakes.
+# No implicit promotion: users may forbid it, and it hides mistakes.
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-# The same examples in every run, whatever failed before; and no test is about time, so a busy machine decides none.
+# Every run uses the same examples, whatever failed before. There are no deadlines, so a busy machine fails no test.
 settings.register_profile(
     "repeatable",
     derandomize=True,
@@ -30,7 +30,7 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session", autouse=True)
 def _compile_once(tmp_path_factory):
-    """Most of the tests' time is XLA's: what one test has compiled, another may use. For this session only."""
+    """Lets tests reuse what others have compiled, within this session: XLA takes most of the tests' time."""
     base = tmp_path_factory.getbasetemp()
     jax.config.update("jax_compilation_cache_dir", str(base / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -39,8 +39,8 @@ def _compile_once(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compiled_quickly():
-    """For modules that test what is around the compiled programs: XLA's compiler takes half the time. What it makes
-    for them is not used by others."""
+    """Halves XLA's compile time, for modules that test the code around the compiled programs. Other modules do not
+    reuse what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -49,7 +49,7 @@ def compiled_quickly():
 
 @pytest.fixture
 def compiled_fully():
-    """For a test that reads a compiled program, in a module that is otherwise compiled quickly: what users get."""
+    """Compiles as for users: for a test that reads a compiled program in a module that uses `compiled_quickly`."""
     before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -58,5 +58,5 @@ def compiled_fully():
 
 @pytest.fixture(scope="session")
 def tiny():
-    """(model, params) of the smallest configuration, its parameters random in every leaf."""
+    """(model, params) of the smallest configuration, with random parameters in every leaf."""
     return make_model(TINY)

@@ -5,11 +5,11 @@ python distributed_worker.py ADDRESS PROCESSES PROCESS DIRECTORY MESH MODE
 MODE is one of:
 
     crash   process 1 kills itself before the fourth step
-    resume  to the end; process 0 leaves the parameters in DIRECTORY/params.npz
-    faults  as "resume", after one try in which process 1 has no data, and one that a SIGTERM to process 1 stops; and
-            in the end process 1 cannot read the latest checkpoint
+    resume  trains to the end; process 0 writes the parameters to DIRECTORY/params.npz
+    faults  as "resume", after one attempt in which process 1 has no data and one that a SIGTERM to process 1 stops;
+            at the end process 1 cannot read the latest checkpoint
 
-Prints a line for each try: the error, or the step and the most rows of a batch that were read.
+Prints one line per attempt: the error, or the step and the largest number of rows of a batch that were read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main() -> None:
     from jaxgpt.training import loop as trainer
 
     config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
-    deadly, read = {}, []  # step: the signal that process 1 sends itself before it
+    deadly, read = {}, []  # step: the signal that process 1 sends itself before that step
 
     def batch(ids_N, config, step, rows=slice(None)):
         if process == "1" and step in deadly:

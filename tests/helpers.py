@@ -19,26 +19,26 @@ from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 
 TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
-# An odd number of layers, of which the middle one is banded; the band's width divides nothing here.
+# An odd number of layers, of which the middle one is banded; the band's width divides none of the sizes.
 ALTERNATING = TINY.replace(n_layers=3, attention_pattern="alternating", attention_window=5)
 
 
 def grid(strength: int, **axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
     """`pytest.mark.parametrize` over every combination of the axes' values, most of them in the exhaustive tier.
 
-    The default tier runs a subset in which every combination of values of any `strength` axes occurs: with 1 each
-    value, with 2 each pair of values. A fault that takes one or two options to show is thus seen by default.
+    The default tier runs a subset in which every combination of values of any `strength` axes occurs: each value with
+    1, each pair of values with 2. So the default tier finds a fault that shows with one or two options.
 
     Args:
-        strength: how many axes at a time the subset covers in full.
-        axes: the test's arguments, each with its values, or with a mapping from names for the test's id to values.
+        strength: the number of axes of which the subset covers every combination.
+        axes: the test's arguments, each with its values, or with a mapping from names (for the test's id) to values.
     """
     values = [axis if isinstance(axis, Mapping) else {str(value): value for value in axis} for axis in axes.values()]
     cases = list(itertools.product(*values))
-    # What each case shows: for any `strength` axes, the values that it gives them.
+    # What each case covers: for every choice of `strength` axes, the values that it gives them.
     shown = {case: set(itertools.combinations(enumerate(case), strength)) for case in cases}
     missing, default = set().union(*shown.values()), set()
-    while missing:  # greedily the case that shows most of what is missing: near the fewest, and always the same
+    while missing:  # greedily the case that covers most of what is missing: nearly the fewest, and always the same
         best = max(cases, key=lambda case: len(shown[case] & missing))
         default.add(best)
         missing -= shown[best]
@@ -54,7 +54,7 @@ def grid(strength: int, **axes: Iterable[Any] | Mapping[str, Any]) -> pytest.Mar
 
 
 def exhaustive(*values: Any, id: str | None = None) -> Any:
-    """A case of `pytest.mark.parametrize` that runs in the exhaustive tier only."""
+    """A case of `pytest.mark.parametrize` that runs only in the exhaustive tier."""
     return pytest.param(*values, id=id, marks=pytest.mark.exhaustive)
 
 
@@ -62,7 +62,7 @@ def make_model(config: GPTConfig = TINY, seed: int = 0, **compute: Any) -> tuple
     """A model and random parameters in which every leaf matters: biases and shifts are not 0, scales not 1.
 
     The weights are larger than at initialisation, so that attention is not uniform, activations leave their
-    linear region, and greedy choices are not ties. `compute` are fields of `ComputeConfig`.
+    linear region, and greedy choices are not ties. `compute` holds fields of `ComputeConfig`.
     """
     model = GPT(config, ComputeConfig(**compute))
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
@@ -85,7 +85,7 @@ def make_model(config: GPTConfig = TINY, seed: int = 0, **compute: Any) -> tuple
 
 
 def to_toml(tables: dict[str, dict[str, Any]]) -> str:
-    """Tables of plain values as TOML, which writes them as JSON does."""
+    """Formats tables of plain values as TOML, which writes such values as JSON does."""
     lines = []
     for name, table in tables.items():
         lines += [
@@ -102,7 +102,7 @@ def random_ids(config: GPTConfig, batch: int, length: int, seed: int = 0) -> np.
 
 
 def to_numpy(tree: Any) -> Any:
-    """The tree as float64 NumPy arrays, for the reference."""
+    """Converts a tree to float64 NumPy arrays, for the reference."""
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
@@ -114,7 +114,7 @@ def cross_entropy(model: GPT, params: dict[str, Any], ids: jax.Array | np.ndarra
 
 def logits_error(model: GPT, params: dict[str, Any], ids: np.ndarray) -> float:
     """Largest absolute difference between the model's logits and the reference's."""
-    # A function of its own, so that nothing compiled for an equal model is used again.
+    # A new function each time, so that nothing compiled for an equal model is reused.
     got = np.asarray(jax.jit(lambda params, ids: model.apply({"params": params}, ids))(params, ids))
     return float(np.abs(got - reference.gpt(to_numpy(params), model.config, ids)).max())
 
@@ -127,8 +127,8 @@ def stack_blocks(params: dict[str, Any], n_layers: int) -> dict[str, Any]:
 
 
 def gradient_errors(model: GPT, params: dict[str, Any], ids: np.ndarray) -> dict[str, float]:
-    """Per parameter, how far the loss's slope along a random direction is from a finite difference of the
-    reference's loss, relative to the larger of that slope and 0.02."""
+    """For each parameter, the difference between the loss's slope along a random direction and a finite difference of
+    the reference's loss, relative to the larger of that slope and 0.02."""
     gradients = jax.jit(jax.grad(lambda params: cross_entropy(model, params, ids)))(params)
     exact = to_numpy(params)
     leaves, treedef = jax.tree.flatten(exact)
@@ -147,7 +147,8 @@ def gradient_errors(model: GPT, params: dict[str, Any], ids: np.ndarray) -> dict
 
 
 def product_flops(jaxpr: Any) -> Flops:
-    """Operations of every matrix product in a jaxpr, a loop's body once; attention's are those with a batch axis."""
+    """Operations of every matrix product in a jaxpr, counting a loop's body once. Products with a batch axis are
+    attention's."""
     linear = attention = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -155,7 +156,7 @@ def product_flops(jaxpr: Any) -> Flops:
             terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
             flops = 2 * math.prod(equation.outvars[0].aval.shape) * terms
             linear, attention = linear + (0 if batch else flops), attention + (flops if batch else 0)
-        # Of branches one runs; those of `platform_dependent` hold the same products.
+        # Only one branch runs; the branches of `platform_dependent` hold the same products.
         branches = equation.params.get("branches", ())[:1]
         for value in (*equation.params.values(), *branches):
             inner = getattr(value, "jaxpr", value)

@@ -1,4 +1,4 @@
-"""Accounting: every number of the published tables, and agreement with the model that is really built."""
+"""Accounting reproduces every number of the published tables, and agrees with the model that is actually built."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.model.cache import Cache
 from jaxgpt.model.gpt import GPT
 
-# preset: (all parameters, less the output head, MB in float32)
+# preset: (all parameters, parameters without the output head, MB in float32)
 TOTALS = {
     "gpt2": (124_439_808, 124_439_808, 474.70),
     "gpt2-medium": (354_823_168, 354_823_168, 1353.54),
@@ -49,7 +49,7 @@ SHAPES = {
 
 
 def built_shapes(config: GPTConfig, **compute: Any) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tree that the model itself makes."""
+    """Shapes of the tree that the model itself builds."""
     model = GPT(config, ComputeConfig(**compute))
     tree = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     return {"/".join(key.key for key in path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
@@ -129,7 +129,7 @@ def test_flops_are_those_of_the_models_own_products(name):
         return jnp.sum(model.apply({"params": params}, ids))
 
     assert product_flops(jax.make_jaxpr(total)(params).jaxpr) == accounting.forward_flops(config, 3, 7)
-    # Attention is free to compute its scores again in the backward pass, so there only the rest is exact.
+    # Attention may recompute its scores in the backward pass, so only the linear layers are exact there.
     backward = product_flops(jax.make_jaxpr(jax.grad(total))(params).jaxpr)
     assert backward.linear == accounting.training_flops(config, 3, 7).linear
 
@@ -166,7 +166,7 @@ def test_what_a_training_step_computes_again_is_what_its_program_does():
         gradient = jax.grad(lambda params, model=model, ids=ids: jnp.sum(model.apply({"params": params}, ids) ** 2))
         programs[remat] = product_flops(jax.make_jaxpr(gradient)(params).jaxpr)
         assert programs[remat].linear == accounting.training_flops(config, 3, 7, remat).linear
-    # Attention computes scores again in every backward pass, so only what a policy adds is exact.
+    # Attention recomputes scores in every backward pass, so only what a policy adds is exact.
     forward = accounting.forward_flops(SHAPES["odd feed-forward"], 3, 7).attention
     for remat in ("dots", "block"):
         assert programs[remat].attention == programs["none"].attention + forward

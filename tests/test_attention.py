@@ -41,7 +41,7 @@ def test_attention_equals_the_reference_head_by_head(window, query_block):
 
 
 def plain_attention(q, k, v, kept, window):
-    """The formula, for JAX to differentiate; `kept` is what dropout multiplies the weights by."""
+    """The formula, for JAX to differentiate; dropout multiplies the weights by `kept`."""
     T = q.shape[2]
     visible = jnp.tri(T, dtype=bool) & ~jnp.tri(T, k=-window, dtype=bool)
     scores = jnp.where(visible, q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
@@ -61,7 +61,7 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
         dropout_key=jax.random.key(0) if drop_rate else None,
         group_scores=group_scores,
     )
-    # The same mask as it acts on the weights, read off with no scores and the identity for values.
+    # The same mask as it acts on the weights: zero scores and identity values expose it.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
     kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
     assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
@@ -77,7 +77,7 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
 @grid(
     2,
     query_block=[3, 4],
-    group_scores=[1, 100, 10**6],  # a head, a row, and everything at a time
+    group_scores=[1, 100, 10**6],  # one head, one row, and everything at a time
     query_slot=[0, 4],
     start_B=[None, [0, 3]],
     window=[None, 2, 5],
@@ -86,9 +86,9 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     query_block, query_slot, start_B, group_scores, window
 ):
     T = 7
-    q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots beyond the last query: a cache not yet full
+    q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots past the last query: a cache that is not full
     start = None if start_B is None else jnp.asarray(start_B, jnp.int32)
-    # A query before its row's start sees nothing; what comes out there is unspecified and never used.
+    # A query before its row's start sees nothing; its result is unspecified and never used.
     used = jnp.ones((2, T), bool) if start is None else query_slot + jnp.arange(T) >= start[:, None]
 
     def weighted(block, scores, q, k, v):
@@ -123,7 +123,7 @@ def test_attention_ignores_slots_before_a_rows_start(window):
     got = run(q, k, v, start_B=start)
     alone = run(q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:])
     np.testing.assert_allclose(got[1:, :, 3:], alone, atol=1e-6)
-    assert bool(jnp.isfinite(got).all())  # rows with nothing to see as well
+    assert bool(jnp.isfinite(got).all())  # including rows that see nothing
 
 
 @pytest.mark.parametrize("window", [11, 12, 100])
@@ -149,7 +149,7 @@ def test_a_bands_products_grow_with_its_length_and_not_with_its_square():
         return np.array([product_flops(jaxpr.jaxpr).attention for jaxpr in traced])
 
     short, double, long = (flops(T, 20) for T in (64, 128, 256))
-    # A block of 16 queries sees 20 + 15 slots. Two products forward, and five more backward.
+    # A block of 16 queries sees 20 + 15 keys. Two products forward, and five more backward.
     assert (long - double == 2 * (double - short)).all()
     assert (long - double == 2 * 128 * (20 + 15) * 2 * 4 * np.array([2, 2 + 5])).all()
     assert (flops(256, None) > 3 * long).all()
@@ -175,6 +175,6 @@ def test_attention_dropout_acts_on_the_weights_differently_in_each_block():
     assert 1 - kept[visible].mean() == pytest.approx(rate, abs=5 * (rate * (1 - rate) / visible.sum()) ** 0.5)
     uniform = 1 / np.arange(1, T + 1)[None, :, None] / (1 - rate)
     np.testing.assert_allclose(weights[kept], np.broadcast_to(uniform, weights.shape)[kept], rtol=1e-4)
-    masks = [kept[:, start : start + 16, :16] for start in (16, 32, 48)]  # all visible in each
+    masks = [kept[:, start : start + 16, :16] for start in (16, 32, 48)]  # every key is visible in each
     assert not np.array_equal(masks[0], masks[1])
     assert not np.array_equal(masks[1], masks[2])

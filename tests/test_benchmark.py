@@ -1,4 +1,4 @@
-"""`jaxgpt benchmark`: its formulas, what it reads from a trace, and its report. Never a time."""
+"""`jaxgpt benchmark`: its formulas, what it reads from a trace, and its report. No test asserts a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
         rate, _ = benchmark.limit(Workload("decode", "gpt2", dtype, 8), 1e10, {})
         weights = (124_439_808 - 1024 * 768) * size
         assert rate == pytest.approx(8 * 1e10 / (weights + 2 * 12 * 8 * 96 * 768 * 4))
-    # int8: a byte a weight, and for the rest, scales and biases, much less than the cache.
+    # int8: one byte per weight; the rest, scales and biases, is much smaller than the cache.
     rate, _ = benchmark.limit(Workload("decode", "gpt2", "int8", 1), 1e10, {})
     assert 1e10 / rate == pytest.approx(124e6 + 2 * 12 * 96 * 768 * 4, rel=0.01)
 

@@ -15,8 +15,8 @@ DENSE_OR_ALTERNATING = {"dense": TINY, "alternating": ALTERNATING}
 
 
 def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16):
-    """Logits of ids [B, T], fed in the given chunk lengths; the cache's length is a Python int throughout, or
-    from the second chunk on an array that was traced."""
+    """Logits of ids [B, T], fed in chunks of the given lengths. The cache's length is a Python int throughout, or a
+    traced array from the second chunk on."""
 
     def step(params, cache, ids):
         x, cache = model.apply({"params": params}, ids, cache=cache, method=GPT.features)

@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(autouse=True)
 def loaded(model, monkeypatch):
-    """Replaces `load`, and collects what it was asked for."""
+    """Replaces `load`, and collects the calls."""
     asked = []
 
     def load(name, **options):

@@ -1,4 +1,4 @@
-"""GPTConfig: what it accepts, what it refuses and how it says so, presets and files."""
+"""GPTConfig: what it accepts, what it refuses and with which message, presets and files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jaxgpt.training.config import TrainConfig
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
-# What the architecture depends on; the rest says how to compute and store it.
+# The fields that determine the architecture; the rest say how to compute and store it.
 ARCHITECTURE = {
     "vocab_size",
     "context_length",
@@ -38,7 +38,7 @@ ARCHITECTURE = {
     "tokenizer",
 }
 BAND = {"attention_pattern", "attention_window"}
-# Table 2.1 of Brown et al. 2020: tokens a step, and the learning rate.
+# Table 2.1 of Brown et al. 2020: tokens per step, and the learning rate.
 GPT3_TRAINING = {
     "gpt3-125m": (0.5e6, 6.0e-4),
     "gpt3-350m": (0.5e6, 3.0e-4),
@@ -67,7 +67,7 @@ def test_the_fields_above_are_all_there_are():
 
 
 def with_field(name, value):
-    """The config that has such a field, with this value."""
+    """The config that has this field, with this value."""
     return (ComputeConfig if name in ComputeConfig().to_dict() else GPTConfig)(**{name: value})
 
 
@@ -337,7 +337,7 @@ ODD = st.one_of(
     st.sampled_from([2**63, -(10**400), 10**400, 10**5000, "gelu", "alternating", "bytes", "bfloat16", "gpt2"]),
     st.floats(),
     st.floats(0, 1),
-    st.text(st.characters(), max_size=6),  # half characters too
+    st.text(st.characters(), max_size=6),  # lone surrogates too
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.text(max_size=2), st.none(), max_size=1),
 )
@@ -352,7 +352,7 @@ def odd_fields(kind):
 
 
 def accepted(make):
-    """What `make` returns; None if it refuses with a ConfigError that can be shown. Anything else is a fault."""
+    """Returns what `make` returns, or None if it raises a ConfigError that can be printed. Anything else fails."""
     try:
         return make()
     except ConfigError as error:

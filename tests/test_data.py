@@ -159,7 +159,7 @@ def test_sliding_windows_cover_an_epoch_once_and_reshuffle():
 
 
 def test_sliding_windows_are_the_books():
-    # 5,145 tokens split at 0.9, sequences of 256, two a batch: 9 training batches and 1 of validation.
+    # 5,145 tokens split at 0.9, sequences of 256, two per batch: 9 training batches and 1 validation batch.
     assert len(sequence_starts(int(5145 * 0.9), 256, 256)) // 2 == 9
     assert len(sequence_starts(5145 - int(5145 * 0.9), 256, 256)) // 2 == 1
     assert list(sequence_starts(10, 4, 1)) == [0, 1, 2, 3, 4, 5]

@@ -1,4 +1,4 @@
-"""Several real processes that train together, over loopback: their result, a crash, and who never comes."""
+"""Several real processes that train together over loopback: their result, a crash, and a process that never joins."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def start(processes, directory, mesh, mode):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # What the processes of one test compile, those of the next need not.
+            # Processes reuse what those of earlier tests have compiled.
             env={
                 **os.environ,
                 "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
@@ -56,7 +56,7 @@ def start(processes, directory, mesh, mode):
 def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, processes, mesh, mode):
     crashing = start(processes, tmp_path / "run", mesh, "crash")
     assert crashing[1].wait(timeout=180) == -signal.SIGKILL
-    for process in crashing:  # they wait for the lost one
+    for process in crashing:  # they wait for the lost process
         process.kill()
         process.communicate()
     assert saved_steps(tmp_path / "run") == [2]
@@ -66,10 +66,10 @@ def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, p
     assert [process.returncode for process in resumed] == [0] * processes, done[0][1]
     said, *silent = [err for _, err in done]
     printed = [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in done]
-    # Where the batch is spread over data or fsdp, each process reads its part and no more.
+    # If the batch is sharded over data or fsdp, each process reads only its part.
     assert {lines[-1] for lines in printed} == {f"step 6 rows {RUN.batch_size // 2} stopped by None"}
     if mode == "faults":
-        # What happens to one ends the others too, at once, and in the same state.
+        # A fault in one process ends the others too, immediately and in the same state.
         assert printed[0][0] == "TrainingError: another process failed before the first step; its own message tells why"
         assert printed[1][0].startswith("DataError: ")
         assert printed[1][0].endswith("missing: cannot be read: No such file or directory")
@@ -78,7 +78,7 @@ def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, p
         assert "5: another process could not read it; falling back to the checkpoint before it" in said.replace(
             "\n", " "
         )
-    # One process speaks and writes.
+    # Only one process prints and writes.
     assert said
     assert silent == [""] * (processes - 1)
     assert [line["step"] for line in Run(tmp_path / "run").read_metrics()] == [1, 2, 3, 4, 5, 6]
@@ -115,7 +115,7 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
 
 
 def test_sigterm_ends_a_process_that_has_joined():
-    """JAX's own service for preemptions would swallow it."""
+    """JAX's preemption service would swallow the signal."""
     program = (
         "import os, signal, time; from jaxgpt.parallel import distributed;"
         f"distributed.initialize('127.0.0.1:{free_port()}', 1, 0);"

@@ -45,7 +45,7 @@ NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """An empty directory in which a page's code runs, with the pictures' style; what the code sets is undone."""
+    """An empty directory, with the pictures' style, for a page's code to run in; undoes what the code sets."""
     (tmp_path / "pictures").mkdir()
     shutil.copy(PICTURES / "style.mplstyle", tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
@@ -57,7 +57,7 @@ def workplace(tmp_path, monkeypatch):
         table.update(entries)
 
 
-# CONTRIBUTING's is the shortest, and shows that the pages are read rightly.
+# CONTRIBUTING has the shortest code, enough to show in the default tier that pages are read correctly.
 @pytest.mark.parametrize(
     "page",
     [
@@ -85,7 +85,7 @@ def test_code_on_the_page_runs_and_prints_what_it_shows(page, workplace):
 
 
 def assert_same_picture(drawn: Path, committed: Path) -> None:
-    """Compares what stands for data, to a point on the page; another matplotlib may write the rest otherwise."""
+    """Compares the artists that represent data, to within a point; other matplotlib versions may differ elsewhere."""
     data, expected = plotted(drawn), plotted(committed)
     assert data.keys() == expected.keys()
     assert data, f"{drawn.name} marks no artist as data: set gid='data ...'"
@@ -95,7 +95,7 @@ def assert_same_picture(drawn: Path, committed: Path) -> None:
 
 
 def plotted(picture: Path) -> dict[str, list[float]]:
-    """By the id of each artist marked as data, all its coordinates and colours (parts of 255)."""
+    """All coordinates and colours (0 to 255) of each artist marked as data, by the artist's id."""
     result = {}
     for group in ElementTree.parse(picture).iter("{http://www.w3.org/2000/svg}g"):
         if group.get("id", "").startswith("data "):
@@ -118,7 +118,7 @@ def test_links_lead_somewhere(page):
 
 
 def anchors(text: str) -> set[str]:
-    """Those that GitHub gives a page's headings: in small letters, with hyphens for spaces, and no other signs."""
+    """The anchors that GitHub gives a page's headings: lower case, hyphens for spaces, and no other punctuation."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
     slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
@@ -159,7 +159,7 @@ def test_api_pages_have_every_module_command_and_public_name(monkeypatch):
     assert documented == modules - apart
     assert re.findall(r"command-help:: (\S+)", text) == list(cli.COMMANDS)
     assert ".. public-names::\n" in pages["index"]
-    # The extra [docs] may not be installed, and conf.py needs of docutils only that it is there.
+    # The extra [docs] may not be installed, and conf.py only needs docutils to be importable.
     monkeypatch.setitem(sys.modules, "docutils", SimpleNamespace(nodes=None))
     monkeypatch.setitem(sys.modules, "docutils.parsers.rst", SimpleNamespace(Directive=object))
     groups = runpy.run_path(str(ROOT / "docs" / "conf.py"))["public_names"]()

@@ -1,4 +1,4 @@
-"""`jaxgpt doctor`: good on a good installation; each kind of damage is found and told."""
+"""`jaxgpt doctor` passes on a good installation, and finds and reports each kind of damage."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_good_installation_passes_every_check(home, capsys):
 def test_wrong_arithmetic_is_found_in_every_type(dtype, monkeypatch, capsys):
     only(monkeypatch, f"arithmetic in {dtype}")
     layer_norm = ops.layer_norm
-    # A tenth more in the variance, as if the sum were divided by something else.
+    # A variance that is 10% too large, as if the sum were divided by the wrong number.
     monkeypatch.setattr(ops, "layer_norm", lambda x, *rest: 0.9 * layer_norm(x, *rest))
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out

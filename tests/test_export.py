@@ -1,4 +1,4 @@
-"""The forward and the generator lower for every platform that JAX has, on a machine with none but a CPU."""
+"""The forward pass and the generator lower for every platform of JAX, on a machine that has only a CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def abstract_params(model):
-    """Shapes and types alone: nothing is allocated."""
+    """Returns shapes and types only: nothing is allocated."""
     ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     return jax.eval_shape(model.init, jax.random.key(0), ids)["params"]
 
@@ -62,7 +62,7 @@ def test_generator_exports_for_every_platform_and_generates_the_same(tiny, sampl
     model, params = tiny
     ids = random_ids(TINY, 2, 5)
     key = None if sampler is None else jax.random.key(7)
-    # 5 + 14 ids: within the context of 16, and past it.
+    # 5 + 14 ids: first within the context of 16, then past it.
     run = jax.jit(lambda params, ids, key: scan_generate(model, params, ids, 14, sampler=sampler, key=key))
     exported = jax.export.export(run, platforms=PLATFORMS)(params, ids, key)
     assert exported.platforms == PLATFORMS

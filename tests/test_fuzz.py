@@ -1,5 +1,5 @@
-"""Damaged and hostile files by the thousand: every reader gives what the file holds, or the error it documents, in
-bounded memory, and executes nothing. The cases follow from their numbers, so a failure comes back."""
+"""Thousands of damaged and hostile files: every reader returns what the file holds or raises an error that it
+documents, in bounded memory, and executes nothing. Each case is seeded with its number, so failures reproduce."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from jaxgpt.weights import huggingface
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 DOCUMENTED = (CheckpointError, ConfigError, DataError)
-# Of Python and NumPy, beside what a good file of that size takes (a few hundred kilobytes).
+# Limit on the memory of Python and NumPy; a good file of that size takes a few hundred kilobytes.
 MEMORY = 32e6
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
 TRAIN = TrainConfig(model=BYTES, steps=8, warmup_steps=2)
@@ -60,7 +60,7 @@ def nested(depth):
 
 @contextlib.contextmanager
 def watched(case, seconds=20):
-    """Fails if the block takes more than `MEMORY`, or has not ended after a time that no case comes near."""
+    """Fails if the block uses more than `MEMORY`, or takes far longer than any case should."""
 
     def give_up(*_):
         pytest.fail(f"{case}: still not finished")
@@ -78,13 +78,13 @@ def watched(case, seconds=20):
 
 
 def refused(read, case):
-    """Whether `read` refused with a documented error that can be read; anything else that it raises is a fault."""
+    """Whether `read` raised a documented error with a readable message; fails if it raises anything else."""
     try:
         read()
     except DOCUMENTED as error:
         message = str(error)
         assert 10 < len(message) < 10_000, case
-        message.encode()  # no half characters: it can be printed
+        message.encode()  # no lone surrogates: it can be printed
         return True
     except Exception as error:
         raise AssertionError(f"{case}: {type(error).__name__} is not documented") from error
@@ -92,7 +92,7 @@ def refused(read, case):
 
 
 def fuzz(cases, path, mutate, read):
-    """Reads `cases` mutations of the file at `path` and returns how many were refused; the file is as it was, after."""
+    """Reads `cases` mutations of the file at `path` and returns how many were refused; restores the file."""
     good, count = path.read_bytes(), 0
     with watched(path.name, seconds=300):
         for case in range(cases):
@@ -107,7 +107,7 @@ def fuzz(cases, path, mutate, read):
 
 
 def any_bytes(good, rng, limit=None):
-    """One to three random edits among the first `limit` bytes: changed, lost, repeated, or all after them gone."""
+    """Makes one to three random edits in the first `limit` bytes: changes, deletes or repeats bytes, or truncates."""
     content, limit = bytearray(good), limit or len(good)
     for _ in range(rng.randint(1, 3)):
         at, length = rng.randrange(limit), rng.randint(1, 8)
@@ -132,7 +132,7 @@ def header_bytes(good, rng):
 
 
 def any_json(tree, rng):
-    """Text of a JSON tree of which one or two places hold something odd, or are gone, moved or there twice."""
+    """Text of a JSON tree in which one or two places hold something odd, or are missing, moved or duplicated."""
     tree, twice = copy.deepcopy(tree), None
     for _ in range(rng.randint(1, 2)):
         parent, key = None, None
@@ -162,7 +162,7 @@ def any_json(tree, rng):
 
 
 def header_json(good, rng):
-    """The structure of a safetensors header changed, its length right; sometimes the data's, or both, are not."""
+    """Changes the structure of a safetensors header. Its length stays right; sometimes that or the data is not."""
     size = int.from_bytes(good[:8], "little")
     text = any_json(json.loads(good[8 : 8 + size]), rng).encode()
     length = (
@@ -186,7 +186,7 @@ TOML_LINES = [
 
 
 def toml_file(good, rng):
-    """A line or two replaced; or any bytes."""
+    """Replaces a line or two, or edits random bytes."""
     if rng.random() < 0.2:
         return any_bytes(good, rng)
     lines = good.decode().splitlines()
@@ -211,7 +211,7 @@ def params():
 
 
 def loads(path, params=None, **options):
-    """A reader that, where it succeeds, must give a whole model."""
+    """A reader that must return a whole model if it succeeds."""
 
     def read():
         model, got = weights.load(path, **options)
@@ -272,7 +272,7 @@ def zipped(entries, compression=zipfile.ZIP_STORED):
 
 
 def torch_file(good, rng):
-    """Edits of the archive, or of the pickle in it."""
+    """Edits the archive, or the pickle in it."""
     if rng.random() < 0.4:
         return any_bytes(good, rng)
     with zipfile.ZipFile(io.BytesIO(good)) as archive:
@@ -283,7 +283,7 @@ def torch_file(good, rng):
 
 
 @pytest.mark.parametrize("kind", ["book", "nanogpt"])
-@pytest.mark.filterwarnings("ignore")  # torch's own, about what it finds in damaged files
+@pytest.mark.filterwarnings("ignore")  # torch's warnings about damaged files
 def test_damaged_torch_file(kind, params, tmp_path):
     torch = pytest.importorskip("torch")
     if kind == "book":
@@ -368,11 +368,11 @@ def test_damaged_run_directory(name, tmp_path):
         run.truncate_metrics(3)
 
     refusals = fuzz(600, tmp_path / name, mutate, read)
-    # Lines of metrics that are not whole are left out, and not refused.
+    # Incomplete lines of metrics are skipped, not refused.
     assert refusals > 300 if name == "run.json" else refusals == 0
 
 
-@pytest.mark.filterwarnings("ignore")  # of orbax's threads, about what they cannot read
+@pytest.mark.filterwarnings("ignore")  # from orbax's threads, about files that they cannot read
 def test_damaged_training_checkpoint(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     state = {"a": np.arange(30, dtype=np.float32), "b": {"c": np.arange(6, dtype=np.int32)}}
@@ -396,12 +396,12 @@ def test_damaged_training_checkpoint(tmp_path):
                 got = checkpoints.restore(1, abstract)
             assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(state))), case
 
-        # Memory is not watched: orbax's threads outlive the call, and `tracemalloc` must not be stopped beside them.
+        # Memory is not watched: orbax's threads outlive the call, and `tracemalloc` must not be stopped while they run.
         count += refused(read, f"{path}, case {case}")
     assert count > 10
 
 
-# --- what is not a file at all
+# --- paths that are not files
 
 READERS = {
     "load": weights.load,
@@ -444,7 +444,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
         place(kind, tmp_path / name)
         for reader, read in READERS.items():
             if kind == "empty" and reader in ("open_tokens", "read_toml", "TrainConfig"):
-                continue  # no text, and no settings
+                continue  # neither text nor settings
             if kind == "sparse giant" and reader == "open_tokens":
                 continue  # a text of any size may be read
             with watched(f"{reader} of {kind} {name}"):
@@ -476,7 +476,7 @@ def test_names_that_no_file_can_have_are_refused():
 
 
 def pickles(canary):
-    """The same malicious object in everything that Python's libraries unpickle from."""
+    """The same malicious object in every format from which Python's libraries unpickle."""
     bad = Canary(canary)
     yield from (pickle.dumps(bad, protocol=protocol) for protocol in range(pickle.HIGHEST_PROTOCOL + 1))
     for save in (
@@ -492,7 +492,7 @@ def pickles(canary):
     )
 
 
-@pytest.mark.filterwarnings("ignore")  # torch's own, about archives that it did not write
+@pytest.mark.filterwarnings("ignore")  # torch's warnings about archives that it did not write
 def test_no_pickle_is_ever_executed(params, tmp_path):
     canary, count = tmp_path / "canary", 0
     directory = tmp_path / "model"
@@ -521,4 +521,4 @@ def test_no_pickle_is_ever_executed(params, tmp_path):
     with pytest.raises(TypeError):
         os.mkdir(*Canary(canary).__reduce__()[1], 0, 0)
     pickle.loads(pickle.dumps(Canary(canary)))
-    assert canary.exists()  # the object was dangerous indeed
+    assert canary.exists()  # the object really was dangerous

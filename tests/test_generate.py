@@ -1,4 +1,4 @@
-"""The generator against the plain loop: a full forward pass for every token, in float64 NumPy."""
+"""The generator against the plain loop, which makes a full forward pass per token, in float64 NumPy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEY = jax.random.key(7)
 
 
 def naive(model, params, prompt, n, sampler=None, key=None):
-    """Each id from the last `context_length` ids alone."""
+    """Computes each id from the last `context_length` ids alone."""
     sampler, params, ids = sampler or Greedy(), to_numpy(params), list(prompt)
     for i in range(n):
         logits = reference.gpt(params, model.config, [ids[-model.config.context_length :]])[0, -1]
@@ -69,7 +69,7 @@ def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
         model, params = GPT(config, ComputeConfig(scan_layers=True)), stack_blocks(params, config.n_layers)
     got = generate(model, params, RAGGED, 64, sampler=SAMPLER, key=KEY)
     assert rows(got) == expected
-    assert len({tuple(row[-30:]) for row in expected}) == len(RAGGED)  # the rows are different texts
+    assert len({tuple(row[-30:]) for row in expected}) == len(RAGGED)  # the rows differ
 
 
 def test_greedy_equals_the_plain_loop(tiny):
@@ -98,7 +98,7 @@ def test_each_row_of_a_ragged_batch_is_that_prompt_alone(tiny, prompts, n, seed)
 def test_stop_ids_end_their_own_rows_and_change_nothing_else(tiny, prompts, n, seed, data):
     run = functools.partial(generate, *tiny, prompts, n, sampler=SAMPLER, key=jax.random.key(seed))
     free = [new.tolist() for new in run().new_tokens]
-    # The most frequent first: a row that draws one twice ends with the first.
+    # Most frequent first: a row that draws a stop id twice ends with the first.
     drawn = [token for token, _ in Counter(token for row in free for token in row).most_common()] or [0]
     choose = st.lists(st.one_of(st.sampled_from(drawn), st.integers(0, 96)), max_size=4)
     for stops in [drawn[:1], drawn[:4], [96, drawn[-1]]] if data is None else [drawn[:1], data.draw(choose)]:
@@ -133,7 +133,7 @@ def test_lengths_of_one_bucket_compile_once(caplog):
                 generate(model, params, [list(range(length))] * (batch - 1) + [[1]], n, stop_ids=range(n % 5))
         return re.findall(r"Compiling jit\((\w+)\)", caplog.text)
 
-    for batch in (2, 3, 4):  # stop ids have buckets too: up to four share one
+    for batch in (2, 3, 4):  # the number of stop ids is bucketed too: up to four share a bucket
         first = compiled([10], [40], batch)
         assert first.count("prefill") == 1
         assert first.count("decode") == 1
@@ -175,7 +175,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_step(n):
     model, params = make_model(TINY.replace(tie_embeddings=False), seed=1)
     options = {"sampler": Temperature(2.0), "key": KEY}
     draws = [new.tolist() for new in generate(model, params, [[9], [1, 2]], 30, **options).new_tokens]
-    # An id that row 1 draws first, and that makes NaN when it is read.
+    # An id that row 1 draws first, and that produces NaN when it is read.
     step = next(i for i, token in enumerate(draws[1]) if i > 4 and token not in draws[0] + draws[1][:i] + [0, 1, 2, 9])
     poisoned = {**params, "tok_emb": {"weight": params["tok_emb"]["weight"].at[draws[1][step]].set(np.nan)}}
     if n <= step:
@@ -229,7 +229,7 @@ def test_scan_generate_crops_prompts_beyond_the_context(tiny):
     assert scan_generate(*tiny, prompt, 3)[0].tolist() == expected
 
 
-@pytest.mark.exhaustive  # test_export.py does much the same
+@pytest.mark.exhaustive  # test_export.py does nearly the same
 def test_generator_exports_for_every_platform(tiny):
     model, params = tiny
     run = jax.jit(lambda params, ids: scan_generate(model, params, ids, 20))

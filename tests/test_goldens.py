@@ -1,4 +1,4 @@
-"""Checkpoints that other code wrote, and the logits that other code computed: see goldens/make_goldens.py."""
+"""Checkpoints and logits that other code wrote and computed: see goldens/make_goldens.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The form of the parameters that decodes fastest: its products, int8, and what the compiled decode step does."""
+"""The parameter layout that decodes fastest: its products, int8, and what the compiled decode step does."""
 
 from __future__ import annotations
 
@@ -95,12 +95,12 @@ def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
     assert {kind for name, kind in types.items() if name != "weight"} == {"float32"}
     back, back_params = prepare(small, small_params, "float32")
     assert back == model
-    for batch, length in ((1, 1), (2, 3), (9, 9)):  # a form of the product each
+    for batch, length in ((1, 1), (2, 3), (9, 9)):  # each uses another form of the product
         ids = random_ids(TINY, batch, length)
         want = np.asarray(back.apply({"params": back_params}, ids), np.float64)
         assert relative_error(small.apply({"params": small_params}, ids), want) < 2e-4
         plain = np.asarray(model.apply({"params": params}, ids), np.float64)
-        assert 1e-4 < relative_error(want, plain) < 0.05  # rounding is there, and small
+        assert 1e-4 < relative_error(want, plain) < 0.05  # there is rounding, and it is small
 
 
 def test_int8_hides_nothing_that_is_not_finite():
@@ -136,7 +136,7 @@ def test_an_int8_model_starts_random():
 
 @pytest.mark.exhaustive
 def test_int8_costs_the_bundled_model_almost_nothing():
-    """The whole validation split is measured in configs/shakespeare.toml; here its prompts' greedy continuations."""
+    """Compares greedy continuations of prompts; configs/shakespeare.toml reports the whole validation split."""
     model, params = weights.load("shakespeare", dtype="float32")
     small, small_params = prepare(model, params, "int8")
     text = b"First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\nROMEO:\n"
@@ -177,7 +177,7 @@ def test_float_weights_are_refused_where_int8_is_announced(tmp_path):
         weights.save(tmp_path / "model", model, params)
 
 
-# Sizes that no two arrays share by accident.
+# Sizes that no two arrays share by coincidence.
 SHAPES = GPTConfig(vocab_size=1009, context_length=80, emb_dim=48, n_heads=3, n_layers=2, ffn_dim=208, drop_rate=0.0)
 SLOTS = 80
 
@@ -193,8 +193,8 @@ def compiled_decode(model, params, batch):
 
 
 def written(hlo):
-    """(name, elements) of every array that the compiled text computes: of all computations but the fused ones, whose
-    inner results never reach memory."""
+    """(name, elements) of every array that the compiled text computes, except inside fused computations, whose inner
+    results never reach memory."""
     fused = False
     for line in hlo.splitlines():
         if line and not line[0].isspace():

@@ -133,7 +133,7 @@ def test_switches_remove_exactly_their_leaves():
 
 
 def run(config, key=None, ids=None, **compute):
-    """Logits and intermediates; dropout on if there is a key."""
+    """Logits and intermediates; with a key, dropout is on."""
     model, params = make_model(config, **compute)
     ids = random_ids(config, 2, 12) if ids is None else ids
     apply = jax.jit(functools.partial(model.apply, mutable=["intermediates"], deterministic=key is None))
@@ -176,7 +176,7 @@ def test_embedding_dropout_acts_on_the_sum_of_the_embeddings():
     dropped = embedded == 0
     assert dropped.mean() == pytest.approx(0.4, abs=5 * math.sqrt(0.24 / dropped.size))
     np.testing.assert_allclose(embedded[~dropped], plain[~dropped] / 0.6, rtol=1e-4)
-    assert not np.array_equal(dropped[0], dropped[1])  # rows draw their own
+    assert not np.array_equal(dropped[0], dropped[1])  # each row has different masks
 
 
 @pytest.mark.parametrize("rate", ["drop_rate_attn", "drop_rate_shortcut"])
@@ -192,7 +192,7 @@ def test_shortcut_dropout_acts_on_both_branches_and_never_on_the_stream():
     y, _ = TransformerBlock(config).apply(
         {"params": params["trf_blocks_0"]}, x, deterministic=False, rngs={"dropout": jax.random.key(0)}
     )
-    untouched = np.asarray(y == x).mean()  # both branches dropped: a quarter if the two draw independently
+    untouched = np.asarray(y == x).mean()  # both branches are dropped: a quarter of the time if they draw independently
     assert untouched == pytest.approx(0.25, abs=5 * math.sqrt(0.1875 / x.size))
 
 
@@ -213,7 +213,7 @@ def test_attention_dropout_leaves_the_first_tokens_weight_dropped_or_doubled():
 
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_blocks_draw_their_own_masks(scan_layers):
-    """Two equal blocks whose input is what the dropout left: equal masks would drop the same places."""
+    """Two equal blocks whose input is what dropout kept: equal masks would drop the same places."""
     config = TINY.replace(drop_rate_shortcut=0.5, vocab_size=5)
     model = GPT(config, ComputeConfig(scan_layers=scan_layers))
     params = jax.tree.map(jnp.zeros_like, init(config, scan_layers=scan_layers))

@@ -1,4 +1,5 @@
-"""The optional C++ kernel: built, checked, used by `prepare`, equal to XLA; and what happens where it cannot be."""
+"""The optional C++ kernel is built, checked, used by `prepare` and equal to XLA; and what happens if it cannot be
+built."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """A user's cache with the kernel in it; one for all the processes that share the tests."""
+    """A user's cache with the kernel in it, shared by all test processes."""
     base = tmp_path_factory.getbasetemp()
     home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel"
     home.mkdir(exist_ok=True)
@@ -82,7 +83,7 @@ def test_the_kernels_products_equal_xlas(built, rows, kind):
 
 @needs_compiler
 def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
-    """The kernel takes W as it is."""
+    """The kernel would use W without rounding it."""
     x, weight = jnp.ones((1, 1, 16)), jnp.full((4, 16), 1.001)
     compute = ComputeConfig(dtype="bfloat16", native_kernel=True)
     np.testing.assert_array_equal(ops.product(x, ops.Matrix(weight, None), compute), np.full((1, 1, 4), 16))
@@ -167,7 +168,7 @@ def test_a_kernel_that_others_could_have_put_there_is_not_used(no_cache):
 
 @needs_compiler
 def test_a_prepared_model_can_be_exported(built):
-    """For other machines, so without the kernel."""
+    """An export must run on other machines too, so it does not use the kernel."""
     model, params = prepare(*make_model(TINY))
     assert model.compute.native_kernel
     ids = random_ids(TINY, 1, 5)

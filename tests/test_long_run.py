@@ -35,10 +35,10 @@ def model():
 
 
 def task(number):
-    """What generation `number` is asked for: lengths past the context too, batches, samplers, stop ids."""
+    """The arguments of generation `number`: lengths (past the context too), batches, samplers, stop ids."""
     rng = random.Random(number)
     batch = rng.choice(BATCHES)
-    longest = 12 if number % 10 else 48  # a tenth of them outgrow the context, where every token costs a whole pass
+    longest = 12 if number % 10 else 48  # a tenth of them outgrow the context, where each token costs a full pass
     prompts = [[rng.randrange(61) for _ in range(rng.randint(1, longest))] for _ in range(batch)]
     return {
         "prompts": prompts,
@@ -54,7 +54,7 @@ def run(model, number):
 
 
 def resident():
-    """Bytes of this process in memory."""
+    """Resident memory of this process in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * int(Path("/proc/self/statm").read_text().split()[1])
 
 
@@ -75,14 +75,15 @@ def test_two_thousand_generations_keep_no_memory_and_compile_no_more(model, capl
         kept = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         late = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
-    # A batch and a sampler each: prompts in one of two buckets (16, 32); one cache, and the window past it.
+    # For each batch and sampler: prompts in one of two buckets (16, 32), one cache, and one loop past the context.
     assert {bucket(n, 16, 32) for n in range(1, 33)} == {16, 32}
     assert 0 < len(compiled) <= len(BATCHES) * len(SAMPLERS) * (2 + 2)
     assert late == []
     assert len(jax.live_arrays()) <= arrays
-    # Python's own objects: a generation that kept its ids alone would keep 1,600 times 500 bytes.
+    # Python's own objects: if generations kept only their ids, that would be 1,600 times 500 bytes.
     assert kept < 300_000
-    # A generation's cache and logits are 20 kB: kept, they would be 32 MB. The allocator's own noise is below a fourth.
+    # A generation's cache and logits are 20 kB; if kept, they would add up to 32 MB. The allocator's noise is less than
+    # a fourth of that.
     assert resident() - memory < 8e6
 
 

@@ -95,7 +95,7 @@ def test_chunked_loss_never_holds_all_logits():
 
 @pytest.mark.parametrize(("T", "chunk", "lengths"), [(64, 40, 32), (64, 64, 64), (64, 22, 22), (61, 8, 8), (5, 1, 1)])
 def test_chunks_are_balanced(T, chunk, lengths):
-    """66 of 64 positions, not 80: what is padded costs as much as what is not."""
+    """64 positions are padded to 66, not 80, because padding costs as much as the rest."""
     x, head, labels = jnp.ones((2, T, 8)), jnp.ones((1000, 8)), jnp.zeros((2, T), jnp.int32)
     loss = functools.partial(head_cross_entropy, compute=ComputeConfig(), chunk=2 * chunk)
     program = str(jax.make_jaxpr(loss)(x, head, labels))
@@ -147,7 +147,7 @@ def bytes_model():
 
 
 def naive_evaluation(params, ids, stride):
-    """Every token but the first once, each with the most context that its window gives it."""
+    """Scores every token except the first once, each with the most context that its sequence allows."""
     total, seen = 0.0, 1
     for start in range(0, len(ids) - 1, stride):
         window = ids[start : start + BYTES.context_length + 1]

@@ -1,4 +1,4 @@
-"""The model against the float64 reference, and what else is promised of its modules and parameters."""
+"""The model against the float64 reference, and other promises about its modules and parameters."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from jaxgpt.model import reference
 from jaxgpt.model.attention import attend
 from jaxgpt.model.gpt import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
-TOLERANCE = 2e-5  # of float32 logits against float64
+TOLERANCE = 2e-5  # tolerance of float32 logits against float64
 
 CONFIGS = {
     "gpt2": TINY,
@@ -140,7 +140,7 @@ def test_rematerialisation_repeats_the_same_dropout():
 def test_each_logit_depends_on_all_positions_that_it_may_see_and_on_no_other(query_block, window, monkeypatch):
     monkeypatch.setattr(model_module, "attend", functools.partial(attend, query_block=query_block))
     model, params = make_model()
-    if window:  # the first layer, which is dense, mixes no positions: what is left is one banded layer
+    if window:  # the first layer, which is dense, mixes no positions, so only the banded layer does
         model = GPT(TINY.replace(attention_pattern="alternating", attention_window=window))
         first = params["trf_blocks_0"]
         silent = jax.tree.map(jnp.zeros_like, first["att"]["out_proj"])
@@ -253,7 +253,7 @@ def relative_error(got, want):
 
 @pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
 def test_bfloat16_compute_stays_within_three_percent_and_returns_float32(param_dtype):
-    # bfloat16 has 8 significant bits: 0.4 % a rounding, and some of them a layer.
+    # bfloat16 has 8 significant bits: 0.4% per rounding, and several roundings per layer.
     model, params = make_model(TINY, dtype="bfloat16", param_dtype=param_dtype)
     ids = random_ids(TINY, 2, 16)
     logits = model.apply({"params": params}, ids)

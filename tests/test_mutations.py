@@ -1,4 +1,4 @@
-"""The parity comparisons fail when the package is wrong: each classic mistake is made on purpose and is seen."""
+"""The parity comparisons fail if the package is wrong: each classic mistake is made on purpose and detected."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ IDS = random_ids(CONFIG, 2, 14)
 
 @pytest.fixture
 def error():
-    """The parity tests' comparison, with embeddings small enough for LayerNorm's eps to matter, as GPT-2's are.
-    The parameters are the right package's; only the forward is the mistaken one."""
+    """The parity tests' comparison, with embeddings small enough for LayerNorm's eps to matter, as in GPT-2.
+    The parameters come from the correct package; only the forward pass has the mistake."""
     model, params = make_model(CONFIG)
     small = {name: {"weight": params[name]["weight"] / 30} for name in ("tok_emb", "pos_emb")}
     return lambda: logits_error(model, params | small, IDS)
 
 
 def attention(*, scale=1.0, first_hidden=1, heads=slice(None), order=(0, 1, 2)):
-    """Attention in three lines; with the defaults, the right one."""
+    """Attention in three lines; correct with the defaults."""
 
     def attend(q, seen, **_):
         qkv = q, seen.k_BxHxSxK, seen.v_BxHxSxK

@@ -55,7 +55,7 @@ def test_dot_in_bfloat16_rounds_its_operands_only_and_returns_float32():
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, rounded @ np.asarray(y, np.float64).T, atol=1e-5)
     dx, dy = pull_back(jnp.ones_like(got))
-    assert (dx.dtype, dy.dtype) == (jnp.float32, jnp.bfloat16)  # each the type of its own operand
+    assert (dx.dtype, dy.dtype) == (jnp.float32, jnp.bfloat16)  # each has the dtype of its operand
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The optimizer against float64 arithmetic written here from the papers' formulas."""
+"""The optimizer against float64 arithmetic, written here from the papers' formulas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIG = TrainConfig(
 
 
 def learning_rate(config, step):
-    """Of the step counted from 0, by hand."""
+    """The expected learning rate at a step counted from 0."""
     peak, warmup = config.learning_rate, config.warmup_steps
     if step < warmup:
         return peak / (warmup + 1) + (peak - peak / (warmup + 1)) * step / warmup

@@ -1,4 +1,4 @@
-"""Parity with transformers' GPT-2 itself, at full small size. Needs the extra [parity]; takes a minute or two."""
+"""Parity with transformers' GPT-2 itself, at the full size of GPT-2 small. Needs the extra [parity], takes 1-2 min."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ transformers = pytest.importorskip("transformers")
 
 @pytest.fixture(scope="module")
 def theirs():
-    """transformers' GPT-2 small with random weights. As initialised it repeats its last token for ever, so the
-    blocks' matrices are made larger, and the biases and norms are moved off 0 and 1."""
+    """transformers' GPT-2 small with random weights. As initialised it repeats its last token forever, so the
+    blocks' matrices are made larger, and the biases and norms are moved away from 0 and 1."""
     torch.manual_seed(0)
     config = transformers.GPT2Config(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
     model = transformers.GPT2LMHeadModel(config).eval()

@@ -1,4 +1,4 @@
-"""What the model does inside, against float64; the pictures of it, the page, and training curves."""
+"""What the model computes inside, against float64; its pictures, their page, and training curves."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_attention_rows_sum_to_1_and_are_exactly_0_where_a_query_sees_nothing(ba
     assert weights_LxHxTxT[[0, 2]][..., key <= query].all()
 
 
-# The tolerance is for two programs' roundings: of operands to bfloat16, and of int8's digits.
+# The tolerance lets two programs round differently: operands to bfloat16, and int8's digits.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 5e-3), ("int8", 2e-4)])
 def test_the_last_place_is_the_model_itself(dtype, tolerance):
     model, params = jaxgpt.prepare(*make_model(TINY.replace(n_layers=1)), dtype)
@@ -174,7 +174,7 @@ def test_pictures_are_written(written):
 
 
 class _Page(html.parser.HTMLParser):
-    """Every tag, in order; raises where one is closed that is not open."""
+    """Collects every tag in order; raises if a tag is closed that is not open."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -258,7 +258,7 @@ def test_a_browser_without_network_shows_the_page(written, tmp_path):
     pixels = matplotlib.image.imread(shot)[..., :3]
     paper = pixels[0, 0]
     drawn = np.abs(pixels - paper).max(-1) > 0.05
-    coloured = pixels.max(-1) - pixels.min(-1) > 0.3  # text has no colour, only the pictures do
+    coloured = pixels.max(-1) - pixels.min(-1) > 0.3  # text has no colour of its own, only the pictures do
     assert pixels.shape[:2] == (1400, 1000)
     assert 0.1 < drawn.mean() < 0.9
     assert coloured.mean() > 0.03
@@ -281,7 +281,7 @@ def test_a_map_of_each_head_holds_its_weights_and_is_blank_where_nothing_is_seen
 
 
 def blank(T: int, heads: int = 1) -> Inside:
-    """What a model of two blocks that knows nothing would show."""
+    """What `look_inside` would return for a model of two blocks that knows nothing."""
     weights = np.tril(np.ones((2, heads, T, T), np.float32))
     return Inside(np.arange(T), weights, np.zeros((3, T, 1)), *np.zeros((2, 3, T, 5)), np.zeros((3, T - 1)))
 
@@ -334,7 +334,7 @@ def test_long_texts_take_several_pictures_and_too_long_ones_are_refused(tmp_path
     figures = reading.lens(blank(40), labels, tops)
     assert sum(figure.axes[0].images[0].get_array().shape[1] for figure in figures) == 40
     assert max(figure.get_size_inches()[0] for figure in figures) < 14
-    style.save(figures[-1], tmp_path / "formula.png")  # a dollar is no formula
+    style.save(figures[-1], tmp_path / "formula.png")  # a dollar sign starts no formula
     with pytest.raises(ValueError, match="pictures of 129 tokens could not be read: the most is 128"):
         report.write_pictures(tmp_path / "none", "m", BYTES, blank(129), "T" * 129)
     assert not (tmp_path / "none").exists()
@@ -397,7 +397,7 @@ def test_a_resumed_run_is_drawn_once_a_step():
     lines = [*metrics(10, 20, 30, 40), {"step": 40, "val_loss": 9.0}, *metrics(30, 40, scale=2.0)]
     points = curves.from_metrics("a", lines).points
     assert points["loss"] == {10: 0.1, 20: 0.05, 30: 2 / 30, 40: 2 / 40}
-    assert points["val_loss"] == {}  # measured in what was thrown away
+    assert points["val_loss"] == {}  # measured in steps that were discarded
     points = curves.from_metrics("a", [*metrics(10, 20), {"step": 20, "val_loss": 9.0}, *metrics(30, 20)]).points
     assert (list(points["loss"]), points["val_loss"]) == ([10, 20], {})
 
@@ -576,7 +576,7 @@ def test_inspect_draws_the_prompt(saved, tmp_path, capsys):
     assert main(["inspect", saved, "--prompt", "Hi", "--plot", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == f"{tmp_path / 'out' / 'index.html'} shows 5 pictures, beside it as PNG\n"
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
-    assert "<h1>Inside model</h1>" in text  # of the path its name
+    assert "<h1>Inside model</h1>" in text  # only the path's name
     assert "<blockquote>Hi</blockquote>" in text
 
 

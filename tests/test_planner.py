@@ -1,4 +1,4 @@
-"""The planner: its formulae, the reading of XLA's text, the command, and, where the compiler is, real compilations."""
+"""The planner: its formulae, its parser of XLA's text, the command, and real compilations if the compiler is there."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jaxgpt.planning import plan as planner
 from jaxgpt.planning.hlo import Program, _group
 from jaxgpt.planning.plan import Cost, Topology
 
-# Three times round a loop, each with a sum over a ring of four that two fusions share, and a slice of a stack of
-# weights; what lies in S(1) is no traffic with HBM. At the end an all-reduce of which each chip keeps a part.
+# Three iterations of a loop, each with an all-reduce over a ring of four that two fusions share, and a slice of stacked
+# weights. Arrays in S(1) are no HBM traffic. At the end is an all-reduce of which each chip keeps a part.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %body_fusion (param_0: f32[3,256], param_1: f32[256]) -> f32[256] {
@@ -81,7 +81,7 @@ def plan_of(name: str, topology: str, mesh: str | None = None, *overrides: str, 
 
 def test_traffic_of_a_program():
     traffic = Program(PROGRAM).traffic()
-    # The copy in; three times a slice of the stack, and the result.
+    # The copy at the start; then three times a slice of the stack and the result.
     assert traffic.hbm_bytes == 1024 + 3 * (1024 + 1024)
     assert {c.kind: c.wire_bytes for c in traffic.collectives.values()} == {
         "all-reduce": 3 * 2 * 3 / 4 * 1024,
@@ -194,7 +194,7 @@ def test_slices_that_do_not_exist(name, message):
 def test_bandwidth_counts_the_links_that_close_to_rings():
     v5e, v5p = Topology.parse("v5e:8x16"), Topology.parse("v5p:4x8x8")
     assert v5e.bandwidth((1, 16)) == 2 * 5e10
-    assert v5e.bandwidth((8, 1)) == 5e10  # no ring
+    assert v5e.bandwidth((8, 1)) == 5e10  # not a ring
     assert v5e.bandwidth((8, 16)) == 3 * 5e10
     assert v5p.bandwidth((4, 8, 4)) == 5 * 1e11
     assert v5p.bandwidth((1, 1, 1)) == 1e11
@@ -351,10 +351,10 @@ def test_gpt2_compiled_for_four_chips():
     report = planner.make_plan(*plan_of("gpt2", "v5e:2x2", batch=32), quick=True)
     training, analytic = report["training"]["compiled"], report["training"]["analytic"]
     assert training["fits"]
-    for part in ("parameters", "optimizer"):  # all sharded, but LayerNorms and biases
+    for part in ("parameters", "optimizer"):  # all are sharded, except LayerNorms and biases
         assert training["memory_bytes"][part] == pytest.approx(analytic["memory_bytes"][part], rel=0.01)
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.3)
-    # Attention skips what is masked; the loss's last chunk is filled up, from 357 positions to 667.
+    # Attention skips masked blocks; the loss's last chunk is padded, from 357 positions to 667.
     assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
     assert analytic["hbm_bytes"] < training["hbm_bytes"]
     sent, expected = (sum(way["wire_bytes"].values()) for way in (training, analytic))
@@ -374,12 +374,12 @@ def test_gpt3_compiled_for_a_pod_it_fits():
     report = planner.make_plan(config, topology, decode_batch=0, quick=True)
     training, analytic = report["training"]["compiled"], report["training"]["analytic"]
     assert training["fits"]
-    # Biases and LayerNorms are on every chip.
+    # Biases and LayerNorms are replicated on every chip.
     assert training["memory_bytes"]["parameters"] == pytest.approx(4 * 174_604_259_328 / 1024, rel=0.06)
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.5)
-    # Banded layers are counted as dense ones in the program, and as bands in the formulae.
+    # The program counts banded layers as dense ones, the formulae count only their bands.
     assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
-    # Nothing is gathered that the formulae do not know of: XLA once gathered all of the qkv weights on every chip.
+    # Nothing is gathered beyond what the formulae expect: XLA once gathered all of the qkv weights on every chip.
     for kind in ("all-gather", "reduce-scatter"):
         assert training["wire_bytes"][kind] == pytest.approx(analytic["wire_bytes"][kind], rel=0.2)
     reduced = analytic["wire_bytes"]["all-reduce (tensor)"]

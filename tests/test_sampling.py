@@ -28,7 +28,7 @@ def kept(sampler, logits):
 
 
 def nucleus(logits, p):
-    """The shortest prefix of the ids by falling probability that holds `p`, with the ties of its last."""
+    """The shortest prefix of the ids, by falling probability, that reaches `p`, plus ties with its last id."""
     probabilities = softmax(logits)
     falling = np.sort(probabilities)[::-1]
     least = falling[np.flatnonzero(np.cumsum(falling) >= p)[0]]
@@ -42,7 +42,7 @@ def test_top_k_probabilities_of_the_published_example():
 
 
 def defined(parts, logits):
-    """(probabilities, whether rounding may decide) of one row of logits, in float64, by sorting."""
+    """(probabilities, whether rounding may decide) for one row of logits, in float64, by sorting."""
     logits, unsure = np.float64(logits), False
     for part in parts:
         probabilities = softmax(logits)
@@ -63,7 +63,7 @@ def defined(parts, logits):
 
 
 def rows_of_logits(seed, n, V):
-    """Rows with and without ties, zeros of both signs, narrow and wide, and of sizes at which float32 is coarse."""
+    """Rows with and without ties, with zeros of both signs, narrow and wide, and so large that float32 is coarse."""
     rng = np.random.default_rng(seed)
     kinds = [
         rng.normal(size=(n, V)) * 3,
@@ -170,7 +170,7 @@ def test_one_row_is_drawn_as_in_a_batch():
 
 
 def test_filters_apply_from_left_to_right():
-    # After sharpening, one id holds 0.7 of the probability; before, two are needed.
+    # After sharpening, one id has 0.7 of the probability; before, two are needed.
     assert kept(Temperature(0.3) | TopP(0.7), LOGITS) == {3}
     assert kept(TopP(0.7) | Temperature(0.3), LOGITS) == {3, 7}
     assert from_options(0.5, 5, 0.9, 0.1) == Temperature(0.5) | TopK(5) | TopP(0.9) | MinP(0.1)

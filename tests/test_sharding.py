@@ -1,6 +1,6 @@
-"""One program on many devices: results equal those of one, whatever the mesh; what does not fit is told.
+"""One program on many devices: results equal those of one device on every mesh; what does not fit is refused.
 
-Devices are simulated, eight in each worker's process (see conftest.py).
+Devices are simulated, eight per test process (see conftest.py).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def assert_close(got, want, atol=1e-5):
 
 @pytest.fixture(scope="module")
 def single():
-    """A step on one device: (ids, the state before it, the state after it, figures)."""
+    """A step on one device: (ids, the state before it, the state after it, metrics)."""
     ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, CONFIG.T + 1)).astype(np.int32)
     state = init_state(CONFIG)
     return ids, state, *jax.jit(make_step(CONFIG))(state, ids)
@@ -79,7 +79,7 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
     # Adam's first moment is (1 - beta1) times the gradient.
     gradients, its = (optax.tree.get(state["opt_state"], "mu") for state in (after, want))
     assert_close(gradients, its, atol=1e-5 * (1 - config.beta1))
-    # Its first step is learning_rate * g / (|g| + 1e-8), which of a gradient near 0 shows every rounding.
+    # Its first step is learning_rate * g / (|g| + 1e-8), which exposes every rounding of a gradient near 0.
     moments = jax.tree.leaves(optax.tree.get(want["opt_state"], "mu"))
     steady = [np.abs(moment) > (1 - config.beta1) * 1e-6 for moment in moments]
     assert np.mean([*map(np.mean, steady)]) > 0.9
@@ -97,9 +97,9 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
 @pytest.mark.parametrize(
     ("text", "gathered"),
     [
-        exhaustive("data=8", 0),  # gradients are added up, and that is all
+        exhaustive("data=8", 0),  # gradients are only added up
         ("fsdp=8", 2 + 4 * MODEL.n_layers),  # every matrix once
-        exhaustive("tensor=8", 1),  # the embedded tokens; the vocabulary's logits stay apart
+        exhaustive("tensor=8", 1),  # the embedded tokens; the logits stay sharded over the vocabulary
     ],
 )
 def test_a_step_gathers_no_more_than_it_must(text, gathered):
@@ -117,7 +117,7 @@ def test_the_state_is_made_in_parts(optimizer):
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     mesh = mesh_of("fsdp=4,tensor=2")
     state = init_state(config, mesh=mesh)
-    assert_close(state, init_state(config), atol=1e-8)  # the last bit, on some versions of XLA
+    assert_close(state, init_state(config), atol=1e-8)  # some versions of XLA differ in the last bit
     sizes = [(leaf.size, max(shard.data.size for shard in leaf.addressable_shards)) for leaf in jax.tree.leaves(state)]
     assert sum(part for _, part in sizes) < sum(size for size, _ in sizes) / 6
     matrices = [(size, part) for size, part in sizes if size >= 32 * 32]
@@ -206,7 +206,7 @@ def test_a_checkpoint_resumes_on_other_devices(tmp_path):
     written = {name: train(config, tokens(), tmp_path / name).params for name, config in configs.items()}
     for first, then in (("8", "1"), ("8", "4"), ("1", "8"), ("4", "8")):
         copy = tmp_path / f"{first} to {then}"
-        # As if it had been stopped after the checkpoint of step 2.
+        # As if the run had been stopped after the checkpoint of step 2.
         shutil.copytree(tmp_path / first, copy, ignore=lambda _, names: {"4"} & set(names))
         result = train(configs[then], tokens(), copy, resume=True)
         assert result.step == 4
@@ -271,7 +271,7 @@ def test_the_default_device_is_the_users(chosen):
 
 
 def laid(letters, shape, mesh):
-    """What `lay` makes of an array that lay whole on each device of a mesh."""
+    """The result of `lay` for an array that was replicated on every device of a mesh."""
     x = jax.device_put(jnp.ones(shape), NamedSharding(mesh, P()))
     return jax.jit(lambda x: sharding.lay(x, letters))(x)
 
@@ -283,7 +283,7 @@ def laid(letters, shape, mesh):
         ("BHTK", (4, 2, 3, 5), (BATCH, "tensor")),
         ("BTF", (4, 3, 6), (BATCH, None, "tensor")),
         ("RW", (7, 6), (None, "tensor")),
-        ("BTV", (2, 3, 8), (None, None, "tensor")),  # two rows are too few for four parts: they stay whole
+        ("BTV", (2, 3, 8), (None, None, "tensor")),  # two rows are too few for four shards: they stay replicated
         ("BHTK", (4, 1, 3, 5), (BATCH,)),
     ],
 )

@@ -14,12 +14,12 @@ from jaxgpt import startup
 
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
-    """A user's: nothing set but the cache's home."""
+    """A user's environment: only the cache's home is set."""
     for name in list(os.environ):
         if name.startswith("JAX"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    # What is set below is undone at the end only if it is known here.
+    # monkeypatch undoes at the end only what it knows about.
     for name in ("DIR", "X"):
         monkeypatch.setenv(f"JAX_COMPILATION_CACHE_{name}", "")
         monkeypatch.delenv(f"JAX_COMPILATION_CACHE_{name}")
@@ -82,13 +82,13 @@ def test_a_cache_past_its_size_loses_its_oldest_entries(environment, monkeypatch
 
 
 def entries(directory):
-    """Names and times of writing; a file beside each, which says when it was read, is left out."""
+    """Names and modification times, without the files next to them that record when each was read."""
     return {e.name: e.stat().st_mtime_ns for e in directory.iterdir() if not e.name.endswith("-atime")}
 
 
 @pytest.mark.exhaustive
 def test_the_second_process_compiles_nothing(environment, monkeypatch):
-    # Or else a program that takes about as long as the least that is kept may be kept or not.
+    # Without this, a program near the minimum compile time may or may not be kept.
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     command = [sys.executable, "-m", "jaxgpt", "generate", "--prompt", "A", "--max-new-tokens", "8"]
     first = subprocess.run(command, capture_output=True, text=True, check=True)

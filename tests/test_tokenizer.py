@@ -1,4 +1,4 @@
-"""The tokenizers: GPT-2's ids, text that no tokenizer should trip over, and decoding piece by piece."""
+"""The tokenizers: GPT-2's ids, difficult texts, and decoding piece by piece."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
 ASSETS = Path(jaxgpt.__file__).parent / "assets" / "gpt2"
 
-# The texts and ids that OpenAI's own encoder gives.
+# Texts, and the ids that OpenAI's own encoder returns.
 KNOWN_IDS = {
     "The cat sat on the mat": [464, 3797, 3332, 319, 262, 2603],
     "Hello, I am": [15496, 11, 314, 716],
@@ -44,7 +44,7 @@ def merge_ranks() -> dict[tuple[str, str], int]:
 
 
 def reference_encode(text: str) -> list[int]:
-    """GPT-2's encoder written plainly: the paper's pattern, then merge by merge, in written characters."""
+    """GPT-2's encoder, written plainly: the paper's pattern, then merge by merge, on the merge table's characters."""
     printable = [byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174]
     order = printable + [byte for byte in range(256) if byte not in printable]
     written = {byte: chr(byte) if i < len(printable) else chr(256 + i - len(printable)) for i, byte in enumerate(order)}
@@ -68,7 +68,7 @@ def reference_encode(text: str) -> list[int]:
     return result
 
 
-# Any text, half characters too, with more of what the pattern treats specially than chance would give.
+# Any text, including lone surrogates, with extra of what the pattern treats specially.
 texts = st.lists(
     st.one_of(
         st.text(st.characters(), max_size=8),
@@ -89,7 +89,7 @@ def test_gpt2_gives_openais_ids(text, ids):
 
 
 def well_formed(text: str) -> str:
-    """What UTF-8 can carry of a text: halves that meet are one character, any other is U+FFFD."""
+    """The text as UTF-8 can represent it: adjacent surrogates form one character, any other becomes U+FFFD."""
     text = re.sub("[\ud800-\udbff][\udc00-\udfff]", lambda pair: json.loads(json.dumps(pair[0])), text)
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
@@ -183,7 +183,7 @@ def test_ids_may_be_an_array_or_an_iterator():
 
 @given(st.sampled_from(TOKENIZERS), st.lists(st.lists(st.integers(0, 256), max_size=4), max_size=12))
 def test_streamed_pieces_join_to_the_whole(name, chunks):
-    # Any ids, so broken UTF-8 too.
+    # Any ids, so invalid UTF-8 too.
     tokenizer = get_tokenizer(name)
     decoder = StreamDecoder(tokenizer)
     pieces = [decoder.feed(chunk) for chunk in chunks]

@@ -1,4 +1,4 @@
-"""Training runs: what they write, exact resume, and what a bad run gets."""
+"""Training runs: what they write, exact resume, and what happens to a bad run."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def final_state(directory, config=CONFIG):
 
 
 def metrics(directory):
-    """The run's metrics without what the clock decides."""
+    """The run's metrics without those that depend on the clock."""
     return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in Run(directory).read_metrics()]
 
 
@@ -109,7 +109,7 @@ def assert_same_run(directory, other, config=CONFIG):
 
 @contextlib.contextmanager
 def stopping_after(monkeypatch, step, number=signal.SIGTERM):
-    """Sends the process a signal once `step` steps have been asked for."""
+    """Sends the process a signal once `step` steps have been requested."""
     make_batch = trainer.batch
 
     def stop(ids, config, at, *rest):
@@ -177,7 +177,7 @@ def test_resume_steps_over_a_damaged_checkpoint_and_says_so(tmp_path, tokens, un
 
 
 def test_a_damaged_checkpoint_says_why_once(tmp_path, caplog):
-    """Orbax's reads of the other arrays, abandoned at the damage, would each complain of that."""
+    """Orbax abandons its reads of the other arrays at the damage; none of them may report an error too."""
     rng = np.random.default_rng(0)
     state = {f"array_{i}": rng.normal(size=(50, 50)).astype(np.float32) for i in range(300)}
     with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
@@ -188,18 +188,18 @@ def test_a_damaged_checkpoint_says_why_once(tmp_path, caplog):
             raw.tofile(path)
         with pytest.raises(CheckpointError, match=r"cannot be restored: .*OCDBT"):
             checkpoints.restore(1, jax.eval_shape(lambda: state))
-    gc.collect()  # what is reported here fails the test: pytest holds unraisable exceptions to be errors
+    gc.collect()  # what is reported here fails the test: pytest treats unraisable exceptions as errors
     assert not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_a_full_disk_says_why_once(tmp_path, caplog):
-    """Orbax's writes of the other arrays, abandoned at the first that fails, would each complain of that."""
+    """Orbax abandons its writes of the other arrays at the first failure; none of them may report an error too."""
     rng = np.random.default_rng(0)
     state = {f"array_{i}": rng.normal(size=(50, 50)).astype(np.float32) for i in range(300)}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
         checkpoints.save(1, state)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # the arrays' file is larger, no other is
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # only the arrays' file is larger
         try:
             with pytest.raises(CheckpointError, match=r"could not be written, .*: OUT_OF_RANGE: Error writing"):
                 checkpoints.save(2, state)
@@ -247,7 +247,7 @@ def test_the_latest_few_and_the_best_checkpoint_stay(tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, tokens, undisturbed, monkeypatch, caplog):
-    """As on a full disk: no file may grow beyond a few kilobytes, from the fifth step on."""
+    """Simulates a full disk: from the fifth step on, no file may grow beyond a few kilobytes."""
     make_batch, (soft, hard) = trainer.batch, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(ids, config, at, *rest):
@@ -390,10 +390,10 @@ def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     with pytest.raises(TrainingError, match=r"3 steps in a row, up to 6.*are good"):
         train(config, tokens, tmp_path)
     state = final_state(tmp_path, config)
-    assert int(state["step"]) == 4  # step 4 was bad, and left the parameters as they were
+    assert int(state["step"]) == 4  # step 4 was bad, and left the parameters unchanged
     assert int(state["updates"]) == 3
     with pytest.raises(TrainingError, match=r"3 steps in a row, up to 6"):
-        train(config, tokens, tmp_path, resume=True)  # no way around it by stopping in between
+        train(config, tokens, tmp_path, resume=True)  # stopping in between does not reset the count
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
@@ -441,7 +441,7 @@ def test_the_best_is_saved_whatever_the_interval(tmp_path, tokens):
 
 @pytest.mark.exhaustive
 def test_the_books_chapter_5_in_short(tmp_path):
-    """configs/the-verdict.toml with a smaller model, on this project's own prose: it memorises what it trains on."""
+    """configs/the-verdict.toml with a smaller model, trained on this project's prose, memorises its training text."""
     root = Path(__file__).parent.parent
     text = (root / "README.md").read_text(encoding="utf-8")[:2000]
     small = ["model.emb_dim=64", "model.n_heads=4", "model.n_layers=2", "model.context_length=32", "model.drop_rate=0"]
@@ -586,8 +586,8 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.exhaustive
 def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
-    """SIGKILL at random moments of training and saving. Start-up is most of such a process's life, so the
-    moments are counted from the first step it reports."""
+    """SIGKILL at random moments of training and saving. Most of such a process's life is start-up, so the moments are
+    counted from the first step that it reports."""
     (tmp_path / "config.toml").write_text(TOML, encoding="utf-8")
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
 
@@ -606,7 +606,7 @@ def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
     for _ in range(20):
         resume = ["--resume"] if (tmp_path / "killed" / "run.json").exists() else []
         process = subprocess.Popen([*command("killed"), *resume], env=environment, stderr=subprocess.PIPE, text=True)
-        # The moment is a part of a step, whatever time that takes here: two of them are timed first.
+        # The moment is a fraction of a step, however long that takes here: two steps are timed first.
         steps = (time.perf_counter() for line in process.stderr if "loss" in line)
         began = next(steps)
         time.sleep(rng.uniform(0, next(steps) - began))

@@ -1,4 +1,4 @@
-"""All of JAX's transformations, and its strict modes: on the model's forward pass, its loss and its generator."""
+"""All of JAX's transformations and its strict modes, on the model's forward pass, its loss and its generator."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _several_query_blocks(monkeypatch):
 
 
 def both(config, compute):
-    """(with hand-written derivatives, with JAX's own, parameters)."""
+    """(model with hand-written derivatives, model with JAX's own, parameters)."""
     model, params = make_model(config, **compute)
     return model, GPT(config, model.compute.replace(custom_derivatives=False)), params
 
@@ -132,7 +132,7 @@ def test_vmap_over_texts_and_over_models_equals_one_at_a_time(custom_derivatives
 
 
 def test_forward_mode_through_hand_written_derivatives_is_refused_by_jax():
-    """What the plain form is for."""
+    """The plain form exists for this."""
     own, _, params = both(TINY, {})
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda p: mean_loss(own, p, random_ids(TINY, 1, 8)), (params,), (params,))
@@ -143,7 +143,7 @@ def test_nothing_crosses_to_the_device_unasked(dtype):
     model, params = prepare(*make_model(TINY), dtype)
     key = jax.random.key(0)
     with jax.transfer_guard("disallow"):
-        # Past the context of 16 too, where no cache serves.
+        # Past the context of 16 too, where no cache is used.
         greedy = generate(model, params, [[1, 2, 3], [4]], 20, stop_ids=[96])
         drawn = generate(model, params, [[1, 2, 3], [4]], 4, sampler=Temperature(0.8), key=key)
     assert [len(row) for row in drawn.tokens] == [7, 5]

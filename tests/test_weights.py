@@ -1,4 +1,4 @@
-"""Checkpoints of every format, both ways where both exist. Bad files are in test_weights_bad_input.py."""
+"""Reads and, where supported, writes checkpoints of every format. test_weights_bad_input.py has the bad files."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def logits(model, params, seed=1):
     return np.asarray(model.apply({"params": params}, random_ids(model.config, 2, 9, seed)))
 
 
-# The three layouts, written out by hand: these share nothing with the tables they test.
+# The three layouts, written out by hand: these share nothing with the tables that they test.
 
 
 def hf_tensors(params, prefix="transformer.", head=False):
@@ -337,7 +337,7 @@ def test_hugging_face_export_refuses_a_band_that_it_cannot_express(tmp_path):
     with pytest.raises(CheckpointError, match="Hugging Face's GPT-2 has no banded attention"):
         weights.save(tmp_path / "hf", model, params, format="huggingface")
     assert not list(tmp_path.iterdir())
-    wide = GPT(ALTERNATING.replace(attention_window=16))  # holds the whole context, so it is no band
+    wide = GPT(ALTERNATING.replace(attention_window=16))  # covers the whole context, so it is no band
     weights.save(tmp_path / "hf", wide, params, format="huggingface")
     np.testing.assert_array_equal(logits(*weights.load(tmp_path / "hf")), logits(wide, params))
 

@@ -1,4 +1,4 @@
-"""Damaged, hostile and mismatched checkpoints: each is refused with an error that says what is wrong."""
+"""Damaged, hostile and mismatched checkpoints are each refused with an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_malformed_safetensors_is_refused_before_anything_is_allocated(header, s
 
 
 def test_a_header_longer_than_any_models_is_refused(tmp_path):
-    """safetensors takes up to 100 MB of it, which would take gigabytes when parsed."""
+    """safetensors accepts headers of up to 100 MB, which would take gigabytes when parsed."""
     header = b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}'.ljust(files.HEADER_LIMIT + 8)
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
@@ -357,7 +357,7 @@ def test_malicious_torch_file_is_refused_and_not_executed(wrap, tmp_path):
         weights.load(tmp_path / "ckpt.pt")
     assert not canary.exists()
     torch.load(tmp_path / "ckpt.pt", weights_only=False)
-    assert canary.exists()  # the file was dangerous indeed
+    assert canary.exists()  # the file really was dangerous
 
 
 def test_malicious_pickle_in_the_old_torch_format_is_refused(tmp_path):

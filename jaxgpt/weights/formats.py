@@ -178,7 +178,7 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error}") from None
     if start.startswith(b"\x80"):
-        raise CheckpointError(path, "a bare pickle, which is never loaded: save it anew with a PyTorch later than 1.6")
+        raise CheckpointError(path, "a bare pickle, which is never loaded: save it again with a PyTorch later than 1.6")
     content = load_torch(path) if start == b"PK\x03\x04" else open_safetensors(path)
     if isinstance(content, dict):
         for layout in FILE_FORMATS.values():
