@@ -50,7 +50,7 @@ def compiled_quickly():
 @pytest.fixture
 def compiled_fully():
     """For a test that reads a compiled program, in a module that is otherwise compiled quickly: what users get."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -44,7 +44,7 @@ def plain_attention(q, k, v, kept, window):
     """The formula, for JAX to differentiate; `kept` is what dropout multiplies the weights by."""
     T = q.shape[2]
     visible = jnp.tri(T, dtype=bool) & ~jnp.tri(T, k=-window, dtype=bool)
-    scores = jnp.where(visible, q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
+    scores = jnp.where(visible[None, None], q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
     return jax.nn.softmax(scores) * kept @ v
 
 
@@ -63,7 +63,7 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
     )
     # The same mask as it acts on the weights, read off with no scores and the identity for values.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
-    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
+    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1.0, T + 1), window)[None, None, :, None]
     assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
     assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
     got, pull_back = jax.vjp(jax.jit(run), q, k, v)
@@ -89,7 +89,7 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots beyond the last query: a cache not yet full
     start = None if start_B is None else jnp.asarray(start_B, jnp.int32)
     # A query before its row's start sees nothing; what comes out there is unspecified and never used.
-    used = jnp.ones((2, T), bool) if start is None else query_slot + jnp.arange(T) >= start[:, None]
+    used = jnp.ones((2, T), bool) if start is None else (query_slot + jnp.arange(T))[None] >= start[:, None]
 
     def weighted(block, scores, q, k, v):
         options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}

@@ -13,12 +13,11 @@ import jax
 import pytest
 from helpers import TINY, make_model
 
-from jaxgpt import prepare
+from jaxgpt import prepare, weights
 from jaxgpt.cli import main
 from jaxgpt.generation.sampling import from_options
 from jaxgpt.generation.text import generate_text
 from jaxgpt.model.cache import Cache
-from jaxgpt.weights import formats as weights
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

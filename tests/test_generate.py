@@ -136,7 +136,7 @@ def test_lengths_of_one_bucket_compile_once(caplog):
     for batch in (2, 3, 4):  # stop ids have buckets too: up to four share one
         first = compiled([10], [40], batch)
         assert first.count("prefill") == 1
-        assert first.count("decode") == 1
+        assert first.count("decode_tokens") == 1
         assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54], batch) == []
 
 
@@ -146,7 +146,7 @@ def test_buckets_double_up_to_the_largest():
 
 def test_nothing_is_drawn_once_every_row_has_ended(tiny, monkeypatch):
     stop = generate(*tiny, [[1, 2]], 3).new_tokens[0][0]
-    monkeypatch.setattr(decode, "decode", lambda *args, **kwargs: pytest.fail("decoded after the end"))
+    monkeypatch.setattr(decode, "decode_tokens", lambda *args, **kwargs: pytest.fail("decoded after the end"))
     assert generate(*tiny, [[1, 2]], 30, stop_ids=[stop]).new_tokens[0].tolist() == [stop]
 
 

@@ -203,7 +203,7 @@ def test_attention_dropout_leaves_the_first_tokens_weight_dropped_or_doubled():
     att = params["trf_blocks_0"]["att"]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 1, config.emb_dim)), jnp.float32)
     module = MultiHeadAttention(config)
-    bias = att["out_proj"]["bias"]
+    bias = att["out_proj"]["bias"][None, None]
     plain = np.asarray(module.apply({"params": att}, x)[0] - bias)
     y, _ = module.apply({"params": att}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     dropped = np.asarray((y == bias).all(axis=(1, 2)))

@@ -63,7 +63,7 @@ def test_loss_and_gradients_are_float64_arithmetics_in_chunks_of_any_size(shape,
     total, count, dx, dhead = by_hand(x, head, labels)
     with_gradients, alone = compiled(chunk)
     for losses, n in (with_gradients(x, head, labels)[0], alone(x, head, labels)):
-        assert n == count
+        assert float(n) == count
         assert float(losses) == pytest.approx(total, rel=1e-5, abs=1e-5)
     for got, want in zip(with_gradients(x, head, labels)[1], (dx, dhead), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * scale)
