@@ -13,6 +13,8 @@ from helpers import grid, product_flops
 from jaxgpt.model import reference
 from jaxgpt.model.attention import attention
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
 
 def normal(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

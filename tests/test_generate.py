@@ -24,7 +24,7 @@ from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 RAGGED = [[5, 9, 2], [17, 3, 88, 41, 6, 0, 12], [33], list(range(40, 60))]
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")

@@ -22,7 +22,7 @@ from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import quantise
 from jaxgpt.weights import formats as weights
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 DTYPES = ("float32", "bfloat16", "int8")
 

@@ -12,7 +12,7 @@ import jaxgpt.model.gpt as model_module
 from jaxgpt.model import ops
 from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 TOLERANCE = 2e-5  # the parity tests'
 CONFIG = TINY.replace(tie_embeddings=False)
