@@ -28,6 +28,8 @@ from jaxgpt.model import reference
 from jaxgpt.model.attention import attention
 from jaxgpt.model.gpt import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
 TOLERANCE = 2e-5  # of float32 logits against float64
 
 CONFIGS = {
@@ -92,7 +94,14 @@ def plain_gradient(config):
 
 
 @pytest.mark.parametrize(
-    "name", [exhaustive("gpt2"), "book", exhaustive("nanogpt-without-bias"), exhaustive("exact-gelu"), "alternating"]
+    "name",
+    [
+        exhaustive("gpt2"),
+        exhaustive("book"),
+        exhaustive("nanogpt-without-bias"),
+        exhaustive("exact-gelu"),
+        "alternating",
+    ],
 )
 def test_gradient_of_the_loss_equals_finite_differences_of_the_reference(name):
     config = CONFIGS[name]
