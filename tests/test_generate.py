@@ -212,7 +212,8 @@ def test_result_counts_and_times(tiny):
 # --- as one pure function
 
 
-@grid(1, config={"dense": TINY, "alternating scan": ALTERNATING.replace(scan_layers=True)}, n=[1, 9, 30])
+@pytest.mark.parametrize("n", [exhaustive(1), exhaustive(9), 30])
+@pytest.mark.parametrize("config", [TINY, ALTERNATING.replace(scan_layers=True)], ids=["dense", "alternating scan"])
 def test_scan_generate_equals_generate(config, n):
     model, params = make_model(config)
     prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])

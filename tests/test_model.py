@@ -76,7 +76,7 @@ def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(co
     assert logits_error(*make_model(config), random_ids(config, 2, 16)) < TOLERANCE
 
 
-@dense_or_alternating
+@pytest.mark.parametrize("config", [exhaustive(TINY, id="dense"), pytest.param(ALTERNATING, id="alternating")])
 def test_scanned_layers_give_the_same_logits(config):
     _, params = make_model(config)
     stacked = stack_blocks(params, config.n_layers)
@@ -261,7 +261,7 @@ def relative_error(got, want):
     return float(np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(want).max())
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", exhaustive("bfloat16")])
 def test_bfloat16_compute_stays_within_three_percent_and_returns_float32(param_dtype):
     # bfloat16 has 8 significant bits: 0.4 % a rounding, and some of them a layer.
     model, params = make_model(TINY.replace(dtype="bfloat16", param_dtype=param_dtype))
