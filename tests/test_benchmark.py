@@ -56,7 +56,6 @@ def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):
     assert benchmark.costliest_operations(tmp_path) == [("dot x 2", 7.0), ("while x 1", 3.0), ("add x 1", 0.5)]
 
 
-@pytest.mark.usefixtures("compiled_quickly_by_default")
 def test_a_work_is_measured_and_profiled(tmp_path):
     measured, costliest = benchmark.measure(Work("decode", "character", "int8"), tmp_path)
     assert 0 < measured.seconds < 100
