@@ -47,6 +47,13 @@ def compiled_quickly():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly_by_default(request):
+    """For modules whose assertions hold optimised programs too: those are what the exhaustive tier compiles."""
+    if request.config.option.markexpr == "not exhaustive":
+        request.getfixturevalue("compiled_quickly")
+
+
 @pytest.fixture
 def compiled_fully():
     """For a test that reads a compiled program, in a module that is otherwise compiled quickly: what users get."""

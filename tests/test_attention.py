@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import grid, product_flops
+from helpers import exhaustive, grid, product_flops
 
 from jaxgpt.model import reference
 from jaxgpt.model.attention import attend, blocked
 from jaxgpt.model.cache import Seen
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 
 def normal(seed, *shape):
@@ -126,7 +128,7 @@ def test_attention_ignores_slots_before_a_rows_start(window):
     assert bool(jnp.isfinite(got).all())  # rows with nothing to see as well
 
 
-@pytest.mark.parametrize("window", [11, 12, 100])
+@pytest.mark.parametrize("window", [11, exhaustive(12), exhaustive(100)])
 def test_a_band_that_holds_every_slot_is_dense_attention_exactly(window):
     q, k, v = attention_inputs(11, 11)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import TINY, make_model
+from helpers import TINY, exhaustive, make_model
 
 from jaxgpt import prepare, weights
 from jaxgpt.cli import main
@@ -67,7 +67,7 @@ def test_sampling_options_reach_the_sampler(model, capsys, loaded):
     assert capsys.readouterr().out == want[0] + "\n"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [exhaustive("bfloat16"), "int8"])
 def test_types_reach_the_model_and_its_cache(model, capsys, loaded, dtype, monkeypatch):
     caches = []
     empty = Cache.empty

@@ -20,6 +20,8 @@ from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
 RNG = np.random.default_rng(0)
 X_BxTxD = RNG.normal(size=(3, 7, 5)).astype(np.float32)
 HEAD_VxD = RNG.normal(size=(11, 5)).astype(np.float32)
@@ -77,6 +79,7 @@ def test_the_gradient_of_cross_entropy_is_softmax_less_one_hot():
     np.testing.assert_allclose(got, 2 * want, atol=1e-6)
 
 
+@pytest.mark.usefixtures("compiled_fully")
 def test_chunked_loss_never_holds_all_logits():
     x, head = jnp.ones((1, 64, 8)), jnp.ones((1000, 8))
     labels = jnp.zeros((1, 64), jnp.int32)

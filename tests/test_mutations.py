@@ -16,7 +16,7 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import ops
 from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 TOLERANCE = 2e-5  # the parity tests'
 CONFIG = TINY.replace(tie_embeddings=False)

@@ -190,6 +190,7 @@ def test_own_directory_comes_back_identical(config, compute, seed, tmp_path):
     assert_same(got, params)
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=8)
 @given(config=small, scan_layers=st.booleans(), seed=st.integers(0, 99))
 def test_an_int8_directory_comes_back_identical(config, scan_layers, seed, tmp_path):
