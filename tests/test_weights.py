@@ -23,8 +23,9 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
-from jaxgpt.weights import book, huggingface, layout, nanogpt, tensors
+from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
+from jaxgpt.weights import tensors as files
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -623,7 +624,7 @@ def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, 
     if failing == "rename":
         monkeypatch.setattr(Path, "rename", rename_old_only)
     else:
-        module = weights.own if failing == "write_safetensors" else tensors
+        module = weights.own if failing == "write_safetensors" else files
         monkeypatch.setattr(module, failing, fail)
     other, params = make_model(UNTIED, seed=1)
     with pytest.raises(CheckpointError, match="No space left on device"):
