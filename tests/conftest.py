@@ -47,10 +47,18 @@ def compiled_quickly():
     jax.clear_caches()
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly_by_default(request):
+    """`compiled_quickly` in the default tier only: the exhaustive tier makes the same assertions on optimised
+    programs."""
+    if request.config.option.markexpr == "not exhaustive":
+        request.getfixturevalue("compiled_quickly")
+
+
 @pytest.fixture
 def compiled_fully():
     """Compiles as for users: for a test that reads a compiled program in a module that uses `compiled_quickly`."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

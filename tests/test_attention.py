@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import grid, product_flops
+from helpers import exhaustive, grid, product_flops
 
 from jaxgpt.model import reference
 from jaxgpt.model.attention import attend, blocked
 from jaxgpt.model.cache import Seen
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 
 def normal(seed, *shape):
@@ -44,7 +46,7 @@ def plain_attention(q, k, v, kept, window):
     """The formula, for JAX to differentiate; dropout multiplies the weights by `kept`."""
     T = q.shape[2]
     visible = jnp.tri(T, dtype=bool) & ~jnp.tri(T, k=-window, dtype=bool)
-    scores = jnp.where(visible, q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
+    scores = jnp.where(visible[None, None], q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
     return jax.nn.softmax(scores) * kept @ v
 
 
@@ -63,7 +65,7 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
     )
     # The same mask as it acts on the weights: zero scores and identity values expose it.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
-    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1, T + 1), window)[:, None]
+    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1.0, T + 1), window)[None, None, :, None]
     assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
     assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
     got, pull_back = jax.vjp(jax.jit(run), q, k, v)
@@ -89,7 +91,7 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots past the last query: a cache that is not full
     start = None if start_B is None else jnp.asarray(start_B, jnp.int32)
     # A query before its row's start sees nothing; its result is unspecified and never used.
-    used = jnp.ones((2, T), bool) if start is None else query_slot + jnp.arange(T) >= start[:, None]
+    used = jnp.ones((2, T), bool) if start is None else (query_slot + jnp.arange(T))[None] >= start[:, None]
 
     def weighted(block, scores, q, k, v):
         options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}
@@ -126,7 +128,7 @@ def test_attention_ignores_slots_before_a_rows_start(window):
     assert bool(jnp.isfinite(got).all())  # including rows that see nothing
 
 
-@pytest.mark.parametrize("window", [11, 12, 100])
+@pytest.mark.parametrize("window", [11, exhaustive(12), exhaustive(100)])
 def test_a_band_that_holds_every_slot_is_dense_attention_exactly(window):
     q, k, v = attention_inputs(11, 11)
 

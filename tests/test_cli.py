@@ -17,7 +17,7 @@ import pytest
 import jaxgpt
 from jaxgpt import cli
 from jaxgpt.cli import COMMANDS, main
-from jaxgpt.config import PRESETS, GPTConfig
+from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError, TrainingError
 from jaxgpt.fields import settings
 from jaxgpt.parallel.mesh import MeshConfig
@@ -91,7 +91,7 @@ def test_every_public_name_is_there_and_pulls_in_no_extra():
 
 
 def test_an_unknown_name_of_the_package_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'jaxgpt' has no attribute 'GTP'"):
+    with pytest.raises(AttributeError, match="No jaxgpt attribute GTP"):
         _ = jaxgpt.GTP  # type: ignore[attr-defined]
 
 
@@ -110,7 +110,7 @@ def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys
         main(["train", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < columns
-    listed = {table: {} for table in ("[model]", "[train]", "[mesh]")}
+    listed = {table: {} for table in ("[model]", "[compute]", "[mesh]", "[train]")}
     for line in lines[lines.index("[model]") :]:
         if line.startswith("["):
             table, key = line, ""
@@ -120,10 +120,13 @@ def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys
     assert ", ".join(PRESETS) in listed["[model]"].pop("model.preset")
     for table, prefix, cls in (
         ("[model]", "model.", GPTConfig),
+        ("[compute]", "compute.", ComputeConfig),
         ("[train]", "", TrainConfig),
         ("[mesh]", "mesh.", MeshConfig),
     ):
-        fields = {field.name: field for field in dataclasses.fields(cls) if field.name not in ("model", "mesh")}
+        fields = {
+            field.name: field for field in dataclasses.fields(cls) if field.name not in ("model", "compute", "mesh")
+        }
         assert list(listed[table]) == [prefix + name for name in fields]
         for declared in settings(cls):
             text = listed[table][prefix + declared.name]
@@ -139,7 +142,12 @@ def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys
 
 def test_what_the_help_of_train_lists_can_be_set(tmp_path):
     (tmp_path / "run.toml").write_text("[train]\nwarmup_steps = 0\n")
-    for prefix, cls in (("model.", GPTConfig), ("", TrainConfig), ("mesh.", MeshConfig)):
+    for prefix, cls in (
+        ("model.", GPTConfig),
+        ("compute.", ComputeConfig),
+        ("", TrainConfig),
+        ("mesh.", MeshConfig),
+    ):
         overrides = [f"{prefix}{d.name}={d.default_text}" for d in settings(cls) if not d.derived]
         assert TrainConfig.from_file(tmp_path / "run.toml", overrides).model == GPTConfig()
 

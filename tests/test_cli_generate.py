@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import TINY, make_model
+from helpers import TINY, exhaustive, make_model
 
-from jaxgpt import prepare
+from jaxgpt import prepare, weights
 from jaxgpt.cli import main
 from jaxgpt.generation.sampling import from_options
 from jaxgpt.generation.text import generate_text
 from jaxgpt.model.cache import Cache
-from jaxgpt.weights import formats as weights
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -68,7 +67,7 @@ def test_sampling_options_reach_the_sampler(model, capsys, loaded):
     assert capsys.readouterr().out == want[0] + "\n"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [exhaustive("bfloat16"), "int8"])
 def test_types_reach_the_model_and_its_cache(model, capsys, loaded, dtype, monkeypatch):
     caches = []
     empty = Cache.empty

@@ -439,7 +439,7 @@ train_configs = st.builds(
     steps=st.integers(101, 10**9),
     learning_rate=st.floats(0, 1e300),
     optimizer=st.sampled_from(choices(TrainConfig, "optimizer")),
-    windows=st.sampled_from(choices(TrainConfig, "windows")),
+    sequences=st.sampled_from(choices(TrainConfig, "sequences")),
     beta1=st.floats(0, 0.999),
     sample_prompt=st.text(st.characters(exclude_categories=["C"]), max_size=20),
 )

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+from helpers import exhaustive
 from huggingface_hub import constants
 
 from jaxgpt.cli import main
@@ -34,7 +35,7 @@ def test_a_good_installation_passes_every_check(home, capsys):
     assert all(check["good"] and check["found"] and not check["advice"] for check in checks)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", [exhaustive("float32"), exhaustive("bfloat16"), "int8"])
 def test_wrong_arithmetic_is_found_in_every_type(dtype, monkeypatch, capsys):
     only(monkeypatch, f"arithmetic in {dtype}")
     layer_norm = ops.layer_norm

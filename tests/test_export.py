@@ -7,7 +7,7 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, random_ids
+from helpers import TINY, exhaustive, random_ids
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.generation.decode import scan_generate
@@ -57,7 +57,7 @@ def test_loss_gradient_exports_for_every_platform():
     assert [aval.shape for aval in exported.out_avals] == [leaf.shape for leaf in jax.tree.leaves(params)]
 
 
-@pytest.mark.parametrize("sampler", [None, Temperature(0.8)])
+@pytest.mark.parametrize("sampler", [exhaustive(None), Temperature(0.8)])
 def test_generator_exports_for_every_platform_and_generates_the_same(tiny, sampler):
     model, params = tiny
     ids = random_ids(TINY, 2, 5)

@@ -221,6 +221,7 @@ def loads(path, params=None, **options):
     return read
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 400), (header_json, 600)])
 def test_own_directory_with_a_damaged_header(mutate, cases, params, tmp_path):
     weights.save(tmp_path / "model", make_model(TINY)[0], params)
@@ -228,12 +229,14 @@ def test_own_directory_with_a_damaged_header(mutate, cases, params, tmp_path):
     assert count > 0.9 * cases
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 200), (header_json, 400)])
 def test_hugging_face_directory_with_a_damaged_header(mutate, cases, params, tmp_path):
     write_hf(tmp_path, TINY, hf_tensors(params))
     assert fuzz(cases, tmp_path / "model.safetensors", mutate, loads(tmp_path, params)) > 0.8 * cases
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("mutate", "cases"), [(header_bytes, 200), (header_json, 400)])
 def test_book_file_with_a_damaged_header(mutate, cases, tmp_path):
     save_file(book_tensors(make_model(BOOK)[1]), tmp_path / "book.safetensors")
@@ -241,6 +244,7 @@ def test_book_file_with_a_damaged_header(mutate, cases, tmp_path):
     assert count > 0.8 * cases
 
 
+@pytest.mark.exhaustive
 def test_damaged_index_of_shards(params, tmp_path):
     write_shards(tmp_path, TINY, params)
     assert fuzz(800, tmp_path / huggingface.INDEX, json_file, loads(tmp_path, params)) > 500
@@ -320,6 +324,7 @@ def test_a_torch_file_of_lists_within_lists_is_refused(tmp_path):
 # --- config files, token files, runs
 
 
+@pytest.mark.exhaustive
 def test_damaged_config_toml(tmp_path):
     path = tmp_path / "config.toml"
     path.write_text(to_toml(TRAIN.to_dict()))
@@ -345,6 +350,7 @@ def test_damaged_token_file(mutate, cases, tmp_path):
     assert fuzz(cases, path, mutate, read) > 0.5 * cases
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_damaged_run_directory(name, tmp_path):
     tokens = Tokens.from_text("The cat sat on the mat. " * 9, "bytes")

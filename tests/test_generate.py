@@ -25,7 +25,7 @@ from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 RAGGED = [[5, 9, 2], [17, 3, 88, 41, 6, 0, 12], [33], list(range(40, 60))]
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
@@ -136,7 +136,7 @@ def test_lengths_of_one_bucket_compile_once(caplog):
     for batch in (2, 3, 4):  # the number of stop ids is bucketed too: up to four share a bucket
         first = compiled([10], [40], batch)
         assert first.count("prefill") == 1
-        assert first.count("decode") == 1
+        assert first.count("decode_tokens") == 1
         assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54], batch) == []
 
 
@@ -146,7 +146,7 @@ def test_buckets_double_up_to_the_largest():
 
 def test_nothing_is_drawn_once_every_row_has_ended(tiny, monkeypatch):
     stop = generate(*tiny, [[1, 2]], 3).new_tokens[0][0]
-    monkeypatch.setattr(decode, "decode", lambda *args, **kwargs: pytest.fail("decoded after the end"))
+    monkeypatch.setattr(decode, "decode_tokens", lambda *args, **kwargs: pytest.fail("decoded after the end"))
     assert generate(*tiny, [[1, 2]], 30, stop_ids=[stop]).new_tokens[0].tolist() == [stop]
 
 
@@ -213,9 +213,11 @@ def test_result_counts_and_times(tiny):
 # --- as one pure function
 
 
-@grid(1, variant={"dense": (TINY, False), "alternating scan": (ALTERNATING, True)}, n=[1, 9, 30])
-def test_scan_generate_equals_generate(variant, n):
-    config, scan_layers = variant
+@pytest.mark.parametrize("n", [exhaustive(1), exhaustive(9), 30])
+@pytest.mark.parametrize(
+    ("config", "scan_layers"), [(TINY, False), (ALTERNATING, True)], ids=["dense", "alternating scan"]
+)
+def test_scan_generate_equals_generate(config, scan_layers, n):
     model, params = make_model(config, scan_layers=scan_layers)
     prompts = np.array([[4, 5, 6, 7], [9, 8, 7, 6]])
     run = jax.jit(functools.partial(scan_generate, model, sampler=SAMPLER), static_argnames=("max_new_tokens",))

@@ -22,7 +22,7 @@ from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import quantise
 from jaxgpt.weights import formats as weights
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 DTYPES = ("float32", "bfloat16", "int8")
 
@@ -68,7 +68,7 @@ def test_quantise_rounds_to_the_nearest_of_255_steps_a_row():
     assert (np.abs(values * scale[..., None] - weight) <= scale[..., None] * 0.500001).all()
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [exhaustive(False), True])
 def test_prepare_unstacks_converts_and_leaves_alone_what_is_in_form(scan_layers):
     model, params = make_model(TINY, scan_layers=scan_layers)
     ids = random_ids(TINY, 2, 9)
@@ -97,9 +97,9 @@ def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
     assert back == model
     for batch, length in ((1, 1), (2, 3), (9, 9)):  # each uses another form of the product
         ids = random_ids(TINY, batch, length)
-        want = np.asarray(back.apply({"params": back_params}, ids), np.float64)
-        assert relative_error(small.apply({"params": small_params}, ids), want) < 2e-4
-        plain = np.asarray(model.apply({"params": params}, ids), np.float64)
+        want = np.asarray(jax.jit(back.apply)({"params": back_params}, ids), np.float64)
+        assert relative_error(jax.jit(small.apply)({"params": small_params}, ids), want) < 2e-4
+        plain = np.asarray(jax.jit(model.apply)({"params": params}, ids), np.float64)
         assert 1e-4 < relative_error(want, plain) < 0.05  # there is rounding, and it is small
 
 

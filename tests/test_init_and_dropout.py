@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, grid, make_model, random_ids
+from helpers import TINY, exhaustive, grid, make_model, random_ids
 
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model.gpt import GPT, MultiHeadAttention, TransformerBlock
@@ -203,7 +203,7 @@ def test_attention_dropout_leaves_the_first_tokens_weight_dropped_or_doubled():
     att = params["trf_blocks_0"]["att"]
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 1, config.emb_dim)), jnp.float32)
     module = MultiHeadAttention(config)
-    bias = att["out_proj"]["bias"]
+    bias = att["out_proj"]["bias"][None, None]
     plain = np.asarray(module.apply({"params": att}, x)[0] - bias)
     y, _ = module.apply({"params": att}, x, deterministic=False, rngs={"dropout": jax.random.key(0)})
     dropped = np.asarray((y == bias).all(axis=(1, 2)))
@@ -211,7 +211,7 @@ def test_attention_dropout_leaves_the_first_tokens_weight_dropped_or_doubled():
     np.testing.assert_allclose((y - bias)[~dropped], 2 * plain[~dropped], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("scan_layers", [False, True])
+@pytest.mark.parametrize("scan_layers", [exhaustive(False), True])
 def test_blocks_draw_their_own_masks(scan_layers):
     """Two equal blocks whose input is what dropout kept: equal masks would drop the same places."""
     config = TINY.replace(drop_rate_shortcut=0.5, vocab_size=5)

@@ -24,7 +24,7 @@ from jaxgpt.model import ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"

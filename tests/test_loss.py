@@ -20,6 +20,8 @@ from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
 RNG = np.random.default_rng(0)
 X_BxTxD = RNG.normal(size=(3, 7, 5)).astype(np.float32)
 HEAD_VxD = RNG.normal(size=(11, 5)).astype(np.float32)
@@ -63,7 +65,7 @@ def test_loss_and_gradients_are_float64_arithmetics_in_chunks_of_any_size(shape,
     total, count, dx, dhead = by_hand(x, head, labels)
     with_gradients, alone = compiled(chunk)
     for losses, n in (with_gradients(x, head, labels)[0], alone(x, head, labels)):
-        assert n == count
+        assert float(n) == count
         assert float(losses) == pytest.approx(total, rel=1e-5, abs=1e-5)
     for got, want in zip(with_gradients(x, head, labels)[1], (dx, dhead), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-5 * scale)
@@ -77,6 +79,21 @@ def test_the_gradient_of_cross_entropy_is_softmax_less_one_hot():
     np.testing.assert_allclose(got, 2 * want, atol=1e-6)
 
 
+@pytest.mark.parametrize("chunk", [0, 4])
+def test_without_custom_derivatives_the_losses_gradients_are_the_same_and_forward_mode_agrees(chunk):
+    compute = ComputeConfig(custom_derivatives=False)
+
+    def loss(x, head):
+        return head_cross_entropy(x, head, LABELS_BxT, compute, chunk=chunk)[0]
+
+    _, _, *want = by_hand(X_BxTxD, HEAD_VxD, LABELS_BxT)
+    for got, exact in zip(jax.grad(loss, (0, 1))(X_BxTxD, HEAD_VxD), want, strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-4, atol=2e-5)
+    _, slope = jax.jvp(loss, (X_BxTxD, HEAD_VxD), tuple(jnp.asarray(exact, jnp.float32) for exact in want))
+    assert float(slope) == pytest.approx(sum((exact**2).sum() for exact in want), rel=1e-4)
+
+
+@pytest.mark.usefixtures("compiled_fully")
 def test_chunked_loss_never_holds_all_logits():
     x, head = jnp.ones((1, 64, 8)), jnp.ones((1000, 8))
     labels = jnp.zeros((1, 64), jnp.int32)

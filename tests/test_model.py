@@ -28,6 +28,8 @@ from jaxgpt.model import reference
 from jaxgpt.model.attention import attend
 from jaxgpt.model.gpt import GPT, FeedForward, LayerNorm, MultiHeadAttention, TransformerBlock
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
 TOLERANCE = 2e-5  # tolerance of float32 logits against float64
 
 CONFIGS = {
@@ -74,7 +76,7 @@ def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(co
     assert logits_error(*make_model(config), random_ids(config, 2, 16)) < TOLERANCE
 
 
-@dense_or_alternating
+@pytest.mark.parametrize("config", [exhaustive(TINY, id="dense"), pytest.param(ALTERNATING, id="alternating")])
 def test_scanned_layers_give_the_same_logits(config):
     _, params = make_model(config)
     stacked = stack_blocks(params, config.n_layers)
@@ -92,7 +94,14 @@ def plain_gradient(config):
 
 
 @pytest.mark.parametrize(
-    "name", [exhaustive("gpt2"), "book", exhaustive("nanogpt-without-bias"), exhaustive("exact-gelu"), "alternating"]
+    "name",
+    [
+        exhaustive("gpt2"),
+        exhaustive("book"),
+        exhaustive("nanogpt-without-bias"),
+        exhaustive("exact-gelu"),
+        "alternating",
+    ],
 )
 def test_gradient_of_the_loss_equals_finite_differences_of_the_reference(name):
     config = CONFIGS[name]
@@ -120,6 +129,19 @@ def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(rema
     assert logits_error(model, params, random_ids(config, 2, 12)) < TOLERANCE
     got = jax.jit(jax.grad(functools.partial(cross_entropy, model)))(params, random_ids(config, 2, 12))
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
+
+
+@dense_or_alternating
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_without_custom_derivatives_gradients_are_the_same_and_forward_mode_agrees(scan_layers, config):
+    model, params = make_model(config)
+    model, want = GPT(config, ComputeConfig(custom_derivatives=False, scan_layers=scan_layers)), plain_gradient(config)
+    if scan_layers:
+        params, want = (stack_blocks(tree, config.n_layers) for tree in (params, want))
+    loss = functools.partial(cross_entropy, model, ids=random_ids(config, 2, 12))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), jax.jit(jax.grad(loss))(params), want)
+    _, slope = jax.jit(lambda p: jax.jvp(loss, (p,), (want,)))(params)
+    assert float(slope) == pytest.approx(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(want)), rel=1e-4)
 
 
 def test_rematerialisation_repeats_the_same_dropout():
@@ -251,7 +273,7 @@ def relative_error(got, want):
     return float(np.abs(np.asarray(got) - np.asarray(want)).max() / np.abs(want).max())
 
 
-@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("param_dtype", ["float32", exhaustive("bfloat16")])
 def test_bfloat16_compute_stays_within_three_percent_and_returns_float32(param_dtype):
     # bfloat16 has 8 significant bits: 0.4% per rounding, and several roundings per layer.
     model, params = make_model(TINY, dtype="bfloat16", param_dtype=param_dtype)

@@ -16,7 +16,7 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import ops
 from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 TOLERANCE = 2e-5  # the parity tests'
 CONFIG = TINY.replace(tie_embeddings=False)
@@ -40,7 +40,7 @@ def attention(*, scale=1.0, first_hidden=1, heads=slice(None), order=(0, 1, 2)):
         q, k, v = (qkv[i] for i in order)
         T = q.shape[2]
         scores = jnp.einsum("BHTK,BHSK->BHTS", q, k) * q.shape[3] ** -0.5 * scale
-        hidden = jnp.arange(T) - jnp.arange(T)[:, None] >= first_hidden
+        hidden = (jnp.arange(T)[None] - jnp.arange(T)[:, None] >= first_hidden)[None, None]
         return (jax.nn.softmax(jnp.where(hidden, -1e30, scores)) @ v)[:, heads], None
 
     return attend
@@ -52,7 +52,8 @@ def layer_norm(*, eps=None, unbiased=False, with_scale=True, with_shift=True, st
         variance = (centred**2).sum(-1, keepdims=True) / (x.shape[-1] - unbiased)
         variance = jax.lax.stop_gradient(variance) if stop_variance else variance
         y = centred / jnp.sqrt(variance + (config_eps if eps is None else eps))
-        return (y * scale if with_scale else y) + (shift if with_shift else 0)
+        y = y * ops.widen(scale, x) if with_scale else y
+        return y + ops.widen(shift, x) if with_shift else y
 
     return normalise
 

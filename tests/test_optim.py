@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, make_model, random_ids, stack_blocks, to_numpy
+from helpers import TINY, exhaustive, make_model, random_ids, stack_blocks, to_numpy
 
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import IGNORE, model_loss
@@ -121,7 +121,7 @@ def test_muon_gives_block_matrices_orthogonal_updates_and_adamw_the_rest(scan):
             np.testing.assert_allclose(update, -config.learning_rate * np.sign(flat(grads)[name]), rtol=1e-3)
 
 
-@pytest.mark.parametrize("grad_accumulation", [2, 4])
+@pytest.mark.parametrize("grad_accumulation", [2, exhaustive(4)])
 def test_accumulated_step_equals_the_one_big_batch(grad_accumulation):
     config = dataclasses.replace(CONFIG, clip_norm=1.0)
     ids = random_ids(TINY, 4, 17)

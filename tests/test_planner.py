@@ -208,7 +208,7 @@ def test_what_the_config_does_not_say_is_chosen_and_told(tmp_path):
     assert (config.mesh.fsdp, config.batch_size, config.compute.remat) == (4, 4, "block")
     (tmp_path / "run.toml").write_text(
         '[model]\npreset = "gpt2"\n[compute]\nremat = "dots"\nscan_layers = false\n'
-        "[train]\nbatch_size = 6\naccumulate = 3\n[mesh]\ndata = 2\ntensor = 2\n"
+        "[train]\nbatch_size = 6\ngrad_accumulation = 3\n[mesh]\ndata = 2\ntensor = 2\n"
     )
     config, chosen = planner.resolve(str(tmp_path / "run.toml"), topology, overrides=["compute.dtype=float32"])
     assert chosen == {}

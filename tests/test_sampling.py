@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, from_options
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
 LOGITS = np.array([4.51, 0.89, -1.90, 6.75, 1.63, -1.62, -1.89, 6.28, 1.79], np.float32)
 
 

@@ -165,6 +165,7 @@ def test_generation_on_a_mesh_draws_the_same_ids(text, rows, scan_layers):
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.exhaustive
 def test_int8_generation_and_evaluation_on_a_mesh_equal_one_devices():
     model, params = prepare(*make_model(MODEL), "int8")
     spread = sharding.shard(params, mesh_of("fsdp=2,tensor=4"))

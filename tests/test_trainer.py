@@ -151,7 +151,7 @@ def test_validation_loss_is_the_references_on_the_averaged_parameters(undisturbe
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, exhaustive(signal.SIGINT)])
 def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed_one(
     tmp_path, tokens, undisturbed, monkeypatch, number
 ):
@@ -313,6 +313,7 @@ def test_resume_with_another_config_is_refused_unless_forced(tmp_path, tokens, m
     assert Run(tmp_path).config() == change(CONFIG)
 
 
+@pytest.mark.exhaustive
 def test_a_forced_resume_that_cannot_work_leaves_the_run_as_it_was(tmp_path, tokens, monkeypatch):
     with stopping_after(monkeypatch, 2):
         train(CONFIG, tokens, tmp_path)
@@ -422,6 +423,7 @@ def test_without_the_extra_a_run_names_it_and_starts_nothing(tmp_path, tokens, m
     assert not (tmp_path / "run.json").exists()
 
 
+@pytest.mark.exhaustive
 def test_validation_windows_are_as_long_as_the_training_ones(tmp_path, tokens):
     config = dataclasses.replace(CONFIG, seq_len=8, steps=4, sample_tokens=0)
     result = train(config, tokens, tmp_path)

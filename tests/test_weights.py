@@ -25,6 +25,7 @@ from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
+from jaxgpt.weights import tensors as files
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -190,6 +191,7 @@ def test_own_directory_comes_back_identical(config, compute, seed, tmp_path):
     assert_same(got, params)
 
 
+@pytest.mark.exhaustive
 @settings(max_examples=8)
 @given(config=small, scan_layers=st.booleans(), seed=st.integers(0, 99))
 def test_an_int8_directory_comes_back_identical(config, scan_layers, seed, tmp_path):
@@ -622,7 +624,7 @@ def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, 
     if failing == "rename":
         monkeypatch.setattr(Path, "rename", rename_old_only)
     else:
-        module = weights.own if failing == "write_safetensors" else weights.files
+        module = weights.own if failing == "write_safetensors" else files
         monkeypatch.setattr(module, failing, fail)
     other, params = make_model(UNTIED, seed=1)
     with pytest.raises(CheckpointError, match="No space left on device"):
