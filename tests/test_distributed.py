@@ -110,7 +110,7 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
     done = subprocess.run([*command, "--distributed", *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-1000:]
     assert "jaxgpt: error: process 0 of 2 waited 3 s at 127.0.0.1:" in done.stderr
-    assert "is each of them started" in done.stderr
+    assert "has each been started" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
