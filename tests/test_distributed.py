@@ -70,7 +70,7 @@ def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, p
     assert {lines[-1] for lines in printed} == {f"step 6 rows {RUN.batch_size // 2} stopped by None"}
     if mode == "faults":
         # What happens to one ends the others too, at once, and in the same state.
-        assert printed[0][0] == "TrainingError: another process failed before the first step; its own message tells why"
+        assert printed[0][0] == "TrainingError: another process failed before the first step; its own message says why"
         assert printed[1][0].startswith("DataError: ")
         assert printed[1][0].endswith("missing: cannot be read: No such file or directory")
         stopped = f"step 5 rows {RUN.batch_size // 2} stopped by {signal.SIGTERM!s}"

@@ -1,4 +1,4 @@
-"""From a prompt to its continuation. `__init__.pyi` lists what other packages may use."""
+"""Generation: from a prompt to its continuation. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 
