@@ -132,7 +132,7 @@ def test_sigterm_ends_a_process_that_has_joined():
         (["--distributed", "--processes", "2", "--process", "2"], "--process must be from 0 to 1, not 2"),
         (["--distributed", "--join-timeout", "0"], "--join-timeout must be 1 second or more, not 0"),
         (["--processes", "2", "--process", "0"], "--coordinator, --processes and --process belong to --distributed"),
-        (["--distributed"], "Where JAX detects none, say --processes and --process"),
+        (["--distributed"], "Where JAX detects none, give --processes, --process and --coordinator"),
         (["--mesh", "tensor=8"], "tensor=8 does not divide n_heads=2"),
     ],
 )

@@ -456,7 +456,7 @@ def test_many_runs_look_different():
 
 @pytest.mark.parametrize("lines", [[], [{"step": 1, "loss": None}]])
 def test_a_run_without_figures_is_refused(tmp_path, lines):
-    with pytest.raises(DataError, match="holds no figures to draw"):
+    with pytest.raises(DataError, match="holds no metrics to draw"):
         curves.read_runs([write_run(tmp_path / "run", lines)])
 
 
