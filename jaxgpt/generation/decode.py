@@ -96,7 +96,7 @@ def decode_tokens(
     chunk: int,
     sampler: Sampler,
 ) -> tuple[DecodeState, Array]:
-    """Draws up to `steps` more ids per row, fewer if all rows are done. At most `chunk`, which is static.
+    """Draws `steps` more ids per row, at most `chunk` (which is static), or fewer if all rows are done first.
 
     Returns:
         (state, ids_BxN): N is `chunk`; only the first columns count, as many as `state.drawn` has grown by.

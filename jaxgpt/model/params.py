@@ -50,7 +50,7 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cast_params(params: Tree, param_dtype: str) -> dict[str, Any]:
-    """Converts `params` from any `ComputeConfig.param_dtype` to this one. Leaves that already have it are kept."""
+    """Converts `params` to another `ComputeConfig.param_dtype`. Leaves that already have it are not copied."""
     if param_dtype == "int8":
         return _per_module(_quantised, params)
     params = _per_module(_dequantised, params)

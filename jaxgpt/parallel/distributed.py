@@ -113,9 +113,7 @@ def check_same(what: str, value: Any) -> None:
     everyones = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
     differing = np.flatnonzero((everyones != everyones[0]).any(axis=-1))
     if differing.size:
-        raise ConfigError(
-            f"processes 0 and {differing[0]} differ in {what}: start all of them in the same way, on the same files"
-        )
+        raise ConfigError(f"processes 0 and {differing[0]} differ in {what}: start all alike, on the same files")
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def import_orbax() -> Any:
         MissingExtraError: without the extra [train].
     """
     library = require("orbax.checkpoint", "train", "saving and reading training checkpoints")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # it logs at length
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # it logs too much
     return library
 
 
