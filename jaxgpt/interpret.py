@@ -1,10 +1,10 @@
 """What happens inside a model while it reads a text: attention weights, the residual stream, and the logit lens.
 
-The lens asks after every block what the model would say if it stopped there: the final norm and the output head,
-applied to the residual stream as it stands (nostalgebraist 2020, "interpreting GPT: the logit lens").
+After every block, the lens shows what the model would predict if it stopped there: it applies the final norm and the
+output head to the residual stream at that point (nostalgebraist 2020, "interpreting GPT: the logit lens").
 
 Sizes: T tokens, H heads, L blocks, N = L + 1 places to look (the embeddings, then after each block), V vocabulary,
-D emb_dim, K tokens told at each place.
+D emb_dim, K tokens reported per place.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from jaxgpt.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inside:
-    """What `look_inside` saw. NumPy arrays, on the host; all but the ids are float32.
+    """What `look_inside` saw. NumPy arrays on the host; all except the ids are float32.
 
     Attributes:
         ids_T: the ids that the model read.
         attention_LxHxTxT: weights, [layer, head, query, key]. Rows sum to 1; what a query cannot see is exactly 0.
-        residual_NxTxD: the residual stream: the sum of the embeddings, then what each block passes on.
+        residual_NxTxD: the residual stream: the sum of the embeddings, then the output of each block.
         top_ids_NxTxK: the K likeliest next ids at each place and position, the likeliest first. The last place is
             the model's own prediction.
         top_probabilities_NxTxK: their probabilities.
-        true_probabilities_NxS: the probability, at each place, of the id that does come next; S = T - 1.
+        true_probabilities_NxS: the probability at each place of the id that actually comes next; S = T - 1.
     """
 
     ids_T: np.ndarray
@@ -48,19 +48,19 @@ class Inside:
 
 
 def look_inside(model: GPT, params: Any, ids: Any, *, top: int = 5) -> Inside:
-    """Reads `ids` once and tells what happened. Compiles once a model and length.
+    """Reads `ids` once and reports what happened. Compiles once per model and length.
 
-    Memory holds 4 L H T^2 bytes of attention weights, and the logits of one place at a time.
+    Holds 4 L H T^2 bytes of attention weights in memory, and the logits of one place at a time.
 
     Args:
         model: the model, in any form: scanned, bfloat16, int8, prepared.
         params: its parameters.
         ids: one row of ids [T], not empty, within the context.
-        top: how many of the likeliest tokens to tell, K; the whole vocabulary if it has fewer.
+        top: how many of the likeliest tokens to report, K; the whole vocabulary if it has fewer.
 
     Raises:
-        ValueError: for ids that are not integers of the vocabulary; for none, or more than the context; for `top`
-            below 1.
+        ValueError: for ids that are not integers in the vocabulary; for no ids, or more than the context holds; for
+            `top` below 1.
         FloatingPointError: if the logits are NaN or infinite.
     """
     config = model.config
@@ -96,8 +96,8 @@ def place_name(place: int, places: int) -> str:
 
 
 def token_labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
-    """Each id as something to read: spaces as ␣, control characters and bytes that are no character as escapes, and
-    an id that the tokenizer does not have as its number."""
+    """Each id as readable text: spaces as ␣, control characters and bytes that form no character as escapes, and an id
+    that the tokenizer does not have as its number."""
     labels = []
     for i in ids:
         if not 0 <= i < tokenizer.vocab_size:

@@ -70,7 +70,7 @@ def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, p
     assert {lines[-1] for lines in printed} == {f"step 6 rows {RUN.batch_size // 2} stopped by None"}
     if mode == "faults":
         # A fault in one process ends the others too, immediately and in the same state.
-        assert printed[0][0] == "TrainingError: another process failed before the first step; its own message tells why"
+        assert printed[0][0] == "TrainingError: another process failed before the first step; its own message says why"
         assert printed[1][0].startswith("DataError: ")
         assert printed[1][0].endswith("missing: cannot be read: No such file or directory")
         stopped = f"step 5 rows {RUN.batch_size // 2} stopped by {signal.SIGTERM!s}"
@@ -110,7 +110,7 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
     done = subprocess.run([*command, "--distributed", *arguments], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr[-1000:]
     assert "jaxgpt: error: process 0 of 2 waited 3 s at 127.0.0.1:" in done.stderr
-    assert "is each of them started" in done.stderr
+    assert "has each been started" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -132,7 +132,7 @@ def test_sigterm_ends_a_process_that_has_joined():
         (["--distributed", "--processes", "2", "--process", "2"], "--process must be from 0 to 1, not 2"),
         (["--distributed", "--join-timeout", "0"], "--join-timeout must be 1 second or more, not 0"),
         (["--processes", "2", "--process", "0"], "--coordinator, --processes and --process belong to --distributed"),
-        (["--distributed"], "Where JAX detects none, say --processes and --process"),
+        (["--distributed"], "Where JAX detects none, give --processes, --process and --coordinator"),
         (["--mesh", "tensor=8"], "tensor=8 does not divide n_heads=2"),
     ],
 )

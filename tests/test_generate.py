@@ -361,7 +361,7 @@ def test_integers_of_any_kind_are_ids(tiny):
     ("options", "message"),
     [
         ({"sampler": TopK(5)}, r"TopK\(k=5\) draws at random and needs a key"),
-        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one a prompt \(2\), not keys of shape \[3\]"),
+        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per prompt \(2\), not keys of shape \[3\]"),
         ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
         ({"stop_ids": 5}, "stop_ids must be a list of ids, not 5"),
         ({"stop_ids": [1.5]}, r"stop_ids\[0\] is 1.5"),

@@ -153,7 +153,7 @@ def test_a_file_that_is_no_kernel_is_not_used(no_cache):
     path = kernel.path()
     path.parent.mkdir(parents=True)
     path.write_bytes(b"not a library")
-    with pytest.warns(UserWarning, match="does not load, XLA does its work: .* Run jaxgpt build-kernel"):
+    with pytest.warns(UserWarning, match="does not load, so XLA is used instead: .* Run jaxgpt build-kernel"):
         assert not kernel.available()
 
 

@@ -439,7 +439,7 @@ def test_runs_that_do_not_tell_their_tokens_are_drawn_against_steps(tmp_path):
         [write_run(tmp_path / "a", metrics(1, 2)), write_run(tmp_path / "b", metrics(1), batch=None)]
     )
     assert "steps" in texts(curves.draw(runs))
-    with pytest.raises(ConfigError, match=r"b has no run\.json that says how many tokens a step has"):
+    with pytest.raises(ConfigError, match=r"b has no run\.json that says how many tokens it reads per step"):
         curves.draw(runs, "tokens")
     with pytest.raises(ConfigError, match="x must be one of tokens, steps, not 'epochs'"):
         curves.draw(runs, "epochs")

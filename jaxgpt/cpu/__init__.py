@@ -1,4 +1,4 @@
-"""Forms of the model's arithmetic that run well on a CPU. What other rooms may use of it is in `__init__.pyi`."""
+"""Forms of the model's arithmetic that run well on a CPU. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

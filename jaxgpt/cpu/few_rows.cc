@@ -1,8 +1,8 @@
-// y = x W^T for 1 to 8 rows of x: W is read once, in the type it is stored in, by all of XLA's threads.
+// y = x W^T for 1 to 8 rows of x: all of XLA's threads together read W once, in the type it is stored in.
 //
-// Such a product takes as long as reading W takes. What XLA makes of it converts W in narrower vectors, and with
-// several rows of x runs as a general matrix product; here the reading is all there is to wait for, and each cache line
-// of W is asked for well before it is needed. kernel.py builds and loads this file.
+// Such a product takes as long as reading W. XLA's code for it converts W in narrower vectors and, with several rows of
+// x, runs as a general matrix product; here reading W is the only cost, and each of its cache lines is prefetched well
+// before it is needed. kernel.py builds and loads this file.
 
 #include <algorithm>
 #include <atomic>
@@ -21,9 +21,9 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kLanes = 16, kLine = 64;  // floats a vector; bytes a cache line
-constexpr int64_t kAhead = 4096;            // bytes; 2048 to 8192 measured alike
-constexpr int64_t kBlock = 2 << 20;         // bytes of W that a thread takes at a time, at most
+constexpr int64_t kLanes = 16, kLine = 64;  // floats per vector; bytes per cache line
+constexpr int64_t kAhead = 4096;            // bytes; 2048 to 8192 measured the same
+constexpr int64_t kBlock = 2 << 20;         // most bytes of W that a thread takes at a time
 
 template <typename T, int64_t N = kLanes>
 using Vector [[gnu::vector_size(sizeof(T) * N)]] = T;
@@ -48,7 +48,7 @@ inline Floats Load(const BF16* p) {
 }
 #else
 inline Floats Load(const int8_t* p) {
-  // Doubling the width step by step: GCC makes scalar code of one conversion over more.
+  // Doubles the width step by step: GCC makes scalar code of a single wider conversion.
   const auto wide = __builtin_convertvector(Read<Vector<int8_t>>(p), Vector<int16_t>);
   return __builtin_convertvector(__builtin_convertvector(wide, Vector<int32_t>), Floats);
 }
@@ -68,7 +68,7 @@ inline float Value(BF16 w) {
 template <int B, int R, typename W>
 void Tile(const float* x, const W* w, float* y, int64_t D, int64_t O) {
   constexpr int64_t kPerLine = kLine / sizeof(W);
-  // One sum for each vector of a line where there is room for it: an addition takes longer than a load.
+  // One sum per vector of a line if there is room for it: an addition takes longer than a load.
   constexpr int64_t kSums = B * R == 1 ? kPerLine / kLanes : 1;
   Floats sums[B][R][kSums] = {};
   int64_t d = 0;
@@ -117,8 +117,8 @@ void Block(int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O
   }
 }
 
-// Calls work(i) for i in [0, n) from this thread and those of the pool that are free. A pool thread that comes late
-// finds nothing left, so this never waits for one that has not begun: every caller may itself be on the pool.
+// Calls work(i) for i in [0, n) from this thread and the free threads of the pool. A pool thread that starts late
+// finds nothing left, so this never waits for one that has not started: every caller may itself run on the pool.
 template <typename Work>
 void Share(ffi::ThreadPool& pool, int64_t n, const Work& work) {
   struct Progress {
@@ -136,7 +136,7 @@ void Share(ffi::ThreadPool& pool, int64_t n, const Work& work) {
 
 template <typename W>
 void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
-  // The longer the stretch, the faster it is read; but every thread should have some.
+  // Longer stretches are read faster, but every thread should get some.
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), share = (O + threads - 1) / threads;
   const int64_t rows = std::max<int64_t>(8, std::min(kBlock / (D * int64_t{sizeof(W)}), share) / 8 * 8);
   Share(pool, (O + rows - 1) / rows,

@@ -1,5 +1,5 @@
-"""The optional C++ kernel for products of few rows, `few_rows.cc`: built once, by `jaxgpt build-kernel`, into the
-user's cache, and used from then on by what `jaxgpt.prepare` returns. Without it, XLA does the same products."""
+"""The optional C++ kernel for products of few rows, `few_rows.cc`: `jaxgpt build-kernel` builds it once, into the
+user's cache, and the models that `jaxgpt.prepare` returns then use it. Without it, XLA computes the same products."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from jaxgpt.errors import KernelError
 SOURCE = Path(__file__).with_name("few_rows.cc")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-shared", "-fPIC", "-w")
 MOST_ROWS = 8
-# Set to 0 to leave a kernel that was built unused.
+# Set to 0 to disable a kernel that was built.
 VARIABLE = "JAXGPT_KERNEL"
 TARGET = "jaxgpt_few_rows"
 DIRECTORY = "kernel"  # in the user's cache
@@ -34,16 +34,16 @@ DIRECTORY = "kernel"  # in the user's cache
 def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
     """x W^T in float32, [R, O], for a float32 x of 1 to `MOST_ROWS` rows and W in float32, bfloat16 or int8.
 
-    Sums are float32. Only on a CPU, where `available()`; no gradient.
+    Sums are float32. Works only on a CPU and if `available()`; has no gradient.
     """
     result = jax.ShapeDtypeStruct((x_RxD.shape[0], weight_OxD.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(x_RxD, weight_OxD)
 
 
 def available() -> bool:
-    """Whether the kernel is built for this source, jaxlib and processor, and loads. Makes nothing.
+    """Whether the kernel is built for this source, jaxlib and processor, and loads. Builds nothing.
 
-    Warns of one that is there and cannot be used.
+    Warns if there is one that cannot be used.
     """
     if os.environ.get(VARIABLE) == "0":
         return False
@@ -59,11 +59,11 @@ def built() -> Path | None:
     """The kernel's file, if there is one.
 
     Raises:
-        OSError: if others could have written it, or it cannot be looked at.
+        OSError: if other users could have written it, or it cannot be inspected.
     """
     try:
         file = path()
-    except RuntimeError:  # no home
+    except RuntimeError:  # no home directory
         return None
     if not file.is_file():
         return None
@@ -73,13 +73,13 @@ def built() -> Path | None:
 
 
 def build() -> Path:
-    """Compiles the kernel with $CXX, c++, g++ or clang++, checks it in a process of its own, and keeps it.
+    """Compiles the kernel with $CXX, c++, g++ or clang++, checks it in a separate process, and keeps it.
 
     Returns:
-        The file that was made.
+        The kernel's file.
 
     Raises:
-        KernelError: if there is no compiler, it fails, or the kernel computes something else than XLA.
+        KernelError: if there is no compiler, it fails, or the kernel computes wrong results.
         OSError: if the user's cache cannot be written, or others can write to it.
     """
     compiler = next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
@@ -96,10 +96,10 @@ def build() -> Path:
 
 
 def check_apart(file: Path) -> None:
-    """`check` in a process of its own, because a kernel that was compiled wrongly may end it.
+    """Runs `check` in a separate process, because a miscompiled kernel may crash it.
 
     Raises:
-        KernelError: if it does not load, or computes something else than XLA.
+        KernelError: if the kernel does not load, or computes wrong results.
     """
     _run([sys.executable, "-m", "jaxgpt.cpu.kernel", str(file)], "the kernel is wrong")
 
@@ -117,13 +117,13 @@ def _run(command: list[str], failure: str) -> None:
 
 
 def path() -> Path:
-    """Where the kernel is, or will be: another source, jaxlib or set of flags has another name."""
+    """Where the kernel is or will be. Its name depends on the source, jaxlib and the flags."""
     parts = (SOURCE.read_text(encoding="utf-8"), jaxlib.__version__, *FLAGS)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return startup.cache_directory(DIRECTORY) / f"few_rows-{digest}.so"
 
 
-# JAX takes a kernel's name once a process.
+# JAX accepts a kernel's name only once per process.
 _loaded: set[Path] = set()
 
 
@@ -134,14 +134,14 @@ def _load(path: Path) -> bool:
         handler = ctypes.CDLL(str(path)).JaxgptFewRows
         jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
     except (OSError, AttributeError) as error:
-        warnings.warn(f"{path} does not load, XLA does its work: {error}. Run jaxgpt build-kernel.", stacklevel=3)
+        warnings.warn(f"{path} does not load, so XLA is used instead: {error}. Run jaxgpt build-kernel.", stacklevel=3)
         return False
     _loaded.add(path)
     return True
 
 
 def check(file: Path) -> None:
-    """Loads a kernel and compares it with float64, over its numbers of rows, types and odd sizes.
+    """Loads a kernel and compares it with float64, for all its numbers of rows and dtypes, and for odd sizes.
 
     Raises:
         KernelError: if they differ.
@@ -153,13 +153,13 @@ def check(file: Path) -> None:
     rng = np.random.default_rng(0)
     for rows in range(1, MOST_ROWS + 1):
         for inner, outer in ((7, 1), (100, 33), (768, 50), (3072, 700)):
-            for kind in ("float32", "bfloat16", "int8"):
+            for dtype in ("float32", "bfloat16", "int8"):
                 x = rng.normal(size=(rows, inner)).astype(np.float32)
-                weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(kind))
+                weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(dtype))
                 want = x.astype(np.float64) @ weight.astype(np.float64).T
                 error = np.abs(np.asarray(few_rows(jnp.asarray(x), jnp.asarray(weight))) - want).max()
                 if not error < 1e-5 * np.abs(want).max():
-                    raise KernelError(f"{rows} rows by [{outer}, {inner}] {kind}: off by {error}")
+                    raise KernelError(f"{rows} rows by [{outer}, {inner}] {dtype}: off by {error}")
 
 
 if __name__ == "__main__":

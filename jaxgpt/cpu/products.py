@@ -1,5 +1,5 @@
-"""Forms of the model's arithmetic that XLA runs well on a CPU, found by measuring. Each computes what the plain form
-beside its caller does, and stands in for it where `lax.platform_dependent` is lowered for a CPU.
+"""Forms of the model's arithmetic that XLA runs well on a CPU, found by measuring. Each computes the same as the plain
+form next to its caller, and replaces it where `lax.platform_dependent` is lowered for a CPU.
 
 Sizes: B batch, T queries, D inputs, O outputs, R rows, V vocabulary.
 """
@@ -17,19 +17,19 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 from jaxgpt.cpu import kernel
 
-# Most rows of x for which reading an int8 weight costs more than the arithmetic does.
+# Largest number of rows of x for which reading an int8 weight costs more than the arithmetic.
 FEW_ROWS = 64
 
 Product = Callable[[Array, Array], Array]
 
 
 def few_rows_product(rows: int, weight_OxD: Array, dtype: str, native_kernel: bool) -> Product | None:
-    """A form of x W^T (x [B, T, D], W [O, D], the result [B, T, O]) for so few rows of x that reading W is the cost;
-    None where there are more.
+    """A form of x W^T (x [B, T, D], W [O, D], the result [B, T, O]) for so few rows of x that reading W dominates the
+    cost; None if there are more.
 
-    All of them read W once, in the type it is stored in. With `native_kernel` it is `jaxgpt.cpu.kernel`'s, which has no
-    gradient, and which takes W as it is: not in float32 to be rounded. The others are XLA's; of an int8 W, 2 to
-    `FEW_ROWS` rows of x are rounded to 15 bits, and have no gradient.
+    All forms read W once, in the dtype it is stored in. With `native_kernel` the form is that of `jaxgpt.cpu.kernel`,
+    which has no gradient and does not round W, so it is not used for a float32 W that `dtype` would round. The others
+    run in XLA; with an int8 W, 2 to `FEW_ROWS` rows of x are rounded to 15 bits and have no gradient.
     """
     exact = weight_OxD.dtype != jnp.float32 or dtype == "float32"
     if native_kernel and rows <= kernel.MOST_ROWS and exact:
@@ -42,9 +42,9 @@ def few_rows_product(rows: int, weight_OxD: Array, dtype: str, native_kernel: bo
 
 
 def _one_row(x_1x1xD: Array, weight_OxD: Array, dtype: str) -> Array:
-    """x W^T for a single row. Written so, XLA on CPU makes one loop over W that converts it on the way. Called,
-    and not inlined, because otherwise it fuses the neighbours into that loop, computing them for every output, and
-    moves the conversion of W out of the loop over tokens."""
+    """x W^T for a single row. From this form XLA on CPU makes one loop over W that converts it on the way. The product
+    is a call that is not inlined, because otherwise XLA fuses neighbouring operations into that loop, computing them
+    for every output, and moves the conversion of W out of the loop over tokens."""
 
     @jax.jit
     def product(x_1xD: Array, weight_OxD: Array) -> Array:
@@ -62,13 +62,13 @@ def _native(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
 
 
 def _in_integers(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Array:
-    """x W^T for an int8 W: each row of x as two int8 digits, 15 bits in all, on a scale of its own.
+    """x W^T for an int8 W: each row of x as two int8 digits, 15 bits in all, with its own scale.
 
-    x = s (h + l / 254), with h the nearest integer to x / s and l that to 254 times what h leaves.
+    x = s (h + l / 254), where h is the integer nearest to x / s, and l the one nearest to 254 (x / s - h).
     """
     x_BxTxD = lax.stop_gradient(_rounded(x_BxTxD, dtype))
     largest = jnp.max(jnp.abs(x_BxTxD), axis=-1, keepdims=True)
-    steps = jnp.where(largest == 0, 1, largest) / 127  # NaN and infinity reach the result through it
+    steps = jnp.where(largest == 0, 1, largest) / 127  # NaN and infinity reach the result through this
     high = jnp.round(x_BxTxD / steps)
     low = jnp.round(254 * (x_BxTxD / steps - high))
     digits_2xBxTxD = jnp.stack([high, low]).astype(jnp.int8)
@@ -84,15 +84,15 @@ def _rounded(x: Array, dtype: str) -> Array:
 
 
 def laid_out(x: Array, indices: str, wanted: str) -> Array:
-    """x with its axes in another order, in memory too; `indices` name them as in an einsum. XLA would fold a mere
-    transpose back into the product that reads it, and a bfloat16 product with the summed axes first, as a weight's
-    gradient has them, runs at 40 % of its speed."""
+    """x with its axes reordered from `indices` to `wanted` (as in an einsum), in memory too. XLA would fold a plain
+    transpose back into the product that reads it, and a bfloat16 product whose summed axes come first, as in a weight's
+    gradient, runs at 40 % of its speed."""
     x = jnp.einsum(f"{indices}->{wanted}", x)
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def logsumexp(logits_xV: Array) -> Array:
-    """log sum exp over the last axis, a few rows at a time: XLA on CPU takes the exponentials of a long sum in one
+    """log sum exp over the last axis, a few rows at a time: XLA on CPU computes the exponentials of a long sum in one
     thread."""
     *lead, V = logits_xV.shape
     row = functools.partial(jax.nn.logsumexp, axis=-1)

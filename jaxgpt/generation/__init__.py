@@ -1,4 +1,4 @@
-"""From a prompt to its continuation. What other rooms may use of it is in `__init__.pyi`."""
+"""Generation: from a prompt to its continuation. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

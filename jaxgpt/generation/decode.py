@@ -1,4 +1,4 @@
-"""Decoding on the device: one prefill, then a scan of single-token steps. Pure functions of fixed shapes.
+"""Decoding on the device: one prefill, then a scan of single-token steps. Pure functions with fixed shapes.
 
 `jaxgpt.generate` drives these from the host. `scan_generate` is the whole generator as one pure function, for
 `jax.jit`, `jax.export` or a larger program.
@@ -23,12 +23,12 @@ from jaxgpt.parallel import replicate
 
 @struct.dataclass
 class DecodeState:
-    """A generation between two tokens.
+    """The state of a generation between two tokens.
 
     Attributes:
-        memory: what the model has read: a key/value cache, or the last C ids once a row is that long.
-        token_B: the last id drawn, not yet read.
-        drawn: ids drawn so far a row, int32.
+        memory: what the model has read: a key/value cache, or the last C ids once a row is as long as the context.
+        token_B: the last id drawn, which the model has not read yet.
+        drawn: ids drawn so far per row, int32.
         done_B: whether the row has drawn a stop id.
         broken_B: number of the first draw whose logits were not finite, or -1.
     """
@@ -59,19 +59,19 @@ def prefill(
     Args:
         model: the model; static.
         params: its parameters.
-        ids_BxT: row b's prompt ends at column `length`; what stands left and right of it is ignored.
+        ids_BxT: row b's prompt ends at column `length` - 1; ids to its left and right are ignored.
         lengths_B: ids in each prompt.
         length: the largest of them.
-        key: one key, of which row b takes fold_in(key, b); or one key a row, [B]; or None.
+        key: one key, from which row b uses fold_in(key, b); or one key per row, [B]; or None.
         stop_ids: ids that end a row, [any number].
-        slots: size of the cache; at least T.
+        slots: size of the cache, at least T; static.
         sampler: how ids are drawn; static.
-        cache_dtype: type of the cache; None for `Cache.empty`'s default.
+        cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
     """
     B = ids_BxT.shape[0]
     cache: Any = Cache.empty(model.config, model.compute, start_B=length - lengths_B, slots=slots, dtype=cache_dtype)
     x_BxTxD, cache = model.apply({"params": params}, ids_BxT, cache=cache, method="features")
-    # Slots from `length` on hold the padding's keys: masked until a real token's replace them.
+    # Slots from `length` on hold keys of padding, which are masked until those of real tokens replace them.
     cache = dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
     x_Bx1xD = lax.dynamic_slice_in_dim(x_BxTxD, length - 1, 1, axis=1)
     state = DecodeState(
@@ -96,10 +96,10 @@ def decode_tokens(
     chunk: int,
     sampler: Sampler,
 ) -> tuple[DecodeState, Array]:
-    """Draws up to `steps` more ids a row, fewer if every row is done first; `chunk` at most, and that is static.
+    """Draws `steps` more ids per row, at most `chunk` (which is static), or fewer if all rows are done first.
 
     Returns:
-        (state, ids_BxN): N is `chunk`; how many columns count is the growth of `state.drawn`.
+        (state, ids_BxN): N is `chunk`; only the first columns count, as many as `state.drawn` has grown by.
     """
     keys_B = _row_keys(key, state.token_B.shape[0])
 
@@ -125,7 +125,7 @@ def decode_tokens(
 
 @functools.partial(jax.jit, static_argnames=("slots",))
 def grow(state: DecodeState, slots: int) -> DecodeState:
-    """The same state with a cache of `slots` slots, at least as many as it has."""
+    """The same state with its cache enlarged to `slots` slots, at least as many as it has."""
 
     def pad(kept: Array) -> Array:
         return jnp.pad(kept, [(0, 0)] * (kept.ndim - 2) + [(0, slots - kept.shape[-2]), (0, 0)])
@@ -144,18 +144,18 @@ def scan_generate(
     sampler: Sampler | None = None,
     key: Array | None = None,
 ) -> Array:
-    """The generator as one pure function: `jax.jit`, `jax.export` or a larger program can hold it.
+    """The whole generator as one pure function, for `jax.jit`, `jax.export` or a larger program.
 
-    It draws what `jaxgpt.generate` draws, past the context too, for prompts of one length and without stop ids.
-    It checks nothing: ids outside the vocabulary and parameters that are not finite are the caller's error.
+    For prompts of equal length and without stop ids it draws what `jaxgpt.generate` draws, past the context too.
+    It checks nothing: the caller must make sure that ids are in the vocabulary and parameters are finite.
 
     Args:
         model: the model; static.
         params: its parameters.
         ids_BxT: prompts, integers.
-        max_new_tokens: ids to draw a row, 1 or more; static.
+        max_new_tokens: ids to draw per row, 1 or more; static.
         sampler: how ids are drawn; default `Greedy()`.
-        key: one key, of which row b takes fold_in(key, b); or one key a row, [B].
+        key: one key, from which row b uses fold_in(key, b); or one key per row, [B].
 
     Returns:
         ids_BxN: the new ids only.
@@ -201,7 +201,7 @@ def _draw(model, params, state: DecodeState, x_Bx1xD, keys_B, stop_ids, sampler:
 
 
 def _row_keys(key: Array | None, B: int) -> Array | None:
-    """A key a row: its own, so that a row's draws do not depend on its neighbours."""
+    """One key per row, so that a row's draws do not depend on the other rows."""
     if key is None:
         return None
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey

@@ -1,4 +1,4 @@
-"""The form of a model's parameters that decodes fastest."""
+"""Conversion of a model to the form that decodes fastest."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from jaxgpt.parallel import sharding
 
 
 def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any]:
-    """A model and its parameters in the form that `generate` decodes with fastest, in `dtype`.
+    """Converts a model and its parameters to the form that `generate` decodes fastest, in `dtype`.
 
-    Layers come apart (`scan_layers=False`): a scan copies the stacked cache for every token. Matrices are [out, in]
-    already, which is how one token's products read them. Where `jaxgpt build-kernel` has been run, products of few
-    rows use what it built (`native_kernel=True`). What is in that form already is returned as it is.
+    Layers are unstacked (`scan_layers=False`), because a scan copies the stacked cache for every token. Matrices are
+    already [out, in], the order in which one token's products read them. If `jaxgpt build-kernel` has been run,
+    products of few rows use its kernel (`native_kernel=True`). What is already in that form is returned unchanged.
 
     Args:
         model: the model.
         params: its parameters; not modified.
-        dtype: "float32", "bfloat16" (parameters and the operands of products), or "int8" (matrices;
-            operands stay in `model.compute.dtype`); default: as they are.
+        dtype: "float32" or "bfloat16" (parameters and operands of matrix products), or "int8" (matrices only;
+            operands stay in `model.compute.dtype`); default: unchanged.
 
     Raises:
         ConfigError: for another dtype.

@@ -1,5 +1,5 @@
-"""Checks of what a caller gives the generator: on the host, before any compute, because on device a bad id gives
-neither an error nor a stop, but NaN or another row's numbers."""
+"""Checks of the generator's arguments, on the host before any compute: on device a bad id raises no error but gives
+NaN or another row's numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jaxgpt.generation.sampling import Sampler
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
-    """The prompts as int32 arrays, one a row.
+    """The prompts as int32 arrays, one per row.
 
     Raises:
         ValueError: naming the first id that is not an integer from 0 to `vocab_size` - 1, or the empty prompt.
@@ -42,9 +42,9 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
 
 
 def check_key(sampler: Sampler, key: jax.Array | None, batch: int) -> None:
-    """A ValueError unless `key` is what a sampler that draws needs: one key, or an array of `batch`."""
+    """Raises ValueError unless `key` is what a random sampler needs: one key, or an array of `batch` keys."""
     if key is None:
         raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed)")
     ndim = key.ndim - (not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key))
     if ndim > 1 or (ndim == 1 and len(key) != batch):
-        raise ValueError(f"key must be one key or one a prompt ({batch}), not keys of shape {list(key.shape)}")
+        raise ValueError(f"key must be one key or one per prompt ({batch}), not keys of shape {list(key.shape)}")

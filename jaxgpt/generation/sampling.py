@@ -1,5 +1,5 @@
-"""Samplers: from logits to a token id. Tiny frozen dataclasses, hashable, so a compiled loop can be specialised
-for one.
+"""Samplers: from logits to a token id. They are small frozen dataclasses, hashable so that a compiled loop can be
+specialised for one.
 
     Greedy()
     Temperature(0.8)
@@ -23,16 +23,16 @@ from jax import Array, lax
 
 from jaxgpt.checks import short_repr
 
-# Finite, as every mask here, so that no arithmetic on it gives NaN.
+# Finite, like every mask here, so that arithmetic with it never gives NaN.
 REMOVED = -1e30
 
 
 class Sampler:
-    """Draws an id from softmax(filter(logits)). A subclass says what its `filter` does to the logits."""
+    """Draws an id from softmax(filter(logits)). Subclasses define what `filter` does to the logits."""
 
     @property
     def draws(self) -> bool:
-        """Whether the result is random: if so a key is needed, if not it is the arg-max."""
+        """Whether the result is random and needs a key; if not, it is the arg-max."""
         return True
 
     def filter(self, logits: Array) -> Array:
@@ -41,9 +41,9 @@ class Sampler:
         return logits
 
     def __call__(self, logits: Array, key: Array | None = None) -> Array:
-        """Ids [B] from logits [B, V] and keys [B], each row by its own; or one id from logits [V] and a key.
+        """Ids [B] from logits [B, V] and one key per row, [B]; or one id from logits [V] and a key.
 
-        Equal largest logits: the arg-max is the lowest id.
+        Of several equal largest logits, the arg-max is the lowest id.
         """
         logits = logits.astype(jnp.float32)
         if not self.draws:
@@ -59,7 +59,7 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Chain(Sampler):
-    """Filters applied one after the other; normally written with `|`."""
+    """Filters applied from left to right; usually written with `|`."""
 
     parts: tuple[Sampler, ...]
 
@@ -75,7 +75,7 @@ class Chain(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class Greedy(Sampler):
-    """The likeliest id; the lowest of equals."""
+    """Picks the likeliest id; of equals, the lowest."""
 
     @property
     def draws(self) -> bool:
@@ -84,7 +84,7 @@ class Greedy(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class Temperature(Sampler):
-    """Divides logits by `value`: below 1 sharper, above 1 flatter. 0 is greedy.
+    """Divides logits by `value`: below 1 sharpens the distribution, above 1 flattens it. 0 is greedy.
 
     Raises:
         ValueError: if `value` is negative, NaN or infinite.
@@ -100,7 +100,7 @@ class Temperature(Sampler):
         return self.value > 0
 
     def filter(self, logits: Array) -> Array:
-        # Relative to the largest, and with bounds, a tiny temperature neither overflows nor divides by zero.
+        # Relative to the largest logit and bounded, so that a tiny temperature neither overflows nor divides by zero.
         scale = min(1 / float(self.value), 1e30) if self.draws else 1e30
         relative = logits - jnp.max(logits, axis=-1, keepdims=True)
         return jnp.maximum(relative * scale, REMOVED)
@@ -108,7 +108,7 @@ class Temperature(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class TopK(Sampler):
-    """Keeps the `k` likeliest ids, and any that equal the k-th. More than V means all.
+    """Keeps the `k` likeliest ids, and any as likely as the k-th. A `k` above V keeps all.
 
     Source: Fan et al. 2018.
 
@@ -130,7 +130,7 @@ class TopK(Sampler):
 
 @dataclasses.dataclass(frozen=True)
 class TopP(Sampler):
-    """Keeps the nucleus: the fewest likeliest ids with total probability of at least `p`, and any that equal
+    """Keeps the nucleus: the fewest likeliest ids with a total probability of at least `p`, and any as likely as
     the least likely of them.
 
     Source: Holtzman et al. 2020.
@@ -181,11 +181,11 @@ class MinP(Sampler):
 def from_options(
     temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
 ) -> Sampler:
-    """The sampler for options named as transformers names them, applied in its order: temperature, top_k, top_p,
-    min_p. `None` leaves one out; temperature 0 is greedy.
+    """Builds a sampler from options named as in transformers and applied in its order: temperature, top_k, top_p,
+    min_p. `None` skips an option; temperature 0 is greedy.
 
     Raises:
-        ValueError: naming the option that is out of its range.
+        ValueError: naming the option that is out of range.
     """
     sampler: Sampler = Temperature(temperature)
     options: tuple[tuple[Any, Any], ...] = ((TopK, top_k), (TopP, top_p), (MinP, min_p))
@@ -201,7 +201,7 @@ def _keep_likeliest(logits: Array, enough: Callable[[Array], Array]) -> Array:
     The threshold is found exactly, bit by bit, in 32 passes: sorting the vocabulary takes much longer, and so does
     `lax.top_k`.
     """
-    logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 is another pattern of bits, and an equal number
+    logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 equals 0.0 but has other bits
     bits = lax.bitcast_convert_type(logits, jnp.int32)
     # Floats are ordered as sign and magnitude; this orders them as unsigned integers.
     order = lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
@@ -218,7 +218,7 @@ def _check_number(name: str, value: float, expected: str, good: Callable[[float]
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
         fits = number and math.isfinite(value) and good(value)
-    except OverflowError:  # an integer that no float can hold
+    except OverflowError:  # an integer too large for a float
         fits = False
     if not fits:
         raise ValueError(f"{name} must be {expected}, not {short_repr(value)}")

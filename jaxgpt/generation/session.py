@@ -1,4 +1,4 @@
-"""Text generation: checks on the host, buckets of shapes, and one loop over `jaxgpt.generation.decode`."""
+"""Text generation: checks on the host, shape buckets, and one loop over `jaxgpt.generation.decode`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jaxgpt.generation.sampling import Greedy, Sampler
 from jaxgpt.model import GPT, RecentTokens
 from jaxgpt.parallel import to_device
 
-# Shapes are rounded up to powers of two from these on, so that lengths in one bucket share a compilation.
+# Shapes are rounded up to powers of two, at least these, so that lengths in one bucket share a compilation.
 PROMPT_BUCKET = 16
 CACHE_BUCKET = 64
-# New tokens that the first cache has room for; where more come it grows, to four times its slots and so on, so that
-# a short answer does not pay for the longest one that was allowed.
+# New tokens that the first cache has room for. When it is full it grows to four times its slots, so that a short
+# answer does not pay for the longest one allowed.
 FIRST_NEW_TOKENS = 192
-# Tokens between two looks at the result by the host.
+# Tokens drawn before the host reads the result.
 CHUNK = 32
 
 
@@ -33,11 +33,11 @@ class GenerationResult:
     """What `generate` returns.
 
     Attributes:
-        tokens: one int32 array a row: the prompt, then the new ids, ending with the stop id if one was drawn.
+        tokens: one int32 array per row: the prompt, then the new ids, ending with the stop id if one was drawn.
         prompt_lengths: ids in each row's prompt.
         seconds: time taken, compilation included.
-        tokens_per_second: ids drawn a second, all rows together, measured where nothing was compiled; `None` for a
-            text too short to tell.
+        tokens_per_second: ids drawn per second over all rows, measured where nothing was compiled; `None` if the text
+            is too short to measure.
     """
 
     tokens: list[np.ndarray]
@@ -65,30 +65,30 @@ def generate(
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
 
-    Each row gets what it would get alone, whatever the other rows are. Compiles once per model, batch size,
-    sampler and bucket of lengths (powers of two). A model with `scan_layers` is unstacked in each call: `prepare` it
-    once instead.
+    Each row gets the ids it would get alone, whatever the other rows are. Compiles once per model, batch size,
+    sampler and bucket of lengths (powers of two). A model with `scan_layers` is unstacked in every call; `prepare` it
+    once to avoid that.
 
-    Past the context the result is the reference generator's: each id is drawn from the last `context_length`
-    ids alone, at positions from 0. No cache can serve that (see `RecentTokens` in `model/cache.py`), so from there on
+    Past the context the result is that of the reference generator: each id is drawn from the last `context_length`
+    ids alone, at positions from 0. No cache can do that (see `RecentTokens` in `model/cache.py`), so from there on
     every token costs a forward pass over the whole context.
 
     Args:
         model: the model.
         params: its parameters; not modified, not donated.
         prompts: integers [B, T], or a list of lists of ids, of any lengths.
-        max_new_tokens: most ids to add to a row; 0 returns the prompts.
-        sampler: how ids are drawn, `jaxgpt.generation.sampling`; default `Greedy()`.
-        key: for a sampler that draws: one key, of which row b takes fold_in(key, b), or an array of one key a
-            row. The n-th new id of a row takes fold_in(row's key, n).
+        max_new_tokens: maximum ids to add per row; 0 returns the prompts.
+        sampler: how ids are drawn (`jaxgpt.generation.sampling`); default `Greedy()`.
+        key: for a random sampler: one key, from which row b uses fold_in(key, b), or an array with one key per
+            row. The n-th new id of a row uses fold_in(row's key, n).
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
-        cache_dtype: type of the key/value cache, "float32" or "bfloat16"; default the model's compute type, but
+        cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
 
     Raises:
         ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
-            empty prompt; for arguments out of their range; for a sampler that draws without a key.
+            empty prompt; for arguments out of range; for a random sampler without a key.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
     """
     run = Generation(
@@ -108,7 +108,7 @@ def generate(
 
 
 class Generation:
-    """One generation, checked when made. Iterating draws, and yields each row's new ids as a list of arrays.
+    """One generation, checked on construction. Iterating draws ids and yields each row's new ones as a list of arrays.
 
     The arguments are `generate`'s; `chunk` is the number of tokens drawn between two yields.
     """
@@ -153,7 +153,7 @@ class Generation:
 
     def result(self) -> GenerationResult:
         """What has been drawn so far."""
-        # The first piece of each kind of work may include its compilation.
+        # The first timing of each kind of work may include its compilation.
         seen, steps, seconds = set(), 0, 0.0
         for timing in self._timings:
             if timing.work in seen:
@@ -171,7 +171,7 @@ class Generation:
             return
         C = self.model.config.context_length
         longest = min(C, max(map(len, self.prompts)))
-        # With the prompt read one id is drawn, and one more for each id that the cache still takes.
+        # Reading the prompt draws one id, and each slot that is still free allows one more.
         cached = min(self.max_new_tokens, C - longest + 1)
         started = time.perf_counter()
         slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
@@ -199,7 +199,7 @@ class Generation:
             yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
 
     def _slots(self, needed: int) -> int:
-        """Size of a cache that holds `needed` slots; never less than the padded prompts."""
+        """Size of a cache with at least `needed` slots, never smaller than the padded prompts."""
         C = self.model.config.context_length
         padded = bucket(min(C, max(map(len, self.prompts))), PROMPT_BUCKET, C)
         return max(padded, bucket(needed, CACHE_BUCKET, C))
@@ -222,7 +222,7 @@ class Generation:
         )
 
     def _recent_tokens(self) -> RecentTokens:
-        """The ids read so far: all but the last one drawn."""
+        """The ids read so far: all except the last one drawn."""
         C = self.model.config.context_length
         ids_BxC = np.zeros((len(self.prompts), C), np.int32)
         lengths_B = np.zeros(len(self.prompts), np.int32)
@@ -260,7 +260,7 @@ class Generation:
         return [np.concatenate([prompt, *new]) for prompt, new in zip(self.prompts, self.drawn, strict=True)]
 
     def _padded_stop_ids(self) -> np.ndarray:
-        """The stop ids in a bucket of their own, filled with an id that is never drawn."""
+        """The stop ids, padded to a bucket with an id that is never drawn."""
         padded = np.full(bucket(len(self.stop_ids), 4, 2**31), -1, np.int32)
         padded[: len(self.stop_ids)] = self.stop_ids
         return padded
@@ -268,7 +268,7 @@ class Generation:
 
 @dataclasses.dataclass
 class _Timing:
-    """One piece of work: its kind, the ids it drew a row, when it began and how long it took."""
+    """One piece of work: what it was, the ids it drew per row, when it started and how long it took."""
 
     work: str
     steps: int

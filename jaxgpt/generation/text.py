@@ -11,7 +11,7 @@ from jaxgpt.generation.session import Generation, generate
 from jaxgpt.model import GPT
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
-# Few, so that text appears as it is drawn; more than one, so that the host costs little.
+# Few tokens, so that text appears as it is drawn; more than one, so that the host costs little time.
 STREAM_CHUNK = 4
 
 
@@ -24,18 +24,18 @@ def generate_text(
     stop_ids: Sequence[int] | None = None,
     **options: Any,
 ) -> list[str]:
-    """`generate` from text to text, by the model's own tokenizer.
+    """`generate` from text to text, with the model's tokenizer.
 
     Args:
         model: the model; `model.config.tokenizer` names the tokenizer.
         params: its parameters.
         prompts: one text or several. An empty one starts from end-of-text.
-        max_new_tokens: most ids to add to a text.
+        max_new_tokens: maximum ids to add per text.
         stop_ids: as in `generate`; default: end-of-text.
-        options: `generate`'s.
+        options: passed on to `generate`.
 
     Returns:
-        Each prompt with its continuation, the stop token left out.
+        Each prompt with its continuation, without the stop token.
     """
     tokenizer = get_tokenizer(model.config.tokenizer)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -58,18 +58,18 @@ def stream(
 ) -> Iterator[str]:
     """The text that `generate` would add to one prompt, in pieces as it is drawn.
 
-    A piece never ends inside a character: bytes that do not make one yet wait for the next token.
+    A piece never ends inside a character: bytes of an incomplete one wait for the next token.
 
     Args:
         model: the model; `model.config.tokenizer` names the tokenizer.
         params: its parameters.
         prompt: text, or ids. An empty text starts from end-of-text.
-        max_new_tokens: most ids to draw.
+        max_new_tokens: maximum ids to draw.
         stop_ids: as in `generate`; default: end-of-text. A stop id itself gives no text.
-        options: `generate`'s.
+        options: passed on to `generate`.
 
     Raises:
-        ValueError, FloatingPointError: as `generate` does; bad arguments at the call, before the first piece.
+        ValueError, FloatingPointError: as `generate` does; for bad arguments at the call, before the first piece.
     """
     tokenizer = get_tokenizer(model.config.tokenizer)
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
@@ -80,7 +80,7 @@ def stream(
 
 
 def text_pieces(run: Generation) -> Iterator[str]:
-    """The new text of a run's only row, as it is drawn."""
+    """The new text of a generation with one row, as it is drawn."""
     decoder = StreamDecoder(get_tokenizer(run.model.config.tokenizer))
     for (new,) in run:
         if piece := decoder.feed(without_stop(new, run.stop_ids)):
@@ -95,6 +95,6 @@ def encode_prompt(tokenizer: Any, text: str) -> list[int]:
 
 
 def without_stop(ids: Sequence[int] | np.ndarray, stop_ids: Sequence[int]) -> list[int]:
-    """The ids, less a stop id at their end."""
+    """The ids without a stop id at their end."""
     ids = [int(i) for i in ids]
     return ids[:-1] if ids and ids[-1] in stop_ids else ids

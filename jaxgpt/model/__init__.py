@@ -1,4 +1,4 @@
-"""The book's chapter 4: the GPT, and the arithmetic under it. What other rooms may use of it is in `__init__.pyi`."""
+"""The GPT of the book's chapter 4, and the arithmetic under it. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

@@ -1,9 +1,9 @@
-"""Causal scaled dot-product attention, dense or in a band, forward and backward, without ever holding all [T, T]
-weights. (With dropout, the backward pass keeps its mask, a byte a weight.)
+"""Causal scaled dot-product attention, dense or banded, forward and backward. The [T, T] weights are never held as a
+whole. (With dropout, the backward pass keeps the dropout mask, one byte per weight.)
 
-Source: Vaswani et al. 2017, section 3.2.1; the backward pass, which recomputes the weights
-instead of storing them, is that of Dao et al. 2022 (FlashAttention), section 3; the band is the local part of Child
-et al. 2019 (Sparse Transformer), section 4.3.
+Source: Vaswani et al. 2017, section 3.2.1. The backward pass, which recomputes the weights instead of storing them,
+follows Dao et al. 2022 (FlashAttention), section 3. The band is the local part of Child et al. 2019 (Sparse
+Transformer), section 4.3.
 
 Sizes: B batch, H heads, T queries, S keys, K head_dim.
 """
@@ -22,14 +22,14 @@ from jaxgpt.model.cache import Seen
 from jaxgpt.model.ops import dot, dropout_mask, keep
 from jaxgpt.parallel import is_distributed, platform
 
-# Finite, so that a row with every score masked gives a uniform row and not NaN.
+# Finite, so that a row in which every score is masked becomes uniform rather than NaN.
 MASKED_SCORE = -1e30
-# Scores that a CPU works on at a time: few enough to stay in a core's cache from their product to their use.
+# Scores that a CPU computes at a time: few enough to stay in a core's cache until they are used.
 CPU_SCORES = 3 * 2**16
 
 
 class _Plan(NamedTuple):
-    """What is static about a call."""
+    """The settings that all blocks of one call share."""
 
     dtype: str
     drop_rate: float
@@ -39,7 +39,7 @@ class _Plan(NamedTuple):
     custom_derivatives: bool
 
     def blocks(self, T: int, S: int) -> Iterator[tuple[slice, slice]]:
-        """Each block's queries, and those of the S keys that any of them can see."""
+        """Per block: its queries, and the range of the S keys that any of them can see."""
         for first in range(0, T, self.query_block):
             last = min(T, first + self.query_block)
             keys = slice(0, S)
@@ -60,16 +60,16 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """softmax(q k^T / sqrt(K)) v with causal masking, in float32.
 
-    Query t stands at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
-    with a `window`, only the last `window` of these.
+    Query t is at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
+    with a `window`, only the last `window` of them.
 
     Args:
         q_BxHxTxK: queries.
-        seen: keys and values, and where the queries stand among them.
-        window: width of the band, from 1: slots that a query sees, itself included; None for no band.
-        banded: whether the window counts. An array where a scan takes dense and banded layers in turn.
-        return_weights: whether to return the whole weights too; costs their memory.
-        options: of `blocked`: dropout, block sizes, derivatives.
+        seen: keys and values, and the slots at which queries and rows start.
+        window: width of the band, at least 1: the slots that a query sees, including its own; None for no band.
+        banded: whether `window` applies; an array where a scan alternates dense and banded layers.
+        return_weights: whether to also return all weights, at the cost of their memory.
+        options: passed on to `blocked`: dropout, block sizes, derivatives.
 
     Returns:
         (context [B, H, T, K], weights [B, H, T, S] or None).
@@ -81,14 +81,14 @@ def attend(
 
     if isinstance(banded, bool):
         return form(window if banded else None)
-    # One of two static patterns, not one mask that depends on data: so the band's blocks still skip what they
-    # cannot see, and a scan still compiles each pattern once whatever the depth. (Without rematerialisation
-    # the backward pass keeps room for what either of them keeps: about a tenth more memory.)
+    # Two static patterns rather than one data-dependent mask: the band's blocks still skip what they cannot see, and
+    # a scan still compiles each pattern only once, whatever the depth. (Without rematerialisation the backward pass
+    # reserves memory for the residuals of both: about a tenth more.)
     return lax.cond(banded, lambda: form(window), lambda: form(None))
 
 
 def attention_weights(q_BxHxTxK: Array, seen: Seen, window: int | None) -> Array:
-    """softmax(q k^T / sqrt(K)), whole: [B, H, T, S]."""
+    """All weights, softmax(q k^T / sqrt(K)): [B, H, T, S]."""
     B, _, T, K = q_BxHxTxK.shape
     start_B = jnp.zeros(B, jnp.int32) if seen.start_B is None else seen.start_B
     visible = _visible(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start_B, window)
@@ -106,21 +106,22 @@ def blocked(
     group_scores: int | None = None,
     custom_derivatives: bool = True,
 ) -> Array:
-    """`attend`'s context, block by block. Where `seen.query_slot` is a Python int, queries are taken in blocks of
-    `query_block`, each against only the keys it can see, so most of what is masked is never
-    computed: a band costs T (window + query_block) scores, not T^2 / 2. And rows and heads are taken in groups, one
-    after another, so small that a block's scores stay in a core's cache.
+    """Computes `attend`'s context block by block.
+
+    Where `seen.query_slot` is a Python int, each block of `query_block` queries only meets the keys that it can see, so
+    most masked scores are never computed: a band costs T (window + query_block) scores, not T^2 / 2. Rows and heads are
+    processed in groups, one after another, small enough that a block's scores stay in a core's cache.
 
     Args:
         q_BxHxTxK: queries.
-        seen: keys, values, and where the queries stand among them.
+        seen: keys and values, and the slots at which queries and rows start.
         window: width of the band, or None.
         drop_rate: dropout on the attention weights.
         dropout_key: its key; None for no dropout.
-        query_block: queries per block; default a quarter of T, but from 64 to 128.
-        group_scores: most scores per group and block; default `CPU_SCORES` on one CPU, and elsewhere no limit.
-        custom_derivatives: whether the backward pass recomputes the weights; if not, the derivatives are JAX's own, in
-            forward mode too.
+        query_block: queries per block; default: a quarter of T, but at least 64 and at most 128.
+        group_scores: maximum scores per group and block; default: `CPU_SCORES` on one CPU, no limit elsewhere.
+        custom_derivatives: whether the backward pass recomputes the weights; if not, JAX's own derivatives are used,
+            which also support forward mode.
     """
     k_BxHxSxK, v_BxHxSxK, query_slot, start_B, dtype = seen
     B, H, T, K = q_BxHxTxK.shape
@@ -130,7 +131,7 @@ def blocked(
     if window is not None and window >= S:
         window = None  # everything is in the band
     if not isinstance(query_slot, int):
-        # While decoding T is small: there is nothing to divide. But of a long cache, only the band is read.
+        # T is small while decoding: there is nothing to split. But only the band of a long cache is read.
         if window is not None and (width := window + T - 1) < S:
             first = jnp.maximum(query_slot + 1 - window, 0)
             k_BxHxSxK, v_BxHxSxK = (lax.dynamic_slice_in_dim(x, first, width, 2) for x in (k_BxHxSxK, v_BxHxSxK))
@@ -140,13 +141,13 @@ def blocked(
     query_block = min(T, query_block or min(128, max(64, T // 4)))
     widest = S if window is None else min(S, window + query_block - 1)
     if group_scores is None:
-        # Groups follow one another, so on several devices they would wait for each other.
+        # Groups run one after another, so on several devices they would wait for each other.
         grouped = platform(q_BxHxTxK) == "cpu" and not is_distributed(q_BxHxTxK)
         group_scores = CPU_SCORES if grouped else B * H * T * S
     rows, heads = _group(B, H, group_scores // (query_block * widest))
 
     def split(x: Array) -> Array:
-        """[B, H, ...] to [groups, rows, heads, ...]; one of the two axes is always whole."""
+        """[B, H, ...] to [groups, rows, heads, ...]; a group is whole rows, or heads of one row."""
         return (
             x.reshape(B // rows, rows, H // heads, heads, *x.shape[2:])
             .swapaxes(1, 2)
@@ -163,14 +164,14 @@ def blocked(
 
 
 def _group(B: int, H: int, most: int) -> tuple[int, int]:
-    """(rows, heads) of a group of at most `most` heads in all, and at least one: whole rows, or heads of one row."""
+    """(rows, heads) per group, with at most `most` heads in all but at least one: whole rows, or heads of one row."""
     if most >= H:
         return next(rows for rows in range(min(B, most // H), 0, -1) if B % rows == 0), H
     return 1, next(heads for heads in range(max(1, most), 0, -1) if H % heads == 0)
 
 
 def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
-    """Which of the slots `keys` each of `queries`, counted from `query_slot`, may see: [B, 1, T, S]."""
+    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]."""
     slot_S = jnp.arange(keys.start, keys.stop)
     query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
     causal_TxS = slot_S[None] <= query_slot_Tx1
@@ -187,13 +188,13 @@ def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, cust
 
 
 def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
-    """`function` over the leading axis, one group after another."""
+    """Maps `function` over the leading axis, one group after another."""
     if jax.tree.leaves(arrays)[0].shape[0] > 1:
         return lax.map(function, arrays)
     return jax.tree.map(lambda y: y[None], function(jax.tree.map(lambda x: x[0], arrays)))
 
 
-# G groups, one after another, of which each is B rows by H heads; T is cut into blocks.
+# G groups of B rows by H heads each, one after another; T is split into blocks.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G):
     return _attend_plain(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G)
@@ -217,14 +218,14 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
     """(out, (highest, total, masks)): per query the highest score and the sum of exp(score - highest), [B, H, T, 1];
-    per block the mask of dropout."""
+    per block the dropout mask."""
     q, k, v, start_B, key = arrays
     T, S = q.shape[2], k.shape[2]
     outs, highests, totals, masks = [], [], [], []
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
         visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
         scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype, plan.custom_derivatives)
-        # The result does not depend on it, so no derivative goes through it.
+        # The result does not depend on this value, so no derivative passes through it.
         highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - highest)
         total = jnp.sum(weights, axis=-1, keepdims=True)
@@ -240,12 +241,12 @@ def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
 def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
     q, k, v, start_B, out, highest, total, masks, g = arrays
     T, S = q.shape[2], k.shape[2]
-    # sum_S weights * d_weights, without a pass over them.
+    # Equals sum_S weights * d_weights, without a pass over them.
     inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
         visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
-        # Not exp(scores - log-sum-exp): for a row that sees nothing, float32 loses the logarithm beside MASKED_SCORE.
+        # Not exp(scores - logsumexp): in a row that sees nothing, float32 loses the logarithm next to MASKED_SCORE.
         scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype)
         weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]
         d_weights = dot("BHTK,BHSK->BHTS", g[:, :, block], v[:, :, keys], plan.dtype)
@@ -264,8 +265,9 @@ def _joined(blocks: list[Array]) -> Array:
 
 
 def _transposed_dot(x_BxHxTxK, y_BxHxTxS, dtype):
-    """y^T x as (x^T y)^T, [B, H, S, K], because x is the small one to transpose. The barriers keep XLA from folding
-    the transposes into the product: on CPU a batched product with a transposed left side has no bfloat16 kernel."""
+    """Computes y^T x as (x^T y)^T, [B, H, S, K], because x is the smaller one to transpose. The barriers keep XLA from
+    folding the transposes into the product: on CPU a batched product whose left operand is transposed has no bfloat16
+    kernel."""
     x_BxHxKxT = lax.optimization_barrier(x_BxHxTxK.astype(dtype).swapaxes(2, 3))
     product_BxHxKxS = dot("BHKT,BHTS->BHKS", x_BxHxKxT, y_BxHxTxS, dtype)
     return lax.optimization_barrier(product_BxHxKxS).swapaxes(2, 3)

@@ -1,4 +1,4 @@
-"""What the model remembers of the tokens it has read: plain pytrees with explicit lengths, so padding never
+"""The model's memory of the tokens it has read: plain pytrees with explicit lengths, so that padding never
 depends on a token id."""
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from jaxgpt.parallel import lay, platform
 class Cache:
     """Keys and values of the slots written so far.
 
-    Rows are aligned at their ends: row b occupies the slots from `start_B[b]` to `length`, and the token in
-    slot s has position s - `start_B[b]`.
+    Rows are right-aligned: row b occupies the slots from `start_B[b]` to `length` - 1, and the token in slot s has
+    position s - `start_B[b]`.
 
     Attributes:
-        layers: per block, (k, v), each [B, H, S, K], and [H, S, K] where B is 1; with `scan_layers` one pair with
-            a leading axis [L, ...]. For `remember` to know about.
+        layers: one (k, v) pair per block, each [B, H, S, K], or [H, S, K] where B is 1; with `scan_layers` a single
+            pair with a leading axis [L, ...]. Only `remember` needs to know this layout.
         start_B: first slot of each row, int32.
-        length: slots in use, the same for all rows: the next token's slot. A Python int where it is known
-            at trace time, which lets attention skip what it knows to be masked.
+        length: slots in use, the same for all rows; also the next token's slot. A Python int where it is known at
+            trace time, so that attention can skip keys that are certainly masked.
     """
 
     layers: Any
@@ -37,10 +37,10 @@ class Cache:
     def empty(
         cls, config: GPTConfig, compute: ComputeConfig, start_B: Array, slots: int, dtype: str | None = None
     ) -> Cache:
-        """A cache of `slots` slots with nothing in it.
+        """An empty cache of `slots` slots.
 
-        `dtype` is by default the compute type, but float32 on a CPU: there, XLA writes one slot of a bfloat16 array by
-        converting all of it to float32 and back.
+        `dtype` defaults to the compute type, but to float32 on a CPU, where XLA writes one slot of a bfloat16 array by
+        converting the whole array to float32 and back.
         """
         if dtype is None:
             dtype = "float32" if platform(start_B) == "cpu" else compute.dtype
@@ -56,7 +56,7 @@ class Cache:
         return cls(layers=layers, start_B=start_B, length=0)
 
     def advance(self, layers: Any, T: int) -> Cache:
-        """The cache T slots later, with what has been written."""
+        """The cache T slots later, with the `layers` in which they are written."""
         return dataclasses.replace(self, layers=layers, length=self.length + T)
 
     def positions_BxT(self, T: int) -> Array:
@@ -65,14 +65,14 @@ class Cache:
 
 
 class Seen(NamedTuple):
-    """What the queries of one call look at.
+    """What the queries of one call attend to.
 
     Attributes:
         k_BxHxSxK: keys.
         v_BxHxSxK: values.
         query_slot: slot of the first query; a Python int where it is known at trace time.
-        start_B: first slot of each row, int32; None where that is 0.
-        dtype: type of the operands of attention's products.
+        start_B: first slot of each row, int32; None if it is 0 for all.
+        dtype: dtype of the operands of attention's matrix products.
     """
 
     k_BxHxSxK: Array
@@ -85,23 +85,23 @@ class Seen(NamedTuple):
 def remember(cache: Cache | None, layer: Any, k_BxHxTxK: Array, v_BxHxTxK: Array, dtype: str) -> tuple[Seen, Any]:
     """Writes T keys and values into a layer of the cache.
 
-    The caller keeps `cache.length` + T within the slots: past them, XLA would clamp.
+    The caller must keep `cache.length` + T within the slots: past them, XLA clamps the index.
 
     Args:
-        cache: where; None for no cache, and then only these T are seen.
-        layer: of the cache.
+        cache: where to write; None for no cache, in which case only these T are seen.
+        layer: the block's layer of the cache.
         k_BxHxTxK: keys.
         v_BxHxTxK: values.
         dtype: the compute type.
 
     Returns:
-        (what the T queries see, the layer written).
+        (what the T queries see, the updated layer).
     """
     if cache is None:
         return Seen(k_BxHxTxK, v_BxHxTxK, 0, None, dtype), layer
     layer = tuple(_put(old, new, cache.length) for old, new in zip(layer, (k_BxHxTxK, v_BxHxTxK), strict=True))
     if isinstance(cache.length, int) and cache.length == 0:
-        # There is nothing in the cache but these tokens: attend to them as they are.
+        # The cache holds only these tokens: attend to them as they are.
         return Seen(k_BxHxTxK, v_BxHxTxK, 0, cache.start_B, dtype), layer
     k_BxHxSxK, v_BxHxSxK = (kept if kept.ndim == 4 else kept[None] for kept in layer)
     # Converting a cache to the compute type would cost more than the products with it.
@@ -118,11 +118,11 @@ def _put(old: Array, new_BxHxTxK: Array, slot: Any) -> Array:
 class RecentTokens:
     """The last C ids of each row, for a text longer than the context.
 
-    Dropping the oldest token moves every position by one. Positions are learned and absolute, so all keys and
-    values change with them, and a cache cannot be kept: these ids are read anew for every token.
+    Dropping the oldest token shifts every position by one. Positions are learned and absolute, so all keys and
+    values change with them, and no cache can be kept: these ids are read again for every token.
 
     Attributes:
-        ids_BxC: aligned at their ends, as a cache's rows are; what stands before a row's start is ignored.
+        ids_BxC: right-aligned, like a cache's rows; ids before a row's start are ignored.
         lengths_B: ids in each row, at most C.
     """
 
@@ -130,12 +130,12 @@ class RecentTokens:
     lengths_B: Array
 
     def append(self, token_B: Array) -> RecentTokens:
-        """The same one token later."""
+        """The same with one more token per row."""
         C = self.ids_BxC.shape[1]
         ids_BxC = jnp.concatenate([self.ids_BxC[:, 1:], token_B[:, None]], axis=1)
         return RecentTokens(ids_BxC, jnp.minimum(self.lengths_B + 1, C))
 
     def cache(self, config: GPTConfig, compute: ComputeConfig) -> Cache:
-        """An empty cache in which the rows stand where they should."""
+        """An empty cache whose rows start where these do."""
         C = self.ids_BxC.shape[1]
         return Cache.empty(config, compute, start_B=C - self.lengths_B, slots=C)

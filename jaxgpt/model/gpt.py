@@ -1,6 +1,6 @@
 """The GPT of the book's chapter 4, as small `flax.linen` modules over a plain dict of parameters.
 
-Module and parameter names are the book's where the book has them. Sizes:
+Modules and parameters are named as in the book, where the book has them. Sizes:
 
     B batch    T sequence    D emb_dim    H heads    K head_dim    F ffn_dim    V vocabulary    C context
 """
@@ -50,8 +50,8 @@ class MultiHeadAttention(nn.Module):
         deterministic: bool = True,
         banded: bool | Array = False,
     ) -> tuple[Array, Any]:
-        """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) in it, and comes back written.
-        `banded` says whether the config's `attention_window` counts here."""
+        """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) pair in it, returned updated.
+        `banded` says whether the config's `attention_window` applies here."""
         cfg = self.config
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear((3, D), cfg.qkv_bias, self.compute, name="qkv")(x_BxTxD)
@@ -113,8 +113,8 @@ class GPT(nn.Module):
     Dropout needs `deterministic=False` and `rngs={"dropout": key}`. With `mutable=["intermediates"]`, `apply`
     also returns every intermediate: the embeddings, each block's attention weights and output, the final norm.
 
-    Ids must lie in [0, V) and T within the context: on device nothing checks that. `jaxgpt.generate` and the
-    trainer check on the host.
+    Ids must lie in [0, V), which nothing checks on device: `jaxgpt.generate` and the trainer check it on the host.
+    T must not exceed the context.
     """
 
     config: GPTConfig
@@ -137,7 +137,7 @@ class GPT(nn.Module):
     def features(
         self, ids_BxT: Array, *, cache: Cache | None = None, deterministic: bool = True
     ) -> tuple[Array, Cache | None]:
-        """All of the model but the output head.
+        """Everything except the output head.
 
         Returns:
             (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
@@ -162,7 +162,7 @@ class GPT(nn.Module):
         return lay(self._head().head(x_BxTxD), "BTV")
 
     def head_weight(self) -> Array:
-        """The output head's matrix [V, D]: the token embedding's own when they are tied."""
+        """The output head's matrix [V, D]; the token embedding's if they are tied."""
         return self._head().table()
 
     def _head(self) -> Embedding:

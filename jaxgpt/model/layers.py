@@ -1,4 +1,4 @@
-"""The layers that have parameters, and what type, size and initial value those have. All weights are [out, in].
+"""The layers that have parameters, with the dtype, shape and initial value of each. All weights are [out, in].
 
 Sizes as in `gpt.py`; R rows of a table, O outputs.
 """
@@ -25,8 +25,8 @@ class Linear(nn.Module):
 
     Attributes:
         out: output sizes; more than one gives as many output axes.
-        use_bias: whether there is a b.
-        compute: types.
+        use_bias: whether to add b.
+        compute: dtypes of the parameters and of the product.
         std: standard deviation of the initial weights.
     """
 
@@ -46,7 +46,7 @@ class Linear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """A table of vectors [rows, width]. Ids outside the table are the caller's error: XLA does not raise."""
+    """A table of vectors [rows, width]. The caller must check that ids are in it: XLA does not raise."""
 
     rows: int
     width: int
@@ -57,12 +57,12 @@ class Embedding(nn.Module):
         self.weight, self.scale = _matrix(self, (self.rows, self.width), self.std)
 
     def __call__(self, ids: Array) -> Array:
-        # The barrier keeps XLA on CPU from converting the whole table before it takes the rows.
+        # The barrier keeps XLA on CPU from converting the whole table before it gathers the rows.
         x = lax.optimization_barrier(lay(self.weight, "RW")[ids]).astype(jnp.float32)
         return x if self.scale is None else x * self.scale[ids][..., None]
 
     def head(self, x_BxTxD: Array) -> Array:
-        """The table as an output layer: x times each of its rows, float32 [B, T, rows]."""
+        """Uses the table as an output layer: x times each of its rows, float32 [B, T, rows]."""
         return ops.product(x_BxTxD, ops.Matrix(self._by_row(), self.scale), self.compute)
 
     def table(self) -> Array:
@@ -71,12 +71,12 @@ class Embedding(nn.Module):
         return weight if self.scale is None else weight.astype(jnp.float32) * self.scale[:, None]
 
     def _by_row(self) -> Array:
-        """The weight with its rows over "tensor", for a product; in the two steps that XLA knows to make."""
+        """The weight with its rows spread over "tensor", for a product; in two steps, each of which XLA can do."""
         return lay(lay(self.weight, "RW"), "VD")
 
 
 class LayerNorm(nn.Module):
-    """`ops.layer_norm` with a learned scale and shift, both [D]; the shift only where the config has biases."""
+    """`ops.layer_norm` with a learned scale and shift, both [D]; there is a shift only if the config has biases."""
 
     config: GPTConfig
     compute: ComputeConfig = ComputeConfig()
@@ -90,7 +90,7 @@ class LayerNorm(nn.Module):
 
 
 class Dropout(nn.Module):
-    """`ops.dropout` from the "dropout" rng."""
+    """`ops.dropout` with keys from the "dropout" rng."""
 
     rate: float
 
@@ -99,28 +99,28 @@ class Dropout(nn.Module):
 
 
 def dropout_key(module: nn.Module, rate: float, deterministic: bool) -> Array | None:
-    """A key of the module's own for one dropout; None where nothing is to be dropped."""
+    """The module's own key for one dropout; None if nothing is dropped."""
     return None if deterministic or rate == 0 else module.make_rng("dropout")
 
 
 def normal(std: float) -> nn.initializers.Initializer:
-    """N(0, std), drawn in float32 whatever the parameters' type: drawn in bfloat16 it has 128 distinct values."""
+    """N(0, std), drawn in float32 whatever the parameters' dtype: a draw in bfloat16 has only 128 distinct values."""
     return lambda key, shape, dtype: (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def residual_std(config: GPTConfig) -> float:
-    """Initial deviation of the two projections into the residual stream, 0.02 / sqrt(2 L): L blocks add 2 L
+    """Initial standard deviation of the two projections into the residual stream, 0.02 / sqrt(2 L): L blocks add 2 L
     terms, and this keeps their sum's variance independent of depth."""
     return WEIGHT_STD / math.sqrt(2 * config.n_layers)
 
 
 def vector_dtype(compute: ComputeConfig) -> jnp.dtype:
-    """Type of biases, LayerNorm's scales and shifts: the parameters', but never int8."""
+    """The dtype of biases and of LayerNorm's scales and shifts: the parameters', but float32 instead of int8."""
     return jnp.dtype("float32" if compute.param_dtype == "int8" else compute.param_dtype)
 
 
 def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix:
-    """Declares a weight `[*out, in]` and, where weights are int8, the scale `[*out]` of each of its rows."""
+    """Declares a weight `[*out, in]` and, if weights are int8, one scale per row, `[*out]`."""
     dtype = module.compute.param_dtype
     if dtype != "int8":
         weight = module.param("weight", normal(std), shape, jnp.dtype(dtype))
@@ -128,7 +128,7 @@ def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix
             raise ConfigError("int8 parameters need the model that jaxgpt.prepare returns with them")
         return ops.Matrix(weight, None)
 
-    # 127 steps of std / 32 reach to four deviations.
+    # 127 steps of std / 32 reach about four standard deviations.
     def draw(key: Array, shape: tuple[int, ...]) -> Array:
         return jnp.clip(jnp.round(32 * jax.random.normal(key, shape)), -127, 127).astype(jnp.int8)
 

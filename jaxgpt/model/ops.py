@@ -1,7 +1,7 @@
 """The arithmetic that the whole model shares: one matrix product, one LayerNorm, one dropout.
 
 Everything here is a pure function of arrays. Matrix products take their operands in the compute type and
-return float32; all else is float32. Sizes: B batch, T queries, D inputs, O outputs.
+return float32; everything else is float32. Sizes: B batch, T queries, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from jaxgpt.parallel import is_distributed
 def dot(subscripts: str, x: Array, y: Array, dtype: str, custom_derivatives: bool = True) -> Array:
     """`jnp.einsum(subscripts, x, y)` with operands in `dtype` and a float32 result, forward and backward.
 
-    The result type matters for speed as well as for accuracy: on CPU a bfloat16 product reaches the
+    The result type matters for speed as well as for accuracy: on CPU a bfloat16 product uses the
     bfloat16 units only if its result is float32, and its transpose only if the cotangent is bfloat16 too,
-    hence the custom derivative. Without it the derivatives are JAX's own, in forward mode too.
+    hence the custom derivative. Without it, JAX's own derivatives are used, which also support forward mode.
 
     Every index must appear in two of the three terms (true of any matrix product).
     """
@@ -46,10 +46,10 @@ def _einsum(subscripts: str, x: Array, y: Array) -> Array:
 
 
 def _dot_forward(subscripts, x, y, dtype):
-    # Types travel as empty arrays, because residuals must be arrays.
+    # Dtypes are passed as empty arrays, because residuals must be arrays.
     types = jnp.empty(0, x.dtype), jnp.empty(0, y.dtype)
     operands = x.astype(dtype), y.astype(dtype)
-    # The product itself and not `dot`, in which a rematerialisation's policy would not see it.
+    # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product.
     return _einsum(subscripts, *operands), (*operands, *types)
 
 
@@ -69,7 +69,7 @@ def _dot_backward(subscripts, dtype, residuals, g):
     def dy_elsewhere(g: Array, x: Array) -> Array:
         return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype)
 
-    # On several devices a layout would be a gathering.
+    # On several devices a layout constraint would gather the array.
     cpu = dy_on_cpu if dtype == "bfloat16" and not is_distributed(g) else dy_elsewhere
     dy = lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere)
     return dx.astype(x_type.dtype), dy.astype(y_type.dtype)
@@ -79,7 +79,7 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 
 class Matrix(NamedTuple):
-    """A matrix `[*out, D]` of the parameters, and the scale `[*out]` of each of its rows where it is int8."""
+    """A parameter matrix `[*out, D]` and, if it is int8, one scale per row, `[*out]`."""
 
     weight: Array
     scale: Array | None
@@ -88,15 +88,15 @@ class Matrix(NamedTuple):
 def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig) -> Array:
     """x W^T in float32, [B, T, *out].
 
-    Operands are rounded to `compute.dtype`, except that an int8 W is exact in either. Few rows of x take a form
-    of their own on a CPU (`jaxgpt.cpu.products`).
+    Operands are rounded to `compute.dtype`, except that an int8 W is exact in either. On a CPU, few rows of x use a
+    specialised form (`jaxgpt.cpu.products`).
     """
     weight, scale = matrix
     out, D = weight.shape[:-1], weight.shape[-1]
     if len(out) == 2 and scale is None and is_distributed(weight):
-        # With the weight's first axes made one, XLA would gather all of it in the backward pass.
+        # If the weight's first axes were merged, XLA would gather the whole weight in the backward pass.
         return dot("BTD,NOD->BTNO", x_BxTxD, weight, compute.dtype, compute.custom_derivatives)
-    # One product whatever the number of output axes: XLA on CPU transposes the weight otherwise.
+    # One product whatever the number of output axes; otherwise XLA on CPU transposes the weight.
     scale_O = None if scale is None else scale.reshape(-1)
     y_BxTxO = _flat_product(x_BxTxD, weight.reshape(-1, D), compute)
     if scale_O is not None:
@@ -117,7 +117,7 @@ def _flat_product(x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig) -> 
 
 
 def widen(x: Array, like: Array) -> Array:
-    """x with axes of 1 in front, as many as `like` has more: what NumPy's broadcasting does unasked."""
+    """x with leading axes of size 1 up to the rank of `like`, which NumPy's broadcasting adds implicitly."""
     return lax.expand_dims(x, range(like.ndim - x.ndim))
 
 
@@ -138,7 +138,7 @@ def activation(name: str) -> Callable[[Array], Array]:
     """The elementwise function behind `GPTConfig.activation`.
 
     "gelu_tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form GPT-2 was trained with; "gelu" is
-    x times the normal distribution function, by erf (Hendrycks & Gimpel 2016).
+    x times the standard normal CDF, computed with erf (Hendrycks & Gimpel 2016).
     """
     functions: dict[str, Callable[[Array], Array]] = {
         "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
@@ -149,7 +149,7 @@ def activation(name: str) -> Callable[[Array], Array]:
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes each element with probability `rate` and scales the others up to keep the mean; no key, no dropout."""
+    """Zeroes each element with probability `rate` and scales the others to keep the mean. Without a key, returns x."""
     return x if key is None or rate == 0 else keep(x, dropout_mask(key, rate, x.shape), rate)
 
 
@@ -165,8 +165,8 @@ def _dropped(rate: float) -> int:
 def dropout_mask(key: Array, rate: float, shape: tuple[int, ...]) -> Array:
     """Which elements dropout keeps, bool: each with probability 1 - rate.
 
-    Draws 16 random bits an element, not 32: on CPU the random bits are the cost. The rate is therefore
-    rounded to a multiple of 2^-16, and `keep` scales by the rounded one, so the mean is exact.
+    Draws 16 random bits per element, not 32: on CPU, generating them dominates the cost. The rate is therefore
+    rounded to a multiple of 2^-16, and `keep` scales by the rounded rate, so the mean is exact.
     """
     words = jax.random.bits(key, (math.ceil(math.prod(shape) / 2),), jnp.uint32)
     bits = lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: math.prod(shape)].reshape(shape)

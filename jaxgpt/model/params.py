@@ -1,5 +1,5 @@
-"""Trees of parameters: their leaves by path, their blocks stacked or apart, and from one type to another. int8 is a
-type of matrices, with a scale for each of their rows."""
+"""Trees of parameters: leaves by path, stacking and unstacking the blocks, and conversion between dtypes. Only matrices
+can be int8, with one scale per row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Tree = Mapping[str, Any]
 
 
 def leaves(tree: Any) -> dict[str, Any]:
-    """Path, such as "trf_blocks_0/att/qkv/weight", to leaf of a tree."""
+    """The leaves of a tree, by paths such as "trf_blocks_0/att/qkv/weight"."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in flat}
 
@@ -50,7 +50,7 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cast_params(params: Tree, param_dtype: str) -> dict[str, Any]:
-    """`params` in another `ComputeConfig.param_dtype`, from whichever they are in. What has it is not copied."""
+    """Converts `params` to another `ComputeConfig.param_dtype`. Leaves that already have it are not copied."""
     if param_dtype == "int8":
         return _per_module(_quantised, params)
     params = _per_module(_dequantised, params)
@@ -58,7 +58,7 @@ def cast_params(params: Tree, param_dtype: str) -> dict[str, Any]:
 
 
 def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(int8 values, float32 scales): each row of a matrix `[*out, in]` on a scale of its own.
+    """(int8 values, float32 scales), with one scale per row of a matrix `[*out, in]`.
 
     The scale is the row's largest absolute value / 127, so that the rounding error of a weight is at most scale / 2.
 
@@ -89,7 +89,7 @@ def _dequantised(leaves: Tree) -> dict[str, Any]:
 
 
 def _per_module(change: Callable[[Tree], dict[str, Any]], tree: Tree) -> dict[str, Any]:
-    """The tree with each module's own leaves changed."""
+    """Applies `change` to each module's own leaves."""
     own = {name: leaf for name, leaf in tree.items() if not isinstance(leaf, Mapping)}
     inner = {name: _per_module(change, child) for name, child in tree.items() if isinstance(child, Mapping)}
     return {**inner, **change(own)}

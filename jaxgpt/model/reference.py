@@ -1,6 +1,6 @@
 """GPT-2 in NumPy float64, written from the formulas and sharing no code with the package.
 
-The parity tests hold `jaxgpt` to this. It reads only attributes of a config. `params` is the package's tree
+The parity tests compare `jaxgpt` with it. It only reads attributes of a config. `params` is the package's tree
 with NumPy leaves; all weights are [out, in].
 """
 
@@ -39,7 +39,7 @@ def linear(p, x):
 
 
 def attention_weights(q, k, window=None):
-    """One head of one sequence: q and k [T, K] to weights [T, T]. Position t sees the `window` last ones up to t."""
+    """One head of one sequence: q and k [T, K] to weights [T, T]. Position t sees the last `window` ones up to t."""
     T, K = q.shape
     scores = q @ k.T / math.sqrt(K)
     for t in range(T):
@@ -96,7 +96,7 @@ def gpt(params, config, ids):
 
 
 def loss(params, config, ids):
-    """Mean cross-entropy, in nats, of each token but the first given those before it."""
+    """Mean cross-entropy, in nats, of each token except the first, given those before it."""
     ids = np.asarray(ids)
     probabilities = softmax(gpt(params, config, ids[:, :-1]))
     losses = [
@@ -106,8 +106,8 @@ def loss(params, config, ids):
 
 
 def generate_greedy(params, config, prompt, max_new_tokens):
-    """The book's generator for one prompt: crop to the last `context_length` ids, positions from 0 again,
-    the whole forward for each token. Returns the prompt and the new ids."""
+    """The book's generator for one prompt: for each token, crop to the last `context_length` ids, count positions
+    from 0 again and run the whole forward pass. Returns the prompt and the new ids."""
     ids = [int(token) for token in prompt]
     for _ in range(max_new_tokens):
         logits = gpt(params, config, [ids[-config.context_length :]])

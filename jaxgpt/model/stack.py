@@ -1,5 +1,5 @@
-"""One block, L times: as L modules, or as one that is scanned over parameters with a leading axis [L, ...]; with or
-without rematerialisation. Either way it is called in the same way, and gives the same numbers."""
+"""The L blocks: as L modules, or as one module scanned over parameters with a leading axis [L, ...]; with or without
+rematerialisation. All variants are called in the same way and give the same numbers."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from jaxgpt.model.cache import Cache
 
 def make_blocks(Block: Any, config: GPTConfig, compute: ComputeConfig) -> Any:
     """L blocks of a module class, to be assigned in `setup` and called by `apply_blocks`. A block is called with
-    (x_BxTxD, cache, layer, deterministic, banded), and returns x_BxTxD and its layer of the cache, written."""
+    (x_BxTxD, cache, layer, deterministic, banded), and returns x_BxTxD and its updated layer of the cache."""
     alternates = compute.scan_layers and bool(config.banded_layers)  # then `banded` is data, one value per layer
     if compute.remat != "none":
         policy = jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims if compute.remat == "dots" else None
-        # Argument 4 is `deterministic`, 5 `banded` (0 is self). A scan cannot be undone by common subexpression
-        # elimination.
+        # Argument 4 is `deterministic`, 5 `banded` (0 is self). Common subexpression elimination cannot undo
+        # rematerialisation inside a scan.
         static = (4,) if alternates else (4, 5)
         Block = nn.remat(Block, policy=policy, static_argnums=static, prevent_cse=not compute.scan_layers)
     if not compute.scan_layers:
@@ -39,7 +39,7 @@ def make_blocks(Block: Any, config: GPTConfig, compute: ComputeConfig) -> Any:
 def apply_blocks(
     blocks: Any, x_BxTxD: Array, cache: Cache | None, deterministic: bool, config: GPTConfig
 ) -> tuple[Array, Any]:
-    """Sends x through all blocks of `make_blocks`. Returns it, and the layers of the cache, written."""
+    """Passes x through all blocks of `make_blocks`. Returns x and the updated layers of the cache."""
     banded = config.banded_layers
     layers = None if cache is None else cache.layers
     if isinstance(blocks, nn.Module):

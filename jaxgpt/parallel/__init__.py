@@ -1,4 +1,4 @@
-"""One program on many devices, and on many machines. What other rooms may use of it is in `__init__.pyi`."""
+"""One program on many devices, and on many machines. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

@@ -1,5 +1,5 @@
-"""Several processes that run one program: joining, agreeing, and who writes the files. All of it is JAX's own engine
-(`jax.distributed`); a program of one process needs none of it, and every function here is then trivial."""
+"""Several processes that run one program: joining, agreeing, and deciding who writes files. All of it builds on JAX's
+`jax.distributed`; in a program with one process every function here is trivial."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ LOOPBACK = "127.0.0.1:8476"
 def initialize(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300
 ) -> None:
-    """Joins this process to the others; must come before anything else that uses JAX.
+    """Joins this process to the others; must be called before anything else that uses JAX.
 
     Args:
-        coordinator: HOST:PORT of process 0; by default JAX_COORDINATOR_ADDRESS, or else `LOOPBACK` where the next two
+        coordinator: HOST:PORT of process 0; by default JAX_COORDINATOR_ADDRESS, or else `LOOPBACK` if the next two
             are given.
-        processes: how many there are. Without it, all is as the cluster that JAX finds itself in says (Slurm, Open
-            MPI, Kubernetes, Cloud TPU).
-        process: which of them this is, from 0. On a host with several accelerators, let the environment give each
-            process its own (CUDA_VISIBLE_DEVICES, say).
+        processes: number of processes. Without it, JAX takes every setting from the cluster that it detects (Slurm,
+            Open MPI, Kubernetes, Cloud TPU).
+        process: index of this process, from 0. On a host with several accelerators, let the environment give each
+            process its own (for example with CUDA_VISIBLE_DEVICES).
         timeout: seconds to wait for the others.
 
     Raises:
-        ConfigError: if the numbers make no sense, there is no cluster, or not everyone came in time.
+        ConfigError: if the numbers are inconsistent, there is no cluster, or not all processes join in time.
     """
     if (processes is None) != (process is None):
         raise ConfigError("--processes and --process go together: how many there are, and which one this is")
@@ -49,14 +49,14 @@ def initialize(
         detection = "deactivate"
         coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
         if coordinator is None:
-            coordinator = bind = LOOPBACK  # JAX's coordinator listens on every interface unless told
-    # It would take SIGTERM for itself, and so keep a run from being saved, or even ended, by it.
+            coordinator = bind = LOOPBACK  # JAX's coordinator listens on every interface by default
+    # That service intercepts SIGTERM, which then would neither save nor even end a run.
     jax.config.update("jax_enable_preemption_service", False)
     failures: list[Exception] = []
 
     def join() -> None:
         try:
-            # Where JAX's own time runs out it aborts the process, so it gets more than it will be given.
+            # JAX aborts the process at its own timeout, so that timeout is longer than the one below.
             jax.distributed.initialize(
                 coordinator,
                 processes,
@@ -65,7 +65,7 @@ def initialize(
                 initialization_timeout=timeout + 3600,
                 coordinator_bind_address=bind,
             )
-        except Exception as error:  # whatever the detection of a cluster raises: not to have joined is an error
+        except Exception as error:  # whatever cluster detection raises, not having joined is an error
             failures.append(error)
 
     joining = threading.Thread(target=join, daemon=True)
@@ -73,29 +73,29 @@ def initialize(
     joining.join(timeout)
     if joining.is_alive():
         raise ConfigError(
-            f"{who} waited {timeout} s at {coordinator or 'the coordinator'} for the others: is each of them started, "
-            "with the same --processes and --coordinator and a --process of its own?"
+            f"{who} waited {timeout} s at {coordinator or 'the coordinator'} for the others: has each been started "
+            "with the same --processes and --coordinator and its own --process?"
         )
     if failures and processes is None:
         raise ConfigError(
-            f"this process joined no cluster: {failures[0]} Where JAX detects none, say --processes and --process, and "
+            f"this process joined no cluster: {failures[0]} Where JAX detects none, give --processes, --process and "
             "--coordinator HOST:PORT"
         )
     if failures:
         raise ConfigError(f"{who} could not join at {coordinator}: {failures[0]}")
     if processes is not None and jax.process_count() != processes:
         raise ConfigError(
-            f"{who} joined, but its devices ({jax.default_backend()}) know of {jax.process_count()} processes only"
+            f"{who} joined, but its devices ({jax.default_backend()}) know of only {jax.process_count()} processes"
         )
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that writes files and talks."""
+    """Whether this process is the one that writes files and prints."""
     return jax.process_index() == 0
 
 
 def highest(value: int) -> int:
-    """The largest of what the processes bring."""
+    """The largest `value` over all processes."""
     if jax.process_count() == 1:
         return value
     from jax.experimental import multihost_utils
@@ -104,7 +104,7 @@ def highest(value: int) -> int:
 
 
 def check_same(what: str, value: Any) -> None:
-    """Raises ConfigError, in every process, unless all of them bring a value with the same `repr`."""
+    """Raises ConfigError, in every process, unless all of them pass a value with the same `repr`."""
     if jax.process_count() == 1:
         return
     from jax.experimental import multihost_utils
@@ -113,17 +113,17 @@ def check_same(what: str, value: Any) -> None:
     everyones = multihost_utils.process_allgather(np.frombuffer(digest, np.uint32))
     differing = np.flatnonzero((everyones != everyones[0]).any(axis=-1))
     if differing.size:
-        raise ConfigError(f"processes 0 and {differing[0]} differ in {what}: start them alike, on the same files")
+        raise ConfigError(f"processes 0 and {differing[0]} differ in {what}: start all alike, on the same files")
 
 
 @contextlib.contextmanager
 def fail_together(otherwise: Exception) -> Iterator[None]:
-    """For what may fail in one process and not in another: it ends when all have come to its end, and where it fails
-    in one, it fails in all. (Left to itself, each would wait for the others at their next exchange.) It is an exchange
-    itself, so there must be none within it.
+    """For code that may fail in one process and not in another: all processes leave it together, and if it fails in
+    one, it fails in all. (Otherwise the others would wait for the failed one at their next exchange.) Leaving it is an
+    exchange itself, so the code inside must contain none.
 
     Raises:
-        `otherwise`, where only other processes failed; in these, what they raised.
+        `otherwise`, in processes where only others failed; those that failed raise their own error.
     """
     try:
         yield

@@ -28,7 +28,7 @@ _SIZE: dict[str, Any] = {
 @documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has (what lies where: `jaxgpt.parallel.sharding`)."""
+    """Number of devices on each axis of the mesh (`jaxgpt.parallel.sharding` says what lies where)."""
 
     data: int = setting(1, **_SIZE, help="Devices that each hold a replica of the model and take a share of the batch.")
     fsdp: int = setting(
@@ -75,7 +75,7 @@ class MeshConfig:
         return cls(**sizes)
 
     def resolve(self, devices: int) -> tuple[int, int, int]:
-        """(data, fsdp, tensor) with -1 replaced, for so many devices.
+        """(data, fsdp, tensor) with -1 replaced, for this many devices.
 
         Raises:
             ConfigError: if the other axes do not divide them.

@@ -1,10 +1,10 @@
 """One program on many devices: the mesh, and where each parameter, batch and activation lies on it.
 
-XLA's partitioner (GSPMD) turns the single-device program into the one of each device; what it needs are the layouts
-of the program's inputs and, where it would have to guess, of a few activations. The mesh has three axes:
+XLA's partitioner (GSPMD) turns the single-device program into one per device; it needs the layouts of the program's
+inputs and, where it would have to guess, of a few activations. The mesh has three axes:
 
     data     replicas of the model, each with its part of the batch
-    fsdp     parts of the batch too, over which parameters and optimizer state are spread and gathered for use
+    fsdp     parts of the batch too; parameters and optimizer state are spread over them and gathered for use
              (ZeRO-3: Rajbhandari et al. 2020)
     tensor   attention heads, feed-forward columns and vocabulary (Shoeybi et al. 2019)
 """
@@ -27,10 +27,10 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.parallel.mesh import AXES, BATCH, MeshConfig
 
-# Where parameters lie, by the end of their path; the optimizer's copies of them have the same ends. The first rule
-# that fits the path decides. Weights are [out, in]; a stacked layer axis comes before.
+# Layouts of parameters, by the end of their path; the optimizer's copies of them have the same ends. The first rule
+# that fits applies. Weights are [out, in]; a stacked layer axis comes first.
 RULES: tuple[tuple[str, P], ...] = (
-    # By width, because the vocabulary is rarely divisible. In this order, gathering over fsdp leaves whole stretches.
+    # By width: the vocabulary is rarely divisible. In this order, gathering over fsdp leaves contiguous stretches.
     (r"(tok_emb|out_head|pos_emb)/weight", P(None, ("tensor", "fsdp"))),
     (r"att/qkv/weight", P(None, "tensor", "fsdp")),
     (r"ff/fc_in/weight", P("tensor", "fsdp")),
@@ -42,7 +42,7 @@ RULES: tuple[tuple[str, P], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """The mesh of a config, over the first so many of `devices` (default: all of JAX's).
+    """The mesh of a config, over as many of the first `devices` as it needs (default: JAX's devices).
 
     Raises:
         ConfigError: if there are too few devices, or, with an axis of -1, if the others do not divide them; or if
@@ -58,7 +58,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if missing:
         raise ConfigError(
             f"a mesh of {config} has {needed} of the {len(devices)} devices, and none of process {min(missing)}'s: "
-            "let it have them all (-1 for one axis), or start fewer processes"
+            "use all of them (-1 for one axis), or start fewer processes"
         )
     return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=chosen)
 
@@ -80,7 +80,7 @@ def check(mesh: Mesh, config: GPTConfig, batch_size: int | None = None) -> None:
 def shardings(mesh: Mesh, tree: Any) -> Any:
     """The `NamedSharding` of every leaf of a tree of parameters, or of a training state around them.
 
-    Leaves without a rule of their own (counters, say) are on every device.
+    Leaves without a rule (such as counters) are on every device.
 
     Raises:
         ConfigError: if the mesh does not divide one of them.
@@ -107,12 +107,12 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def fits(pattern: str, name: str) -> bool:
-    """Whether a rule is for the parameter of this path."""
+    """Whether a rule's pattern fits the parameter with this path."""
     return re.search(rf"(^|/){pattern}$", name) is not None
 
 
 def _size(mesh: Any, axes: str | Sequence[str] | None) -> int:
-    """How many parts an axis or several make."""
+    """Number of parts that one or several axes make."""
     names = () if axes is None else (axes,) if isinstance(axes, str) else axes
     return math.prod(mesh.shape[name] for name in names)
 
@@ -129,8 +129,8 @@ def default_device() -> Any:
 
 
 def on_host() -> Any:
-    """A context manager in which new arrays are made in the host's memory, where it counts among JAX's devices: for
-    parameters that would not fit the one device they would otherwise lie on before they are spread."""
+    """A context manager that makes new arrays in the host's memory, if the CPU is among JAX's devices: for parameters
+    that would not fit on one device before they are spread over several."""
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
     except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
@@ -138,8 +138,8 @@ def on_host() -> Any:
 
 
 def shard(params: Any, mesh: Mesh) -> Any:
-    """Parameters (arrays of any kind) laid out over a mesh. What `generate`, `evaluate` and `model.apply` get from
-    here runs on all of it: they find the mesh in the parameters.
+    """Lays parameters (arrays of any kind) out over a mesh. `generate`, `evaluate` and `model.apply` find the mesh in
+    the parameters and run on all of it.
 
     Raises:
         ConfigError: if the mesh does not divide one of them.
@@ -154,7 +154,7 @@ def _put(leaf: Any, sharding: NamedSharding) -> Array:
 
 
 def mesh_of(params: Any) -> Mesh | None:
-    """The mesh that `shard` put parameters on; None for those on one device, or not on any."""
+    """The mesh that `shard` put parameters on; None if they are on one device or none."""
     for leaf in jax.tree.leaves(params):
         sharding = getattr(leaf, "sharding", None)
         if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh) and sharding.mesh.size > 1:
@@ -163,26 +163,26 @@ def mesh_of(params: Any) -> Mesh | None:
 
 
 def to_device(arrays: Any, params: Any) -> Any:
-    """A tree of the host's arrays as arguments beside `params`. On one device they are put there, said outright so that
-    `jax.transfer_guard` lets them pass; for a mesh they stay as they are, and every device gets them whole."""
+    """A tree of host arrays, ready to be passed along with `params`. On one device they are put there explicitly, so
+    that `jax.transfer_guard` lets them pass; on a mesh they stay as they are, and every device gets full copies."""
     return arrays if mesh_of(params) is not None else jax.device_put(arrays)
 
 
 def is_distributed(x: Array) -> bool:
-    """Whether x lies on more than one device. Its type says so, traced or not: a mesh is never entered, and so never
-    forgotten."""
+    """Whether x lies on more than one device. Its type says so, traced or not, so no mesh context needs to be
+    entered."""
     return jax.typeof(x).sharding.mesh.size > 1
 
 
 def platform(x: Array) -> str:
-    """The platform that a program with x in it is for: its mesh's (which a host without such devices can compile for),
-    or else JAX's default."""
+    """The platform that a program containing x runs on: that of its mesh (for which a host without such devices can
+    compile), or else JAX's default."""
     device = jax.typeof(x).sharding.mesh.abstract_device
     return getattr(device, "platform", None) or jax.default_backend()
 
 
-# Which mesh axis an array's axis lies on, by the letter that the array's name has for it: `h_BxTxF` is laid out by
-# `lay(h_BxTxF, "BTF")`. Letters of one axis never meet in one array.
+# The mesh axis of an array's axis, by its letter in the array's name: `lay(h_BxTxF, "BTF")` lays out `h_BxTxF`. Two
+# letters of the same mesh axis never occur in one array.
 LETTERS: dict[str, str | tuple[str, ...] | None] = {
     "B": BATCH,  # rows of a batch
     "H": "tensor",  # heads
@@ -194,7 +194,7 @@ LETTERS: dict[str, str | tuple[str, ...] | None] = {
 
 
 def lay(x: Array, letters: str) -> Array:
-    """x, its axes laid out over its mesh by their letters; without a mesh of several devices, x itself.
+    """x with its axes laid out over its mesh by their letters; x itself if it is on one device.
 
     An axis with fewer elements than parts stays whole.
     """
@@ -207,7 +207,7 @@ def lay(x: Array, letters: str) -> Array:
 
 
 def replicate(x: Array) -> Array:
-    """x, whole on every device of its mesh."""
+    """x with a full copy on every device of its mesh."""
     if not is_distributed(x):
         return x
     return lax.with_sharding_constraint(x, NamedSharding(jax.typeof(x).sharding.mesh, P(*(None,) * x.ndim)))

@@ -1,4 +1,4 @@
-"""From a text to a model. What other rooms may use of it is in `__init__.pyi`."""
+"""Training: from a text to a model. `__init__.pyi` lists what other packages may use."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""Training checkpoints: orbax's, with a manifest of every array, so that damage is found and stepped over."""
+"""Training checkpoints, written by orbax with a manifest of every array, so that damaged ones are found and skipped."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from jaxgpt.parallel import distributed, sharding
 
 
 def import_orbax() -> Any:
-    """The library that writes and reads the files, `orbax.checkpoint`.
+    """Imports the library that writes and reads the files, `orbax.checkpoint`.
 
     Raises:
         MissingExtraError: without the extra [train].
     """
     library = require("orbax.checkpoint", "train", "saving and reading training checkpoints")
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # it narrates, at length
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # it logs too much
     return library
 
 
@@ -37,10 +37,10 @@ class Checkpoints:
     """The checkpoints of one run, in one directory. Saving is atomic; the latest few and the best are kept.
 
     Args:
-        directory: where they are; made if absent, unless `read_only`.
-        keep: how many of the latest stay.
-        losses: validation losses of earlier steps; the checkpoint of the lowest stays too.
-        read_only: for looking into a run that may be running.
+        directory: where they are; created if absent, unless `read_only`.
+        keep: how many of the latest to keep.
+        losses: validation losses of earlier steps; the checkpoint with the lowest is kept too.
+        read_only: for reading a run that may still be training.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(keep, self.best_of, self._stale),
             enable_async_checkpointing=False,  # a save that has returned is on disk
-            cleanup_tmp_directories=not read_only,  # what a killed save left
+            cleanup_tmp_directories=not read_only,  # left by a killed save
             read_only=read_only,
             create=not read_only,
         )
@@ -64,7 +64,7 @@ class Checkpoints:
         return sorted(set(self._manager.all_steps()) - set(self._stale))
 
     def best_step(self) -> int | None:
-        """The step with the lowest validation loss, if any of those with a checkpoint has one."""
+        """The step with the lowest validation loss among those with a checkpoint; None if none has a loss."""
         return self.best_of(self.steps())
 
     def best_of(self, steps: Sequence[int]) -> int | None:
@@ -72,15 +72,15 @@ class Checkpoints:
         return min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
 
     def save(self, step: int, state: Any, loss: float | None = None) -> None:
-        """Writes `state`, a pytree of arrays; returns when it is on disk.
+        """Writes `state`, a pytree of arrays; returns once it is on disk.
 
         Args:
             step: its number.
             state: what to save.
-            loss: the step's validation loss, by which the best is chosen; one that is not finite does not count.
+            loss: the step's validation loss, by which the best is chosen; ignored unless finite.
 
         Raises:
-            CheckpointError: if it cannot be written; the checkpoints before it stay.
+            CheckpointError: if it cannot be written; earlier checkpoints stay.
         """
         if loss is not None and math.isfinite(loss):
             self._losses[step] = loss
@@ -94,7 +94,7 @@ class Checkpoints:
                 self._manager.save(step, args=args, force=True)
             for stale in list(self._stale):
                 self._delete(stale)
-        except (OSError, ValueError) as error:  # a full disk reaches us as either
+        except (OSError, ValueError) as error:  # a full disk raises either
             reason = f"step {step} could not be written, earlier checkpoints are untouched: {first_line(error)}"
             raise CheckpointError(self._directory, reason) from error
 
@@ -110,7 +110,7 @@ class Checkpoints:
             abstract_state: the tree of shapes and types to expect, from `jax.eval_shape`.
 
         Raises:
-            CheckpointError: if it is damaged, or not of these shapes.
+            CheckpointError: if it is damaged, or has other shapes or types.
         """
         directory = self._directory / str(step)
         with distributed.fail_together(CheckpointError(directory, "another process could not read it")):
@@ -122,15 +122,17 @@ class Checkpoints:
         return state
 
     def _read(self, directory: Path, abstract_state: Any) -> tuple[Any, dict[str, list]]:
-        """(state, its manifest), the state not yet compared with it."""
-        # By the handlers, because the manager lets processes wait for one that has failed.
+        """(state, manifest), not yet compared with each other."""
+        # With the handlers, because the manager would make processes wait for one that has failed.
         manifest = self._item(self._ocp.JsonCheckpointHandler, directory / "manifest", self._ocp.args.JsonRestore())
         if not isinstance(manifest, dict):
             raise CheckpointError(directory, "damaged: its manifest is not an object")
         expected = {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in leaves(abstract_state).items()}
         found = {name: entry[1:] for name, entry in manifest.items()}
         if differing := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-            reason = f"is not this run's: {differing[0]} and {len(differing) - 1} more are missing or of another shape"
+            reason = (
+                f"does not fit this run: {differing[0]} and {len(differing) - 1} more are missing or of another shape"
+            )
             raise CheckpointError(directory, reason)
         args = self._ocp.args.StandardRestore(jax.tree.map(_on_device, abstract_state))
         return self._item(self._ocp.StandardCheckpointHandler, directory / "state", args), manifest
@@ -139,15 +141,15 @@ class Checkpoints:
         try:
             with _without_aftermath():
                 return handler().restore(directory, args=args)
-        except Exception as error:  # whatever orbax and its storage raise at damaged files is open-ended
+        except Exception as error:  # orbax and its storage raise errors of any type for damaged files
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise  # says nothing of the files
-            reason = first_line(error.__cause__ or error)  # orbax's own is of pages
+                raise  # says nothing about the files
+            reason = first_line(error.__cause__ or error)  # orbax's own message is pages long
             raise CheckpointError(directory.parent, f"cannot be restored: {reason}") from error
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
-        """(step, state) of the latest checkpoint that is whole. Says so through `warn` when one had to be passed
-        over; those are deleted once the next one is saved.
+        """(step, state) of the latest intact checkpoint. Calls `warn` for each one that had to be skipped; those are
+        deleted once the next one is saved.
 
         Raises:
             CheckpointError: if there is none.
@@ -167,7 +169,7 @@ class Checkpoints:
         raise CheckpointError(
             self._directory,
             "no checkpoint fits: they are damaged, or the model, the optimizer or the averaging is not the run's own; "
-            f"the last that was tried {reason}",
+            f"the last one tried {reason}",
         )
 
     def close(self) -> None:
@@ -176,12 +178,12 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def _without_aftermath() -> Iterator[None]:
-    """Keeps orbax's abandoned reads and writes quiet.
+    """Silences orbax's abandoned reads and writes.
 
     Orbax (0.12, its v1 API included) closes its event loop at the first file that fails without waiting for the other
     reads and writes, and each of those then reports to `sys.unraisablehook` or to asyncio's log that the loop is closed
-    or that it failed too: up to thousands of lines after our one, which no option turns off. They come late, so after a
-    failure the hooks stay.
+    or that it failed too: up to thousands of lines after our one, which no option turns off. They arrive late, so the
+    hooks stay in place after a failure.
     """
     report, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
 
@@ -202,12 +204,12 @@ def _without_aftermath() -> Iterator[None]:
 
 @dataclasses.dataclass
 class _LatestAndBest:
-    """Orbax's preservation policy: which checkpoints stay. (Its own policy for the best keeps the losses in files of
-    their own, which, damaged, it cannot step over.)"""
+    """A preservation policy for orbax: which checkpoints to keep. (Orbax's own policy for the best one stores the
+    losses in separate files, and cannot skip damaged ones.)"""
 
     keep: int
     best_of: Callable[[Sequence[int]], int | None]
-    stale: Sequence[int]  # they go later, and do not count here
+    stale: Sequence[int]  # deleted later; they do not count here
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         good = [checkpoint.step for checkpoint in checkpoints if checkpoint.step not in self.stale]
@@ -216,13 +218,13 @@ class _LatestAndBest:
 
 
 def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """The shape with a layout: its own, or the default device."""
+    """The leaf with a layout: its own, or else the default device."""
     layout = leaf.sharding or jax.sharding.SingleDeviceSharding(sharding.default_device())
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
 
 
 def _manifest(state: Any) -> dict[str, list]:
-    """By name, each array's checksum, sizes and type."""
+    """Each array's checksum, sizes and dtype, by name."""
     arrays = leaves(state)
     checksums = jax.device_get(_checksums(arrays))
     return {name: [int(checksums[name]), *array.shape, str(array.dtype)] for name, array in arrays.items()}
@@ -234,10 +236,10 @@ def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
 
 
 def _checksum(x: Array) -> Array:
-    """The sum of an array's elements, read as unsigned integers, each times an odd number of its place, modulo 2^32.
+    """The sum of an array's elements, read as unsigned integers, each times an odd number given by its place, mod 2^32.
 
-    Computed where the array lies, whichever way it is spread over devices and processes: integers add up to the same
-    in any order. Any change of one element shows.
+    Computed where the array lies, however it is spread over devices and processes: the sum of integers does not depend
+    on their order. Any change of one element changes it.
     """
     x = x.astype(jnp.uint8) if x.dtype == bool else x
     bits = lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}")).astype(jnp.uint32)

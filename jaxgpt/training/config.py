@@ -20,7 +20,7 @@ from jaxgpt.textfile import parse_value, read_toml
 class TrainConfig:
     """A training run: the `model`, how to `compute` it, the `mesh` of devices it runs on, and the settings below.
 
-    In a config file, `model`, `compute` and `mesh` are tables of their own beside the table `[train]`.
+    In a config file, `model`, `compute` and `mesh` are separate tables beside `[train]`.
     """
 
     model: GPTConfig
@@ -32,21 +32,20 @@ class TrainConfig:
         1,
         low=1,
         high=10**6,
-        help="Micro-batches that each batch is processed in, to save memory; must divide batch_size. The result equals "
-        "that of the whole batch at once.",
+        help="Micro-batches per batch, to save memory; must divide batch_size. The result is that of the whole batch.",
     )
     seq_len: int = setting(0, low=0, help="Tokens per sequence; 0 means the model's context_length.")
     sequences: str = setting(
         "random",
         choices=("random", "sliding"),
-        help="Where sequences start: anywhere at random, or, as in the book, every stride tokens (sliding), each once "
+        help="Where sequences start: at random positions, or, as in the book, every stride tokens (sliding), each once "
         "per epoch in shuffled order.",
     )
     stride: int = setting(
         0, low=0, help="Tokens from the start of one sliding sequence to the next; 0 means the length of a sequence."
     )
     val_fraction: float = setting(
-        0.1, low=0, high=0.9, help="Fraction of the tokens, from the end, that is kept for validation."
+        0.1, low=0, high=0.9, help="Fraction of the tokens, taken from the end, to keep for validation."
     )
     seed: int = setting(
         0, low=0, high=2**32 - 1, help="Seed of the initial parameters, the batches, dropout and the samples."
@@ -62,11 +61,11 @@ class TrainConfig:
     )
     warmup_steps: int = setting(100, low=0, help="Steps of linear warm-up from 0; must be below steps.")
     final_learning_rate: float = setting(
-        0.1, low=0, high=1, help="Fraction of the peak that is left at the last step, after a cosine."
+        0.1, low=0, high=1, help="Fraction of the peak that a cosine decays to at the last step."
     )
     beta1: float = setting(0.9, low=0, high=0.99999, help="Decay of AdamW's running mean of the gradients.")
     beta2: float = setting(0.95, low=0, high=0.99999, help="Decay of AdamW's running mean of the squared gradients.")
-    weight_decay: float = setting(0.1, low=0, help="Weight decay; acts on matrices only.")
+    weight_decay: float = setting(0.1, low=0, help="Weight decay; applies to matrices only.")
     clip_norm: float = setting(1.0, low=0, help="Gradients are scaled down to this global norm; 0 turns clipping off.")
     ema_decay: float = setting(
         0.0,
@@ -116,7 +115,7 @@ class TrainConfig:
             )
         if self.compute.param_dtype != "float32":
             raise ConfigError(
-                "compute.param_dtype must be float32 to train: in a shorter type small updates are lost to rounding"
+                "compute.param_dtype must be float32 to train: in a shorter type, small updates are lost to rounding"
             )
         if self.warmup_steps >= self.steps:
             raise ConfigError(f"warmup_steps must be below steps: {short_repr(self.warmup_steps)} of {self.steps}")
@@ -166,15 +165,15 @@ class TrainConfig:
         return {**others, "train": to_table(self)}
 
 
-# The tables of a config file, and what declares the fields of each.
+# The tables of a config file, and the class that declares the fields of each.
 TABLES = {"model": GPTConfig, "compute": ComputeConfig, "mesh": MeshConfig, "train": TrainConfig}
 
 
 def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tables of a config file with the "key=value" strings of `--set` in them (see `TrainConfig.from_file`).
+    """The tables of a config file with the "key=value" strings of `--set` applied (see `TrainConfig.from_file`).
 
     Raises:
-        ConfigError: for anything else than "key=value", and for a table that there is not.
+        ConfigError: for anything but "key=value", and for an unknown table.
     """
     result: dict[str, Any] = {name: {} for name in TABLES}
     result |= {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}

@@ -1,4 +1,4 @@
-"""Training curves of one run or several, from their metrics.jsonl."""
+"""Training curves of one or several runs, from their metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from jaxgpt.pictures import style
 from jaxgpt.training.run_directory import Run
 
 AXES = ("tokens", "steps")
-# By panel: its axis' label, and the metrics of metrics.jsonl that it draws.
+# Per panel: its axis label, and the metrics of metrics.jsonl that it draws.
 PANELS = {
-    "loss": ("loss, nats a token", ("loss", "val_loss")),
+    "loss": ("loss, nats per token", ("loss", "val_loss")),
     "learning_rate": ("learning rate", ("learning_rate",)),
-    "speed": ("tokens a second", ("tokens_per_second",)),
+    "speed": ("tokens per second", ("tokens_per_second",)),
 }
-# Runs beyond the colours differ by their dashes.
+# When the colours run out, runs differ by their dashes.
 _DASHES = ("-", "--", ":", "-.")
 
 
@@ -33,9 +33,9 @@ class Curves:
     """What a run measured.
 
     Attributes:
-        name: what to call it.
-        points: by figure ("loss", "val_loss", "learning_rate", "tokens_per_second") its values by step, in order.
-        tokens_per_step: tokens that a step reads; None where the run does not say.
+        name: the run's name.
+        points: per metric ("loss", "val_loss", "learning_rate", "tokens_per_second") its values by step, in order.
+        tokens_per_step: tokens read per step; None if the run does not say.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Curves:
 
 def from_metrics(name: str, lines: Iterable[Mapping[str, Any]], tokens_per_step: int | None = None) -> Curves:
     """Curves from the lines of metrics.jsonl. Where the steps go back, a run was resumed, and what it had measured from
-    there on is replaced. Figures that are not finite are left out."""
+    there on is replaced. Values that are not finite are left out."""
     points: dict[str, dict[int, float]] = {key: {} for _, keys in PANELS.values() for key in keys}
     last = -1
     for line in lines:
@@ -66,7 +66,7 @@ def from_metrics(name: str, lines: Iterable[Mapping[str, Any]], tokens_per_step:
 
 
 def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
-    """The curves of runs' directories, or of their metrics.jsonl, named by directory.
+    """The curves of run directories, or of their metrics.jsonl, named after the directory.
 
     Raises:
         DataError: naming a path that holds no metrics, or none that can be drawn.
@@ -81,7 +81,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
         try:
             config = run.config()
             tokens_per_step = config.batch_size * config.T
-        except ValueError:  # no run.json, or a damaged one: then the curves are against steps
+        except ValueError:  # no run.json, or a damaged one: then the x axis is in steps
             tokens_per_step = None
         curves = from_metrics(name if names.count(name) == 1 else str(directory), run.read_metrics(), tokens_per_step)
         if not any(curves.points.values()):
@@ -92,22 +92,24 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
 
 @style.styled
 def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = tuple(PANELS)) -> Figure:
-    """One figure of all runs: training loss thin, validation loss thick; under it the other panels.
+    """One figure of all runs: training loss thin, validation loss thick; the other panels below.
 
     Args:
         runs: at least one.
-        x: "tokens" or "steps"; default: tokens where every run says how many a step has.
-        panels: of `PANELS`.
+        x: "tokens" or "steps"; default: tokens if every run says how many it reads per step.
+        panels: which of `PANELS`.
 
     Raises:
-        ConfigError: for tokens where a run does not say; for another x.
+        ConfigError: for tokens if a run does not say how many; for another x.
     """
     unknown = [run.name for run in runs if run.tokens_per_step is None]
     x = x or ("steps" if unknown else "tokens")
     if x not in AXES:
         raise ConfigError(f"x must be one of {', '.join(AXES)}, not {x!r}")
     if x == "tokens" and unknown:
-        raise ConfigError(f"{unknown[0]} has no run.json that says how many tokens a step has: draw it against steps")
+        raise ConfigError(
+            f"{unknown[0]} has no run.json that says how many tokens it reads per step: draw it against steps"
+        )
     heights = [3.4 if panel == "loss" else 1.5 for panel in panels]
     figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]

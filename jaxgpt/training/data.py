@@ -1,4 +1,4 @@
-"""Token files, and batches that are a pure function of (seed, step, shard): there is no iterator to save or to lose."""
+"""Token files, and batches that are a pure function of (seed, step, shard): there is no iterator to save or lose."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Tokens:
         ids_N: the ids, uint16 or uint32; memory-mapped if they come from a token file.
         tokenizer: name of the tokenizer that made them.
         vocab_size: ids are below this.
-        sha256: of the ids as little-endian uint32, so that text and token file of the same ids agree.
+        sha256: of the ids as little-endian uint32, so that a text and a token file with the same ids agree.
     """
 
     ids_N: Ids
@@ -46,12 +46,12 @@ class Tokens:
     def from_text(cls, text: str, tokenizer: str) -> Tokens:
         """Encodes a text."""
         encoding = get_tokenizer(tokenizer)
-        kind = np.uint16 if encoding.vocab_size <= 2**16 else np.uint32
-        ids_N: Ids = np.array(encoding.encode(text)).astype(kind)
+        dtype = np.uint16 if encoding.vocab_size <= 2**16 else np.uint32
+        ids_N: Ids = np.array(encoding.encode(text)).astype(dtype)
         return cls(ids_N, tokenizer, encoding.vocab_size, _hash(ids_N))
 
     def save(self, path: str | Path) -> None:
-        """Writes a token file: safetensors with one tensor, "ids", and the header's facts as its metadata.
+        """Writes a token file: safetensors with one tensor, "ids", and the other attributes as metadata.
 
         Raises:
             DataError: if it cannot be written.
@@ -77,14 +77,14 @@ class Tokens:
 
 
 def open_tokens(path: str | Path, config: GPTConfig) -> Tokens:
-    """Opens a token file (memory-mapped), or encodes a UTF-8 text with the config's tokenizer.
+    """Opens a token file (memory-mapped), or encodes a UTF-8 text file with the config's tokenizer.
 
     Raises:
-        DataError: if the file cannot be read, is damaged, was made by another tokenizer, or holds ids that the
-            model's vocabulary does not.
+        DataError: if the file cannot be read, is damaged, was made by another tokenizer, or holds ids outside
+            the model's vocabulary.
     """
     path = Path(path)
-    if os.path.exists(path) and not path.is_file():  # it is read twice; and opening a pipe could wait for ever
+    if os.path.exists(path) and not path.is_file():  # it is read twice, and opening a pipe could block indefinitely
         raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
     start = _read_bytes(path, 9)
     # A safetensors file starts with the header's length (8 bytes, so its last bytes are zeros) and a brace.
@@ -140,8 +140,8 @@ def _open_token_file(path: Path) -> Tokens:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))["ids"]
-    kinds = {"U16": np.uint16, "U32": np.uint32}
-    if header["dtype"] not in kinds or [str(size) for size in header["shape"]] != [metadata["count"]]:
+    dtypes = {"U16": np.uint16, "U32": np.uint32}
+    if header["dtype"] not in dtypes or [str(size) for size in header["shape"]] != [metadata["count"]]:
         claim = f"{header['dtype']}{short_repr(header['shape'])} is not {metadata['count'][:20]} ids"
         raise DataError(f"{path}: damaged: {claim}")
     if not re.fullmatch(r"[0-9]{1,9}", metadata["vocab_size"]):
@@ -149,7 +149,7 @@ def _open_token_file(path: Path) -> Tokens:
     if metadata["count"] == "0":
         raise DataError(f"{path}: holds no tokens")
     ids_N: Ids = np.memmap(
-        path, kinds[header["dtype"]], "r", offset=8 + length + header["data_offsets"][0], shape=tuple(header["shape"])
+        path, dtypes[header["dtype"]], "r", offset=8 + length + header["data_offsets"][0], shape=tuple(header["shape"])
     )
     if _hash(ids_N) != metadata["sha256"]:
         raise DataError(f"{path}: damaged: the ids do not have the sha256 that its header states")
@@ -164,15 +164,15 @@ def _hash(ids_N: Ids) -> str:
 
 
 def sequence_starts(n_tokens: int, seq_len: int, stride: int) -> NDArray[np.int64]:
-    """First tokens of the sliding sequences, as in the book: every `stride`-th with `seq_len` + 1 tokens left."""
+    """Where sliding sequences start, as in the book: every `stride`-th token with `seq_len` + 1 tokens left."""
     return np.arange(0, n_tokens - seq_len, stride, dtype=np.int64)
 
 
 def batch(ids_N: Ids, config: TrainConfig, step: int, rows: slice = slice(None)) -> NDArray[np.int32]:
     """The sequences of one step: int32 [`batch_size`, T + 1]; inputs are [:, :-1], labels [:, 1:].
 
-    A pure function of its arguments. Whoever needs only some rows reads only these, and they are the same whoever
-    reads the others.
+    A pure function of its arguments. A process that needs only some rows reads only those, and gets the same ones
+    whichever process reads the others.
 
     Args:
         ids_N: the training tokens.
@@ -189,7 +189,7 @@ def _starts(n_tokens: int, config: TrainConfig, step: int) -> NDArray[np.int64]:
         generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
         return generator.integers(0, n_tokens - config.T, config.batch_size)
     starts = sequence_starts(n_tokens, config.T, config.stride or config.T)
-    # Sequences that fill no batch are left out, as by the book's drop_last.
+    # Sequences that do not fill a batch are left out, as with the book's drop_last.
     epoch, index = divmod(step, len(starts) // config.batch_size)
     return starts[_order(len(starts), config.seed, epoch)[index * config.batch_size :][: config.batch_size]]
 

@@ -24,7 +24,7 @@ class Evaluation:
     Attributes:
         loss: mean of -log p(token | tokens before it in its sequence), in nats per token.
         perplexity: exp(loss).
-        bits_per_byte: of the text's UTF-8 bytes.
+        bits_per_byte: the loss in bits per UTF-8 byte of the text.
         tokens: how many tokens were predicted.
     """
 
@@ -44,7 +44,7 @@ def evaluate(
     batch_size: int = 8,
     max_sequences: int = 0,
 ) -> Evaluation:
-    """Evaluates sequences of tokens, one every `stride`; each token but the first is predicted once.
+    """Evaluates sequences that start every `stride` tokens; each token except the first is predicted once.
 
     Args:
         model: the model.
@@ -54,7 +54,7 @@ def evaluate(
         stride: tokens from the start of one sequence to the next; 0 means `seq_len`, so that they do not overlap. A
             smaller one gives each token more context before it (at least seq_len - stride) and costs more.
         batch_size: sequences per call.
-        max_sequences: only the first so many sequences; 0 means all.
+        max_sequences: evaluate only this many sequences, the first ones; 0 means all.
 
     Raises:
         DataError: if there are fewer than two tokens.

@@ -1,4 +1,4 @@
-"""The trainer: a loop of `train_step.py`'s steps that evaluates, saves, stops at a signal and resumes bit for bit."""
+"""The trainer: a loop over `step.py`'s steps that evaluates, saves, stops on a signal and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class TrainResult:
         step: steps done.
         params: the parameters to use, `eval_params`.
         config: the model's config.
-        val_loss: of the last evaluation, in nats a token; None if there was none.
-        stopped_by: the signal that ended it early, saved; None if it ran to its end.
+        val_loss: of the last evaluation, in nats per token; None if there was none.
+        stopped_by: the signal on which it saved and stopped early; None if it ran to its end.
     """
 
     step: int
@@ -63,27 +63,27 @@ def train(
     init_from: str | None = None,
     tensorboard: bool = False,
 ) -> TrainResult:
-    """Trains a model into the directory `out` (see `run_directory.py` for what is written there).
+    """Trains a model into the directory `out` (`run_directory.py` documents the files that it writes).
 
-    On the devices of `config.mesh`; where `jaxgpt.parallel.distributed` has joined several processes, each calls this
-    with the same arguments and a directory that all of them see, reads its own rows of each batch, and the first one
-    writes.
+    It runs on the devices of `config.mesh`. If `jaxgpt.parallel.distributed` has joined several processes, each must
+    call this with the same arguments and a directory that all of them see; each reads its own rows of every batch, and
+    the first process writes.
 
     Args:
-        config: the run. With `init_from`, the shape of its model gives way to the checkpoint's.
+        config: the run's config. With `init_from`, the checkpoint's architecture replaces that of its model.
         data: a token file, a text file or tokens.
         out: the run's directory.
-        resume: continue from the last good checkpoint in `out`; bit for bit what an uninterrupted run gives.
+        resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
         force: resume even though config or data differ from the run's.
-        init_from: anything `jaxgpt.load` takes, to fine-tune. A resumed run remembers it.
+        init_from: the model to fine-tune: anything `jaxgpt.load` takes. A resumed run remembers it.
         tensorboard: write the metrics for TensorBoard too.
 
     Raises:
-        ConfigError, DataError, CheckpointError: before the first step, for what cannot be used.
-        TrainingError: if the loss stays not finite. The last good checkpoint is kept.
+        ConfigError, DataError, CheckpointError: before the first step, for input that cannot be used.
+        TrainingError: if the loss or gradient stays NaN or infinite. The last good checkpoint is kept.
     """
     run = Run(out, writes=distributed.is_primary())
-    alone = TrainingError("another process failed before the first step; its own message tells why")
+    alone = TrainingError("another process failed before the first step; its own message says why")
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):
             if resume and init_from is None:
@@ -130,7 +130,7 @@ def train(
 
 
 class _Loop:
-    """One call of `train`: what its steps share."""
+    """One call of `train`: the state that its steps share."""
 
     def __init__(
         self,
@@ -154,7 +154,7 @@ class _Loop:
         self.clock = time.perf_counter(), start
         with _signals() as received:
             while done < config.steps and not (stop := self.stop(received, done)):
-                # The batch is made while the device works on the step before.
+                # The batch is made while the device works on the previous step.
                 state, metrics = step_fn(state, self.global_batch(done))
                 done += 1
                 running.append((done, metrics))
@@ -172,7 +172,7 @@ class _Loop:
                 self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
         try:
             _plot_losses(self.run)
-        except Exception as error:  # a picture is not worth a finished run
+        except Exception as error:  # a missing picture must not fail a finished run
             self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
         return TrainResult(done, eval_params(state), config.model, last_val_loss, stop)
@@ -195,8 +195,8 @@ class _Loop:
         return jax.make_array_from_callback(shape, layout, part)
 
     def stop(self, received: list[signal.Signals], step: int) -> signal.Signals | None:
-        """The signal by which to stop. Several processes must do so after the same step, so they ask each other, and
-        only at the steps that are logged, because that waits for the devices."""
+        """The signal to stop on, if any. All processes must stop after the same step, so they ask each other, and only
+        at logged steps, because asking waits for the devices."""
         if jax.process_count() > 1 and not self.due(self.config.log_interval, step):
             return None
         number = distributed.highest(received[0] if received else 0)
@@ -206,11 +206,11 @@ class _Loop:
         return step % interval == 0 or step == self.config.steps
 
     def record(self, step: int, metrics: dict[str, Array]) -> None:
-        """Waits for a step to end; logs it; stops a run that has gone bad."""
+        """Waits for a step to end and logs it; stops the run after too many bad steps."""
         metrics = jax.device_get(metrics)
         loss, grad_norm, rate, bad = (float(metrics[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
         if bad:
-            self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was left out")
+            self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was skipped")
         if bad >= self.config.bad_steps:
             raise TrainingError(
                 f"{bad:.0f} steps in a row, up to {step}, had a loss or gradient that is not finite; the checkpoints "
@@ -219,7 +219,7 @@ class _Loop:
         if not self.due(self.config.log_interval, step):
             return
         now = time.perf_counter()
-        seconds = (now - self.clock[0]) / (step - self.clock[1])  # a step
+        seconds = (now - self.clock[0]) / (step - self.clock[1])  # per step
         self.clock = now, step
         speed = self.config.batch_size * self.config.T / seconds
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
@@ -227,7 +227,7 @@ class _Loop:
         self.progress.update(step, loss, speed, seconds * (self.config.steps - step))
 
     def pause(self, step: int, state: TrainState) -> None:
-        """Evaluates, saves and samples, as the intervals say. None of it touches the training's random numbers."""
+        """Evaluates, saves and samples, as the intervals say. None of this affects the training's random numbers."""
         config, loss, improved = self.config, None, False
         evaluating = self.due(config.eval_interval, step)
         if evaluating and config.val_fraction:
@@ -254,7 +254,7 @@ class _Loop:
 
     def healthy(self, state: TrainState) -> bool:
         """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
-        it does not tell of an update that has just ruined them."""
+        it does not show when the last update has ruined them."""
         return math.isfinite(self.validate(state["params"], sequences=1, batch_size=1).loss)
 
     def sample(self, step: int, params: Any) -> str:
@@ -264,13 +264,13 @@ class _Loop:
 
 
 def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: str = "float32") -> tuple[int, GPT, Any]:
-    """A run's model as it stood at a checkpoint: (step, model, params), with the averaged parameters if it has them.
+    """A run's model at a checkpoint: (step, model, params), with the averaged parameters if it has them.
 
     Args:
         directory: the run's directory; nothing in it is changed.
         step: a step that has a checkpoint, "latest", or "best": the one with the lowest validation loss (the latest,
-            where none was evaluated).
-        param_dtype: type of the parameters returned.
+            if none was evaluated).
+        param_dtype: dtype of the parameters returned.
 
     Raises:
         CheckpointError: if there is no such checkpoint or it is damaged.
@@ -286,7 +286,7 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
         chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
         if chosen not in steps:
             raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
-        with sharding.on_host():  # with the optimizer's state, it may be more than a device has
+        with sharding.on_host():  # with the optimizer's state, it may not fit on one device
             state = checkpoints.restore(chosen, abstract_state(config))
             params = jax.tree.map(np.asarray, cast_params(eval_params(state), param_dtype))
     params = jax.tree.map(jax.device_put, params)
@@ -302,7 +302,7 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     return mesh
 
 
-# What a run decides for itself when it starts from a checkpoint; the rest, the architecture, is the checkpoint's.
+# What a run that starts from a checkpoint decides itself; the rest, the architecture, comes from the checkpoint.
 _OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 
@@ -313,7 +313,7 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
 
 def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
     own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
-    # What is to be spread must not first fill one device.
+    # Parameters that will be spread over a mesh must not fill one device first.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
         return load(source, compute=config.compute, **own)[1]
 
@@ -328,7 +328,7 @@ def _check_samples(config: TrainConfig) -> None:
 
 
 def _plot_losses(run: Run) -> None:
-    """Writes loss.png, if the extra [plot] is there."""
+    """Writes loss.png, if the extra [plot] is installed."""
     if not run.writes:
         return
     try:
@@ -343,7 +343,7 @@ def _plot_losses(run: Run) -> None:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects the first SIGINT or SIGTERM, so that the loop can save; a second one acts as it usually does."""
+    """Collects the first SIGINT or SIGTERM, so that the loop can save; a second one has its usual effect."""
     received: list[signal.Signals] = []
     usual: dict[signal.Signals, Any] = {}
 
@@ -356,7 +356,7 @@ def _signals() -> Iterator[list[signal.Signals]]:
         for name in (signal.SIGINT, signal.SIGTERM):
             usual[name] = signal.signal(name, receive)
     except ValueError:
-        pass  # signals belong to the main thread; in another one, the caller handles them
+        pass  # only the main thread may handle signals; in others, the caller does
     try:
         yield received
     finally:

@@ -1,4 +1,4 @@
-"""Next-token cross-entropy in float32, whole or in chunks, and the figures derived from it."""
+"""Next-token cross-entropy in float32, whole or in chunks, and the metrics derived from it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cross_entropy(logits_xV: Array, labels_x: Array, custom_derivatives: bool = 
     Args:
         logits_xV: float32, [..., V].
         labels_x: ids, [...]; `IGNORE` leaves a position out. Any other id outside [0, V) makes the sum NaN, which
-            no run survives unseen; without that, XLA would clamp it into the vocabulary.
+            no run can miss; otherwise XLA would silently clamp it into the vocabulary.
         custom_derivatives: as in `ComputeConfig`.
 
     Returns:
@@ -43,8 +43,8 @@ def cross_entropy(logits_xV: Array, labels_x: Array, custom_derivatives: bool = 
 
 @jax.custom_vjp
 def _negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
-    """-log softmax(logits)[label]. Its own derivative, softmax - one-hot, is one pass over the logits; JAX's rule for
-    the logarithm of a sum keeps the exponentials of them all."""
+    """-log softmax(logits)[label]. Its custom derivative, softmax - one-hot, takes one pass over the logits; JAX's
+    rule for logsumexp keeps the exponentials of all of them."""
     return _plain_negative_log_likelihood(logits_xV, labels_x)
 
 
@@ -53,7 +53,7 @@ def _plain_negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
 
 
 def _negative_log_likelihood_forward(logits_xV, labels_x):
-    # Rows that lie on several devices are not to be taken one after another.
+    # Rows that lie on several devices must not be processed one after another.
     on_cpu = _logsumexp if is_distributed(logits_xV) else products.logsumexp
     total_x = lax.platform_dependent(logits_xV, cpu=on_cpu, default=_logsumexp)
     chosen_x = jnp.take_along_axis(logits_xV, labels_x[..., None], axis=-1)[..., 0]
@@ -76,16 +76,16 @@ _negative_log_likelihood.defvjp(_negative_log_likelihood_forward, _negative_log_
 def head_cross_entropy(
     x_BxTxD: Array, head_VxD: Array, labels_BxT: Array, compute: ComputeConfig, *, chunk: int = 0
 ) -> tuple[Array, Array]:
-    """`cross_entropy` of the logits x head^T, without holding them all when `chunk` is given.
+    """`cross_entropy` of the logits x head^T; if `chunk` is given, without ever holding all of them.
 
     Args:
         x_BxTxD: the final norm's output, `GPT.features`.
         head_VxD: the output head, `GPT.head_weight`.
         labels_BxT: as in `cross_entropy`.
-        compute: type of the product's operands, and whose derivatives.
-        chunk: positions per chunk: at most chunk * V logits exist at a time, in the backward pass too. 0: all. A
-            chunk has the same positions of every row, so that rows can lie on different devices, and never less
-            than one.
+        compute: dtype of the product's operands, and which derivatives to use.
+        chunk: positions per chunk: at most chunk * V logits exist at a time, in the backward pass too; 0 means all. A
+            chunk takes the same positions from every row, so that rows can lie on different devices, and at least
+            one.
 
     Returns:
         (sum in nats, count), as `cross_entropy`.
@@ -93,7 +93,7 @@ def head_cross_entropy(
     B, T, _ = x_BxTxD.shape
     if chunk == 0 or chunk // B >= T:
         return _chunk_loss(x_BxTxD, head_VxD, labels_BxT, compute)
-    # As few chunks as the size allows, and all as short: their ends are padded, by less than a position a chunk.
+    # As few chunks as the size allows, and as short as possible: padding adds less than one position per chunk.
     chunks = -(-T // max(1, chunk // B))
     length = -(-T // chunks)
     padding = -T % length
@@ -113,7 +113,7 @@ def model_loss(
     chunk: int = 0,
     dropout_key: Array | None = None,
 ) -> tuple[Array, Array]:
-    """`head_cross_entropy` of a model's predictions: (sum in nats, count). Dropout only with a key."""
+    """`head_cross_entropy` of a model's predictions: (sum in nats, count). Without a key, no dropout."""
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, **kwargs)
@@ -146,7 +146,7 @@ def _plain_scan_chunks(compute, x_xBxCxD, head_VxD, labels_xBxC):
 
 
 def _scan_chunks_forward(compute, x_xBxCxD, head_VxD, labels_xBxC):
-    """Takes each chunk's gradients while its logits are there, so that the backward pass need not make them again."""
+    """Computes each chunk's gradients while its logits exist, so that the backward pass need not recompute them."""
 
     def add_chunk(totals, chunk):
         losses, pull, count = jax.vjp(
@@ -174,5 +174,5 @@ def perplexity(loss: float) -> float:
 
 
 def bits_per_byte(total_nats: float, n_bytes: int) -> float:
-    """Bits the model needs for each byte of the text: comparable between tokenizers, unlike the loss."""
+    """Bits that the model needs per byte of the text: comparable between tokenizers, unlike the loss."""
     return total_nats / math.log(2) / n_bytes

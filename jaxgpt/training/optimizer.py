@@ -1,4 +1,4 @@
-"""The optimizer and its schedule, from a `TrainConfig`, out of optax's parts."""
+"""The optimizer and its schedule, built from a `TrainConfig` with optax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jaxgpt.training.config import TrainConfig
 def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
     """Linear warm-up from 0 to `peak` over `warmup_steps`, then a cosine to `final_learning_rate` * `peak` at `steps`.
 
-    Step 0 with a warm-up has learning rate peak / (warmup + 1) and not 0: no step is spent on nothing.
+    With a warm-up, step 0 has learning rate peak / (warmup + 1) rather than 0, so that no step is wasted.
     """
     warmup, end = config.warmup_steps, config.final_learning_rate
     cosine = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), alpha=end)
@@ -48,8 +48,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
 
 
 def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions of optax, which mix integers and floats: they work for users who forbid that
-    (`jax_numpy_dtype_promotion="strict"`) too."""
+    """Wraps functions of optax, which mix integers and floats, so that they also work for users who forbid that
+    (`jax_numpy_dtype_promotion="strict"`)."""
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a long run shows while it runs: a bar on a terminal, plain lines elsewhere. All of it on stderr."""
+"""The progress that a run shows: a bar on a terminal, plain lines elsewhere, all on stderr."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class TrainProgress:
-    """A context manager; `update` once a logged step, `say` for anything else."""
+    """A context manager; call `update` once per logged step, `say` for anything else."""
 
     def __init__(self, steps: int, console: Console | None = None, quiet: bool = False):
         self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
@@ -44,7 +44,7 @@ class TrainProgress:
             self.say(f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left")
 
     def say(self, text: str) -> None:
-        """Prints a text, above the bar if there is one. Control characters, which an untrained model writes too, are
-        shown and not sent to the terminal."""
+        """Prints a text, above the bar if there is one. Control characters, which an untrained model also writes, are
+        replaced rather than sent to the terminal."""
         visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         self._console.print(visible, markup=False, soft_wrap=True)

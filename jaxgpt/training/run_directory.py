@@ -1,10 +1,10 @@
-"""A run's directory: what was run, on what, and what it measured. One trainer at a time.
+"""A run's directory: what was run, on which data, and what it measured. Only one trainer may use it at a time.
 
 DIR/run.json        the resolved config, the data's hash, versions
-DIR/metrics.jsonl   one line a logged step or evaluation
-DIR/checkpoints/    see checkpoint.py
-DIR/loss.png        the curves, with the extra [plot]
-DIR/tensorboard/    the metrics again, if asked for
+DIR/metrics.jsonl   one line per logged step or evaluation
+DIR/checkpoints/    see checkpoints.py
+DIR/loss.png        the loss curves, if the extra [plot] is installed
+DIR/tensorboard/    the metrics again, for TensorBoard, if requested
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from jaxgpt.textfile import read_json
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
 
-# Not part of what a run computes, so they may differ when it resumes; nor is the mesh.
+# These do not change what a run computes, so they may differ when it resumes; so may the mesh.
 _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
 
 
 def import_tensorboard() -> Any:
-    """The library that writes for TensorBoard.
+    """Imports the library that writes for TensorBoard.
 
     Raises:
         MissingExtraError: without the extra [tensorboard].
@@ -39,9 +39,9 @@ def import_tensorboard() -> Any:
 
 
 class Run:
-    """A run's directory. See the module's docstring for what is in it.
+    """A run's directory; the module's docstring lists its files.
 
-    Of several processes that train together one `writes`; for the others, what would write does nothing.
+    Of several processes that train together, one `writes`; in the others, the methods that write do nothing.
     """
 
     def __init__(self, directory: str | Path, writes: bool = True):
@@ -53,7 +53,7 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the directory for one trainer; the lock goes with the process, however it ends.
+        """Locks the directory for one trainer; the lock is released when the process ends, however it ends.
 
         Raises:
             CheckpointError: if another process holds it.
@@ -70,19 +70,19 @@ class Run:
             yield
 
     def make(self) -> None:
-        """Makes the directories."""
+        """Creates the directories."""
         if self.writes:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
 
     def check_shared(self) -> None:
-        """Raises CheckpointError if this process does not see what another has made."""
+        """Raises CheckpointError if this process does not see the directory that another has created."""
         if not self.checkpoints.is_dir():
             raise CheckpointError(
-                self.directory, "not seen by every process: they need one directory, on a disk that they share"
+                self.directory, "not seen by every process: all need the same directory, on a shared disk"
             )
 
     def check_new(self) -> None:
-        """Raises CheckpointError if the directory holds a run."""
+        """Raises CheckpointError if the directory already holds a run."""
         if self.description.exists():
             raise CheckpointError(self.directory, "holds a run already: --resume continues it, or choose another --out")
 
@@ -114,7 +114,7 @@ class Run:
         Raises:
             ConfigError: naming every difference.
         """
-        # By way of a config, which knows the defaults of fields that came after the run began.
+        # Through a config, which knows the defaults of fields added after the run began.
         was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
         differences = [
             f"{table}.{name}: {short_repr(was[table].get(name))} before, {short_repr(value)} now"
@@ -128,10 +128,12 @@ class Run:
         if self.init_from() != init_from:
             differences.append(f"init-from: {short_repr(self.init_from())} before, {short_repr(init_from)} now")
         if differences:
-            raise ConfigError(f"{self.directory} was run with other settings (--force): {'; '.join(differences)}")
+            raise ConfigError(
+                f"{self.directory} was run with other settings (--force resumes): {'; '.join(differences)}"
+            )
 
     def write_tensorboard(self, step: int) -> None:
-        """From here on, `append` writes for TensorBoard too, replacing what is there after `step`.
+        """From here on, `append` also writes for TensorBoard, replacing what is there after `step`.
 
         Raises:
             MissingExtraError: without the extra [tensorboard].
@@ -141,7 +143,7 @@ class Run:
             self._tensorboard = writer(str(self.directory / "tensorboard"), purge_step=step + 1)
 
     def append(self, line: dict[str, Any]) -> None:
-        """Adds a line to metrics.jsonl: "step" and its metrics; one that is not finite is null, as JSON has no NaN."""
+        """Adds a line to metrics.jsonl: "step" and its metrics; null for one that is not finite, as JSON has no NaN."""
         if not self.writes:
             return
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -154,7 +156,7 @@ class Run:
             self._tensorboard.flush()
 
     def truncate_metrics(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run writes anew, and a last line that a kill cut short."""
+        """Drops the lines after `step`, which a resumed run writes again, and a last line that a kill cut short."""
         if not self.writes:
             return
         lines = [line for line in self.read_metrics() if line["step"] <= step]
@@ -165,7 +167,7 @@ class Run:
         return {line["step"]: line["val_loss"] for line in self.read_metrics() if line.get("val_loss") is not None}
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are whole."""
+        """The complete lines of metrics.jsonl."""
         lines = []
         if self.metrics.exists():
             for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -174,7 +176,7 @@ class Run:
                     if (
                         isinstance(line, dict)
                         and type(line.get("step")) is int  # half a number is a number too
-                        and all(map(_is_figure, line.values()))
+                        and all(map(_is_metric, line.values()))
                     ):
                         lines.append(line)
         return lines
@@ -188,7 +190,7 @@ class Run:
         return description[key]
 
 
-def _is_figure(value: Any) -> bool:
+def _is_metric(value: Any) -> bool:
     return value is None or isinstance(value, (int, float))
 
 

@@ -1,4 +1,4 @@
-"""One step of training: the state, how it begins, and the jitted function that takes it to the next."""
+"""One training step: the state, its initial value, and the jitted function from one state to the next."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jaxgpt.training.optimizer import make_optimizer, schedule
 
 TrainState = dict[str, Any]
 
-# Streams of random numbers that must not meet, whatever the seed.
+# Streams of random numbers that must not overlap, whatever the seed.
 INIT, DROPOUT, SAMPLE = range(3)
 
 
@@ -32,16 +32,16 @@ def stream_key(config: TrainConfig, stream: int) -> Array:
 def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step:
 
-        params, opt_state   the optimizer's
-        average             of the parameters, if the config asks for one
+        params, opt_state   the parameters and the optimizer's state
+        ema_params          the moving average of the parameters, if the config asks for one
         step                steps taken, int32
-        updates             those of them that changed the parameters
+        updates             how many of them changed the parameters
         bad                 how many of the latest in a row did not
 
     Args:
-        config: the run.
+        config: the run's config.
         params: start from these instead of drawing new ones.
-        mesh: what to lay it out over. Every array is made in its parts: no device ever holds all of it.
+        mesh: the mesh to lay it out over. Every array is created in parts: no device ever holds all of it.
     """
     if params is not None and mesh is not None:
         params = sharding.shard(params, mesh)
@@ -74,8 +74,8 @@ def eval_params(state: TrainState) -> Any:
 def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
     """The optimizer step, not yet jitted: (state, ids [B, T + 1]) -> (state, metrics).
 
-    Gradients are those of the mean loss over all labels that count, in however many micro-batches they are taken.
-    A step whose loss or gradient is not finite changes none of the parameters and the optimizer's state.
+    Gradients are those of the mean loss over all labels that count, whatever the number of micro-batches.
+    A step whose loss or gradient is not finite changes neither the parameters nor the optimizer's state.
 
     The metrics are "loss", "grad_norm" (before clipping), "learning_rate" and "bad", as in the state.
     """
@@ -98,7 +98,7 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
         def add(total, micro):
             return jax.tree.map(jnp.add, total, losses_and_grads(params, *micro)), None
 
-        # Every so many-th row, so that a micro-batch has rows on every device.
+        # Rows are taken with a stride, so that a micro-batch has rows on every device.
         micro_ids = ids_BxT1.reshape(-1, config.grad_accumulation, ids_BxT1.shape[1]).swapaxes(0, 1)
         micro_keys = jax.random.split(key, config.grad_accumulation)
         zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
