@@ -1,4 +1,4 @@
-"""`jaxgpt benchmark`, as a script."""
+"""Runs `jaxgpt benchmark`."""
 
 import sys
 

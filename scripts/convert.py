@@ -1,4 +1,4 @@
-"""`jaxgpt convert`, as a script."""
+"""Runs `jaxgpt convert`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`jaxgpt evaluate`, as a script."""
+"""Runs `jaxgpt evaluate`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`jaxgpt generate`, as a script."""
+"""Runs `jaxgpt generate`."""
 
 import sys
 

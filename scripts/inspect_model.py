@@ -1,4 +1,4 @@
-"""`jaxgpt inspect`, as a script."""
+"""Runs `jaxgpt inspect`."""
 
 import sys
 

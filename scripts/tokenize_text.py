@@ -1,4 +1,4 @@
-"""`jaxgpt tokenize`, as a script."""
+"""Runs `jaxgpt tokenize`."""
 
 import sys
 

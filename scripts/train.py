@@ -1,4 +1,4 @@
-"""`jaxgpt train`, as a script."""
+"""Runs `jaxgpt train`."""
 
 import sys
 

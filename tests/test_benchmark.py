@@ -157,7 +157,7 @@ def test_a_process_that_hangs_is_a_failure(monkeypatch):
     ("arguments", "told"),
     [
         (["--rounds", "0"], "--rounds must be 1 or more, not 0"),
-        (["--only", "dance"], "--only dance fits none of decode-1-float32, .*start"),
+        (["--only", "dance"], "--only dance matches none of decode-1-float32, .*start"),
     ],
 )
 def test_bad_arguments_are_told(canned, capsys, arguments, told):

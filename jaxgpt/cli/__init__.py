@@ -1,4 +1,4 @@
-"""The `jaxgpt` command: one module a subcommand, imported only when it is called."""
+"""The `jaxgpt` command: one module per subcommand, imported only when it is called."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ COMMANDS = {
     "convert": ("jaxgpt.cli.convert", "write a checkpoint in another layout"),
     "tokenize": ("jaxgpt.cli.tokenize", "turn text into a token file to train on"),
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
-    "plot": ("jaxgpt.cli.plot", "draw the training curves of one run or several"),
+    "plot": ("jaxgpt.cli.plot", "draw the training curves of one or more runs"),
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text"),
-    "benchmark": ("jaxgpt.cli.benchmark", "measure speed, beside the machine's limits"),
+    "benchmark": ("jaxgpt.cli.benchmark", "measure speed, and compare it with the machine's limits"),
     "doctor": ("jaxgpt.cli.doctor", "check that this installation works"),
-    "plan": ("jaxgpt.cli.plan", "tell what a model needs of a TPU pod, without one"),
+    "plan": ("jaxgpt.cli.plan", "estimate what a model needs on a TPU pod slice"),
     "build-kernel": ("jaxgpt.cli.build_kernel", "compile the CPU kernel that decodes faster"),
-    "export": ("jaxgpt.cli.export", "make a loadable model of a training run"),
+    "export": ("jaxgpt.cli.export", "make a loadable model from a training run"),
 }
 
 _USERS = (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, KernelError, OSError)
 
-# What shells report for a command that a closed pipe, or Ctrl-C, ended.
+# What shells report for a command that was ended by a closed pipe or Ctrl-C.
 _CLOSED_PIPE, _INTERRUPTED = 141, 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's own) and returns the exit code.
 
-    0 is success. 2 is the user's error, told in one line on stderr. 130 is Ctrl-C, and 141 a reader of stdout
-    that left. A fault in the program itself is raised as it is.
+    0 is success. 2 is a user error, reported in one line on stderr. 130 is Ctrl-C, and 141 means that the reader of
+    stdout closed the pipe. A fault in the program itself is raised unchanged.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a model may write what the terminal's encoding cannot
+        sys.stdout.reconfigure(errors="replace")  # the terminal's encoding may lack what a model writes
     try:
         try:
             return _run(argv)
@@ -76,14 +76,14 @@ def _run(argv: list[str]) -> int:
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
     args = parser.parse_args(argv)
-    if "jax" not in sys.modules:  # or else the process is not ours, and what is set up would come too late
+    if "jax" not in sys.modules:  # otherwise the process is not ours, and it is too late to configure JAX
         startup.configure()
     return args.run(args)
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether `error` tells the user what to change: the package's own errors, those it raises as a check of what
-    it was given, and those of the file system. Any other is a fault, and its traceback is wanted."""
+    """Whether `error` says what the user should change: the package's own errors, those that it raises when checking
+    its arguments, and those of the file system. Any other is a fault, which needs its traceback."""
     if isinstance(error, _USERS):
         return True
     if not isinstance(error, (ValueError, FloatingPointError)):
@@ -95,7 +95,7 @@ def _is_users(error: Exception) -> bool:
 
 
 def _discard_stdout() -> None:
-    # Otherwise the interpreter's own flush at exit complains of the closed pipe once more.
+    # Otherwise the interpreter's own flush at exit reports the closed pipe once more.
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, sys.stdout.fileno())
     os.close(null)

@@ -1,4 +1,4 @@
-"""`jaxgpt benchmark`: a table of speeds, each beside the limit that the machine sets."""
+"""`jaxgpt benchmark`: a table of speeds, each with the limit that the machine sets."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", metavar="PART", help="only the workloads whose name contains PART; may be repeated"
     )
     parser.add_argument(
-        "--peers", action="store_true", help="run transformers and CTranslate2 too, in turn (extra: bench)"
+        "--peers", action="store_true", help="also run transformers and CTranslate2, alternating (extra: bench)"
     )
-    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="take each row's best of N processes")
+    parser.add_argument("--rounds", type=int, default=1, metavar="N", help="keep the best of N processes per row")
     parser.add_argument(
-        "--profile", type=Path, metavar="DIR", help="write traces, and print each row's costliest operations"
+        "--profile", type=Path, metavar="DIR", help="write traces, and print the costliest operations of each row"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, each work in a process of its own, and prints. Progress goes to stderr.
+    """Measures each workload in a separate process, and prints the results. Progress goes to stderr.
 
     Raises:
-        ValueError: for --only that fits nothing, or --rounds below 1.
-        MissingExtraError: for --peers without any.
+        ValueError: if --only matches nothing, or --rounds is below 1.
+        MissingExtraError: for --peers if none is installed.
     """
     from jaxgpt.cpu import kernel
     from jaxgpt.errors import MissingExtraError
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     if not chosen and args.only != ["start"]:
         names = ", ".join(work.name for work in benchmark.workloads(args.preset) if work.kind not in ("read", "matmul"))
-        raise ValueError(f"--only {' '.join(args.only)} fits none of {names}, start")
+        raise ValueError(f"--only {' '.join(args.only)} matches none of {names}, start")
     if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
         raise MissingExtraError("transformers", "bench", "jaxgpt benchmark --peers")
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         for peer in benchmark_peers.available(work) if args.peers else []:
             runs[peer] = []
         failures: dict[str, str] = {}
-        for _ in range(args.rounds):  # in turn, so that a busy moment hits all
+        for _ in range(args.rounds):  # alternating, so that a busy moment affects all of them
             for program, results in runs.items():
                 module, extra = "jaxgpt.measuring.peers", [program]
                 if program == "jaxgpt":
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
                     )
                 try:
                     results.append(measured(module, work.name, *extra))
-                except RuntimeError as error:  # the other rows are still wanted
+                except RuntimeError as error:  # the other rows still count
                     failures[program] = str(error)
         best = {program: min(runs[program], key=lambda run: run["seconds"]) for program in runs if runs[program]}
         bound = benchmark.limit(work, read, flops)
@@ -116,7 +116,7 @@ def _table(report: dict[str, Any]) -> str:
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     peers = sorted({program for row in report["rows"] for program in row["tokens_per_s"]} - {"jaxgpt"})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("work", no_wrap=True)
+    table.add_column("workload", no_wrap=True)
     for header in ("tokens/s", "ms", "% of limit", "peak GB", *(f"x {peer}" for peer in peers)):
         table.add_column(header, justify="right", no_wrap=True)
     for row in report["rows"]:

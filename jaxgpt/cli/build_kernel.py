@@ -1,4 +1,4 @@
-"""`jaxgpt build-kernel`: the C++ kernel for this machine's processor, for every later process of this user."""
+"""`jaxgpt build-kernel`: builds the C++ kernel for this machine's processor; later processes of this user use it."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.cpu import kernel
 
     path = kernel.build()
-    print(f"{path}: built and checked; jaxgpt generate uses it from now on ({kernel.VARIABLE}=0 leaves it unused)")
+    print(f"{path}: built and checked; jaxgpt generate uses it from now on ({kernel.VARIABLE}=0 turns it off)")
     return 0

@@ -1,4 +1,4 @@
-"""`jaxgpt convert SRC DST`: a checkpoint of any format to the project's own or Hugging Face's."""
+"""`jaxgpt convert SRC DST`: converts a checkpoint of any format to the project's own or Hugging Face's."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dst", metavar="DST", type=Path, help="directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
-    parser.add_argument("--n-heads", type=int, metavar="N", help="attention heads, where SRC does not say")
+    parser.add_argument("--n-heads", type=int, metavar="N", help="number of attention heads, if SRC does not say")
     parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite values")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Converts, and says on stderr what was written.
+    """Converts, and reports on stderr what was written.
 
     Raises:
-        CheckpointError, ConfigError, MissingExtraError: as `jaxgpt.load` and `jaxgpt.save` do; and if DST exists
-            without --force.
+        CheckpointError, ConfigError, MissingExtraError: as from `jaxgpt.load` and `jaxgpt.save`; also if DST
+            exists without --force.
     """
     from jaxgpt.errors import CheckpointError
 

@@ -1,4 +1,4 @@
-"""`jaxgpt doctor`: checks that this installation works, and says what to do where it does not."""
+"""`jaxgpt doctor`: checks that this installation works, and says how to fix what does not."""
 
 from __future__ import annotations
 

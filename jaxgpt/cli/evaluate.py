@@ -1,4 +1,4 @@
-"""`jaxgpt evaluate`: a model's loss on a whole text."""
+"""`jaxgpt evaluate`: measures a model's loss on a whole text."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=8, help="sequences per call (default: 8)")
     parser.add_argument(
-        "--last-fraction", type=float, metavar="F", help="only the last part of the tokens, such as a validation split"
+        "--last-fraction",
+        type=float,
+        metavar="F",
+        help="use only the last fraction F of the tokens, such as a validation split",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the figures and returns the exit code."""
+    """Prints the metrics and returns the exit code."""
     from jaxgpt.training import evaluate, open_tokens
 
     model, params = load_model(args)
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(dataclasses.asdict(result)))
     else:
         print(
-            f"loss {result.loss:.4f} nats a token   perplexity {result.perplexity:.3f}   "
-            f"{result.bits_per_byte:.4f} bits a byte   over {result.tokens:,} tokens"
+            f"loss {result.loss:.4f} nats per token   perplexity {result.perplexity:.3f}   "
+            f"{result.bits_per_byte:.4f} bits per byte   over {result.tokens:,} tokens"
         )
     return 0

@@ -1,4 +1,4 @@
-"""`jaxgpt export`: a training run as a loadable model."""
+"""`jaxgpt export`: writes a training run's checkpoint as a loadable model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jaxgpt.errors import CheckpointError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("run_directory", metavar="DIR", help="what --out was in training")
+    parser.add_argument("run_directory", metavar="DIR", help="the run's directory, --out of jaxgpt train")
     parser.add_argument("out", metavar="OUT", help="the directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: jaxgpt")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""`jaxgpt generate`: text from a model, on stdout; everything else on stderr."""
+"""`jaxgpt generate`: prints text from a model on stdout, and everything else on stderr."""
 
 from __future__ import annotations
 
@@ -13,45 +13,71 @@ from jaxgpt.config import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the subcommand's arguments; sampling options have transformers' names."""
+    """Declares the subcommand's arguments. Sampling options are named as in transformers."""
     add_model_arguments(parser)
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated: all are continued at once"
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="text to continue; may be repeated: all are continued at once",
     )
     parser.add_argument(
-        "--prompt-file", action="append", default=[], metavar="FILE", help='one prompt, the whole file; "-" is stdin'
+        "--prompt-file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help='file with one prompt; "-" is stdin; may be repeated',
     )
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default: %(default)s)"
+        "--max-new-tokens",
+        type=int,
+        default=200,
+        metavar="N",
+        help="generate at most N tokens per text (default: %(default)s)",
     )
     parser.add_argument(
-        "--top-k", type=int, default=200, metavar="N", help="keep the N likeliest (default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="divide the logits by X; 0 is greedy (default: %(default)s)",
     )
-    parser.add_argument("--top-p", type=float, metavar="X", help="keep the likeliest that make up this probability")
-    parser.add_argument("--min-p", type=float, metavar="X", help="keep those with this share of the likeliest's")
-    parser.add_argument("--greedy", action="store_true", help="always the likeliest token, as --temperature 0")
-    parser.add_argument("--num-return-sequences", type=int, default=1, metavar="N", help="texts a prompt (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same text (default: %(default)s)")
-    parser.add_argument("--stream", action="store_true", help="print as it is drawn; several texts one by one")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a line and text")
+    parser.add_argument(
+        "--top-k", type=int, default=200, metavar="N", help="keep the N likeliest tokens (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, metavar="X", help="keep the likeliest tokens that together have probability X"
+    )
+    parser.add_argument(
+        "--min-p", type=float, metavar="X", help="keep tokens with at least X times the highest probability"
+    )
+    parser.add_argument(
+        "--greedy", action="store_true", help="always take the likeliest token, as with --temperature 0"
+    )
+    parser.add_argument(
+        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument("--stream", action="store_true", help="print text as it is sampled; several texts one by one")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per text, one per line")
     parser.add_argument(
         "--cache-dtype",
         choices=DTYPES,
-        help="of the key/value cache (default: see jaxgpt.Cache.empty)",
+        help="type of the key/value cache (default: see jaxgpt.Cache.empty)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates, and prints each prompt with its continuation; a line `---` stands between texts.
+    """Generates, and prints each prompt with its continuation; a line `---` separates texts.
 
     Raises:
-        ValueError: for an argument out of its range; without a prompt; for --stream with --json.
+        ValueError: for an argument out of range; without a prompt; for --stream with --json.
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model or a file cannot be read.
         FloatingPointError: if the model gives NaN or infinite logits.
     """
     if args.stream and args.json:
-        raise ValueError("--stream and --json exclude each other: JSON is printed when a text is whole")
+        raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
     if args.num_return_sequences < 1:
         raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
@@ -69,7 +95,10 @@ def run(args: argparse.Namespace) -> int:
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     context = model.config.context_length
     if max(map(len, rows)) + args.max_new_tokens > context:
-        print(f"beyond {context} tokens, the model's context, every token takes a pass over all of it", file=sys.stderr)
+        print(
+            f"beyond {context} tokens, the model's context, every token takes a pass over the whole context",
+            file=sys.stderr,
+        )
     options: dict[str, Any] = {
         "sampler": sampler,
         "stop_ids": (tokenizer.end_of_text,),
@@ -81,8 +110,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of the command line, in the order --prompt, --prompt-file; with neither, stdin unless it is a
-    terminal. Bytes that are not UTF-8 become U+FFFD."""
+    """The prompts on the command line, those of --prompt before those of --prompt-file; with neither, stdin unless it
+    is a terminal. Bytes that are not UTF-8 become U+FFFD."""
     files = args.prompt_file
     if not args.prompt and not files:
         if sys.stdin is None or sys.stdin.isatty():
@@ -121,7 +150,7 @@ def _stream(args, model, params, prompts, rows, key, options) -> None:
 
     results = []
     for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        # The key that this row has where all are drawn at once.
+        # The same key that this row has when all are sampled at once.
         row_key = None if key is None else jax.random.fold_in(key, i)[None]
         session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
         print("---\n" * bool(i) + prompt, end="", flush=True)
@@ -137,5 +166,5 @@ def _report(results) -> None:
     line = f"{count} tokens in {sum(result.seconds for result in results):.1f} s"
     rates = [result.tokens_per_second for result in results if result.tokens_per_second]
     if rates:
-        line += f", compilation included; {sum(rates) / len(rates):,.0f} tokens/s without"
+        line += f", compilation included; {sum(rates) / len(rates):,.0f} tokens/s without it"
     print(line, file=sys.stderr)

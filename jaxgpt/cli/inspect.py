@@ -1,4 +1,4 @@
-"""`jaxgpt inspect`: a model's parameter tree and what it costs, from its config alone; and what it does with a text."""
+"""`jaxgpt inspect`: shows a model's parameter tree and costs, from its config alone, and what it does with a text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jaxgpt.errors import ConfigError
 # Table 2 of Radford et al. 2019, by (n_layers, emb_dim).
 _PAPER_NAMES = {(12, 768): "117M", (24, 1024): "345M", (36, 1280): "762M", (48, 1600): "1542M"}
 
-# Wide enough for every row of the largest preset, where no terminal says what fits.
+# Wide enough for every row of the largest preset, for output that does not go to a terminal.
 _PIPED_WIDTH = 120
 
 
@@ -27,18 +27,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a preset's name, a .toml or .json config file, or a checkpoint to load"
     )
-    parser.add_argument("--all", action="store_true", help="list every block, not one for all")
+    parser.add_argument("--all", action="store_true", help="list every block, instead of one for all")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--batch", type=int, default=1, help="rows, for operations and cache (default: 1)")
-    parser.add_argument("--length", type=int, help="tokens a row, for operations and cache (default: the context)")
+    parser.add_argument("--batch", type=int, default=1, help="rows, to count operations and cache (default: 1)")
+    parser.add_argument(
+        "--length", type=int, help="tokens per row, to count operations and cache (default: the context)"
+    )
 
     parser.add_argument(
-        "--prompt", metavar="TEXT", help="load the model, and show what each block would say while it reads this text"
+        "--prompt", metavar="TEXT", help="load the model, and show what each block would predict on this text"
     )
     parser.add_argument(
         "--plot",
         metavar="DIR",
-        help="write pictures, and one page of them all, DIR/index.html: of the architecture and, with --prompt, of the "
+        help="write pictures, and one page with all of them, DIR/index.html: the architecture and, with --prompt, the "
         "attention, the next tokens and the logit lens (extra: plot)",
     )
 
@@ -63,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def resolve_config(name: str) -> GPTConfig:
-    """The config of a preset, of a config file, or of anything that `jaxgpt.load` takes; no weights are read.
+    """The config of a preset, a config file, or anything that `jaxgpt.load` takes. Reads no weights.
 
     Raises:
-        ConfigError: if a config file is not good, or `name` is nothing of the kind.
-        CheckpointError: if a checkpoint is not good.
+        ConfigError: if a config file is invalid, or `name` is none of these.
+        CheckpointError: if a checkpoint is invalid.
     """
     if name in PRESETS:
         return GPTConfig.preset(name)
@@ -79,10 +81,10 @@ def resolve_config(name: str) -> GPTConfig:
 
 
 def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
-    """Loads a model and lets it read a prompt: its config, and the `jaxgpt.interpret.Inside`.
+    """Loads a model and runs it on a prompt: its config, and the `jaxgpt.interpret.Inside`.
 
     Raises:
-        ConfigError: for what has no weights.
+        ConfigError: for a model without weights.
         CheckpointError, MissingExtraError: if the model cannot be loaded.
         ValueError: for a prompt beyond the context.
     """
@@ -103,37 +105,39 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
 
 
 def inside_report(config: GPTConfig, prompt: str, inside: Any) -> dict[str, Any]:
-    """What the model makes of the prompt, as plain values: its likeliest next tokens at each position, and the same
-    after each block, "after_block" null being the embeddings; the last block's are the model's."""
+    """The model's predictions for the prompt, as plain values: the likeliest next tokens at each position, and the same
+    after each block, where "after_block" null means the embeddings; the last block's are the model's."""
     from jaxgpt.interpret import token_labels
     from jaxgpt.tokenizer import get_tokenizer
 
     tokenizer = get_tokenizer(config.tokenizer)
 
-    def told(ids: Any, probabilities: Any) -> list[dict[str, Any]]:
+    def tokens(ids: Any, probabilities: Any) -> list[dict[str, Any]]:
         return [
             {"id": int(i), "token": label, "probability": float(p)}
             for i, label, p in zip(ids, token_labels(tokenizer, ids), probabilities, strict=True)
         ]
 
-    said = [
-        [told(ids_K, p_K) for ids_K, p_K in zip(*place, strict=True)]
+    predicted = [
+        [tokens(ids_K, p_K) for ids_K, p_K in zip(*place, strict=True)]
         for place in zip(inside.top_ids_NxTxK, inside.top_probabilities_NxTxK, strict=True)
     ]
-    came = told(inside.ids_T[1:], inside.true_probabilities_NxS[-1])
+    came = tokens(inside.ids_T[1:], inside.true_probabilities_NxS[-1])
     labels = token_labels(tokenizer, inside.ids_T)
     return {
         "prompt": prompt,
         "positions": [
             {"id": int(i), "token": label, "next": tops, "came_next": after}
-            for i, label, tops, after in zip(inside.ids_T, labels, said[-1], [*came, None], strict=True)
+            for i, label, tops, after in zip(inside.ids_T, labels, predicted[-1], [*came, None], strict=True)
         ],
-        "lens": [{"after_block": n - 1 if n else None, "positions": positions} for n, positions in enumerate(said)],
+        "lens": [
+            {"after_block": n - 1 if n else None, "positions": positions} for n, positions in enumerate(predicted)
+        ],
     }
 
 
 def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
-    """All numbers, as plain values ready for JSON. Bytes are bytes, operations are single operations.
+    """All numbers, as plain values ready for JSON. Sizes are in bytes, and work in single operations.
 
     Raises:
         ValueError: if `batch` or `length` is not positive, or `length` is beyond the context.
@@ -162,23 +166,23 @@ def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
 
 
 def notes(config: GPTConfig) -> Iterator[str]:
-    """What explains a count other than the one a reader expects."""
+    """Explains counts that differ from what a reader expects."""
     counts = accounting.count_parameters(config)
     if config.tie_embeddings:
         head = config.vocab_size * config.emb_dim
         yield (
-            f"The output head is tok_emb itself, and counts once. With a matrix of its own, as in the book-* presets, "
-            f"it would add {head:,}: {counts.total + head:,} in all."
+            f"The output head is tok_emb itself, which is counted once. A separate matrix, as in the book-* presets, "
+            f"would add {head:,}: {counts.total + head:,} in all."
         )
     else:
         yield (
-            f"The output head is a matrix of its own. Tied to tok_emb, as in OpenAI's GPT-2, the count would be "
+            f"The output head is a separate matrix. With it tied to tok_emb, as in OpenAI's GPT-2, the count would be "
             f"{counts.total - counts.out_head:,}; names such as 124M mean that one."
         )
     if config.banded_layers:
         yield (
             "Attention is dense in layers 0, 2, ... and banded in 1, 3, ..., where a query sees "
-            f"{config.attention_window} positions: there the operations count those, and not the whole length."
+            f"{config.attention_window} positions: there the operations count only those, not the whole length."
         )
     paper = _PAPER_NAMES.get((config.n_layers, config.emb_dim))
     if paper and (config.vocab_size, config.context_length) == (50257, 1024):
@@ -189,7 +193,7 @@ def _render(name: str, config: GPTConfig, report: dict[str, Any], expand: bool) 
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False)
-    # Captured, so that one plain `print` meets a closed pipe.
+    # Captured, so that only one plain `print` can meet a closed pipe.
     with console.capture() as capture:
         console.print(
             f"{name}: n_layers {config.n_layers}, emb_dim {config.emb_dim:,}, n_heads {config.n_heads}, "
@@ -255,21 +259,21 @@ def _totals_table(report: dict[str, Any]) -> Any:
 
 
 def _inside_tables(inside: dict[str, Any], line: int) -> Iterator[tuple[str, Any]]:
-    """Titles and tables, with as many of the likeliest tokens as a line holds."""
+    """Titles and tables, with as many of the likeliest tokens as fit on a line."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     positions, lens = inside["positions"], inside["lens"]
-    told_tokens = [token for place in lens for tops in place["positions"] for token in tops]
-    width = min(9, max(len(token["token"]) for token in (*told_tokens, *positions)))
+    likeliest = [token for place in lens for tops in place["positions"] for token in tops]
+    width = min(9, max(len(token["token"]) for token in (*likeliest, *positions)))
     gap = 3  # between columns
     cell = max(width + len(" 100%"), len("likeliest")) + gap
-    fits = (line + gap - len("999") - gap - width - gap) // cell - 1  # one is what came
+    fits = (line + gap - len("999") - gap - width - gap) // cell - 1  # one column is "came next"
     ranks = ["likeliest", *(f"no. {i}" for i in range(2, len(positions[0]["next"]) + 1))][: max(1, fits)]
 
-    def told(tokens: list[dict[str, Any]]) -> list[Text]:
-        # Text, because a string of rich's may hold markup.
+    def cells(tokens: list[dict[str, Any]]) -> list[Text]:
+        # Text, because rich would read markup in a plain string.
         return [Text(f"{token['token']:<{width}.{width}} {token['probability']:>4.0%}") for token in tokens]
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -279,13 +283,13 @@ def _inside_tables(inside: dict[str, Any], line: int) -> Iterator[tuple[str, Any
     for i, position in enumerate(positions):
         came = [position["came_next"]] if position["came_next"] else []
         token = Text(f"{position['token']:.{width}}")
-        table.add_row(str(i), token, *told(position["next"][: len(ranks)]), *told(came))
+        table.add_row(str(i), token, *cells(position["next"][: len(ranks)]), *cells(came))
     yield "What the model expects after each token:", table
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for header in ("asked after", *ranks):
+    for header in ("after", *ranks):
         table.add_column(header, no_wrap=True)
     for place in lens:
         block = place["after_block"]
         name = "the embeddings" if block is None else f"block {block}"
-        table.add_row(name, *told(place["positions"][-1][: len(ranks)]))
-    yield "The logit lens after the last token; the last block's answer is the model's:", table
+        table.add_row(name, *cells(place["positions"][-1][: len(ranks)]))
+    yield "The logit lens at the last token; the last block's predictions are the model's:", table

@@ -1,4 +1,4 @@
-"""What the commands that run a model have in common: which one, in which type, on which devices."""
+"""The options shared by commands that run a model: which model, in which type, on which devices."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=PARAM_DTYPES,
-        help="of parameters and products; int8 of matrices only (default: as saved)",
+        help="type of the parameters and of matrix products (int8: matrices only); default: as saved",
     )
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,tensor=4 (default: one)")
 
 
 def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
-    """(model, params) as these arguments say.
+    """The (model, params) that these arguments ask for.
 
     Raises:
-        CheckpointError, ConfigError, MissingExtraError, OSError: if the model cannot be read, or the mesh not be made.
+        CheckpointError, ConfigError, MissingExtraError, OSError: if the model cannot be read.
+        ConfigError: also if the mesh cannot be made.
     """
     from jaxgpt.generation import prepare
     from jaxgpt.parallel import MeshConfig, sharding
     from jaxgpt.weights import load
 
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
-    # What is to be spread must not first fill one device.
+    # Parameters that will be sharded must not first fill one device.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
         stored = {} if args.dtype is None else {"param_dtype": args.dtype}
         model, params = prepare(*load(args.model, **stored), args.dtype)

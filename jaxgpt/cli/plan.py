@@ -1,4 +1,4 @@
-"""`jaxgpt plan`: the memory, time and exchanges that a model needs of a slice of a TPU pod, without one."""
+"""`jaxgpt plan`: estimates a model's memory, time and communication on a TPU pod slice, with no TPU at hand."""
 
 from __future__ import annotations
 
@@ -14,24 +14,30 @@ MISSING = "analytic estimate: the TPU compiler isn't installed, pip install 'jax
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="a preset's name, or a file with [model], [train], [mesh]")
-    parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE", help="the slice, like v5e:8x8 or v5p:4x4x8")
-    parser.add_argument("--mesh", metavar="AXES", help="like fsdp=16,tensor=4; default: the config's, or fsdp=-1")
-    parser.add_argument("--batch", type=int, metavar="N", help="rows a step; default: the config's, or one a part")
     parser.add_argument(
-        "--decode-batch", type=int, metavar="N", help="rows to decode, 0 for none; default: one a part of the batch"
+        "--topology", required=True, metavar="CHIP:SHAPE", help="the slice, such as v5e:8x8 or v5p:4x4x8"
+    )
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="devices, such as fsdp=16,tensor=4; default: the config's, or fsdp=-1"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", help="rows per step; default: the config's, or one per part of the batch"
+    )
+    parser.add_argument(
+        "--decode-batch", type=int, metavar="N", help="rows to decode, 0 for none; default: one per part of the batch"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a field; see jaxgpt train --help"
     )
-    parser.add_argument("--quick", action="store_true", help="compile with little optimisation: for memory alone")
+    parser.add_argument("--quick", action="store_true", help="compile with little optimisation: enough for memory only")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plans and prints. A model that does not fit is a result, and the exit code 0.
+    """Plans and prints. A model that does not fit is a result, with exit code 0.
 
     Raises:
-        ConfigError: for a slice, mesh or config that cannot be.
+        ConfigError: for an impossible slice, mesh or config.
     """
     from jaxgpt import planning
 
@@ -64,13 +70,13 @@ def _render(report: dict[str, Any], topology: Any) -> str:
         chosen = ", ".join(f"{key} = {value}" for key, value in report["chosen"].items())
         console.print(
             f"{report['model']} on {report['topology']}, {report['chips']:,} chips: mesh {report['mesh']}, "
-            f"{report['batch']:,} x {report['length']:,} tokens a step"
-            + (f"; as the config does not say: {chosen}" if chosen else ""),
+            f"{report['batch']:,} x {report['length']:,} tokens per step"
+            + (f"; chosen because the config does not say: {chosen}" if chosen else ""),
             soft_wrap=True,
             markup=False,
         )
         if report["compiled"] and report["quick"]:
-            console.print("quickly compiled: the traffic with HBM, and times bound by it, are too high", soft_wrap=True)
+            console.print("compiled quickly: HBM traffic, and times bound by it, are overestimated", soft_wrap=True)
         for name in ("training", "decoding"):
             if name in report:
                 console.print(_table(name, report[name], topology))
@@ -78,9 +84,9 @@ def _render(report: dict[str, Any], topology: Any) -> str:
                     if reason := report[name].get(way, {}).get("does_not_fit"):
                         console.print(f"{name}: the compiler: {reason}", markup=False, soft_wrap=True)
         console.print(
-            "Everything is a chip's, but tokens/s. Overlapped: the largest of the three times; in turn: their sum. In "
+            "All are per chip, except tokens/s. Overlapped: the largest of the three times; in turn: their sum. In "
             "a ring of n a chip sends: all-gather (n - 1) x its part, reduce-scatter and all-to-all (n - 1)/n x the "
-            "whole, all-reduce 2 (n - 1)/n x the whole. MFU counts three forward passes a step.",
+            "whole, all-reduce 2 (n - 1)/n x the whole. MFU counts three forward passes per step.",
             soft_wrap=True,
         )
     return "\n".join(line.rstrip() for line in capture.get().splitlines())
@@ -91,9 +97,11 @@ def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
     from rich.table import Table
 
     ways = [way for way in ("compiled", "analytic") if way in part]
-    unit = "step" if name == "training" else "token a row"
+    unit = "step" if name == "training" else "token per row"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"{name}, {part['tokens']:,} tokens a {'step' if name == 'training' else 'time'}", no_wrap=True)
+    table.add_column(
+        f"{name}, {part['tokens']:,} tokens {'per step' if name == 'training' else 'at a time'}", no_wrap=True
+    )
     for way in ways:
         table.add_column(way, justify="right", no_wrap=True)
 
@@ -107,7 +115,7 @@ def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
     rows("{}", "memory_bytes", _bytes)
     row(f"fits {_bytes(topology.chip.hbm_bytes)}", lambda way: "yes" if way["fits"] else "NO")
     table.add_section()
-    row(f"operations a {unit}", lambda way: _shown(way.get("flops"), "{:.3g}".format))
+    row(f"operations per {unit}", lambda way: _shown(way.get("flops"), "{:.3g}".format))
     row("read and written in HBM", lambda way: _shown(way.get("hbm_bytes"), _bytes))
     rows("sent: {}", "wire_bytes", _bytes)
     table.add_section()

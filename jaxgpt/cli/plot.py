@@ -1,4 +1,4 @@
-"""`jaxgpt plot`: the training curves of one run or several."""
+"""`jaxgpt plot`: draws the training curves of one or more runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a .png, .svg or .pdf (default: %(default)s)",
     )
     parser.add_argument(
-        "--x", choices=("tokens", "steps"), help="what lies below (default: tokens, where the runs say how many)"
+        "--x", choices=("tokens", "steps"), help="the x axis (default: tokens, if the runs say how many)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draws, prints a line for each run, and returns the exit code.
+    """Draws the curves, prints one line per run, and returns the exit code.
 
     Raises:
-        ValueError: for another kind of file.
-        DataError, ConfigError: if a run holds nothing to draw, or not against tokens.
+        ValueError: for any other type of file.
+        DataError, ConfigError: if a run holds nothing to draw, or cannot be drawn against tokens.
         MissingExtraError: without the extra [plot].
     """
     if args.out.suffix.lower() not in SUFFIXES:

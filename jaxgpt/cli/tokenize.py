@@ -1,4 +1,4 @@
-"""`jaxgpt tokenize`: text into a token file to train on."""
+"""`jaxgpt tokenize`: turns text into a token file to train on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`jaxgpt train`: train a model from a config file, or fine-tune one."""
+"""`jaxgpt train`: trains a model from a config file, or fine-tunes one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import textwrap
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # or else the epilog becomes one paragraph
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter  # otherwise the epilog becomes one paragraph
     parser.epilog = describe_settings(max(60, shutil.get_terminal_size().columns - 2))
     parser.add_argument("config", metavar="CONFIG.toml", help="a file with [model] and [train] tables")
     parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
@@ -23,21 +23,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="override a field of the config; all are listed below",
     )
     parser.add_argument("--resume", action="store_true", help="continue from the last good checkpoint in DIR")
-    parser.add_argument("--force", action="store_true", help="resume though the config or the data differ")
-    parser.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
-    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all that are left")
+    parser.add_argument("--force", action="store_true", help="resume even if the config or the data differ")
+    parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all the others")
     parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="of process 0; default: the cluster's, or loopback")
-    parser.add_argument("--processes", type=int, metavar="N", help="how many; default: as the cluster says")
-    parser.add_argument("--process", type=int, metavar="I", help="which of them this is, from 0")
     parser.add_argument(
-        "--join-timeout", type=int, default=300, metavar="SECONDS", help="to wait for the others; default: %(default)s"
+        "--coordinator", metavar="HOST:PORT", help="address of process 0; default: the cluster's, or loopback"
     )
-    parser.add_argument("--init-from", metavar="MODEL", help="fine-tune: start from anything that loads")
+    parser.add_argument("--processes", type=int, metavar="N", help="how many processes; default: as the cluster says")
+    parser.add_argument("--process", type=int, metavar="I", help="index of this process, from 0")
+    parser.add_argument(
+        "--join-timeout",
+        type=int,
+        default=300,
+        metavar="SECONDS",
+        help="how long to wait for the others; default: %(default)s",
+    )
+    parser.add_argument("--init-from", metavar="MODEL", help="fine-tune: start from any model that jaxgpt.load takes")
 
 
 def describe_settings(width: int) -> str:
-    """Every field that --set takes, by table of the config file, in lines of at most `width` characters."""
+    """Lists every field that --set takes, by table of the config file, in lines of at most `width` characters."""
     from jaxgpt.config import PRESETS
     from jaxgpt.fields import settings
     from jaxgpt.training import TABLES
@@ -58,7 +64,7 @@ def describe_settings(width: int) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, and returns the exit code: 128 + the signal's number if one ended the run."""
+    """Trains, and returns the exit code: 128 + the signal's number if a signal ended the run."""
     from jaxgpt.errors import ConfigError
     from jaxgpt.parallel import MeshConfig
     from jaxgpt.training import TrainConfig
