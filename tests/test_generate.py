@@ -215,7 +215,8 @@ def test_result_counts_and_times(tiny):
 
 @pytest.mark.parametrize("n", [exhaustive(1), exhaustive(9), 30])
 @pytest.mark.parametrize(
-    ("config", "scan_layers"), [(TINY, False), (ALTERNATING, True)], ids=["dense", "alternating scan"]
+    ("config", "scan_layers"),
+    [exhaustive(TINY, False, id="dense"), pytest.param(ALTERNATING, True, id="alternating scan")],
 )
 def test_scan_generate_equals_generate(config, scan_layers, n):
     model, params = make_model(config, scan_layers=scan_layers)

@@ -126,6 +126,7 @@ def test_int8_parameters_and_a_model_of_another_type_are_refused():
         small.apply({"params": mixed}, ids)
 
 
+@pytest.mark.exhaustive
 def test_an_int8_model_starts_random():
     model = GPT(TINY, ComputeConfig(param_dtype="int8"))
     params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]

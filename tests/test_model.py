@@ -131,19 +131,6 @@ def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(rema
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
 
 
-@dense_or_alternating
-@pytest.mark.parametrize("scan_layers", [False, True])
-def test_without_custom_derivatives_gradients_are_the_same_and_forward_mode_agrees(scan_layers, config):
-    model, params = make_model(config)
-    model, want = GPT(config, ComputeConfig(custom_derivatives=False, scan_layers=scan_layers)), plain_gradient(config)
-    if scan_layers:
-        params, want = (stack_blocks(tree, config.n_layers) for tree in (params, want))
-    loss = functools.partial(cross_entropy, model, ids=random_ids(config, 2, 12))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), jax.jit(jax.grad(loss))(params), want)
-    _, slope = jax.jit(lambda p: jax.jvp(loss, (p,), (want,)))(params)
-    assert float(slope) == pytest.approx(sum(float(jnp.sum(leaf**2)) for leaf in jax.tree.leaves(want)), rel=1e-4)
-
-
 def test_rematerialisation_repeats_the_same_dropout():
     gradients = []
     for remat in ("none", "block"):

@@ -253,6 +253,7 @@ def test_parameters_that_a_mesh_does_not_divide_are_told():
         sharding.shard(make_model(MODEL)[1], mesh_of("tensor=3"))
 
 
+@pytest.mark.exhaustive
 def test_the_commands_take_a_mesh(capsys):
     assert main(["generate", "--prompt", "ROMEO:", "--max-new-tokens", "8"]) == 0
     want = capsys.readouterr().out

@@ -475,10 +475,12 @@ TRAINED_WITH = [
     exhaustive({"compute": ComputeConfig(scan_layers=True)}),
     exhaustive({"compute": ComputeConfig(remat="block")}),
     exhaustive({"compute": ComputeConfig(remat="dots", dtype="bfloat16")}),
-    {
-        "model": MODEL.replace(attention_pattern="alternating", attention_window=5),
-        "compute": ComputeConfig(scan_layers=True, remat="block"),
-    },
+    exhaustive(
+        {
+            "model": MODEL.replace(attention_pattern="alternating", attention_window=5),
+            "compute": ComputeConfig(scan_layers=True, remat="block"),
+        }
+    ),
 ]
 
 

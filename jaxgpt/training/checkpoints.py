@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class Checkpoints:
             for stale in list(self._stale):
                 self._delete(stale)
         except (OSError, ValueError) as error:  # a full disk raises either
-            reason = f"step {step} could not be written, earlier checkpoints are untouched: {first_line(error)}"
+            reason = f"step {step} could not be written, earlier checkpoints are untouched: {_reason(error)}"
             raise CheckpointError(self._directory, reason) from error
 
     def _delete(self, step: int) -> None:
@@ -144,7 +145,7 @@ class Checkpoints:
         except Exception as error:  # orbax and its storage raise errors of any type for damaged files
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise  # says nothing about the files
-            reason = first_line(error.__cause__ or error)  # orbax's own message is pages long
+            reason = _reason(error.__cause__ or error)  # orbax's own message is pages long
             raise CheckpointError(directory.parent, f"cannot be restored: {reason}") from error
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
@@ -174,6 +175,13 @@ class Checkpoints:
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _reason(error: BaseException) -> str:
+    """What the storage says, and the system's reason, which the line that is kept of a long message may not hold."""
+    line, code = first_line(error), re.search(r"os_error_code='(\d+)'", str(error))
+    reason = os.strerror(int(code[1])) if code else ""
+    return line if reason in line else f"{line}: {reason}"
 
 
 @contextlib.contextmanager
