@@ -63,6 +63,7 @@ def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):
     assert benchmark.costliest_operations(tmp_path) == [("dot x 2", 7.0), ("while x 1", 3.0), ("add x 1", 0.5)]
 
 
+@pytest.mark.exhaustive
 def test_a_work_is_measured_and_profiled(tmp_path):
     measured, costliest = benchmark.measure(Workload("decode", "character", "int8"), tmp_path)
     assert 0 < measured.seconds < 100

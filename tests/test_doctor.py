@@ -27,6 +27,7 @@ def only(monkeypatch, *names):
     monkeypatch.setattr(doctor, "CHECKS", {name: doctor.CHECKS[name] for name in names})
 
 
+@pytest.mark.exhaustive
 def test_a_good_installation_passes_every_check(home, capsys):
     assert main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]

@@ -94,8 +94,8 @@ def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
     ("rows", "dtype"),
     [
         *(exhaustive(rows, dtype) for rows, dtype in [(1, "float32"), (3, "float32"), (1, "bfloat16"), (3, "int8")]),
+        exhaustive(1, "int8"),
         (3, "bfloat16"),
-        (1, "int8"),
     ],
 )
 def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, monkeypatch):

@@ -152,6 +152,7 @@ def test_products_are_counted_as_often_as_they_run():
     assert product_flops(traced.jaxpr) == accounting.forward_flops(config, 3, 7).total
 
 
+@pytest.mark.exhaustive
 def test_products_of_layers_that_take_turns_are_counted_in_turn():
     from jaxgpt.planning.compile import product_flops
 

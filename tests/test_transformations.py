@@ -58,7 +58,7 @@ def dot(x, y):
     return sum(float(jnp.vdot(a, b)) for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y), strict=True))
 
 
-@variants("scanned, alternating, remat")
+@variants("dense")
 def test_both_kinds_of_derivatives_give_the_same_loss_and_gradient(config, compute):
     own, plain, params = both(config, compute)
     ids = random_ids(config, 2, 14)
@@ -69,7 +69,7 @@ def test_both_kinds_of_derivatives_give_the_same_loss_and_gradient(config, compu
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), plain_gradient, gradient)
 
 
-@variants("dense")
+@variants("scanned, alternating, remat")
 def test_forward_mode_gives_the_slope_of_the_float64_loss(config, compute):
     _, plain, params = both(config, compute)
     ids, along = random_ids(config, 2, 14), direction(params)
@@ -85,6 +85,7 @@ def test_forward_mode_gives_the_slope_of_the_float64_loss(config, compute):
     assert float(slope) == pytest.approx((ahead - behind) / (2 * step), rel=1e-4)
 
 
+@pytest.mark.exhaustive
 @variants("dense")
 def test_forward_over_reverse_equals_reverse_over_reverse(config, compute):
     _, plain, params = both(config, compute)
