@@ -141,12 +141,12 @@ def test_meshes_on_the_page_divide_the_models_and_their_batches(page, commands):
             planner.check(dataclasses.replace(run, mesh=MeshConfig.parse(args.mesh)))
 
 
-def test_readme_names_every_room():
+def test_readme_names_every_module_and_package():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     apart = {"__init__.py", "__init__.pyi", "__main__.py", "__pycache__", "assets", "py.typed", "version.py"}
-    for room in (ROOT / "jaxgpt").iterdir():
-        name = f"{room.name}/" if room.is_dir() else room.name
-        assert room.name in apart or f"`{name}`" in readme, name
+    for entry in (ROOT / "jaxgpt").iterdir():
+        name = f"{entry.name}/" if entry.is_dir() else entry.name
+        assert entry.name in apart or f"`{name}`" in readme, name
 
 
 def test_api_pages_have_every_module_command_and_public_name(monkeypatch):
