@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import jax
 import matplotlib
 import numpy as np
 import pytest
@@ -50,7 +51,9 @@ def workplace(tmp_path, monkeypatch):
     shutil.copy(PICTURES / "style.mplstyle", tmp_path / "pictures")
     monkeypatch.chdir(tmp_path)
     before = [(table, dict(table)) for table in (config.PRESETS, weights.FORMATS, weights.FILE_FORMATS)]
-    with matplotlib.rc_context({"backend": "agg"}), np.printoptions():
+    # Readers' JAX widens and converts.
+    usual = jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard")
+    with matplotlib.rc_context({"backend": "agg"}), np.printoptions(), usual[0], usual[1]:
         yield tmp_path
     for table, entries in before:
         table.clear()
