@@ -175,11 +175,13 @@ def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Arra
     slot_S = jnp.arange(keys.start, keys.stop)
     query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
     causal_TxS = slot_S[None] <= query_slot_Tx1
-    started_Bx1x1xS = slot_S[None, None, None] >= start_B[:, None, None, None]
+    start_Bx1x1x1 = start_B[:, None, None, None]
+    started_Bx1x1xS = slot_S[None, None, None] >= start_Bx1x1x1
     visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1x1xS
     if window is None:
         return visible_Bx1xTxS
-    return visible_Bx1xTxS & (slot_S[None] > query_slot_Tx1 - window)[None, None]
+    before_Tx1 = query_slot_Tx1 - window
+    return visible_Bx1xTxS & (slot_S[None] > before_Tx1)[None, None]
 
 
 def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, custom_derivatives: bool = True) -> Array:

@@ -61,7 +61,8 @@ class Cache:
 
     def positions_BxT(self, T: int) -> Array:
         """Positions of the next T tokens of each row; slots before a row's start count as position 0."""
-        return jnp.maximum((self.length + jnp.arange(T))[None] - self.start_B[:, None], 0)
+        slot_T, start_Bx1 = self.length + jnp.arange(T), self.start_B[:, None]
+        return jnp.maximum(slot_T[None] - start_Bx1, 0)
 
 
 class Seen(NamedTuple):

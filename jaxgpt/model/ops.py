@@ -86,7 +86,7 @@ class Matrix(NamedTuple):
 
 
 def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig) -> Array:
-    """x W^T in float32, [B, T, *out].
+    """x W^T in float32, `[B, T, *out]`.
 
     Operands are rounded to `compute.dtype`, except that an int8 W is exact in either. On a CPU, few rows of x use a
     specialised form (`jaxgpt.cpu.products`).
