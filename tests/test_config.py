@@ -471,3 +471,18 @@ def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_
     changed = TrainConfig.from_file(path, ["seed=7", "model.n_layers=3", "compute.remat=dots"])
     assert changed.model == config.model.replace(n_layers=3)
     assert changed.compute == config.compute.replace(remat="dots")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.dtype=bfloat16", r"\[model\]: unknown key 'dtype'; it belongs to \[compute\]"),
+        ("remat=block", r"\[train\]: unknown key 'remat'; it belongs to \[compute\]"),
+        ("compute.n_layers=3", r"\[compute\]: unknown key 'n_layers'; it belongs to \[model\]"),
+        ("steps.n=3", "the tables are model, compute, mesh, train"),
+    ],
+)
+def test_a_field_in_the_wrong_table_is_told_its_own(override, message, tmp_path):
+    (tmp_path / "run.toml").write_text("")
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_file(tmp_path / "run.toml", [override])

@@ -393,3 +393,10 @@ def test_gpt3_on_four_chips_does_not_fit():
     report = planner.make_plan(*plan_of("gpt3-13b", "v5e:2x2"), decode_batch=0, quick=True)
     assert not report["training"]["compiled"]["fits"]
     assert "RESOURCE_EXHAUSTED" in report["training"]["compiled"]["does_not_fit"]
+
+
+@pytest.mark.parametrize("table", ["model", "compute", "mesh", "train"])
+def test_a_table_that_is_none_is_refused_by_name(table, tmp_path):
+    (tmp_path / "run.toml").write_text(f"{table} = 3\n")
+    with pytest.raises(ConfigError, match=f"'{table}' must be a table, not 3"):
+        planner.resolve(str(tmp_path / "run.toml"), planner.Topology.parse("v5e:2x2"))

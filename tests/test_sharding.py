@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 from helpers import TINY, exhaustive, make_model, random_ids
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxgpt import generate, prepare
@@ -312,3 +312,14 @@ def test_what_is_replicated_lies_whole_on_every_device():
     got = jax.jit(sharding.replicate)(x)
     assert got.sharding.is_equivalent_to(NamedSharding(mesh, P()), 1)
     assert {shard.data.shape for shard in got.addressable_shards} == {(8,)}
+
+
+def test_a_mesh_of_the_callers_own_is_left_alone():
+    """Data parallelism over an axis of another name, with the ids spread and the parameters whole."""
+    model, params = make_model(MODEL)
+    ids = random_ids(MODEL, 8, 9)
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(AxisType.Auto,))
+    whole, spread = (NamedSharding(mesh, spec) for spec in (P(), P("batch")))
+    run = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
+    got = run(jax.device_put(params, whole), jax.device_put(ids, spread))
+    assert_close(got, run(params, ids))

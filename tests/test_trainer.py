@@ -491,6 +491,7 @@ def test_runs_with_the_models_options(tmp_path, tokens, options):
     losses = [line["loss"] for line in metrics(tmp_path) if "loss" in line]
     assert losses[-1] < losses[0] - 0.5
     assert result.config == config.model
+    assert result.compute == config.compute
     assert load_run(tmp_path, "latest")[1] == jaxgpt.GPT(config.model, config.compute)
 
 

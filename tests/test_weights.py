@@ -528,6 +528,8 @@ def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp
     assert model == GPT(TINY.replace(drop_rate=0.2), ComputeConfig(dtype="bfloat16"))
     assert model.config.drop_rate_attn == 0.2
     assert weights.load_config(tmp_path / "model", drop_rate=0.2) == TINY.replace(drop_rate=0.2)
+    assert weights.load_config(tmp_path / "model", dtype="bfloat16", scan_layers=True) == TINY
+    assert weights.load(tmp_path / "model", param_dtype=None)[0] == GPT(TINY)
     with pytest.raises(CheckpointError, match=r"'pos_emb/weight' is \[16, 24\] and should be \[8, 24\]"):
         weights.load(tmp_path / "model", context_length=8)
     with pytest.raises(ConfigError, match="did you mean 'drop_rate'"):

@@ -249,7 +249,7 @@ def _totals_table(report: dict[str, Any]) -> Any:
     for dtype, size in report["parameter_bytes"].items():
         grid.add_row(f"parameters in {dtype}", f"{size / MIB:,.2f} MB")
     rows = f"{report['batch']} x {report['length']:,}"
-    for title, key in (("forward pass", "forward_flops"), ("training step", "training_flops")):
+    for title, key in (("forward pass", "forward_flops"), ("training step without remat", "training_flops")):
         flops = report[key]
         grid.add_row(f"{title}, {rows}, linear layers", f"{flops['linear']:,} FLOPs")
         grid.add_row(f"{title}, {rows}, attention", f"{flops['attention']:,} FLOPs")

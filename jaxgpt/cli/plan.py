@@ -13,7 +13,7 @@ MISSING = "analytic estimate: the TPU compiler isn't installed, pip install 'jax
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("config", metavar="CONFIG", help="a preset's name, or a file with [model], [train], [mesh]")
+    parser.add_argument("config", metavar="CONFIG", help="a preset's name, or a config file as for jaxgpt train")
     parser.add_argument(
         "--topology", required=True, metavar="CHIP:SHAPE", help="the slice, such as v5e:8x8 or v5p:4x4x8"
     )

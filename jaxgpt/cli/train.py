@@ -12,7 +12,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # otherwise the epilog becomes one paragraph
     parser.epilog = describe_settings(max(60, shutil.get_terminal_size().columns - 2))
-    parser.add_argument("config", metavar="CONFIG.toml", help="a file with [model] and [train] tables")
+    parser.add_argument(
+        "config", metavar="CONFIG.toml", help="a file with the tables [model], [compute], [mesh] and [train]"
+    )
     parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
     parser.add_argument("--out", required=True, metavar="DIR", help="the run's directory")
     parser.add_argument(

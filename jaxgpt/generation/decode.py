@@ -17,7 +17,7 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model import GPT, Cache, RecentTokens
+from jaxgpt.model import GPT, Cache, RecentTokens, default_dtype
 from jaxgpt.parallel import replicate
 
 
@@ -69,6 +69,7 @@ def prefill(
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
     """
     B = ids_BxT.shape[0]
+    cache_dtype = cache_dtype or default_dtype(model.compute, jax.tree.leaves(params)[0])
     cache: Any = Cache.empty(model.config, model.compute, start_B=length - lengths_B, slots=slots, dtype=cache_dtype)
     x_BxTxD, cache = model.apply({"params": params}, ids_BxT, cache=cache, method="features")
     # Slots from `length` on hold keys of padding, which are masked until those of real tokens replace them.

@@ -2,6 +2,7 @@ from . import ops as ops
 from . import reference as reference
 from .cache import Cache as Cache
 from .cache import RecentTokens as RecentTokens
+from .cache import default_dtype as default_dtype
 from .gpt import GPT as GPT
 from .gpt import FeedForward as FeedForward
 from .gpt import MultiHeadAttention as MultiHeadAttention

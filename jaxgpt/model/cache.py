@@ -14,6 +14,11 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.parallel import lay, platform
 
 
+def default_dtype(compute: ComputeConfig, like: Array) -> str:
+    """The type that a cache has by default in a program with `like` in it: see `Cache.empty`."""
+    return "float32" if platform(like) == "cpu" else compute.dtype
+
+
 @struct.dataclass
 class Cache:
     """Keys and values of the slots written so far.
@@ -42,8 +47,7 @@ class Cache:
         `dtype` defaults to the compute type, but to float32 on a CPU, where XLA writes one slot of a bfloat16 array by
         converting the whole array to float32 and back.
         """
-        if dtype is None:
-            dtype = "float32" if platform(start_B) == "cpu" else compute.dtype
+        dtype = dtype or default_dtype(compute, start_B)
         # XLA drops a batch axis of 1 from the products, and then, to bridge the two shapes, computes the written
         # cache twice and copies it. Without that axis the write stays in place.
         batch = start_B.shape if start_B.shape[0] > 1 else ()

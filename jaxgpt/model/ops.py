@@ -109,7 +109,8 @@ def _flat_product(x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig) -> 
         return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, compute.custom_derivatives)
 
     rows = math.prod(x_BxTxD.shape[:2])
-    native_kernel = compute.native_kernel and not is_distributed(weight_OxD)
+    distributed = is_distributed(weight_OxD) or is_distributed(x_BxTxD)
+    native_kernel = compute.native_kernel and not distributed
     on_cpu = products.few_rows_product(rows, weight_OxD, compute.dtype, native_kernel)
     if on_cpu is None:
         return plain(x_BxTxD, weight_OxD)

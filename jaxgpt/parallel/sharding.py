@@ -198,9 +198,9 @@ def lay(x: Array, letters: str) -> Array:
 
     An axis with fewer elements than parts stays whole.
     """
-    if not is_distributed(x):
-        return x
     mesh = jax.typeof(x).sharding.mesh
+    if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):  # a mesh of the caller's own is the caller's to lay out
+        return x
     axes = [LETTERS[letter] for letter in letters]
     spec = P(*(part if size >= _size(mesh, part) else None for size, part in zip(x.shape, axes, strict=True)))
     return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))

@@ -27,7 +27,7 @@ from jaxgpt.config import PRESETS
 from jaxgpt.errors import ConfigError
 from jaxgpt.parallel import AXES, MeshConfig
 from jaxgpt.textfile import read_toml
-from jaxgpt.training import TrainConfig, override
+from jaxgpt.training import TrainConfig, check_tables, override
 
 GIB = 2**30
 
@@ -150,6 +150,7 @@ def resolve(
         ConfigError: for an invalid config, or a mesh that does not fit the slice, the model or the batch.
     """
     tables = override({"model": {"preset": source}} if source in PRESETS else read_toml(source), overrides)
+    check_tables(tables, source)
     if mesh is not None:
         tables["mesh"] = dataclasses.asdict(MeshConfig.parse(mesh))
     elif not tables["mesh"]:

@@ -1,6 +1,7 @@
 from . import curves as curves
 from .config import TABLES as TABLES
 from .config import TrainConfig as TrainConfig
+from .config import check_tables as check_tables
 from .config import override as override
 from .data import Ids as Ids
 from .data import Tokens as Tokens

@@ -10,7 +10,7 @@ from typing import Any
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.fields import check, documented, from_table, setting, to_table
+from jaxgpt.fields import check, documented, from_table, setting, settings, to_table
 from jaxgpt.parallel import MeshConfig
 from jaxgpt.textfile import parse_value, read_toml
 
@@ -132,13 +132,7 @@ class TrainConfig:
         Raises:
             ConfigError: naming `source` and the unknown key or the invalid field.
         """
-        if not isinstance(tables, Mapping):
-            raise ConfigError(f"{source}: expected tables, not {short_repr(tables)}")
-        for name, table in tables.items():
-            if not isinstance(table, Mapping):
-                raise ConfigError(f"{source}: {short_repr(name)} must be a table, not {short_repr(table)}")
-            if name not in TABLES:
-                raise ConfigError(f"{source}: unknown table {short_repr(name)}{did_you_mean(name, TABLES)}")
+        check_tables(tables, source)
         model = GPTConfig.from_fields(tables.get("model", {}), source=f"{source} [model]")
         compute = ComputeConfig.from_dict(tables.get("compute", {}), source=f"{source} [compute]")
         mesh = MeshConfig.from_dict(tables.get("mesh", {}), source=f"{source} [mesh]")
@@ -169,6 +163,22 @@ class TrainConfig:
 TABLES = {"model": GPTConfig, "compute": ComputeConfig, "mesh": MeshConfig, "train": TrainConfig}
 
 
+def check_tables(tables: Any, source: str) -> None:
+    """Raises ConfigError, naming `source`, unless these are tables of `TABLES`, and no field is in the wrong one."""
+    if not isinstance(tables, Mapping):
+        raise ConfigError(f"{source}: expected tables, not {short_repr(tables)}")
+    fields = {name: {declared.name for declared in settings(cls)} for name, cls in TABLES.items()}
+    for name, table in tables.items():
+        if not isinstance(table, Mapping):
+            raise ConfigError(f"{source}: {short_repr(name)} must be a table, not {short_repr(table)}")
+        if name not in TABLES:
+            raise ConfigError(f"{source}: unknown table {short_repr(name)}{did_you_mean(name, TABLES)}")
+        for key in table:
+            others = [other for other in TABLES if key in fields[other] and key not in fields[name]]
+            if others:
+                raise ConfigError(f"{source} [{name}]: unknown key {short_repr(key)}; it belongs to [{others[0]}]")
+
+
 def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """The tables of a config file with the "key=value" strings of `--set` applied (see `TrainConfig.from_file`).
 
@@ -183,7 +193,7 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             raise ConfigError(f"--set takes key=value, not {text!r}")
         table, _, name = key.strip().rpartition(".")
         if table not in ("", *TABLES):
-            raise ConfigError(f"--set: no table {table!r} in {key!r}; use model.{name} or {name}")
+            raise ConfigError(f"--set: no table {table!r} in {key!r}; the tables are {', '.join(TABLES)}")
         if isinstance(result[table or "train"], dict):  # if not, from_dict says so
             result[table or "train"][name] = parse_value(value.strip())
     return result

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
 from jaxgpt.generation import Temperature, generate_text
 from jaxgpt.model import GPT, cast_params
@@ -41,7 +41,8 @@ class TrainResult:
     Attributes:
         step: steps done.
         params: the parameters to use, `eval_params`.
-        config: the model's config.
+        config: what the model is.
+        compute: how to run it: `GPT(config, compute)` takes these parameters.
         val_loss: of the last evaluation, in nats per token; None if there was none.
         stopped_by: the signal on which it saved and stopped early; None if it ran to its end.
     """
@@ -49,6 +50,7 @@ class TrainResult:
     step: int
     params: Any
     config: GPTConfig
+    compute: ComputeConfig
     val_loss: float | None
     stopped_by: signal.Signals | None
 
@@ -175,7 +177,7 @@ class _Loop:
         except Exception as error:  # a missing picture must not fail a finished run
             self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
-        return TrainResult(done, eval_params(state), config.model, last_val_loss, stop)
+        return TrainResult(done, eval_params(state), config.model, config.compute, last_val_loss, stop)
 
     def global_batch(self, step: int) -> Any:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""

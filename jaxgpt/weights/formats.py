@@ -76,7 +76,7 @@ def load(
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
         MissingExtraError: if the format needs a package that is not installed.
     """
-    run = {name: overrides.pop(name) for name in ComputeConfig().to_dict() if name in overrides}
+    run = _pop_compute(overrides)
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
     config, stored = checkpoint.config.replace(**overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
@@ -87,8 +87,15 @@ def load(
 
 
 def load_config(path_or_name: str | Path, **overrides: Any) -> GPTConfig:
-    """Returns the configuration that `load` would use. Neither reads nor downloads tensors."""
+    """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
+    _pop_compute(overrides)
     return _recognise(path_or_name, overrides, with_tensors=False).config.replace(**overrides)
+
+
+def _pop_compute(overrides: dict[str, Any]) -> dict[str, Any]:
+    """Takes the fields of `ComputeConfig` out of the overrides; one that is None is left as it is."""
+    found = {name: overrides.pop(name) for name in ComputeConfig().to_dict() if name in overrides}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str = "jaxgpt") -> None:
