@@ -96,6 +96,27 @@ def test_several_prompts_and_sequences_are_one_batch(model, capsys):
     assert len(set(texts)) == 4
 
 
+@pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
+def test_a_seed_means_the_same_text_whatever_the_default_implementation_of_keys(model, capsys, implementation):
+    prompts = ["--prompt", "Ab", "--prompt", "xyz", *N]
+    texts = []
+    for options in ([], ["--stream"]):
+        with jax.default_prng_impl(implementation):
+            main(["generate", *prompts, *options])
+        texts.append(capsys.readouterr().out)
+    main(["generate", *prompts])
+    assert texts == [capsys.readouterr().out] * 2
+
+
+def test_any_integer_is_a_seed(model, capsys):
+    texts = []
+    for seed in (2**64 - 1, -1, 2**32, 0):
+        assert main(["generate", "--prompt", "Ab", "--seed", str(seed), *N]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+
+
 def test_stream_prints_the_same_text(model, capsys):
     main(["generate", "--prompt", "Ab", "--prompt", "xyz", *N])
     whole = capsys.readouterr().out

@@ -116,6 +116,51 @@ def test_rows_may_change_places_with_their_keys(tiny):
     assert not keys.is_deleted()
 
 
+IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_neighbours_and_order_do_not_matter_whatever_the_implementation_of_the_key(tiny, implementation):
+    run = functools.partial(generate, *tiny, max_new_tokens=9, sampler=SAMPLER)
+    with jax.default_prng_impl(implementation):
+        key, prompts = jax.random.key(3), RAGGED[:3]
+        together = rows(run(prompts, key=key))
+        keys = [jax.random.fold_in(key, r) for r in range(3)]
+        assert [rows(run([prompt], key=keys[r][None]))[0] for r, prompt in enumerate(prompts)] == together
+        assert rows(run(prompts[::-1], key=jnp.stack(keys[::-1]))) == together[::-1]
+        assert rows(run(prompts, key=jax.random.PRNGKey(3))) == together
+        same = np.array([RAGGED[1][:3]] * 3)
+        expected = [new.tolist() for new in run(same, key=key).new_tokens]
+        assert jax.jit(lambda ids: scan_generate(*tiny, ids, 9, sampler=SAMPLER, key=key))(same).tolist() == expected
+    if implementation != "unsafe_rbg":  # which derives other keys from a key
+        assert together == rows(run(prompts, key=jax.random.key(3, impl="threefry2x32")))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_sampler_draws_for_each_row_what_its_key_draws_alone(implementation):
+    keys, logits = jax.random.split(jax.random.key(1, impl=implementation), 5), jnp.zeros((5, 1000))
+    assert SAMPLER(logits, keys).tolist() == [int(SAMPLER(logits[0], key)) for key in keys]
+    assert len(set(SAMPLER(logits, keys).tolist())) > 1
+
+
+def test_all_words_of_a_key_count():
+    draw = functools.partial(Temperature(1.0), jnp.zeros(100_000))
+    keys = [
+        jax.random.wrap_key_data(np.uint32(words), impl="rbg") for words in ([1, 2, 1, 2], [1, 2, 1, 3], [1, 2, 3, 2])
+    ]
+    assert len({int(draw(key)) for key in keys}) == 3
+
+
+def test_an_int_is_the_key_of_that_seed(tiny):
+    run = functools.partial(generate, *tiny, RAGGED, 9, sampler=SAMPLER)
+    assert rows(run(key=5)) == rows(run(key=np.int64(5))) == rows(run(key=jax.random.key(5)))
+    assert rows(run(key=2**64 + 5)) == rows(run(key=5)) != rows(run(key=2**32 + 5))
+    assert rows(run(key=-1)) == rows(run(key=2**64 - 1))
+    ids = np.array([[1, 2], [3, 4]])
+    by_int, by_key = (scan_generate(*tiny, ids, 5, sampler=SAMPLER, key=key) for key in (5, jax.random.key(5)))
+    assert by_int.tolist() == by_key.tolist()
+
+
 def test_draws_are_a_function_of_the_key(tiny):
     run = functools.partial(generate, *tiny, [[1, 2, 3]], 12, sampler=SAMPLER)
     assert rows(run(key=jax.random.key(1))) == rows(run(key=jax.random.key(1)))
@@ -155,10 +200,8 @@ def test_steps_past_the_last_one_change_nothing(tiny):
     read = functools.partial(
         decode.prefill, model, params, np.ones((2, 4), np.int32), np.array([4, 2], np.int32), np.int32(4), None
     )
-    none = np.zeros(0, np.int32)
-    state, ids = decode.decode_tokens(
-        model, params, read(none, slots=16, sampler=Greedy()), 3, None, none, chunk=8, sampler=Greedy()
-    )
+    state = read(np.zeros(0, np.int32), slots=16, sampler=Greedy())
+    state, ids = decode.decode_tokens(model, params, state, 3, chunk=8, sampler=Greedy())
     assert int(state.drawn) == 4
     assert int(state.memory.length) == 4 + 3
     assert ids.shape == (2, 8)
@@ -252,11 +295,7 @@ def test_a_step_neither_copies_nor_converts_the_cache(batch, dtype, config):
     )  # no weight has as many elements as such a cache
     args = np.ones((batch, 16), np.int32), np.full(batch, 5, np.int32), np.int32(5), None, none
     state = jax.eval_shape(read, params, *args)
-    text = (
-        decode.decode_tokens.lower(model, params, state, np.int32(9), None, none, chunk=32, sampler=Greedy())
-        .compile()
-        .as_text()
-    )
+    text = decode.decode_tokens.lower(model, params, state, np.int32(9), chunk=32, sampler=Greedy()).compile().as_text()
     writes, others = 0, []
     for shape, op in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text):
         if np.prod([int(n) for n in shape.split(",")]) == batch * 4 * 112 * 16:
@@ -361,7 +400,7 @@ def test_integers_of_any_kind_are_ids(tiny):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sampler": TopK(5)}, r"TopK\(k=5\) draws at random and needs a key"),
+        ({"sampler": TopK(5)}, r"TopK\(5\) draws at random and needs a key"),
         ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per prompt \(2\), not keys of shape \[3\]"),
         ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
         ({"stop_ids": 5}, "stop_ids must be a list of ids, not 5"),

@@ -189,7 +189,7 @@ def compiled_decode(model, params, batch):
     state = decode.prefill(
         model, params, prompt, np.full(batch, 4, np.int32), np.int32(4), None, stops, slots=SLOTS, sampler=Greedy()
     )
-    step = decode.decode_tokens.lower(model, params, state, np.int32(8), None, stops, chunk=8, sampler=Greedy())
+    step = decode.decode_tokens.lower(model, params, state, np.int32(8), chunk=8, sampler=Greedy())
     return step.compile().as_text()
 
 

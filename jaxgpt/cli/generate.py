@@ -58,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: 1)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text (default: %(default)s)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="any integer, modulo 2^64; the same seed gives the same text (default: %(default)s)",
+    )
     parser.add_argument("--stream", action="store_true", help="print text as it is sampled; several texts one by one")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text, one per line")
     parser.add_argument(
@@ -82,14 +87,12 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
 
-    import jax
-
-    from jaxgpt.generation import encode_prompt, sampling
+    from jaxgpt.generation import as_key, encode_prompt, sampling
     from jaxgpt.tokenizer import get_tokenizer
 
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
-    key = jax.random.key(args.seed) if sampler.draws else None
+    key = as_key(args.seed) if sampler.draws else None
     model, params = load_model(args)
     tokenizer = get_tokenizer(model.config.tokenizer)
     rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]

@@ -3,6 +3,7 @@ from .decode import DecodeState as DecodeState
 from .decode import decode_tokens as decode_tokens
 from .decode import prefill as prefill
 from .decode import scan_generate as scan_generate
+from .keys import as_key as as_key
 from .preparation import prepare as prepare
 from .sampling import Greedy as Greedy
 from .sampling import MinP as MinP

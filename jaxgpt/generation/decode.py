@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import struct
 from jax import Array, lax
 
+from jaxgpt.generation.keys import as_key, row_keys
 from jaxgpt.generation.sampling import Greedy, Sampler
 from jaxgpt.model import GPT, Cache, RecentTokens, default_dtype
 from jaxgpt.parallel import replicate
@@ -28,6 +28,8 @@ class DecodeState:
     Attributes:
         memory: what the model has read: a key/value cache, or the last C ids once a row is as long as the context.
         token_B: the last id drawn, which the model has not read yet.
+        keys_B: one key per row, from `row_keys`; None if nothing is drawn at random.
+        stop_ids: ids that end a row, [any number].
         drawn: ids drawn so far per row, int32.
         done_B: whether the row has drawn a stop id.
         broken_B: number of the first draw whose logits were not finite, or -1.
@@ -35,6 +37,8 @@ class DecodeState:
 
     memory: Cache | RecentTokens
     token_B: Array
+    keys_B: Array | None
+    stop_ids: Array
     drawn: Array
     done_B: Array
     broken_B: Array
@@ -62,7 +66,7 @@ def prefill(
         ids_BxT: row b's prompt ends at column `length` - 1; ids to its left and right are ignored.
         lengths_B: ids in each prompt.
         length: the largest of them.
-        key: one key, from which row b uses fold_in(key, b); or one key per row, [B]; or None.
+        key: as in `row_keys`, or None.
         stop_ids: ids that end a row, [any number].
         slots: size of the cache, at least T; static.
         sampler: how ids are drawn; static.
@@ -78,11 +82,13 @@ def prefill(
     state = DecodeState(
         memory=cache,
         token_B=jnp.zeros(B, jnp.int32),
+        keys_B=None if key is None else row_keys(key, B),
+        stop_ids=stop_ids,
         drawn=jnp.zeros((), jnp.int32),
         done_B=jnp.zeros(B, bool),
         broken_B=jnp.full(B, -1, jnp.int32),
     )
-    return _draw(model, params, state, x_Bx1xD, _row_keys(key, B), stop_ids, sampler)
+    return _draw(model, params, state, x_Bx1xD, sampler)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk", "sampler"), donate_argnames=("state",))
@@ -91,8 +97,6 @@ def decode_tokens(
     params: Any,
     state: DecodeState,
     steps: Array | int,
-    key: Array | None,
-    stop_ids: Array,
     *,
     chunk: int,
     sampler: Sampler,
@@ -102,7 +106,6 @@ def decode_tokens(
     Returns:
         (state, ids_BxN): N is `chunk`; only the first columns count, as many as `state.drawn` has grown by.
     """
-    keys_B = _row_keys(key, state.token_B.shape[0])
 
     def step(state: DecodeState) -> DecodeState:
         if isinstance(state.memory, RecentTokens):
@@ -114,7 +117,7 @@ def decode_tokens(
             x_BxTxD, memory = model.apply(
                 {"params": params}, state.token_B[:, None], cache=state.memory, method="features"
             )
-        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, keys_B, stop_ids, sampler)
+        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler)
 
     def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Array]:
         state = lax.cond((i < steps) & ~jnp.all(state.done_B), step, lambda state: state, state)
@@ -143,7 +146,7 @@ def scan_generate(
     max_new_tokens: int,
     *,
     sampler: Sampler | None = None,
-    key: Array | None = None,
+    key: Array | int | None = None,
 ) -> Array:
     """The whole generator as one pure function, for `jax.jit`, `jax.export` or a larger program.
 
@@ -156,7 +159,7 @@ def scan_generate(
         ids_BxT: prompts, integers.
         max_new_tokens: ids to draw per row, 1 or more; static.
         sampler: how ids are drawn; default `Greedy()`.
-        key: one key, from which row b uses fold_in(key, b); or one key per row, [B].
+        key: as in `jaxgpt.generate`.
 
     Returns:
         ids_BxN: the new ids only.
@@ -169,44 +172,34 @@ def scan_generate(
     no_stops = jnp.zeros(0, jnp.int32)
     cached = min(max_new_tokens, C - T + 1)
     lengths_B = jnp.full(B, T, jnp.int32)
+    key = None if key is None else as_key(key)
     state = prefill(
         model, params, ids_BxT, lengths_B, jnp.int32(T), key, no_stops, slots=T + cached - 1, sampler=sampler
     )
     pieces = [ids_BxT, state.token_B[:, None]]
     if cached > 1:
-        state, ids = decode_tokens(model, params, state, cached - 1, key, no_stops, chunk=cached - 1, sampler=sampler)
+        state, ids = decode_tokens(model, params, state, cached - 1, chunk=cached - 1, sampler=sampler)
         pieces.append(ids)
     recomputed = max_new_tokens - cached
     if recomputed > 0:
         read_BxC = jnp.concatenate(pieces, axis=1)[:, -C - 1 : -1]
         state = dataclasses.replace(state, memory=RecentTokens(read_BxC, jnp.full(B, C, jnp.int32)))
-        _, ids = decode_tokens(model, params, state, recomputed, key, no_stops, chunk=recomputed, sampler=sampler)
+        _, ids = decode_tokens(model, params, state, recomputed, chunk=recomputed, sampler=sampler)
         pieces.append(ids)
     return jnp.concatenate(pieces[1:], axis=1)
 
 
-def _draw(model, params, state: DecodeState, x_Bx1xD, keys_B, stop_ids, sampler: Sampler) -> DecodeState:
+def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler) -> DecodeState:
     """The next id of each row, from the features of the row's last token."""
     logits_BxV = model.apply({"params": params}, x_Bx1xD, method="logits")[:, 0]
     with jax.named_scope("sample"):
-        keys_B = None if keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(keys_B, state.drawn)
+        keys_B = None if state.keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
         token_B = replicate(sampler(logits_BxV, keys_B))  # every process reads them
         broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
         return dataclasses.replace(
             state,
             token_B=token_B,
             drawn=state.drawn + 1,
-            done_B=state.done_B | jnp.any(token_B[:, None] == stop_ids[None], axis=-1),
+            done_B=state.done_B | jnp.any(token_B[:, None] == state.stop_ids[None], axis=-1),
             broken_B=replicate(jnp.where(broken, state.drawn, state.broken_B)),
         )
-
-
-def _row_keys(key: Array | None, B: int) -> Array | None:
-    """One key per row, so that a row's draws do not depend on the other rows."""
-    if key is None:
-        return None
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):  # from jax.random.PRNGKey
-        key = jax.random.wrap_key_data(key)
-    if key.ndim == 1:
-        return key
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, np.arange(B))

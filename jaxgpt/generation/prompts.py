@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxgpt.checks import check_ids, short_repr
+from jaxgpt.generation.keys import as_key
 from jaxgpt.generation.sampling import Sampler
 
 
@@ -41,10 +42,16 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
     return rows
 
 
-def check_key(sampler: Sampler, key: jax.Array | None, batch: int) -> None:
-    """Raises ValueError unless `key` is what a random sampler needs: one key, or an array of `batch` keys."""
+def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
+    """The key that a random sampler needs: one, or an array of `batch`.
+
+    Raises:
+        ValueError: without a key, or for another number of keys.
+        TypeError: for anything that is not a key.
+    """
     if key is None:
-        raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed)")
-    ndim = key.ndim - (not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key))
-    if ndim > 1 or (ndim == 1 and len(key) != batch):
+        raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed), or an int")
+    key = as_key(key)
+    if key.shape not in ((), (batch,)):
         raise ValueError(f"key must be one key or one per prompt ({batch}), not keys of shape {list(key.shape)}")
+    return key

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt.checks import short_repr
+from jaxgpt.generation.keys import threefry
 
 # Finite, like every mask here, so that arithmetic with it never gives NaN.
 REMOVED = -1e30
@@ -43,7 +44,8 @@ class Sampler:
     def __call__(self, logits: Array, key: Array | None = None) -> Array:
         """Ids [B] from logits [B, V] and one key per row, [B]; or one id from logits [V] and a key.
 
-        Of several equal largest logits, the arg-max is the lowest id.
+        Of several equal largest logits, the arg-max is the lowest id. Row b draws what `key[b]` draws alone, whatever
+        the keys' implementation.
         """
         logits = logits.astype(jnp.float32)
         if not self.draws:
@@ -51,13 +53,18 @@ class Sampler:
         draw: Callable[..., Array] = jax.random.categorical
         if logits.ndim > 1:
             draw = jax.vmap(draw)
-        return draw(key, self.filter(logits)).astype(jnp.int32)
+        return draw(None if key is None else threefry(key), self.filter(logits)).astype(jnp.int32)
 
     def __or__(self, then: Sampler) -> Sampler:
-        return Chain((self, then))
+        if not isinstance(then, Sampler):
+            return NotImplemented
+        return Chain((*_parts(self), *_parts(then)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(repr, vars(self).values()))})"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Chain(Sampler):
     """Filters applied from left to right; usually written with `|`."""
 
@@ -72,8 +79,11 @@ class Chain(Sampler):
             logits = part.filter(logits)
         return logits
 
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.parts))
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Greedy(Sampler):
     """Picks the likeliest id; of equals, the lowest."""
 
@@ -82,7 +92,7 @@ class Greedy(Sampler):
         return False
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Temperature(Sampler):
     """Divides logits by `value`: below 1 sharpens the distribution, above 1 flattens it. 0 is greedy.
 
@@ -106,7 +116,7 @@ class Temperature(Sampler):
         return jnp.maximum(relative * scale, REMOVED)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TopK(Sampler):
     """Keeps the `k` likeliest ids, and any as likely as the k-th. A `k` above V keeps all.
 
@@ -128,7 +138,7 @@ class TopK(Sampler):
         return _keep_likeliest(logits, lambda kept: jnp.sum(kept, axis=-1, keepdims=True) >= self.k)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TopP(Sampler):
     """Keeps the nucleus: the fewest likeliest ids with a total probability of at least `p`, and any as likely as
     the least likely of them.
@@ -156,7 +166,7 @@ class TopP(Sampler):
         return _keep_likeliest(logits, enough)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class MinP(Sampler):
     """Keeps the ids with at least `p` times the probability of the likeliest. 0 keeps all.
 
@@ -193,6 +203,10 @@ def from_options(
         if value is not None:
             sampler = sampler | kind(value)
     return sampler if sampler.draws else Greedy()
+
+
+def _parts(sampler: Sampler) -> tuple[Sampler, ...]:
+    return sampler.parts if isinstance(sampler, Chain) else (sampler,)
 
 
 def _keep_likeliest(logits: Array, enough: Callable[[Array], Array]) -> Array:

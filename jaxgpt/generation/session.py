@@ -58,7 +58,7 @@ def generate(
     max_new_tokens: int,
     *,
     sampler: Sampler | None = None,
-    key: jax.Array | None = None,
+    key: jax.Array | int | None = None,
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
@@ -80,7 +80,8 @@ def generate(
         max_new_tokens: maximum ids to add per row; 0 returns the prompts.
         sampler: how ids are drawn (`jaxgpt.generation.sampling`); default `Greedy()`.
         key: for a random sampler: one key, from which row b uses fold_in(key, b), or an array with one key per
-            row. The n-th new id of a row uses fold_in(row's key, n).
+            row. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will do, and an int
+            is the key of that seed.
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
@@ -121,7 +122,7 @@ class Generation:
         max_new_tokens: int,
         *,
         sampler: Sampler | None = None,
-        key: jax.Array | None = None,
+        key: jax.Array | int | None = None,
         stop_ids: Sequence[int] = (),
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
@@ -129,7 +130,7 @@ class Generation:
     ):
         model, params = prepare(model, params)
         config = model.config
-        self.model, self.params, self.sampler, self.key = model, params, sampler or Greedy(), key
+        self.model, self.params, self.sampler = model, params, sampler or Greedy()
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.prompts = check_prompts(prompts, config.vocab_size)
@@ -146,8 +147,7 @@ class Generation:
                 f"a prompt of {longest} ids and max_new_tokens={self.max_new_tokens} exceed "
                 f"context_length={config.context_length}"
             )
-        if self.sampler.draws:
-            check_key(self.sampler, key, len(self.prompts))
+        self.key = check_key(self.sampler, key, len(self.prompts)) if self.sampler.draws else None
         self.drawn: list[list[np.ndarray]] = [[] for _ in self.prompts]
         self._timings: list[_Timing] = []
 
@@ -191,7 +191,7 @@ class Generation:
                 self.model,
                 self.params,
                 state,
-                *to_device((np.int32(steps), self.key, self._padded_stop_ids()), self.params),
+                to_device(np.int32(steps), self.params),
                 chunk=CHUNK,
                 sampler=self.sampler,
             )

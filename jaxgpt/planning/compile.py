@@ -72,7 +72,7 @@ def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any
 
     state = sharding.abstract(state, jax.tree.map(layout, state))
     step = jax.jit(functools.partial(decode_tokens, model, chunk=CHUNK, sampler=Greedy()), donate_argnums=1)
-    arguments = (params, state, ints(()), None, ints((0,)))
+    arguments = (params, state, ints(()))
     return step, arguments, {"parameters": params, "cache": state.memory}
 
 

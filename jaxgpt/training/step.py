@@ -12,6 +12,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt.generation import as_key
 from jaxgpt.model import GPT
 from jaxgpt.parallel import sharding
 from jaxgpt.training.config import TrainConfig
@@ -26,7 +27,7 @@ INIT, DROPOUT, SAMPLE = range(3)
 
 def stream_key(config: TrainConfig, stream: int) -> Array:
     """The key of one of the run's streams of random numbers: `INIT`, `DROPOUT` or `SAMPLE`."""
-    return jax.random.fold_in(jax.random.key(config.seed), stream)
+    return jax.random.fold_in(as_key(config.seed), stream)
 
 
 def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> TrainState:
