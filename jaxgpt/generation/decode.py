@@ -191,7 +191,8 @@ def scan_generate(
 
 def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler) -> DecodeState:
     """The next id of each row, from the features of the row's last token."""
-    logits_BxV = model.apply({"params": params}, x_Bx1xD, method="logits")[:, 0]
+    logits_Bx1xV: Any = model.apply({"params": params}, x_Bx1xD, method="logits")
+    logits_BxV = logits_Bx1xV[:, 0]
     with jax.named_scope("sample"):
         keys_B = None if state.keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
         token_B = replicate(sampler(logits_BxV, keys_B))  # every process reads them
