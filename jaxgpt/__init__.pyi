@@ -26,6 +26,7 @@ from .generation import MinP as MinP
 from .tokenizer import get_tokenizer as get_tokenizer
 from .model import Cache as Cache
 from .generation import prepare as prepare
+from .description import describe as describe
 from .interpret import look_inside as look_inside
 from .interpret import Inside as Inside
 

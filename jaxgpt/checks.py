@@ -6,19 +6,22 @@ NumPy is imported only where ids are checked, because importing it would take mo
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import difflib
 import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxgpt.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
+
+T = TypeVar("T")
 
 
 def check_type(name: str, value: Any, kind: str) -> None:
@@ -56,6 +59,52 @@ def check_ids(ids: Any, name: str, vocab_size: int) -> np.ndarray:
             f"{name}[{bad[0]}] is {short_repr(ids[bad[0]])}, outside the vocabulary: 0 to {vocab_size - 1}"
         )
     return np.array(ids, np.int32)
+
+
+def check_batch(ids: Any, context_length: int) -> int:
+    """Returns T of a batch of ids [B, T], whose values stay unread (they may be traced).
+
+    Raises:
+        TypeError: if `ids` is no array of integers.
+        ValueError: if it has another number of axes, or T is beyond the context.
+    """
+    shape, dtype = getattr(ids, "shape", None), getattr(ids, "dtype", None)
+    if shape is None or getattr(dtype, "kind", "") not in ("i", "u"):
+        found = short_repr(ids) if shape is None else f"{dtype}{list(shape)}"
+        raise TypeError(f"ids must be an array of integers [B, T], such as jnp.array([[464, 3797]]), not {found}")
+    if len(shape) != 2:
+        hint = ": ids[None] is a batch of one row" if len(shape) == 1 else ""
+        raise ValueError(f"ids must have the axes [B, T], not the shape {list(shape)}{hint}")
+    if shape[1] > context_length:
+        raise ValueError(
+            f"{shape[1]} tokens do not fit context_length={context_length}: crop them to the last {context_length}, as "
+            "jaxgpt.generate does"
+        )
+    return shape[1]
+
+
+def as_ids(ids: Any, name: str) -> np.ndarray:
+    """Returns one row of ids [N] as an array of integers, whose values stay unread; an array is returned as it is.
+
+    Raises:
+        TypeError: for text, and for anything else that is no row of integers.
+    """
+    import numpy as np
+
+    if isinstance(ids, (str, bytes)):
+        raise TypeError(
+            f"{name} must be token ids, not text: jaxgpt.get_tokenizer(model.config.tokenizer).encode(text) gives them"
+        )
+    try:
+        array = ids if isinstance(ids, np.ndarray) else np.asarray(ids)
+    except ValueError:  # a ragged list
+        array = np.empty((0, 0))
+    if array.shape == (0,):  # an empty list's type says nothing
+        array = array.astype(np.int32)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not hasattr(ids, "__len__"):
+        found = short_repr(ids) if not hasattr(ids, "dtype") else f"{array.dtype}{list(array.shape)}"
+        raise TypeError(f"{name} must be one row of integers [N], not {found}")
+    return array
 
 
 def whole_number(name: str, value: Any) -> int:
@@ -98,6 +147,38 @@ class _ShortRepr(reprlib.Repr):
 def short_repr(value: Any) -> str:
     """Formats a value of any type for an error message: its `repr` if that is short, otherwise part of it."""
     return _ShortRepr().repr(value)
+
+
+def brief(cls: type[T]) -> type[T]:
+    """A class decorator for dataclasses that hold arrays: their `repr` shows each array's type and shape, not its
+    values."""
+
+    def __repr__(self: Any) -> str:
+        fields = ", ".join(f"{field.name}={_summary(getattr(self, field.name))}" for field in dataclasses.fields(self))
+        return f"{type(self).__name__}({fields})"
+
+    cls.__repr__ = __repr__  # type: ignore[assignment]
+    return cls
+
+
+def _summary(value: Any) -> str:
+    if isinstance(value, (Mapping, list, tuple)):
+        arrays = list(_arrays(value))
+        if len(arrays) == 1 or (arrays and len(arrays) <= 4 and isinstance(value, list)):
+            return f"[{', '.join(map(_summary, arrays))}]"
+        if arrays:
+            return f"<{len(arrays)} arrays, {sum(math.prod(array.shape) for array in arrays):,} elements>"
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        return f"{value.dtype}{list(value.shape)}"
+    return repr(value) if dataclasses.is_dataclass(value) else short_repr(value)
+
+
+def _arrays(tree: Any) -> Iterator[Any]:
+    children = tree.values() if isinstance(tree, Mapping) else tree if isinstance(tree, (list, tuple)) else ()
+    for child in children:
+        yield from _arrays(child)
+    if hasattr(tree, "shape"):
+        yield tree
 
 
 def first_line(error: BaseException) -> str:

@@ -83,14 +83,15 @@ class Setting:
     def check(self, value: Any, prefix: str = "") -> None:
         """Raises a ConfigError that names the field, prefixed with `prefix`, unless `value` is allowed."""
         name = prefix + self.name
-        check_type(name, value, self.type)
+        if not self.choices:
+            check_type(name, value, self.type)
         if not self._allows(value):
             hint = did_you_mean(value, self.choices)
             raise ConfigError(f"{name} must be {self.allowed}, not {short_repr(value)}{hint}")
 
     def _allows(self, value: Any) -> bool:
         if self.choices:
-            return value in self.choices
+            return isinstance(value, str) and value in self.choices
         return value == self.also or (
             (self.low is None or value >= self.low)
             and (self.high is None or value <= self.high)

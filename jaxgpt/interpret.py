@@ -19,12 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxgpt.checks import check_ids
-from jaxgpt.model import GPT
+from jaxgpt.checks import as_ids, brief, check_ids, whole_number
+from jaxgpt.model import GPT, check_model
 from jaxgpt.parallel import to_device
 from jaxgpt.tokenizer import Tokenizer
 
 
+@brief
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inside:
     """What `look_inside` saw. NumPy arrays on the host; all except the ids are float32.
@@ -63,13 +64,14 @@ def look_inside(model: GPT, params: Any, ids: Any, *, top: int = 5) -> Inside:
             `top` below 1.
         FloatingPointError: if the logits are NaN or infinite.
     """
+    check_model("look_inside(model, params, ids)", model, params)
     config = model.config
-    ids_T = check_ids(ids, "ids", config.vocab_size)
+    ids_T = check_ids(as_ids(ids, "ids"), "ids", config.vocab_size)
     if not len(ids_T):
         raise ValueError("no ids: a model must read something, such as end-of-text")
     if len(ids_T) > config.context_length:
         raise ValueError(f"{len(ids_T)} ids do not fit context_length={config.context_length}: shorten the text")
-    if top < 1:
+    if whole_number("top", top) < 1:
         raise ValueError(f"top must be at least 1, not {top}")
     seen = jax.device_get(_look(model, params, to_device(ids_T[None], params), min(top, config.vocab_size)))
     attention, residual, top_ids, top_probabilities, true_probabilities = seen

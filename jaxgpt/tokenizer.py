@@ -49,12 +49,17 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"get_tokenizer({self.name!r})"
 
+    def __reduce__(self):  # tiktoken's tables cannot cross into another process, but their name can
+        return get_tokenizer, (self.name,)
+
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Returns the ids of `text`.
 
         `<|endoftext|>` in it is ordinary text, unless `allow_special` makes it the end-of-text token.
         Lone surrogates, which UTF-8 cannot represent, become U+FFFD.
         """
+        if not isinstance(text, str):
+            raise TypeError(f"encode takes one text, not {short_repr(text)}")
         text = _well_formed(text)
         if not allow_special:
             return self._encode_text(text)
@@ -70,6 +75,8 @@ class Tokenizer:
         Raises:
             ValueError: if an id is not an integer, or not in the vocabulary; says which one and where.
         """
+        if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):
+            raise TypeError(f"decode takes a row of token ids, not {short_repr(ids)}")
         ids_T = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
         if ids_T.ndim != 1:
             raise ValueError(f"token ids must be one row of integers, not an array of shape {ids_T.shape}")
@@ -113,7 +120,6 @@ class StreamDecoder:
         return rest
 
 
-@functools.cache
 def get_tokenizer(name: str) -> Tokenizer:
     """Returns the tokenizer called `name`, built once per process.
 
@@ -124,10 +130,15 @@ def get_tokenizer(name: str) -> Tokenizer:
         ConfigError: for an unknown name.
         DataError: if the merge table in the package is damaged.
     """
-    if name not in TOKENIZERS:
+    if not isinstance(name, str) or name not in TOKENIZERS:
         raise ConfigError(
             f"no tokenizer {short_repr(name)}{did_you_mean(name, TOKENIZERS)} (known: {', '.join(TOKENIZERS)})"
         )
+    return _built(name)
+
+
+@functools.cache
+def _built(name: str) -> Tokenizer:
     return _gpt2() if name == "gpt2" else _bytes()
 
 

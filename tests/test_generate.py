@@ -367,7 +367,7 @@ def test_empty_text_starts_from_end_of_text_and_stops_at_it(bytes_model):
         ([], "no prompts"),
         ([1, 2], r"prompts\[0\] is 1, not a list of ids"),
         (np.array([1, 2]), r"\[B, T\], not \[2\]"),
-        ("text", "not 'text'"),
+        ("text", "not text: jaxgpt.generate_text"),
         (["text"], r"prompts\[0\] is 'text'"),
         ([[[1]]], r"prompts\[0\]\[0\] is \[1\] \(list\)"),
         (None, "not None"),
@@ -388,7 +388,7 @@ def test_bad_max_new_tokens_is_refused(tiny, n):
 def test_zero_new_tokens_give_the_prompts_back(tiny, monkeypatch):
     monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
     assert rows(generate(*tiny, RAGGED, 0)) == RAGGED
-    assert list(stream(GPT(BYTES), None, "Ab", 0)) == []
+    assert list(stream(*make_model(BYTES), "Ab", 0)) == []
 
 
 def test_integers_of_any_kind_are_ids(tiny):

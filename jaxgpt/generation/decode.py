@@ -15,12 +15,15 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from jaxgpt.checks import brief, check_batch
 from jaxgpt.generation.keys import as_key, row_keys
-from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model import GPT, Cache, RecentTokens, default_dtype
+from jaxgpt.generation.prompts import check_sampler
+from jaxgpt.generation.sampling import Sampler
+from jaxgpt.model import GPT, Cache, RecentTokens, check_model, default_dtype
 from jaxgpt.parallel import replicate
 
 
+@brief
 @struct.dataclass
 class DecodeState:
     """The state of a generation between two tokens.
@@ -164,7 +167,10 @@ def scan_generate(
     Returns:
         ids_BxN: the new ids only.
     """
-    sampler = sampler or Greedy()
+    check_model("scan_generate(model, params, ids, max_new_tokens)", model, params)
+    sampler = check_sampler(sampler)
+    ids_BxT = jnp.asarray(ids_BxT)
+    check_batch(ids_BxT, ids_BxT.shape[-1])
     model = GPT(model.config, model.compute.portable())
     C = model.config.context_length
     ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)

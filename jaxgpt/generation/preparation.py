@@ -10,7 +10,7 @@ from jaxgpt.checks import did_you_mean
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import ConfigError
-from jaxgpt.model import GPT, cast_params, unstack_layers
+from jaxgpt.model import GPT, cast_params, check_model, unstack_layers
 from jaxgpt.parallel import sharding
 
 
@@ -30,6 +30,7 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
     Raises:
         ConfigError: for another dtype.
     """
+    check_model("prepare(model, params, dtype)", model, params)
     compute = model.compute
     if dtype is not None and dtype not in PARAM_DTYPES:
         raise ConfigError(

@@ -3,15 +3,15 @@ NaN or another row's numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxgpt.checks import check_ids, short_repr
+from jaxgpt.checks import check_ids, did_you_mean, short_repr
 from jaxgpt.generation.keys import as_key
-from jaxgpt.generation.sampling import Sampler
+from jaxgpt.generation.sampling import Greedy, Sampler
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
@@ -24,7 +24,9 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
         prompts = np.asarray(prompts)
         if prompts.ndim != 2:
             raise ValueError(f"an array of prompts must have the shape [B, T], not {list(prompts.shape)}")
-    elif isinstance(prompts, str) or not isinstance(prompts, Sequence):
+    elif isinstance(prompts, str):
+        raise ValueError("prompts must be token ids, not text: jaxgpt.generate_text takes text")
+    elif not isinstance(prompts, Sequence):
         raise ValueError(
             f"prompts must be an integer array [B, T] or a list of lists of ids, not {short_repr(prompts)}"
         )
@@ -40,6 +42,50 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
             raise ValueError(f"prompts[{r}] is empty: a model must read something, such as end-of-text")
         rows.append(check_ids(prompt, f"prompts[{r}]", vocab_size))
     return rows
+
+
+def check_sampler(sampler: Any) -> Sampler:
+    """Returns the sampler, by default `Greedy()`; raises a TypeError for anything that is no sampler."""
+    if sampler is None:
+        return Greedy()
+    if isinstance(sampler, Sampler):
+        return sampler
+    found = f"the class {sampler.__name__} itself" if isinstance(sampler, type) else short_repr(sampler)
+    raise TypeError(f"sampler must be a sampler, such as Greedy() or Temperature(0.8) | TopK(50), not {found}")
+
+
+# Options that other libraries' generators have, with ours.
+_OTHERS = {
+    "temperature": "sampler=Temperature(...)",
+    "top_k": "sampler=TopK(...), or after a temperature Temperature(...) | TopK(...)",
+    "top_p": "sampler=TopP(...), or after a temperature Temperature(...) | TopP(...)",
+    "min_p": "sampler=MinP(...), or after a temperature Temperature(...) | MinP(...)",
+    "do_sample": "a random sampler such as sampler=Temperature(1.0), or none to be greedy",
+    "seed": "key=seed",
+    "rng": "key=rng",
+    "prng_key": "key=prng_key",
+    "rngs": "key=...",
+    "max_length": "max_new_tokens, which does not count the prompt",
+    "max_tokens": "max_new_tokens",
+    "eos_token_id": "stop_ids=[...]",
+    "eos_id": "stop_ids=[...]",
+    "stop_token_ids": "stop_ids=[...]",
+    "idx": "prompts",
+    "input_ids": "prompts",
+    "context_size": "nothing: the model's config has context_length",
+    "num_return_sequences": "prompts * n, the prompts n times",
+}
+
+
+def refuse_unknown(options: Mapping[str, Any]) -> None:
+    """Raises a TypeError that names the first of these options, and what to use instead where another library's
+    generator has it."""
+    for name in options:
+        hint = f": use {_OTHERS[name]}" if name in _OTHERS else did_you_mean(name, _OPTIONS)
+        raise TypeError(f"generate has no option {name!r}{hint}")
+
+
+_OPTIONS = ("max_new_tokens", "sampler", "key", "stop_ids", "beyond_context", "cache_dtype")
 
 
 def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:

@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.checks import check_ids, short_repr, whole_number
+from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
 from jaxgpt.generation.preparation import prepare
-from jaxgpt.generation.prompts import check_key, check_prompts
-from jaxgpt.generation.sampling import Greedy, Sampler
-from jaxgpt.model import GPT, RecentTokens
+from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
+from jaxgpt.generation.sampling import Sampler
+from jaxgpt.model import GPT, RecentTokens, check_model
 from jaxgpt.parallel import to_device
 
 # Shapes are rounded up to powers of two, at least these, so that lengths in one bucket share a compilation.
@@ -28,6 +28,7 @@ FIRST_NEW_TOKENS = 192
 CHUNK = 32
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class GenerationResult:
     """What `generate` returns.
@@ -62,6 +63,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
+    **unknown: Any,
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
 
@@ -86,8 +88,10 @@ def generate(
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
+        unknown: none; options that other libraries have are refused with what to use instead.
 
     Raises:
+        TypeError: for arguments of the wrong type, with the right call.
         ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
             empty prompt; for arguments out of range; for a random sampler without a key.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
@@ -102,6 +106,7 @@ def generate(
         stop_ids=stop_ids,
         beyond_context=beyond_context,
         cache_dtype=cache_dtype,
+        **unknown,
     )
     for _ in run:
         pass
@@ -127,10 +132,13 @@ class Generation:
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
         chunk: int = CHUNK,
+        **unknown: Any,
     ):
+        refuse_unknown(unknown)
+        check_model("generate(model, params, prompts, max_new_tokens)", model, params)
         model, params = prepare(model, params)
         config = model.config
-        self.model, self.params, self.sampler = model, params, sampler or Greedy()
+        self.model, self.params, self.sampler = model, params, check_sampler(sampler)
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.prompts = check_prompts(prompts, config.vocab_size)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxgpt.checks import short_repr
 from jaxgpt.generation.session import Generation, generate
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, check_model
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
 # Few tokens, so that text appears as it is drawn; more than one, so that the host costs little time.
@@ -37,8 +38,14 @@ def generate_text(
     Returns:
         Each prompt with its continuation, without the stop token.
     """
+    check_model("generate_text(model, params, prompts, max_new_tokens)", model, params)
     tokenizer = get_tokenizer(model.config.tokenizer)
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(
+                f"prompts must be one text or a list of texts, not {short_repr(text)} (jaxgpt.generate takes ids)"
+            )
     stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids
     rows = [encode_prompt(tokenizer, text) for text in texts]
     result = generate(model, params, rows, max_new_tokens, stop_ids=stop_ids, **options)
@@ -71,6 +78,9 @@ def stream(
     Raises:
         ValueError, FloatingPointError: as `generate` does; for bad arguments at the call, before the first piece.
     """
+    check_model("stream(model, params, prompt, max_new_tokens)", model, params)
+    if not isinstance(prompt, str) and any(isinstance(part, str) for part in prompt):
+        raise TypeError("stream continues one prompt, a text or a list of ids: call it once per text")
     tokenizer = get_tokenizer(model.config.tokenizer)
     ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
     stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids

@@ -1,5 +1,6 @@
 from . import ops as ops
 from . import reference as reference
+from .arguments import check_model as check_model
 from .cache import Cache as Cache
 from .cache import RecentTokens as RecentTokens
 from .cache import default_dtype as default_dtype

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
 
+from jaxgpt.checks import brief
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.parallel import lay, platform
 
@@ -19,6 +20,7 @@ def default_dtype(compute: ComputeConfig, like: Array) -> str:
     return "float32" if platform(like) == "cpu" else compute.dtype
 
 
+@brief
 @struct.dataclass
 class Cache:
     """Keys and values of the slots written so far.
@@ -119,6 +121,7 @@ def _put(old: Array, new_BxHxTxK: Array, slot: Any) -> Array:
     return lay(written, "BHSK"[-old.ndim :])
 
 
+@brief
 @struct.dataclass
 class RecentTokens:
     """The last C ids of each row, for a text longer than the context.

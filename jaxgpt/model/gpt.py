@@ -13,19 +13,25 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.checks import check_batch
 from jaxgpt.model import ops, stack
 from jaxgpt.model.attention import attend
 from jaxgpt.model.cache import Cache, remember
-from jaxgpt.model.layers import WEIGHT_STD, Dropout, Embedding, LayerNorm, Linear, dropout_key, residual_std
+from jaxgpt.model.layers import (
+    WEIGHT_STD,
+    ConfiguredModule,
+    Dropout,
+    Embedding,
+    LayerNorm,
+    Linear,
+    dropout_key,
+    residual_std,
+)
 from jaxgpt.parallel import lay
 
 
-class FeedForward(nn.Module):
+class FeedForward(ConfiguredModule):
     """fc_out(activation(fc_in(x))): D -> F -> D."""
-
-    config: GPTConfig
-    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
@@ -35,11 +41,8 @@ class FeedForward(nn.Module):
         return Linear((cfg.emb_dim,), cfg.bias, self.compute, residual_std(cfg), name="fc_out")(h_BxTxF)
 
 
-class MultiHeadAttention(nn.Module):
+class MultiHeadAttention(ConfiguredModule):
     """Causal self-attention. Query, key and value weights are one array [3, D, D], in that order."""
-
-    config: GPTConfig
-    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(
@@ -75,11 +78,8 @@ class MultiHeadAttention(nn.Module):
         return Linear((D,), cfg.bias, self.compute, residual_std(cfg), name="out_proj")(context_BxTxD), layer
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(ConfiguredModule):
     """Pre-norm block: x + drop(att(norm1(x))), then x + drop(ff(norm2(x)))."""
-
-    config: GPTConfig
-    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(
@@ -103,7 +103,7 @@ class TransformerBlock(nn.Module):
         return x_BxTxD, layer
 
 
-class GPT(nn.Module):
+class GPT(ConfiguredModule):
     """Token ids [B, T] to float32 logits [B, T, V].
 
         model = GPT(config)
@@ -116,9 +116,6 @@ class GPT(nn.Module):
     Ids must lie in [0, V), which nothing checks on device: `jaxgpt.generate` and the trainer check it on the host.
     T must not exceed the context.
     """
-
-    config: GPTConfig
-    compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
         cfg, compute = self.config, self.compute
@@ -142,11 +139,7 @@ class GPT(nn.Module):
         Returns:
             (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
         """
-        C, T = self.config.context_length, ids_BxT.shape[1]
-        if C < T:
-            raise ValueError(
-                f"{T} tokens do not fit context_length={C}: crop them to the last {C}, as jaxgpt.generate does"
-            )
+        T = check_batch(ids_BxT, self.config.context_length)
         positions = jnp.arange(T) if cache is None else cache.positions_BxT(T)
         x_BxTxD = self.tok_emb(ids_BxT)
         x_BxTxD = x_BxTxD + ops.widen(self.pos_emb(positions), x_BxTxD)

@@ -12,12 +12,36 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import ops
 from jaxgpt.parallel import lay
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
+
+
+class ConfiguredModule(nn.Module):
+    """A module that is made from a config, and refuses anything else.
+
+    Attributes:
+        config: what the GPT is that it belongs to.
+        compute: how it is run.
+    """
+
+    config: GPTConfig
+    compute: ComputeConfig = ComputeConfig()
+
+    def __post_init__(self):
+        name = type(self).__name__
+        if not isinstance(self.config, GPTConfig):
+            raise TypeError(
+                f"{name} is made from a GPTConfig, not {short_repr(self.config)}: {name}(GPTConfig.preset('gpt2')) for "
+                "new parameters, or jaxgpt.load('gpt2') for a model with trained ones"
+            )
+        if not isinstance(self.compute, ComputeConfig):
+            raise TypeError(f"{name}'s second argument is a ComputeConfig, not {short_repr(self.compute)}")
+        super().__post_init__()
 
 
 class Linear(nn.Module):
@@ -75,11 +99,8 @@ class Embedding(nn.Module):
         return lay(lay(self.weight, "RW"), "VD")
 
 
-class LayerNorm(nn.Module):
+class LayerNorm(ConfiguredModule):
     """`ops.layer_norm` with a learned scale and shift, both [D]; there is a shift only if the config has biases."""
-
-    config: GPTConfig
-    compute: ComputeConfig = ComputeConfig()
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

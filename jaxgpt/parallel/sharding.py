@@ -23,6 +23,7 @@ from jax import Array, lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.parallel.mesh import AXES, BATCH, MeshConfig
@@ -48,6 +49,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
         ConfigError: if there are too few devices, or, with an axis of -1, if the others do not divide them; or if
             some process would have no device in it.
     """
+    if not isinstance(config, MeshConfig):
+        raise TypeError(f"make_mesh takes a MeshConfig, such as MeshConfig(fsdp=2), not {short_repr(config)}")
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.resolve(len(devices))
     needed = math.prod(sizes)
@@ -144,6 +147,10 @@ def shard(params: Any, mesh: Mesh) -> Any:
     Raises:
         ConfigError: if the mesh does not divide one of them.
     """
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"shard takes parameters and a mesh, shard(params, make_mesh(MeshConfig(fsdp=2))), not {short_repr(mesh)}"
+        )
     return jax.tree.map(_put, params, shardings(mesh, params))
 
 

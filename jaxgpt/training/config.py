@@ -106,6 +106,10 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        for name, kind in (("model", GPTConfig), ("compute", ComputeConfig), ("mesh", MeshConfig)):
+            if not isinstance(value := getattr(self, name), kind):
+                preset = ", such as GPTConfig.preset('gpt2')" if kind is GPTConfig else ""
+                raise ConfigError(f"{name} must be a {kind.__name__}{preset}, not {short_repr(value)}")
         check(self)
         if self.batch_size % self.grad_accumulation:
             raise ConfigError(f"grad_accumulation must divide batch_size: {self.batch_size} / {self.grad_accumulation}")

@@ -9,13 +9,14 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from jaxgpt.checks import first_line, short_repr
+from jaxgpt.checks import as_ids, brief, check_ids, first_line, short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer import get_tokenizer
@@ -26,6 +27,7 @@ Ids = NDArray[np.integer]
 _FORMAT = "jaxgpt-tokens"
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """A text as token ids.
@@ -45,10 +47,20 @@ class Tokens:
     @classmethod
     def from_text(cls, text: str, tokenizer: str) -> Tokens:
         """Encodes a text."""
-        encoding = get_tokenizer(tokenizer)
-        dtype = np.uint16 if encoding.vocab_size <= 2**16 else np.uint32
-        ids_N: Ids = np.array(encoding.encode(text)).astype(dtype)
-        return cls(ids_N, tokenizer, encoding.vocab_size, _hash(ids_N))
+        return cls.from_ids(get_tokenizer(tokenizer).encode(text), tokenizer)
+
+    @classmethod
+    def from_ids(cls, ids: Any, tokenizer: str) -> Tokens:
+        """Takes ids that the tokenizer has made.
+
+        Raises:
+            TypeError, ValueError: for anything but one row of ids of that tokenizer.
+        """
+        vocab_size = get_tokenizer(tokenizer).vocab_size
+        ids_N: Ids = check_ids(as_ids(ids, "ids"), "ids", vocab_size).astype(
+            np.uint16 if vocab_size <= 2**16 else np.uint32
+        )
+        return cls(ids_N, tokenizer, vocab_size, _hash(ids_N))
 
     def save(self, path: str | Path) -> None:
         """Writes a token file: safetensors with one tensor, "ids", and the other attributes as metadata.

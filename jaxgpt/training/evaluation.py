@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgpt.checks import as_ids
 from jaxgpt.errors import DataError
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, check_model
 from jaxgpt.parallel import to_device
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.data import Ids
@@ -58,8 +59,11 @@ def evaluate(
 
     Raises:
         DataError: if there are fewer than two tokens.
-        ValueError: for sizes out of range.
+        TypeError: for ids that are not one row of integers.
+        ValueError: for sizes out of range, and for an id outside the vocabulary, with its place.
     """
+    check_model("evaluate(model, params, ids)", model, params)
+    ids_N = as_ids(ids_N, "ids_N")
     T = seq_len or model.config.context_length
     stride = stride or T
     if not 1 <= T <= model.config.context_length:
@@ -79,7 +83,9 @@ def evaluate(
             break
     total, count = 0.0, 0.0
     for i in range(0, len(rows), batch_size):
-        batch = [_sequence(ids_N, start, first, T) for start, first in rows[i : i + batch_size]]
+        batch = [
+            _sequence(ids_N, start, first, T, model.config.vocab_size) for start, first in rows[i : i + batch_size]
+        ]
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
         losses, counted = jax.device_get(_losses(model, params, inputs_BxT, labels_BxT))
@@ -89,9 +95,12 @@ def evaluate(
     return Evaluation(loss, perplexity(loss), bits_per_byte(total, text_bytes), int(count))
 
 
-def _sequence(ids_N: Ids, start: int, first: int, T: int) -> tuple[np.ndarray, np.ndarray]:
+def _sequence(ids_N: Ids, start: int, first: int, T: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and labels [T] of the sequence at `start`; labels before token `first` and past the end do not count."""
-    ids = np.asarray(ids_N[start : start + T + 1], np.int32)
+    ids = np.asarray(ids_N[start : start + T + 1])
+    if (outside := np.flatnonzero((ids < 0) | (ids >= vocab_size))).size:
+        where = start + int(outside[0])
+        raise ValueError(f"ids_N[{where}] is {ids_N[where]}, outside the vocabulary: 0 to {vocab_size - 1}")
     inputs, labels = np.zeros(T, np.int32), np.full(T, IGNORE, np.int32)
     inputs[: len(ids) - 1] = ids[:-1]
     labels[: len(ids) - 1] = ids[1:]

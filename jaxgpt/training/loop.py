@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
 from jaxgpt.generation import Temperature, generate_text
@@ -34,6 +36,7 @@ from jaxgpt.training.step import SAMPLE, TrainState, abstract_state, eval_params
 from jaxgpt.weights import load, load_config
 
 
+@brief
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
     """How a run ended.
@@ -84,6 +87,12 @@ def train(
         ConfigError, DataError, CheckpointError: before the first step, for input that cannot be used.
         TrainingError: if the loss or gradient stays NaN or infinite. The last good checkpoint is kept.
     """
+    if not isinstance(config, TrainConfig):
+        raise TypeError(f"train takes a TrainConfig, such as TrainConfig.from_file(path), not {short_repr(config)}")
+    if not isinstance(data, (str, os.PathLike, Tokens)):
+        raise TypeError(
+            f"train takes a path or tokens, not {short_repr(data)}: Tokens.from_ids(ids, tokenizer) makes tokens"
+        )
     run = Run(out, writes=distributed.is_primary())
     alone = TrainingError("another process failed before the first step; its own message says why")
     with contextlib.ExitStack() as held:

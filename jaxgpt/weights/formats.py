@@ -23,6 +23,7 @@ Those in `FORMATS` can also be written, and have
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from typing import Any
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
-from jaxgpt.model import GPT, cast_params
+from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
@@ -76,6 +77,8 @@ def load(
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
         MissingExtraError: if the format needs a package that is not installed.
     """
+    if not isinstance(compute, (ComputeConfig, type(None))):
+        raise TypeError(f"compute must be a ComputeConfig, not {short_repr(compute)}")
     run = _pop_compute(overrides)
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
     config, stored = checkpoint.config.replace(**overrides), checkpoint.compute.param_dtype
@@ -115,6 +118,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
             but a checkpoint; or if writing fails, in which case `path` is unchanged.
         ValueError: for an unknown format.
     """
+    check_model("save(path, model, params)", model, params)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}")
     path = Path(path).expanduser()
@@ -136,6 +140,8 @@ def _refuse_foreign_content(path: Path) -> None:
 
 
 def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_tensors: bool) -> Checkpoint:
+    if not isinstance(path_or_name, (str, os.PathLike)):
+        raise TypeError(f"load takes a path or a name, not {short_repr(path_or_name)}")
     if path_or_name in BUNDLED:
         path = Path(__file__).parent.parent / "assets" / BUNDLED[str(path_or_name)]
         if not path.is_dir():
