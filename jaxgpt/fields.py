@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from typing import Any, TypeVar
 
 from jaxgpt.checks import check_type, did_you_mean, short_repr
@@ -121,6 +121,58 @@ def check(config: Any, only: Container[str] | None = None, prefix: str = "") -> 
             declared.check(getattr(config, declared.name), prefix)
 
 
+# What other programs call some fields: of nanoGPT, transformers, the book, and in common speech.
+SYNONYMS = {
+    "lr": "learning_rate",
+    "max_lr": "learning_rate",
+    "min_lr": "final_learning_rate",
+    "max_iters": "steps",
+    "max_steps": "steps",
+    "num_steps": "steps",
+    "iters": "steps",
+    "warmup": "warmup_steps",
+    "warmup_iters": "warmup_steps",
+    "gradient_accumulation_steps": "grad_accumulation",
+    "grad_clip": "clip_norm",
+    "max_grad_norm": "clip_norm",
+    "save_steps": "checkpoint_interval",
+    "eval_steps": "eval_interval",
+    "log_steps": "log_interval",
+    "max_seq_len": "seq_len",
+    "sequence_length": "seq_len",
+    "ema": "ema_decay",
+    "wd": "weight_decay",
+    "n_layer": "n_layers",
+    "num_layers": "n_layers",
+    "num_hidden_layers": "n_layers",
+    "n_head": "n_heads",
+    "num_heads": "n_heads",
+    "num_attention_heads": "n_heads",
+    "n_embd": "emb_dim",
+    "d_model": "emb_dim",
+    "hidden_size": "emb_dim",
+    "n_inner": "ffn_dim",
+    "d_ff": "ffn_dim",
+    "block_size": "context_length",
+    "n_ctx": "context_length",
+    "n_positions": "context_length",
+    "max_position_embeddings": "context_length",
+    "dropout": "drop_rate",
+    "tie_word_embeddings": "tie_embeddings",
+    "precision": "dtype",
+    "torch_dtype": "dtype",
+    "fp16": "dtype",
+    "bf16": "dtype",
+    "gradient_checkpointing": "remat",
+}
+
+
+def field_hint(key: Any, known: Collection[str]) -> str:
+    """Returns '; did you mean X?' for the known field that `key` probably means, or ''."""
+    meant = SYNONYMS.get(key) if isinstance(key, str) else None
+    return f"; did you mean {meant!r}?" if meant in known else did_you_mean(key, known)
+
+
 def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: Any) -> T:
     """Builds a dataclass from plain values, such as a table of a config file, and `others`, fields not declared with
     `setting`.
@@ -131,7 +183,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: An
     known = [declared.name for declared in settings(cls)]
     for key in table:
         if key not in known:
-            raise ConfigError(f"{source}: unknown key {short_repr(key)}{did_you_mean(key, known)}")
+            raise ConfigError(f"{source}: unknown key {short_repr(key)}{field_hint(key, known)}")
     try:
         return cls(**table, **others)
     except ConfigError as error:

@@ -328,3 +328,29 @@ def test_inspect_reads_a_checkpoints_config(tiny, tmp_path, capsys):
     report = json.loads(inspect(capsys, str(tmp_path / "model"), "--json"))
     assert report["config"] == model.config.to_dict()
     assert report["parameters"]["total"] == sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def test_a_wrong_option_shows_the_subcommands_usage_and_the_nearest_option(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["generate", "--promt", "Ab"])
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert err.startswith("usage: jaxgpt generate ")
+    assert "unrecognized arguments: --promt Ab; did you mean '--prompt'?" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["generate", "--model", "shakespear", "--prompt", "a"],
+            "shakespear: no such file.*did you mean 'shakespeare'",
+        ),
+        (["inspect", "gpt3-125"], "gpt3-125: no such file.*did you mean 'gpt3-125m'"),
+        (["generate", "--model", "gpt3-125m", "--prompt", "a"], "a preset without published weights"),
+    ],
+)
+def test_a_misspelt_name_is_told_the_nearest_before_the_hub_is_asked(arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("jaxgpt.weights.hub.download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    assert main(arguments) == 2
+    assert re.search(message, capsys.readouterr().err)

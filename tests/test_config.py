@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.fields import settings
+from jaxgpt.fields import SYNONYMS, settings
 from jaxgpt.parallel.mesh import MeshConfig
-from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.config import TABLES, TrainConfig
+from jaxgpt.training.optimizer import schedule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -476,13 +477,47 @@ def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.dtype=bfloat16", r"\[model\]: unknown key 'dtype'; it belongs to \[compute\]"),
-        ("remat=block", r"\[train\]: unknown key 'remat'; it belongs to \[compute\]"),
-        ("compute.n_layers=3", r"\[compute\]: unknown key 'n_layers'; it belongs to \[model\]"),
+        (
+            "model.dtype=bfloat16",
+            r"\[model\]: unknown key 'dtype'; did you mean dtype of \[compute\] .--set compute.dtype=",
+        ),
+        ("remat=block", r"\[train\]: unknown key 'remat'; did you mean remat of \[compute\]"),
+        ("compute.n_layers=3", r"\[compute\]: unknown key 'n_layers'; did you mean n_layers of \[model\]"),
+        ("model.steps=3", r"\[model\]: unknown key 'steps'; did you mean steps of \[train\] .--set steps="),
+        ("n_layer=3", r"\[train\]: unknown key 'n_layer'; did you mean n_layers of \[model\] .--set model.n_layers="),
+        ("block_size=8", r"did you mean context_length of \[model\]"),
+        ("lr=1e-4", "unknown key 'lr'; did you mean 'learning_rate'"),
+        ("max_iters=5", "unknown key 'max_iters'; did you mean 'steps'"),
+        ("model.n_embd=5", "unknown key 'n_embd'; did you mean 'emb_dim'"),
         ("steps.n=3", "the tables are model, compute, mesh, train"),
     ],
 )
 def test_a_field_in_the_wrong_table_is_told_its_own(override, message, tmp_path):
     (tmp_path / "run.toml").write_text("")
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as caught:
         TrainConfig.from_file(tmp_path / "run.toml", [override])
+    assert "run.toml" not in str(caught.value)
+
+
+def test_synonyms_name_fields_and_hide_none():
+    fields = {declared.name for cls in TABLES.values() for declared in settings(cls)}
+    assert set(SYNONYMS.values()) <= fields
+    assert not set(SYNONYMS) & fields
+
+
+def test_the_file_is_blamed_for_its_own_faults_and_set_for_its_own(tmp_path):
+    path = write(tmp_path / "run.toml", "[train]\nsteps = 50\n")
+    with pytest.raises(ConfigError, match=r"^--set seed=7 steps=x \[train\]: steps must be an int, not 'x'"):
+        TrainConfig.from_file(path, ["seed=7", "steps=x"])
+    write(path, "[train]\nstep = 50\n")
+    with pytest.raises(ConfigError, match=r"run.toml \[train\]: unknown key 'step'; did you mean 'steps'"):
+        TrainConfig.from_file(path, ["seed=7"])
+
+
+def test_a_warm_up_longer_than_the_run_gives_way(tmp_path):
+    config = TrainConfig.from_file(CONFIGS / "shakespeare.toml", ["steps=50"])
+    assert config.warmup_steps == 50
+    assert config.warmup == 5
+    assert dataclasses.replace(config, steps=101).warmup == 50
+    rates = [float(schedule(config, 1.0)(step)) for step in range(50)]
+    assert rates.index(max(rates)) == 5

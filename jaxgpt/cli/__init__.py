@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jaxgpt import startup
+from jaxgpt.checks import did_you_mean
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, KernelError, MissingExtraError, TrainingError
 from jaxgpt.version import __version__
 
@@ -75,7 +76,13 @@ def _run(argv: list[str]) -> int:
             module = import_module(path)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse itself would show the usage of `jaxgpt`, not the subcommand's
+        subparser = subparsers.choices[str(chosen)]
+        options = [option for action in subparser._actions for option in action.option_strings]
+        subparser.error(
+            f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], options)}"
+        )
     if "jax" not in sys.modules:  # otherwise the process is not ours, and it is too late to configure JAX
         startup.configure()
     return args.run(args)

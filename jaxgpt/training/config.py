@@ -10,7 +10,7 @@ from typing import Any
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.fields import check, documented, from_table, setting, settings, to_table
+from jaxgpt.fields import SYNONYMS, check, documented, from_table, setting, settings, to_table
 from jaxgpt.parallel import MeshConfig
 from jaxgpt.textfile import parse_value, read_toml
 
@@ -59,7 +59,9 @@ class TrainConfig:
     matrix_learning_rate: float = setting(
         6e-4, low=0, help="Peak learning rate of Muon, in units of AdamW's: updates are scaled to an RMS of 0.2."
     )
-    warmup_steps: int = setting(100, low=0, help="Steps of linear warm-up from 0; must be below steps.")
+    warmup_steps: int = setting(
+        100, low=0, help="Steps of linear warm-up from 0. If the run has no more steps than that, a tenth of them."
+    )
     final_learning_rate: float = setting(
         0.1, low=0, high=1, help="Fraction of the peak that a cosine decays to at the last step."
     )
@@ -121,8 +123,11 @@ class TrainConfig:
             raise ConfigError(
                 "compute.param_dtype must be float32 to train: in a shorter type, small updates are lost to rounding"
             )
-        if self.warmup_steps >= self.steps:
-            raise ConfigError(f"warmup_steps must be below steps: {short_repr(self.warmup_steps)} of {self.steps}")
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up: `warmup_steps`, or a tenth of a run that is not longer than that."""
+        return self.warmup_steps if self.warmup_steps < self.steps else self.steps // 10
 
     @property
     def T(self) -> int:
@@ -155,7 +160,14 @@ class TrainConfig:
         Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        return cls.from_dict(override(read_toml(path), overrides), source=str(path))
+        tables = read_toml(path)
+        if not overrides:
+            return cls.from_dict(tables, source=str(path))
+        try:
+            return cls.from_dict(override(tables, overrides), source=f"--set {' '.join(overrides)}")
+        except ConfigError:
+            cls.from_dict(tables, source=str(path))  # if the file alone is at fault, it is blamed
+            raise
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
@@ -178,9 +190,15 @@ def check_tables(tables: Any, source: str) -> None:
         if name not in TABLES:
             raise ConfigError(f"{source}: unknown table {short_repr(name)}{did_you_mean(name, TABLES)}")
         for key in table:
-            others = [other for other in TABLES if key in fields[other] and key not in fields[name]]
-            if others:
-                raise ConfigError(f"{source} [{name}]: unknown key {short_repr(key)}; it belongs to [{others[0]}]")
+            if key in fields[name] or SYNONYMS.get(key) in fields[name]:
+                continue  # `from_table` suggests the latter
+            for meant in (key, SYNONYMS.get(key)):
+                for other in (other for other in TABLES if meant in fields[other]):
+                    typed = meant if other == "train" else f"{other}.{meant}"
+                    raise ConfigError(
+                        f"{source} [{name}]: unknown key {short_repr(key)}; did you mean {meant} of [{other}] "
+                        f"(--set {typed}=...)?"
+                    )
 
 
 def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

@@ -14,11 +14,12 @@ from jaxgpt.training.config import TrainConfig
 
 
 def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
-    """Linear warm-up from 0 to `peak` over `warmup_steps`, then a cosine to `final_learning_rate` * `peak` at `steps`.
+    """Linear warm-up from 0 to `peak` over `config.warmup` steps, then a cosine to `final_learning_rate` * `peak` at
+    `steps`.
 
     With a warm-up, step 0 has learning rate peak / (warmup + 1) rather than 0, so that no step is wasted.
     """
-    warmup, end = config.warmup_steps, config.final_learning_rate
+    warmup, end = config.warmup, config.final_learning_rate
     cosine = optax.cosine_decay_schedule(peak, max(1, config.steps - warmup), alpha=end)
     rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else cosine
     return _promoting(optax.join_schedules([rise, cosine], [warmup]))

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import did_you_mean, short_repr
-from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
@@ -167,6 +167,12 @@ def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_t
         or path.suffix in (".pt", ".pth", ".safetensors")
     ):
         raise CheckpointError(path, "no such file or directory")
+    if "/" not in path_or_name and not path_or_name.startswith("gpt2"):
+        # Before the hub is asked, because what is misspelt is seldom there.
+        if path_or_name in PRESETS:
+            raise CheckpointError(path, "a preset without published weights: GPT(GPTConfig.preset(...)) makes new ones")
+        if hint := did_you_mean(path_or_name, [*BUNDLED, *PRESETS]):
+            raise CheckpointError(path, f"no such file, directory or bundled model{hint}")
     return _read_directory(hub.download(path_or_name, with_tensors=with_tensors), overrides)
 
 
