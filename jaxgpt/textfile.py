@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxgpt.checks import first_line
 from jaxgpt.errors import ConfigError
+from jaxgpt.files import local
 
 # Bytes. Parsed, JSON takes about 20 times as much memory.
 _JSON_LIMIT, _TOML_LIMIT = 2**24, 2**16
@@ -36,14 +37,14 @@ def read_json(path: str | Path) -> Any:
 
 
 def _read_text(path: str | Path, limit: int) -> str:
-    path = Path(path)
+    path = local(path)
     if path.exists() and not path.is_file():  # opening a pipe could block forever
         raise ValueError("it is not a file")
     with path.open("rb") as file:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
-    return data.decode("utf-8")
+    return data.decode("utf-8-sig")  # without a byte order mark
 
 
 def parse_value(text: str) -> Any:

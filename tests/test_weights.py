@@ -18,6 +18,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from jaxgpt import files
 from jaxgpt.cli import convert, export
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
@@ -25,7 +26,6 @@ from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
-from jaxgpt.weights import tensors as files
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -612,7 +612,7 @@ def test_saving_over_a_checkpoint_replaces_it_and_leaves_nothing_beside_it(tiny,
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("failing", ["write_safetensors", "_sync", "rename"])
+@pytest.mark.parametrize("failing", ["write_safetensors", "sync", "rename"])
 def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, monkeypatch):
     weights.save(tmp_path / "model", *tiny)
     rename = Path.rename

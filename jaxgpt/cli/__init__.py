@@ -73,6 +73,7 @@ def _run(argv: list[str]) -> int:
     for name, (path, summary) in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == chosen:
+            subparser.register("action", None, _Once)
             module = import_module(path)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
@@ -86,6 +87,17 @@ def _run(argv: list[str]) -> int:
     if "jax" not in sys.modules:  # otherwise the process is not ours, and it is too late to configure JAX
         startup.configure()
     return args.run(args)
+
+
+class _Once(argparse._StoreAction):
+    """Stores an option's value, and refuses the option's second one, which would silently win."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if option_string is not None and self.dest in given:
+            parser.error(f"{option_string} was given twice")
+        given.add(self.dest)
+        super().__call__(parser, namespace, values, option_string)
 
 
 def _is_users(error: Exception) -> bool:

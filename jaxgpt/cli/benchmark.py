@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from jaxgpt.cli.options import path_to_read
 from jaxgpt.config import PRESETS
 
 
@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="keep the best of N processes per row")
     parser.add_argument(
-        "--profile", type=Path, metavar="DIR", help="write traces, and print the costliest operations of each row"
+        "--profile",
+        type=path_to_read,
+        metavar="DIR",
+        help="write traces, and print the costliest operations of each row",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from jaxgpt.config import PARAM_DTYPES
+from jaxgpt.files import new_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,10 +28,7 @@ def run(args: argparse.Namespace) -> int:
         CheckpointError, ConfigError, MissingExtraError: as from `jaxgpt.load` and `jaxgpt.save`; also if DST
             exists without --force.
     """
-    from jaxgpt.errors import CheckpointError
-
-    if args.dst.exists() and not args.force:
-        raise CheckpointError(args.dst, "exists: choose another name, or pass --force to replace it")
+    new_directory(args.dst, args.force)
 
     from jaxgpt.accounting import count_parameters
     from jaxgpt.weights import load, save

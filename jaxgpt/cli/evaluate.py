@@ -7,6 +7,7 @@ import dataclasses
 import json
 
 from jaxgpt.cli.options import add_model_arguments, load_model
+from jaxgpt.files import local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints the metrics and returns the exit code."""
     from jaxgpt.training import evaluate, open_tokens
 
+    local(args.data)
     model, params = load_model(args)
     tokens = open_tokens(args.data, model.config)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:

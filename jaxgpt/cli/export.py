@@ -6,6 +6,7 @@ import argparse
 
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import CheckpointError
+from jaxgpt.files import new_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,11 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="a step that has a checkpoint, 'best' (lowest validation loss, the default) or 'latest'",
     )
+    parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, default="float32", help="default: float32")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the model and returns the exit code."""
+    new_directory(args.out, args.force)
+
     from jaxgpt.training import load_run
     from jaxgpt.weights import save
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from jaxgpt.cli.options import add_model_arguments, load_model
 from jaxgpt.config import DTYPES
+from jaxgpt.files import local, not_text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,8 +120,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
         if sys.stdin is None or sys.stdin.isatty():
             raise ValueError("no prompt: give --prompt TEXT or --prompt-file FILE, or write to stdin")
         files = ["-"]
-    texts = [sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes() for name in files]
-    return args.prompt + [text.decode("utf-8", errors="replace") for text in texts]
+    prompts = list(args.prompt)
+    for name in files:
+        data = sys.stdin.buffer.read() if name == "-" else local(name).read_bytes()
+        if name != "-" and (reason := not_text(data)):
+            raise ValueError(f"{name}: {reason}")
+        prompts.append(data.decode("utf-8-sig", errors="replace"))
+    return prompts
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:

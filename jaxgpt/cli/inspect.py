@@ -14,6 +14,7 @@ from jaxgpt import accounting
 from jaxgpt.accounting import MIB
 from jaxgpt.config import DTYPES, PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.files import new_directory
 
 # Table 2 of Radford et al. 2019, by (n_layers, emb_dim).
 _PAPER_NAMES = {(12, 768): "117M", (24, 1024): "345M", (36, 1280): "762M", (48, 1600): "1542M"}
@@ -43,10 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write pictures, and one page with all of them, DIR/index.html: the architecture and, with --prompt, the "
         "attention, the next tokens and the logit lens (extra: plot)",
     )
+    parser.add_argument("--force", action="store_true", help="write pictures into a directory that exists")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report and returns the exit code."""
+    if args.plot is not None:
+        new_directory(args.plot, args.force)
     config, inside = (resolve_config(args.model), None) if args.prompt is None else read(args.model, args.prompt)
     report = make_report(config, args.batch, config.context_length if args.length is None else args.length)
     if inside is not None:

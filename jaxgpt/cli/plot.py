@@ -6,6 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxgpt.cli.options import add_force
+from jaxgpt.files import new_file
+
 SUFFIXES = (".svg", ".png", ".pdf")
 
 
@@ -19,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .png, .svg or .pdf (default: %(default)s)",
     )
+    add_force(parser)
     parser.add_argument(
         "--x", choices=("tokens", "steps"), help="the x axis (default: tokens, if the runs say how many)"
     )
@@ -34,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.out.suffix.lower() not in SUFFIXES:
         raise ValueError(f"--out must end with {', '.join(SUFFIXES)}, not {str(args.out)!r}")
+    new_file(args.out, args.force)
+
     from jaxgpt.pictures import style
     from jaxgpt.training import curves
 

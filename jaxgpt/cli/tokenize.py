@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 
+from jaxgpt.cli.options import add_force
 from jaxgpt.config import TOKENIZERS
+from jaxgpt.files import new_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("text", metavar="TEXT", help="a UTF-8 text file")
     parser.add_argument("out", metavar="OUT", help="the token file to write")
+    add_force(parser)
     parser.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: gpt2")
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the token file and returns the exit code."""
+    new_file(args.out, args.force)
+
     from jaxgpt.training import read_text
 
     tokens = read_text(args.text, args.tokenizer)

@@ -7,6 +7,8 @@ import dataclasses
 import shutil
 import textwrap
 
+from jaxgpt.files import local
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
@@ -71,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.parallel import MeshConfig
     from jaxgpt.training import TrainConfig
 
+    for path in (args.config, args.data, args.out):
+        local(path)
     config = TrainConfig.from_file(args.config, args.set)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))

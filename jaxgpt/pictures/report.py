@@ -9,6 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from jaxgpt.config import GPTConfig
+from jaxgpt.files import new_directory
 from jaxgpt.interpret import Inside, token_labels
 from jaxgpt.pictures import reading
 from jaxgpt.pictures.architecture import architecture, describe
@@ -47,7 +48,7 @@ def write_pictures(
         raise ValueError(
             f"pictures of {len(inside.ids_T)} tokens could not be read: the most is {MOST_TOKENS}; shorten the prompt"
         )
-    directory = Path(directory)
+    directory = new_directory(directory, force=True)
     directory.mkdir(parents=True, exist_ok=True)
     sections, paths = [], [directory / "index.html"]
     for anchor, title, text, pictures in _sections(name, config, inside):

@@ -13,6 +13,8 @@ from matplotlib import font_manager
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
+from jaxgpt.files import local
+
 INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
 # On the page these colours follow the reader's light or dark scheme.
 _THEME = {INK: "currentColor", MUTED: "var(--muted)", PAPER: "var(--paper)"}
@@ -64,7 +66,8 @@ styled = matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]
 def save(figure: Figure, path: str | Path) -> None:
     """Writes a figure in the format of the path's suffix: .png, .svg or .pdf. Its layout is fixed from then on."""
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-    suffix = Path(path).suffix.lower()
+    path = local(path)
+    suffix = path.suffix.lower()
     figure.savefig(path, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
     figure.set_layout_engine("none")
 

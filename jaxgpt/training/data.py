@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from jaxgpt.checks import as_ids, brief, check_ids, first_line, short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import DataError
+from jaxgpt.files import decode_text, local, replacing_file
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.config import TrainConfig
 
@@ -75,10 +76,9 @@ class Tokens:
             "count": str(len(self.ids_N)),
             "sha256": self.sha256,
         }
-        partial = Path(path).with_name(Path(path).name + ".partial")
         try:
-            save_file({"ids": np.ascontiguousarray(self.ids_N)}, partial, metadata)
-            partial.replace(path)
+            with replacing_file(local(path)) as partial:
+                save_file({"ids": np.ascontiguousarray(self.ids_N)}, partial, metadata)
         except (SafetensorError, OSError) as error:
             raise DataError(f"{path}: cannot be written: {error}") from None
 
@@ -95,7 +95,7 @@ def open_tokens(path: str | Path, config: GPTConfig) -> Tokens:
         DataError: if the file cannot be read, is damaged, was made by another tokenizer, or holds ids outside
             the model's vocabulary.
     """
-    path = Path(path)
+    path = local(path)
     if os.path.exists(path) and not path.is_file():  # it is read twice, and opening a pipe could block indefinitely
         raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
     start = _read_bytes(path, 9)
@@ -122,12 +122,13 @@ def read_text(path: str | Path, tokenizer: str) -> Tokens:
     """Encodes a text file.
 
     Raises:
-        DataError: if it cannot be read or is not UTF-8.
+        DataError: if it cannot be read or is not UTF-8 text; says what it looks like.
     """
+    data = _read_bytes(local(path))
     try:
-        text = _read_bytes(Path(path)).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: neither a token file nor UTF-8 text (byte {error.start})") from None
+        text = decode_text(data)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from None
     return Tokens.from_text(text, tokenizer)
 
 

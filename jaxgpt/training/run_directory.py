@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxgpt.checks import short_repr
 from jaxgpt.errors import CheckpointError, ConfigError, require
+from jaxgpt.files import new_directory, unsupported, write_text
 from jaxgpt.textfile import read_json
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
@@ -45,7 +46,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path, writes: bool = True):
-        self.directory, self.writes = Path(directory), writes
+        self.directory, self.writes = new_directory(directory, force=True), writes
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"
@@ -67,6 +68,9 @@ class Run:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise CheckpointError(self.directory, "another trainer is running in this directory") from None
+            except OSError as error:
+                if not unsupported(error, self.directory, "lock files, so a second trainer here would go unnoticed"):
+                    raise
             yield
 
     def make(self) -> None:
@@ -98,7 +102,7 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(),
         }
-        _replace_text(self.description, json.dumps(description, indent=2) + "\n")
+        write_text(self.description, json.dumps(description, indent=2) + "\n")
 
     def config(self) -> TrainConfig:
         """The config that the run was started with."""
@@ -160,7 +164,7 @@ class Run:
         if not self.writes:
             return
         lines = [line for line in self.read_metrics() if line["step"] <= step]
-        _replace_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def val_losses(self) -> dict[int, float]:
         """The validation losses so far, by step."""
@@ -192,9 +196,3 @@ class Run:
 
 def _is_metric(value: Any) -> bool:
     return value is None or isinstance(value, (int, float))
-
-
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

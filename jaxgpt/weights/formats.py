@@ -31,11 +31,12 @@ from typing import Any
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
+from jaxgpt.files import local, new_directory, replacing_directory
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
-from jaxgpt.weights.tensors import load_torch, open_safetensors, replacing
+from jaxgpt.weights.tensors import load_torch, open_safetensors
 
 __all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save"]
 
@@ -121,11 +122,11 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     check_model("save(path, model, params)", model, params)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}{did_you_mean(format, FORMATS)}")
-    path = Path(path).expanduser()
+    path = new_directory(path, force=True)
     if reason := FORMATS[format].refusal(model):
         raise CheckpointError(path, reason)
     _refuse_foreign_content(path)
-    with replacing(path) as directory:
+    with replacing_directory(path, last="config.json") as directory:
         FORMATS[format].write(directory, model, params)
 
 
@@ -151,11 +152,10 @@ def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_t
                 "or the name of a GPT-2 on the Hugging Face hub, such as gpt2",
             )
         return _read_directory(path, overrides)
-    path = Path(path_or_name)
+    path = local(path_or_name)
     try:
-        path = path.expanduser()
         is_there = path.exists()
-    except (OSError, RuntimeError) as error:  # a name that is too long, no permission, the home of an unknown user
+    except OSError as error:  # a name that is too long, no permission
         raise CheckpointError(path, f"cannot be read: {error}") from None
     if path.is_dir():
         return _read_directory(path, overrides)

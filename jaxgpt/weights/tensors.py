@@ -7,15 +7,11 @@ library's readers would map the whole file into memory in addition to the arrays
 from __future__ import annotations
 
 import collections
-import contextlib
 import functools
 import json
 import math
-import os
-import secrets
-import shutil
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,47 +175,3 @@ def without_prefix(path: Path, tensors: Mapping[str, Tensor], prefix: str) -> di
             )
         result[short] = tensor
     return result
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yields a new directory to write into, which replaces `path` once the block ends without an error.
-
-    Until then `path` is unchanged. (A process killed between the two renames leaves the complete old directory next
-    to it, under a name that ends in ".old".)
-
-    Raises:
-        CheckpointError: naming `path`, if writing or the block fails; `path` then still holds what it held before.
-    """
-    path = path.resolve()
-    token = secrets.token_hex(4)
-    fresh, old = (path.with_name(f".{path.name}.{token}.{kind}") for kind in ("new", "old"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh.mkdir()
-        yield fresh
-        for written in (*fresh.iterdir(), fresh):
-            _sync(written)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        _sync(path.parent)
-    except CheckpointError as error:  # it names the new directory, which will no longer exist
-        raise CheckpointError(path, error.reason) from None
-    except OSError as error:
-        raise CheckpointError(path, f"could not be written ({error}); what was there before is unchanged") from error
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for leftover in (fresh, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return  # other systems cannot open a directory
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
