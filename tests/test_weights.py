@@ -117,11 +117,9 @@ def book_tensors(params):
     return {name: np.array(array) for name, array in out.items()}
 
 
-def nanogpt_checkpoint(config, params, prefix="", padded=0):
-    torch = pytest.importorskip("torch")
+def nanogpt_tensors(config, params):
     p = jax.tree.map(np.asarray, params)
-    wte = np.concatenate([p["tok_emb"]["weight"], np.full((padded, config.emb_dim), 9, np.float32)])
-    state = {"transformer.wte.weight": wte, "transformer.wpe.weight": p["pos_emb"]["weight"]}
+    state = {"transformer.wte.weight": p["tok_emb"]["weight"], "transformer.wpe.weight": p["pos_emb"]["weight"]}
     for i in range(config.n_layers):
         b, h = p[f"trf_blocks_{i}"], f"transformer.h.{i}."
         state[h + "ln_1.weight"], state[h + "ln_2.weight"] = b["norm1"]["scale"], b["norm2"]["scale"]
@@ -139,19 +137,31 @@ def nanogpt_checkpoint(config, params, prefix="", padded=0):
     state["transformer.ln_f.weight"] = p["final_norm"]["scale"]
     if config.bias:
         state["transformer.ln_f.bias"] = p["final_norm"]["shift"]
-    state = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    return state
+
+
+def nanogpt_args(config):
+    return {
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_embd": config.emb_dim,
+        "block_size": config.context_length,
+        "bias": config.bias,
+        "vocab_size": config.vocab_size,
+        "dropout": 0.0,
+    }
+
+
+def nanogpt_checkpoint(config, params, prefix="", padded=0):
+    torch = pytest.importorskip("torch")
+    arrays = nanogpt_tensors(config, params)
+    added = np.full((padded, config.emb_dim), 9, np.float32)
+    arrays["transformer.wte.weight"] = np.concatenate([arrays["transformer.wte.weight"], added])
+    state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     return {
         "model": {prefix + name: tensor for name, tensor in state.items()},
-        "model_args": {
-            "n_layer": config.n_layers,
-            "n_head": config.n_heads,
-            "n_embd": config.emb_dim,
-            "block_size": config.context_length,
-            "bias": config.bias,
-            "vocab_size": config.vocab_size + padded,
-            "dropout": 0.0,
-        },
+        "model_args": nanogpt_args(config) | {"vocab_size": config.vocab_size + padded},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
         "iter_num": 7,
         "config": {"dataset": "shakespeare"},
@@ -286,6 +296,57 @@ def test_tied_head_may_be_there_if_it_is_the_embedding(tiny, tmp_path):
     np.testing.assert_array_equal(got["out_head"]["weight"], tensors["lm_head.weight"])
 
 
+def stored_once(tensors, head, embedding):
+    """The tensors as safetensors' save_model stores those of a tied model: under the first of the two names."""
+    kept = {**tensors, head: tensors[embedding]}
+    del kept[embedding]
+    return kept
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tied_embedding_stored_under_the_heads_name_is_read(sharded, tiny, tmp_path):
+    model, params = tiny
+    tensors = stored_once(hf_tensors(params), "lm_head.weight", "transformer.wte.weight")
+    write = write_shards if sharded else write_hf
+    write(tmp_path, TINY, tensors)
+    loaded, got = weights.load(tmp_path, check_finite=True)
+    assert loaded == model
+    assert_same(got, params)
+    np.testing.assert_array_equal(logits(loaded, got), logits(model, params))
+
+
+def test_a_file_that_says_it_is_not_tied_lacks_its_embedding(tiny, tmp_path):
+    tensors = stored_once(hf_tensors(tiny[1]), "lm_head.weight", "transformer.wte.weight")
+    write_hf(tmp_path, UNTIED, tensors)
+    with pytest.raises(CheckpointError, match=r"1 missing: 'wte.weight'"):
+        weights.load(tmp_path)
+    write_hf(tmp_path, TINY, {**tensors, "lm_head.weight": tensors["lm_head.weight"][1:]})
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is \[96, 24\] and should be \[97, 24\]"):
+        weights.load(tmp_path)
+
+
+def test_a_tied_book_model_stored_once_is_read_as_tied(tmp_path):
+    config = BOOK.replace(tie_embeddings=True)
+    model, params = make_model(config)
+    untied = {**params, "out_head": params["tok_emb"]}
+    save_file(stored_once(book_tensors(untied), "out_head.weight", "tok_emb.weight"), tmp_path / "book.safetensors")
+    loaded, got = weights.load(tmp_path / "book.safetensors", n_heads=3, drop_rate=0.0)
+    assert loaded == model
+    assert_same(got, params)
+
+
+def test_a_tied_nanogpt_model_stored_once_is_read():
+    config = TINY.replace(vocab_size=nanogpt.VOCAB, emb_dim=6, bias=False, qkv_bias=False, activation="gelu")
+    _, params = make_model(config)
+    padded = np.concatenate([np.asarray(params["tok_emb"]["weight"]), np.ones((47, 6), np.float32)])
+    arrays = nanogpt_tensors(config, params) | {"lm_head.weight": padded}
+    del arrays["transformer.wte.weight"]
+    state = {name: files.Tensor(array.shape, "float32", lambda array=array: array) for name, array in arrays.items()}
+    args = nanogpt_args(config) | {"vocab_size": nanogpt.PADDED_VOCAB}
+    checkpoint = nanogpt.read(Path("ckpt.pt"), {"model": state, "model_args": args}, {})
+    assert_same(layout.read_params(checkpoint, config, ComputeConfig()), params)
+
+
 def test_untied_head_must_be_there(tmp_path):
     _, params = make_model(UNTIED)
     write_hf(tmp_path, UNTIED, hf_tensors(params, head=False))
@@ -388,6 +449,21 @@ def test_exported_tokenizer_is_gpt2s(tmp_path):
 
 
 @pytest.mark.parity
+def test_a_tied_model_that_save_model_wrote_loads(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from safetensors.torch import save_model
+
+    config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    save_model(theirs, str(tmp_path / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(*weights.load(tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parity
 def test_directory_that_transformers_wrote_loads(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
@@ -400,8 +476,8 @@ def test_directory_that_transformers_wrote_loads(tmp_path):
     np.testing.assert_allclose(logits(model, params), expected, rtol=0, atol=1e-5)
 
 
-def write_shards(directory, config, params):
-    tensors = list(hf_tensors(params).items())
+def write_shards(directory, config, tensors):
+    tensors = list(tensors.items())
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(config)))
     index = {}
@@ -414,13 +490,13 @@ def write_shards(directory, config, params):
 
 
 def test_sharded_directory_loads(tiny, tmp_path):
-    write_shards(tmp_path, TINY, tiny[1])
+    write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     assert_same(weights.load(tmp_path)[1], tiny[1])
 
 
 def test_symlinks_of_the_hub_cache_are_followed(tiny, tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    write_shards(blobs, TINY, tiny[1])
+    write_shards(blobs, TINY, hf_tensors(tiny[1]))
     snapshot.mkdir(parents=True)
     for i, file in enumerate(blobs.iterdir()):
         blob = file.rename(blobs / f"blob{i}")

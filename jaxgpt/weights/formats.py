@@ -4,7 +4,7 @@
 |---|---|---|---|
 | this project's directory | config.json with "format": "jaxgpt" | yes | yes |
 | Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
-| the book's .pth or .safetensors | a tensor tok_emb.weight | yes | |
+| the book's .pth or .safetensors | a tensor tok_emb.weight or out_head.weight | yes | |
 | nanoGPT's ckpt.pt | the keys model and model_args | yes | |
 
 A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
