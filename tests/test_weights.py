@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,11 +20,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt.cli import convert, export
+from jaxgpt.cli import convert, export, main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
+from jaxgpt.generation.text import generate_text
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
+from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
 from jaxgpt.weights import tensors as files
@@ -423,6 +427,82 @@ def test_export_keeps_the_tokenizer_and_every_other_switch(tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
 
 
+def by_tokenizers_json(directory, text, special="<|endoftext|>"):
+    """Encodes ASCII `text` by the vocabulary, the merges and the added token of a tokenizer.json, as byte-pair encoding
+    is defined: the earliest merge in the table first."""
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, ranks = content["model"]["vocab"], {merge: i for i, merge in enumerate(content["model"]["merges"])}
+    ids = []
+    for word in re.findall(rf"{re.escape(special)}| ?\w+|\s|\W", text):
+        parts = list(word.replace(" ", "Ġ").replace("\n", "Ċ")) if word != special else []
+        while pairs := [ranks[pair] for pair in map(" ".join, itertools.pairwise(parts)) if pair in ranks]:
+            one, other = content["model"]["merges"][min(pairs)].split(" ")
+            at = list(itertools.pairwise(parts)).index((one, other))
+            parts[at : at + 2] = [one + other]
+        ids += [vocabulary[part] for part in parts or [special]]
+    (added,) = content["added_tokens"]
+    assert added["id"] == vocabulary[added["content"]] == max(vocabulary.values())
+    return ids
+
+
+@pytest.mark.parametrize(("tokenizer", "added"), [("bytes", 0), ("bytes", 2), ("bytes", -1), ("gpt2", 0), ("gpt2", 2)])
+def test_the_export_has_the_tokenizer_whatever_ids_were_added(tokenizer, added, tmp_path):
+    known = get_tokenizer(tokenizer)
+    config = TINY.replace(tokenizer=tokenizer, vocab_size=known.vocab_size + added)
+    weights.save(tmp_path, *make_model(config), format="huggingface")
+    text = "Every effort moves you\nAkwirw ier<|endoftext|>"
+    assert by_tokenizers_json(tmp_path, text) == known.encode(text, allow_special=True)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert len(vocabulary) == known.vocab_size
+    if tokenizer == "bytes":
+        assert [vocabulary[c] for c in "Aé\u0100"] == [65, 0xE9, 0]  # U+0100 is the alphabet's byte 0
+    fields = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")}
+    assert (fields["config"]["vocab_size"], fields["config"]["n_ctx"]) == (config.vocab_size, 16)
+    end_of_text = None if added < 0 else known.end_of_text
+    for content in fields.values():
+        assert (content["bos_token_id"], content["eos_token_id"]) == (end_of_text, end_of_text)
+
+
+def test_the_export_has_no_tokenizer_with_tokens_that_the_model_lacks(tiny, tmp_path):
+    weights.save(tmp_path, *tiny, format="huggingface")
+    assert not (tmp_path / "tokenizer.json").exists()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_an_export_writes_only_files_that_a_later_one_may_replace(tokenizer, tmp_path):
+    config = TINY.replace(tokenizer=tokenizer, vocab_size=get_tokenizer(tokenizer).vocab_size)
+    weights.save(tmp_path / "hf", *make_model(config), format="huggingface")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == set(huggingface.FILES)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("vocab_size", [256, 257, 259])
+def test_transformers_pipeline_writes_our_greedy_text(vocab_size, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, params = make_model(TINY.replace(tokenizer="bytes", vocab_size=vocab_size, context_length=64), seed=3)
+    weights.save(tmp_path / "hf", model, params, format="huggingface")
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    (answer,) = pipeline("ROMEO:")
+    assert len(answer["generated_text"]) > len("ROMEO:")
+    assert answer["generated_text"] == generate_text(model, params, "ROMEO:", 58)[0]
+
+
+@pytest.mark.parity
+def test_transformers_pipeline_writes_the_bundled_models_text(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert main(["convert", "shakespeare", str(tmp_path / "hf"), "--format", "huggingface"]) == 0
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    (answer,) = pipeline("ROMEO:")
+    assert answer["generated_text"] == generate_text(*weights.load("shakespeare"), "ROMEO:", 250)[0]
+    tokenizer = pipeline.tokenizer
+    text = "Où est Roméo ?\n don 't"
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (256, 257)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("config", [TINY, UNTIED, NANOGPT_BARE, TINY.replace(activation="relu", ffn_dim=40)])
 def test_transformers_loads_the_export_as_it_is(config, tmp_path):
@@ -710,6 +790,17 @@ def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, 
     monkeypatch.undo()
     assert_same(weights.load(tmp_path / "model")[1], tiny[1])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_keeps_a_model_card_that_somebody_has_written(tiny, tmp_path):
+    card = tmp_path / "model" / "README.md"
+    weights.save(tmp_path / "model", *tiny, format="huggingface")
+    weights.save(tmp_path / "model", *tiny)
+    assert not card.exists()  # the text that came with the other format
+    card.write_text("license: mit")
+    for format in ("huggingface", "jaxgpt"):
+        weights.save(tmp_path / "model", *tiny, format=format)
+        assert card.read_text() == "license: mit"
 
 
 def test_saving_refuses_to_replace_what_is_not_a_checkpoint(tiny, tmp_path):

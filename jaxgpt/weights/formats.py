@@ -101,8 +101,8 @@ def _pop_compute(overrides: dict[str, Any]) -> dict[str, Any]:
 def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str = "jaxgpt") -> None:
     """Writes a checkpoint directory in this project's format, or in one that transformers loads directly.
 
-    `path` appears, or replaces the checkpoint that was there, only once everything is on disk. Parameters keep
-    their types. In addition to them, memory holds one array at a time.
+    `path` appears, or replaces the checkpoint that was there, only once everything is on disk. A README.md in it that
+    somebody has written stays. Parameters keep their types. In addition to them, memory holds one array at a time.
 
     Args:
         path: the directory.
@@ -121,8 +121,12 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     if reason := FORMATS[format].refusal(model):
         raise CheckpointError(path, reason)
     _refuse_foreign_content(path)
+    card = path / huggingface.CARD
+    words = card.read_bytes() if card.is_file() else b""
     with replacing(path) as directory:
         FORMATS[format].write(directory, model, params)
+        if words not in (b"", huggingface.CARD_TEXT.encode()):
+            (directory / huggingface.CARD).write_bytes(words)
 
 
 def _refuse_foreign_content(path: Path) -> None:
