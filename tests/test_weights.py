@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, make_model, random_ids
+from helpers import ALTERNATING, TINY, grid, make_model, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -25,7 +25,7 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
 from jaxgpt.generation.text import generate_text
 from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
+from jaxgpt.model.params import cast_params, leaves, resize_embeddings, stack_layers, unstack_layers
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
@@ -668,6 +668,48 @@ def test_scan_layers_override_stacks_the_blocks(tiny, tmp_path):
     assert_same(stacked, stack_layers(params))
     assert_same(unstack_layers(stacked), params)
     np.testing.assert_allclose(logits(scanned, stacked), logits(model, params), rtol=0, atol=1e-5)
+
+
+@grid(1, param_dtype=["float32", "bfloat16", "int8"], scan_layers=[False, True], tied=[True, False])
+def test_added_ids_leave_the_others_logits_as_they_are(param_dtype, scan_layers, tied):
+    config = TINY.replace(tie_embeddings=tied)
+    model = GPT(config, ComputeConfig(param_dtype=param_dtype, scan_layers=scan_layers))
+    params = cast_params(make_model(config, scan_layers=scan_layers)[1], param_dtype)
+    larger, grown = resize_embeddings(model, params, 101)
+    assert larger == GPT(config.replace(vocab_size=101), model.compute)
+    ids = random_ids(config, 2, 9, 1)
+    got = np.asarray(larger.apply({"params": grown}, ids))
+    assert got.shape == (2, 9, 101)
+    np.testing.assert_array_equal(got[..., :97], logits(model, params))
+    # By Jensen's inequality the exponential of a mean is at most the mean of the exponentials.
+    assert jax.nn.softmax(got)[..., 97:].max() <= (1.01 if param_dtype == "int8" else 1.001) / 101
+    for name in ("tok_emb", "out_head")[: 2 - tied]:
+        table = leaves(cast_params(grown, "float32"))[f"{name}/weight"]
+        tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 1e-2}[param_dtype]
+        np.testing.assert_allclose(table[97:], np.tile(table[:97].mean(0), (4, 1)), rtol=tolerance, atol=tolerance / 10)
+    again, back = resize_embeddings(larger, grown, 97)
+    assert again == model
+    assert_same(back, params)
+
+
+def test_a_model_with_added_ids_is_saved_loaded_and_reads_them(tiny, tmp_path):
+    model, params = resize_embeddings(*tiny, 99)
+    weights.save(tmp_path / "model", model, params)
+    loaded, got = weights.load(tmp_path / "model")
+    assert loaded == model
+    assert_same(got, params)
+    assert np.isfinite(loaded.apply({"params": got}, np.array([[5, 97, 98]]))).all()
+
+
+def test_resizing_refuses_other_parameters_and_sizes_that_no_model_has(tiny):
+    model, params = tiny
+    with pytest.raises(ValueError, match=r"with tok_emb/weight \(97, 24\), not \(99, 24\)"):
+        resize_embeddings(model, resize_embeddings(model, params, 99)[1], 120)
+    with pytest.raises(ValueError, match=r"with out_head/weight \(97, 24\), not nothing"):
+        resize_embeddings(GPT(UNTIED), params, 120)
+    for size in (0, 99.0):
+        with pytest.raises(ConfigError, match="vocab_size"):
+            resize_embeddings(model, params, size)
 
 
 def test_stacking_refuses_trees_that_are_not_a_models(tiny):
