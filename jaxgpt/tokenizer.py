@@ -80,17 +80,14 @@ class Tokenizer:
             return b""
         if not np.issubdtype(ids_T.dtype, np.integer):
             raise ValueError(f"token ids must be integers, not {ids_T.dtype}")
-        unknown_T = ids_T >= self.vocab_size
-        outside = np.flatnonzero(ids_T < 0 if placeholders else (ids_T < 0) | unknown_T)
+        outside = np.flatnonzero((ids_T < 0) | ((ids_T >= self.vocab_size) & (not placeholders)))
         if outside.size:
             where = outside[0]
             raise ValueError(
                 f"token id {ids_T[where]} at position {where} is outside the {self.name!r} vocabulary, "
                 f"0 to {self.vocab_size - 1}"
             )
-        if unknown_T.any():
-            return b"".join([self._tokens[i] if i < self.vocab_size else b"<|%d|>" % i for i in ids_T.tolist()])
-        return b"".join([self._tokens[i] for i in ids_T.tolist()])
+        return b"".join([self._tokens[i] if i < self.vocab_size else b"<|%d|>" % i for i in ids_T.tolist()])
 
     def decode(self, ids: Iterable[int], *, placeholders: bool = False) -> str:
         """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD. Otherwise as `decode_bytes`."""

@@ -332,11 +332,14 @@ def test_a_model_without_an_id_for_end_of_text_generates():
 
 @pytest.mark.parametrize(
     ("tokenizer", "vocab_size", "prompt", "lacking"),
-    [("gpt2", 100, "Every", "'Every', id 6109"), ("bytes", 256, "", "'<|endoftext|>', id 256")],
+    [
+        ("gpt2", 100, "Every", "has the token 'Every', id 6109"),
+        ("bytes", 256, "", "starts from the token '<|endoftext|>', id 256"),
+    ],
 )
 def test_a_text_with_tokens_that_the_model_lacks_is_refused(tokenizer, vocab_size, prompt, lacking):
     model = GPT(TINY.replace(tokenizer=tokenizer, vocab_size=vocab_size))
-    expected = re.escape(f"has the token {lacking} of tokenizer '{tokenizer}', but the model's ids end at")
+    expected = re.escape(f"{lacking} of tokenizer '{tokenizer}', but the model's ids end at")
     for text in (generate_text, stream):
         with pytest.raises(ValueError, match=expected):
             text(model, None, prompt, 2)  # before the parameters are looked at

@@ -407,7 +407,9 @@ def test_tokens_of_another_tokenizer_or_vocabulary_are_refused(tmp_path, tokens)
     with pytest.raises(DataError, match="not below vocab_size=100"):
         train(narrow, tokens, tmp_path)
     wordless = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=256), sample_prompt="")
-    with pytest.raises(ConfigError, match=r"sample_prompt: the prompt '' has the token '<\|endoftext\|>', id 256"):
+    with pytest.raises(
+        ConfigError, match=r"sample_prompt: the prompt '' starts from the token '<\|endoftext\|>', id 256"
+    ):
         train(wordless, tokens, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -102,9 +102,9 @@ def encode_prompt(config: GPTConfig, text: str) -> list[int]:
     if max(ids) >= config.vocab_size:
         lacking = next(i for i in ids if i >= config.vocab_size)
         raise ValueError(
-            f"the prompt {short_repr(text)} has the token {tokenizer.decode([lacking])!r}, id {lacking} of tokenizer "
-            f"{config.tokenizer!r}, but the model's ids end at {config.vocab_size - 1}: use other words, or the "
-            "tokenizer that the model was trained with"
+            f"the prompt {short_repr(text)} {'has' if text else 'starts from'} the token "
+            f"{tokenizer.decode([lacking])!r}, id {lacking} of tokenizer {config.tokenizer!r}, but the model's ids end "
+            f"at {config.vocab_size - 1}: give another text, or the ids themselves"
         )
     return ids
 
