@@ -33,6 +33,7 @@ from .interpret import Inside as Inside
 # Checkpoints
 from .weights import load as load
 from .weights import save as save
+from .model import resize_embeddings as resize_embeddings
 
 # Training
 from .training import TrainConfig as TrainConfig

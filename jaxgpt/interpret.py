@@ -99,13 +99,10 @@ def place_name(place: int, places: int) -> str:
 
 def token_labels(tokenizer: Tokenizer, ids: Iterable[int]) -> list[str]:
     """Each id as readable text: spaces as ␣, control characters and bytes that form no character as escapes, and an id
-    that the tokenizer does not have as its number."""
+    that the tokenizer does not have as its placeholder."""
     labels = []
     for i in ids:
-        if not 0 <= i < tokenizer.vocab_size:
-            labels.append(f"#{i}")
-            continue
-        text = tokenizer.decode_bytes([int(i)]).decode("utf-8", errors="backslashreplace")
+        text = tokenizer.decode_bytes([int(i)], placeholders=True).decode("utf-8", errors="backslashreplace")
         labels.append("".join("␣" if c == " " else c if c.isprintable() else ascii(c)[1:-1] for c in text))
     return labels
 

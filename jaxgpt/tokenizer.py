@@ -69,8 +69,11 @@ class Tokenizer:
             ids += [self.end_of_text, *self._encode_text(part)]
         return ids
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def decode_bytes(self, ids: Iterable[int], *, placeholders: bool = False) -> bytes:
         """Returns the bytes of `ids`: a list of ints, or an integer array [T].
+
+        With `placeholders`, an id beyond the vocabulary gives `<|50258|>`: a model may have more ids than its tokenizer
+        has tokens, and what it drew must not be lost.
 
         Raises:
             ValueError: if an id is not an integer, or not in the vocabulary; says which one and where.
@@ -84,25 +87,25 @@ class Tokenizer:
             return b""
         if not np.issubdtype(ids_T.dtype, np.integer):
             raise ValueError(f"token ids must be integers, not {ids_T.dtype}")
-        outside = np.flatnonzero((ids_T < 0) | (ids_T >= self.vocab_size))
+        outside = np.flatnonzero((ids_T < 0) | ((ids_T >= self.vocab_size) & (not placeholders)))
         if outside.size:
             where = outside[0]
             raise ValueError(
                 f"token id {ids_T[where]} at position {where} is outside the {self.name!r} vocabulary, "
                 f"0 to {self.vocab_size - 1}"
             )
-        return b"".join([self._tokens[i] for i in ids_T.tolist()])
+        return b"".join([self._tokens[i] if i < self.vocab_size else b"<|%d|>" % i for i in ids_T.tolist()])
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises as `decode_bytes` does."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+    def decode(self, ids: Iterable[int], *, placeholders: bool = False) -> str:
+        """Returns the text of `ids`; bytes that are not UTF-8 become U+FFFD. Otherwise as `decode_bytes`."""
+        return self.decode_bytes(ids, placeholders=placeholders).decode("utf-8", errors="replace")
 
 
 class StreamDecoder:
     """Decodes ids as they arrive, holding back the bytes of a character until it is complete.
 
     The pieces from `feed`, plus the last one from `finish`, concatenate to exactly what `Tokenizer.decode` returns for
-    all the ids at once.
+    all the ids at once, with placeholders.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -111,7 +114,7 @@ class StreamDecoder:
 
     def feed(self, ids: Iterable[int]) -> str:
         """Returns the text that `ids` complete, possibly ''. Raises as `Tokenizer.decode_bytes` does."""
-        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids, placeholders=True))
 
     def finish(self) -> str:
         """Returns U+FFFD for a character that was never completed, else ''; resets the decoder for new ids."""

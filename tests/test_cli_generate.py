@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from helpers import TINY, exhaustive, make_model
+from helpers import TINY, exhaustive, make_model, make_model_that_draws
 
 from jaxgpt import prepare, weights
 from jaxgpt.cli import main
@@ -131,6 +131,27 @@ def test_json_is_one_object_a_line(model, capsys):
     assert [line["prompt"] for line in lines] == ["Ab", "é"]
     assert [line["prompt_tokens"] for line in lines] == [2, 2]
     assert all(line["stopped"] or len(line["new_tokens"]) == 8 for line in lines)
+
+
+def test_an_id_without_text_is_printed_as_a_placeholder(monkeypatch, capsys):
+    larger = make_model_that_draws(258, CONFIG.replace(vocab_size=259))
+    monkeypatch.setattr(weights, "load", lambda name: larger)
+    command = ["generate", "--prompt", "Ab", "--max-new-tokens", "2"]
+    for how in ([], ["--stream"]):
+        assert main([*command, *how]) == 0
+        assert capsys.readouterr().out == "Ab<|258|><|258|>\n"
+    assert main([*command, "--json"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert (line["text"], line["new_tokens"]) == ("Ab<|258|><|258|>", [258, 258])
+
+
+def test_a_model_without_an_id_for_end_of_text_generates_until_the_limit(monkeypatch, capsys):
+    smaller = make_model_that_draws(33, CONFIG.replace(vocab_size=256))
+    monkeypatch.setattr(weights, "load", lambda name: smaller)
+    assert main(["generate", "--prompt", "Ab", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out == "Ab!!\n"
+    assert main(["generate", "--prompt", "", "--max-new-tokens", "2"]) == 2
+    assert "id 256 of tokenizer 'bytes', but the model's ids end at 255" in capsys.readouterr().err
 
 
 def test_prompts_from_files_and_stdin(model, capsys, tmp_path, monkeypatch):

@@ -246,7 +246,7 @@ def test_book_file_with_a_damaged_header(mutate, cases, tmp_path):
 
 @pytest.mark.exhaustive
 def test_damaged_index_of_shards(params, tmp_path):
-    write_shards(tmp_path, TINY, params)
+    write_shards(tmp_path, TINY, hf_tensors(params))
     assert fuzz(800, tmp_path / huggingface.INDEX, json_file, loads(tmp_path, params)) > 500
 
 
@@ -466,7 +466,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
 def write_shards_or_not(part, directory, params):
     directory.mkdir()
     if part == huggingface.INDEX:
-        write_shards(directory, TINY, params)
+        write_shards(directory, TINY, hf_tensors(params))
     else:
         write_hf(directory, TINY, hf_tensors(params))
     return directory

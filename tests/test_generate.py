@@ -11,7 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, stack_blocks, to_numpy
+from helpers import (
+    ALTERNATING,
+    TINY,
+    exhaustive,
+    grid,
+    make_model,
+    make_model_that_draws,
+    stack_blocks,
+    to_numpy,
+)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -342,6 +351,37 @@ def test_empty_text_starts_from_end_of_text_and_stops_at_it(bytes_model):
     end = get_tokenizer("bytes").end_of_text
     ids = generate(model, params, [[end]], 6, stop_ids=[end]).new_tokens[0].tolist()
     assert generate_text(model, params, ["", "Ab"], 6)[0] == get_tokenizer("bytes").decode([i for i in ids if i != end])
+
+
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("gpt2", 50259), ("bytes", 259)])
+def test_an_id_without_text_is_drawn_as_a_placeholder(tokenizer, vocab_size):
+    added = vocab_size - 1
+    model, params = make_model_that_draws(added, TINY.replace(tokenizer=tokenizer, vocab_size=vocab_size))
+    assert generate_text(model, params, ["Ab", ""], 2) == [f"Ab<|{added}|><|{added}|>", f"<|{added}|><|{added}|>"]
+    assert "".join(stream(model, params, "Ab", 2)) == f"<|{added}|><|{added}|>"
+    assert generate_text(model, params, "Ab", 2, stop_ids=[added]) == ["Ab"]
+
+
+def test_a_model_without_an_id_for_end_of_text_generates():
+    model, params = make_model(BYTES.replace(vocab_size=256), seed=3)
+    ids = generate(model, params, [[65, 98]], 6).new_tokens[0]
+    assert generate_text(model, params, "Ab", 6) == ["Ab" + get_tokenizer("bytes").decode(ids)]
+    assert "Ab" + "".join(stream(model, params, "Ab", 6)) == generate_text(model, params, "Ab", 6)[0]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "vocab_size", "prompt", "lacking"),
+    [
+        ("gpt2", 100, "Every", "has the token 'Every', id 6109"),
+        ("bytes", 256, "", "starts from the token '<|endoftext|>', id 256"),
+    ],
+)
+def test_a_text_with_tokens_that_the_model_lacks_is_refused(tokenizer, vocab_size, prompt, lacking):
+    model = GPT(TINY.replace(tokenizer=tokenizer, vocab_size=vocab_size))
+    expected = re.escape(f"{lacking} of tokenizer '{tokenizer}', but the model's ids end at")
+    for text in (generate_text, stream):
+        with pytest.raises(ValueError, match=expected):
+            text(model, None, prompt, 2)  # before the parameters are looked at
 
 
 # --- bad input

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +16,14 @@ from helpers import TINY, make_model, random_ids, to_numpy
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import DataError
 from jaxgpt.model import reference
 from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
+from jaxgpt.weights import save
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
@@ -194,6 +199,31 @@ def test_evaluation_of_part_of_a_text(bytes_model):
     ids = Tokens.from_text("abcdefgh" * 20, "bytes").ids_N
     assert evaluate(model, params, ids, max_sequences=2).tokens == 32
     assert evaluate(model, params, ids, max_sequences=2).loss == pytest.approx(evaluate(model, params, ids[:33]).loss)
+
+
+@pytest.mark.parametrize(("tokenizer", "known"), [("gpt2", 50257), ("bytes", 257)])
+def test_ids_without_text_leave_the_bits_per_byte_unknown(tokenizer, known):
+    config = TINY.replace(tokenizer=tokenizer, vocab_size=known + 2)
+    model, params = make_model(config)
+    ids = np.array([65, 98, known + 1, 99, 33])
+    log_probs = jax.nn.log_softmax(reference.gpt(to_numpy(params), config, ids[None, :-1])[0])
+    want = -float(np.mean(np.asarray(log_probs)[np.arange(4), ids[1:]]))
+    result = evaluate(model, params, ids)
+    assert (result.loss, result.perplexity) == (pytest.approx(want, rel=1e-5), pytest.approx(math.exp(want), rel=1e-4))
+    assert (result.bits_per_byte, result.tokens) == (None, 4)
+    # The first token is not predicted, so its bytes do not count.
+    assert evaluate(model, params, np.array([known + 1, 65, 98])).bits_per_byte is not None
+
+
+def test_the_command_leaves_out_the_bits_per_byte_where_they_are_unknown(tmp_path, capsys):
+    save(tmp_path / "model", *make_model(BYTES.replace(vocab_size=259)))
+    ids = np.array([65, 98, 258, 99], np.uint16)
+    Tokens(ids, "bytes", 259, hashlib.sha256(ids.astype("<u4")).hexdigest()).save(tmp_path / "data")
+    command = ["evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
+    assert main(command) == 0
+    assert re.fullmatch(r"loss [\d.]+ nats per token   perplexity [\d.]+   over 3 tokens\n", capsys.readouterr().out)
+    assert main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["bits_per_byte"] is None
 
 
 def test_evaluation_refuses_what_it_cannot_do(bytes_model):

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, make_model, random_ids, stack_blocks, to_numpy
+from helpers import ALTERNATING, TINY, make_model, make_model_that_draws, random_ids, stack_blocks, to_numpy
 
 import jaxgpt
 from jaxgpt.cli import main
@@ -145,7 +145,7 @@ def test_labels_show_what_does_not_print():
     gpt2 = get_tokenizer("gpt2")
     ids = gpt2.encode(" the é 你\x1b\u200b")
     assert "".join(token_labels(gpt2, ids)) == "␣the␣é␣\\xe4\\xbd\\xa0\\x1b\\u200b"
-    assert token_labels(gpt2, [50256, 50257]) == ["<|endoftext|>", "#50257"]
+    assert token_labels(gpt2, [50256, 50257]) == ["<|endoftext|>", "<|50257|>"]
 
 
 @pytest.fixture(scope="module")
@@ -563,6 +563,14 @@ def test_inspect_leaves_out_tokens_that_a_narrow_terminal_does_not_hold(saved, m
     assert "no. 2" in out
     assert "no. 5" not in out
     assert "…" not in out
+
+
+def test_inspect_shows_a_likely_id_without_text_as_a_placeholder(tmp_path, capsys):
+    model, params = make_model_that_draws(258, TINY.replace(vocab_size=259, tokenizer="bytes"))
+    jaxgpt.save(tmp_path, model, params)
+    assert main(["inspect", str(tmp_path), "--prompt", "Ab", "--json"]) == 0
+    (after, _) = json.loads(capsys.readouterr().out)["inside"]["positions"]
+    assert after["next"][0]["token"] == "<|258|>"
 
 
 def test_inspect_of_an_empty_prompt_starts_from_end_of_text(saved, capsys):

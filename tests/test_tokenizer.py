@@ -171,6 +171,14 @@ def test_an_id_outside_the_vocabulary_is_named_with_its_place(name, bad):
         get_tokenizer(name).decode([1, 2, bad, 3])
 
 
+def test_placeholders_stand_for_ids_beyond_the_vocabulary():
+    gpt2 = get_tokenizer("gpt2")
+    assert gpt2.decode([0, 50258, 50256], placeholders=True) == "!<|50258|><|endoftext|>"
+    assert get_tokenizer("bytes").decode([0xE2, 257, 65], placeholders=True) == "\ufffd<|257|>A"
+    with pytest.raises(ValueError, match="token id -1 at position 1"):
+        gpt2.decode([50258, -1], placeholders=True)
+
+
 @pytest.mark.parametrize("ids", [[1.0], np.array([True]), [[1, 2]], np.array(5), ["a"]])
 def test_ids_that_are_not_a_row_of_integers_are_refused(ids):
     with pytest.raises(ValueError, match="token ids must be"):
@@ -184,13 +192,15 @@ def test_ids_may_be_an_array_or_an_iterator():
     assert tokenizer.decode([]) == ""
 
 
-@given(st.sampled_from(TOKENIZERS), st.lists(st.lists(st.integers(0, 256), max_size=4), max_size=12))
+@given(st.sampled_from(TOKENIZERS), st.lists(st.lists(st.integers(0, 258), max_size=4), max_size=12))
 def test_streamed_pieces_join_to_the_whole(name, chunks):
     # Any ids, so invalid UTF-8 too.
     tokenizer = get_tokenizer(name)
     decoder = StreamDecoder(tokenizer)
     pieces = [decoder.feed(chunk) for chunk in chunks]
-    assert "".join(pieces) + decoder.finish() == tokenizer.decode([i for chunk in chunks for i in chunk])
+    assert "".join(pieces) + decoder.finish() == tokenizer.decode(
+        [i for chunk in chunks for i in chunk], placeholders=True
+    )
 
 
 @given(st.sampled_from(TOKENIZERS), st.text())

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import os
 import resource
 import shutil
@@ -405,10 +406,25 @@ def test_tokens_of_another_tokenizer_or_vocabulary_are_refused(tmp_path, tokens)
     narrow = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=100), sample_tokens=0)
     with pytest.raises(DataError, match="not below vocab_size=100"):
         train(narrow, tokens, tmp_path)
-    padded = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=300))
-    with pytest.raises(ConfigError, match="sample_tokens"):
-        train(padded, tokens, tmp_path)
+    wordless = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=256), sample_prompt="")
+    with pytest.raises(
+        ConfigError, match=r"sample_prompt: the prompt '' starts from the token '<\|endoftext\|>', id 256"
+    ):
+        train(wordless, tokens, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("vocab_size", [exhaustive(256), 259])
+def test_a_model_with_more_or_fewer_ids_than_its_tokenizer_is_evaluated_and_sampled(
+    vocab_size, tmp_path, tokens, monkeypatch
+):
+    said = []
+    monkeypatch.setattr("jaxgpt.training.progress.TrainProgress.say", lambda self, text: said.append(text))
+    ids = np.where(np.arange(len(tokens.ids_N)) % 7, tokens.ids_N, vocab_size - 1).astype(np.uint16)
+    config = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=vocab_size), steps=4)
+    result = train(config, Tokens(ids, "bytes", vocab_size, ""), tmp_path / "run")
+    assert math.isfinite(result.val_loss)
+    assert any(text.startswith("The") for text in said), said
 
 
 def test_bfloat16_parameters_are_refused():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -13,17 +15,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, make_model, random_ids
+from helpers import ALTERNATING, TINY, grid, make_model, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from jaxgpt import files
-from jaxgpt.cli import convert, export
+from jaxgpt.cli import convert, export, main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
+from jaxgpt.generation.text import generate_text
 from jaxgpt.model.gpt import GPT
-from jaxgpt.model.params import cast_params, leaves, stack_layers, unstack_layers
+from jaxgpt.model.params import cast_params, leaves, resize_embeddings, stack_layers, unstack_layers
+from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
 
@@ -117,11 +121,9 @@ def book_tensors(params):
     return {name: np.array(array) for name, array in out.items()}
 
 
-def nanogpt_checkpoint(config, params, prefix="", padded=0):
-    torch = pytest.importorskip("torch")
+def nanogpt_tensors(config, params):
     p = jax.tree.map(np.asarray, params)
-    wte = np.concatenate([p["tok_emb"]["weight"], np.full((padded, config.emb_dim), 9, np.float32)])
-    state = {"transformer.wte.weight": wte, "transformer.wpe.weight": p["pos_emb"]["weight"]}
+    state = {"transformer.wte.weight": p["tok_emb"]["weight"], "transformer.wpe.weight": p["pos_emb"]["weight"]}
     for i in range(config.n_layers):
         b, h = p[f"trf_blocks_{i}"], f"transformer.h.{i}."
         state[h + "ln_1.weight"], state[h + "ln_2.weight"] = b["norm1"]["scale"], b["norm2"]["scale"]
@@ -139,19 +141,31 @@ def nanogpt_checkpoint(config, params, prefix="", padded=0):
     state["transformer.ln_f.weight"] = p["final_norm"]["scale"]
     if config.bias:
         state["transformer.ln_f.bias"] = p["final_norm"]["shift"]
-    state = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    return state
+
+
+def nanogpt_args(config):
+    return {
+        "n_layer": config.n_layers,
+        "n_head": config.n_heads,
+        "n_embd": config.emb_dim,
+        "block_size": config.context_length,
+        "bias": config.bias,
+        "vocab_size": config.vocab_size,
+        "dropout": 0.0,
+    }
+
+
+def nanogpt_checkpoint(config, params, prefix="", padded=0):
+    torch = pytest.importorskip("torch")
+    arrays = nanogpt_tensors(config, params)
+    added = np.full((padded, config.emb_dim), 9, np.float32)
+    arrays["transformer.wte.weight"] = np.concatenate([arrays["transformer.wte.weight"], added])
+    state = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
     state["lm_head.weight"] = state["transformer.wte.weight"]
     return {
         "model": {prefix + name: tensor for name, tensor in state.items()},
-        "model_args": {
-            "n_layer": config.n_layers,
-            "n_head": config.n_heads,
-            "n_embd": config.emb_dim,
-            "block_size": config.context_length,
-            "bias": config.bias,
-            "vocab_size": config.vocab_size + padded,
-            "dropout": 0.0,
-        },
+        "model_args": nanogpt_args(config) | {"vocab_size": config.vocab_size + padded},
         "optimizer": {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": []},
         "iter_num": 7,
         "config": {"dataset": "shakespeare"},
@@ -286,6 +300,57 @@ def test_tied_head_may_be_there_if_it_is_the_embedding(tiny, tmp_path):
     np.testing.assert_array_equal(got["out_head"]["weight"], tensors["lm_head.weight"])
 
 
+def stored_once(tensors, head, embedding):
+    """The tensors as safetensors' save_model stores those of a tied model: under the first of the two names."""
+    kept = {**tensors, head: tensors[embedding]}
+    del kept[embedding]
+    return kept
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_tied_embedding_stored_under_the_heads_name_is_read(sharded, tiny, tmp_path):
+    model, params = tiny
+    tensors = stored_once(hf_tensors(params), "lm_head.weight", "transformer.wte.weight")
+    write = write_shards if sharded else write_hf
+    write(tmp_path, TINY, tensors)
+    loaded, got = weights.load(tmp_path, check_finite=True)
+    assert loaded == model
+    assert_same(got, params)
+    np.testing.assert_array_equal(logits(loaded, got), logits(model, params))
+
+
+def test_a_file_that_says_it_is_not_tied_lacks_its_embedding(tiny, tmp_path):
+    tensors = stored_once(hf_tensors(tiny[1]), "lm_head.weight", "transformer.wte.weight")
+    write_hf(tmp_path, UNTIED, tensors)
+    with pytest.raises(CheckpointError, match=r"1 missing: 'wte.weight'"):
+        weights.load(tmp_path)
+    write_hf(tmp_path, TINY, {**tensors, "lm_head.weight": tensors["lm_head.weight"][1:]})
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' is \[96, 24\] and should be \[97, 24\]"):
+        weights.load(tmp_path)
+
+
+def test_a_tied_book_model_stored_once_is_read_as_tied(tmp_path):
+    config = BOOK.replace(tie_embeddings=True)
+    model, params = make_model(config)
+    untied = {**params, "out_head": params["tok_emb"]}
+    save_file(stored_once(book_tensors(untied), "out_head.weight", "tok_emb.weight"), tmp_path / "book.safetensors")
+    loaded, got = weights.load(tmp_path / "book.safetensors", n_heads=3, drop_rate=0.0)
+    assert loaded == model
+    assert_same(got, params)
+
+
+def test_a_tied_nanogpt_model_stored_once_is_read():
+    config = TINY.replace(vocab_size=nanogpt.VOCAB, emb_dim=6, bias=False, qkv_bias=False, activation="gelu")
+    _, params = make_model(config)
+    padded = np.concatenate([np.asarray(params["tok_emb"]["weight"]), np.ones((47, 6), np.float32)])
+    arrays = nanogpt_tensors(config, params) | {"lm_head.weight": padded}
+    del arrays["transformer.wte.weight"]
+    state = {name: files.Tensor(array.shape, "float32", lambda array=array: array) for name, array in arrays.items()}
+    args = nanogpt_args(config) | {"vocab_size": nanogpt.PADDED_VOCAB}
+    checkpoint = nanogpt.read(Path("ckpt.pt"), {"model": state, "model_args": args}, {})
+    assert_same(layout.read_params(checkpoint, config, ComputeConfig()), params)
+
+
 def test_untied_head_must_be_there(tmp_path):
     _, params = make_model(UNTIED)
     write_hf(tmp_path, UNTIED, hf_tensors(params, head=False))
@@ -362,6 +427,82 @@ def test_export_keeps_the_tokenizer_and_every_other_switch(tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["eos_token_id"] == 256
 
 
+def by_tokenizers_json(directory, text, special="<|endoftext|>"):
+    """Encodes ASCII `text` by the vocabulary, the merges and the added token of a tokenizer.json, as byte-pair encoding
+    is defined: the earliest merge in the table first."""
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    vocabulary, ranks = content["model"]["vocab"], {merge: i for i, merge in enumerate(content["model"]["merges"])}
+    ids = []
+    for word in re.findall(rf"{re.escape(special)}| ?\w+|\s|\W", text):
+        parts = list(word.replace(" ", "Ġ").replace("\n", "Ċ")) if word != special else []
+        while pairs := [ranks[pair] for pair in map(" ".join, itertools.pairwise(parts)) if pair in ranks]:
+            one, other = content["model"]["merges"][min(pairs)].split(" ")
+            at = list(itertools.pairwise(parts)).index((one, other))
+            parts[at : at + 2] = [one + other]
+        ids += [vocabulary[part] for part in parts or [special]]
+    (added,) = content["added_tokens"]
+    assert added["id"] == vocabulary[added["content"]] == max(vocabulary.values())
+    return ids
+
+
+@pytest.mark.parametrize(("tokenizer", "added"), [("bytes", 0), ("bytes", 2), ("bytes", -1), ("gpt2", 0), ("gpt2", 2)])
+def test_the_export_has_the_tokenizer_whatever_ids_were_added(tokenizer, added, tmp_path):
+    known = get_tokenizer(tokenizer)
+    config = TINY.replace(tokenizer=tokenizer, vocab_size=known.vocab_size + added)
+    weights.save(tmp_path, *make_model(config), format="huggingface")
+    text = "Every effort moves you\nAkwirw ier<|endoftext|>"
+    assert by_tokenizers_json(tmp_path, text) == known.encode(text, allow_special=True)
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+    assert len(vocabulary) == known.vocab_size
+    if tokenizer == "bytes":
+        assert [vocabulary[c] for c in "Aé\u0100"] == [65, 0xE9, 0]  # U+0100 is the alphabet's byte 0
+    fields = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")}
+    assert (fields["config"]["vocab_size"], fields["config"]["n_ctx"]) == (config.vocab_size, 16)
+    end_of_text = None if added < 0 else known.end_of_text
+    for content in fields.values():
+        assert (content["bos_token_id"], content["eos_token_id"]) == (end_of_text, end_of_text)
+
+
+def test_the_export_has_no_tokenizer_with_tokens_that_the_model_lacks(tiny, tmp_path):
+    weights.save(tmp_path, *tiny, format="huggingface")
+    assert not (tmp_path / "tokenizer.json").exists()
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
+def test_an_export_writes_only_files_that_a_later_one_may_replace(tokenizer, tmp_path):
+    config = TINY.replace(tokenizer=tokenizer, vocab_size=get_tokenizer(tokenizer).vocab_size)
+    weights.save(tmp_path / "hf", *make_model(config), format="huggingface")
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == set(huggingface.FILES)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("vocab_size", [256, 257, 259])
+def test_transformers_pipeline_writes_our_greedy_text(vocab_size, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model, params = make_model(TINY.replace(tokenizer="bytes", vocab_size=vocab_size, context_length=64), seed=3)
+    weights.save(tmp_path / "hf", model, params, format="huggingface")
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    (answer,) = pipeline("ROMEO:")
+    assert len(answer["generated_text"]) > len("ROMEO:")
+    assert answer["generated_text"] == generate_text(model, params, "ROMEO:", 58)[0]
+
+
+@pytest.mark.parity
+def test_transformers_pipeline_writes_the_bundled_models_text(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    assert main(["convert", "shakespeare", str(tmp_path / "hf"), "--format", "huggingface"]) == 0
+    pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    (answer,) = pipeline("ROMEO:")
+    assert answer["generated_text"] == generate_text(*weights.load("shakespeare"), "ROMEO:", 250)[0]
+    tokenizer = pipeline.tokenizer
+    text = "Où est Roméo ?\n don 't"
+    assert tokenizer.encode(text) == list(text.encode())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert (tokenizer.eos_token_id, len(tokenizer)) == (256, 257)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("config", [TINY, UNTIED, NANOGPT_BARE, TINY.replace(activation="relu", ffn_dim=40)])
 def test_transformers_loads_the_export_as_it_is(config, tmp_path):
@@ -388,6 +529,21 @@ def test_exported_tokenizer_is_gpt2s(tmp_path):
 
 
 @pytest.mark.parity
+def test_a_tied_model_that_save_model_wrote_loads(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from safetensors.torch import save_model
+
+    config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    save_model(theirs, str(tmp_path / "model.safetensors"))
+    assert "transformer.wte.weight" not in load_file(tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(*weights.load(tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parity
 def test_directory_that_transformers_wrote_loads(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
@@ -400,8 +556,8 @@ def test_directory_that_transformers_wrote_loads(tmp_path):
     np.testing.assert_allclose(logits(model, params), expected, rtol=0, atol=1e-5)
 
 
-def write_shards(directory, config, params):
-    tensors = list(hf_tensors(params).items())
+def write_shards(directory, config, tensors):
+    tensors = list(tensors.items())
     directory.mkdir(exist_ok=True)
     (directory / "config.json").write_text(json.dumps(hf_config(config)))
     index = {}
@@ -414,13 +570,13 @@ def write_shards(directory, config, params):
 
 
 def test_sharded_directory_loads(tiny, tmp_path):
-    write_shards(tmp_path, TINY, tiny[1])
+    write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     assert_same(weights.load(tmp_path)[1], tiny[1])
 
 
 def test_symlinks_of_the_hub_cache_are_followed(tiny, tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc"
-    write_shards(blobs, TINY, tiny[1])
+    write_shards(blobs, TINY, hf_tensors(tiny[1]))
     snapshot.mkdir(parents=True)
     for i, file in enumerate(blobs.iterdir()):
         blob = file.rename(blobs / f"blob{i}")
@@ -512,6 +668,48 @@ def test_scan_layers_override_stacks_the_blocks(tiny, tmp_path):
     assert_same(stacked, stack_layers(params))
     assert_same(unstack_layers(stacked), params)
     np.testing.assert_allclose(logits(scanned, stacked), logits(model, params), rtol=0, atol=1e-5)
+
+
+@grid(1, param_dtype=["float32", "bfloat16", "int8"], scan_layers=[False, True], tied=[True, False])
+def test_added_ids_leave_the_others_logits_as_they_are(param_dtype, scan_layers, tied):
+    config = TINY.replace(tie_embeddings=tied)
+    model = GPT(config, ComputeConfig(param_dtype=param_dtype, scan_layers=scan_layers))
+    params = cast_params(make_model(config, scan_layers=scan_layers)[1], param_dtype)
+    larger, grown = resize_embeddings(model, params, 101)
+    assert larger == GPT(config.replace(vocab_size=101), model.compute)
+    ids = random_ids(config, 2, 9, 1)
+    got = np.asarray(larger.apply({"params": grown}, ids))
+    assert got.shape == (2, 9, 101)
+    np.testing.assert_array_equal(got[..., :97], logits(model, params))
+    # By Jensen's inequality the exponential of a mean is at most the mean of the exponentials.
+    assert jax.nn.softmax(got)[..., 97:].max() <= (1.01 if param_dtype == "int8" else 1.001) / 101
+    for name in ("tok_emb", "out_head")[: 2 - tied]:
+        table = leaves(cast_params(grown, "float32"))[f"{name}/weight"]
+        tolerance = {"float32": 1e-6, "bfloat16": 1e-2, "int8": 1e-2}[param_dtype]
+        np.testing.assert_allclose(table[97:], np.tile(table[:97].mean(0), (4, 1)), rtol=tolerance, atol=tolerance / 10)
+    again, back = resize_embeddings(larger, grown, 97)
+    assert again == model
+    assert_same(back, params)
+
+
+def test_a_model_with_added_ids_is_saved_loaded_and_reads_them(tiny, tmp_path):
+    model, params = resize_embeddings(*tiny, 99)
+    weights.save(tmp_path / "model", model, params)
+    loaded, got = weights.load(tmp_path / "model")
+    assert loaded == model
+    assert_same(got, params)
+    assert np.isfinite(loaded.apply({"params": got}, np.array([[5, 97, 98]]))).all()
+
+
+def test_resizing_refuses_other_parameters_and_sizes_that_no_model_has(tiny):
+    model, params = tiny
+    with pytest.raises(ValueError, match=r"with tok_emb/weight \(97, 24\), not \(99, 24\)"):
+        resize_embeddings(model, resize_embeddings(model, params, 99)[1], 120)
+    with pytest.raises(ValueError, match=r"with out_head/weight \(97, 24\), not nothing"):
+        resize_embeddings(GPT(UNTIED), params, 120)
+    for size in (0, 99.0):
+        with pytest.raises(ConfigError, match="vocab_size"):
+            resize_embeddings(model, params, size)
 
 
 def test_stacking_refuses_trees_that_are_not_a_models(tiny):
@@ -634,6 +832,17 @@ def test_a_failed_save_leaves_the_checkpoint_as_it_was(failing, tiny, tmp_path, 
     monkeypatch.undo()
     assert_same(weights.load(tmp_path / "model")[1], tiny[1])
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_saving_keeps_a_model_card_that_somebody_has_written(tiny, tmp_path):
+    card = tmp_path / "model" / "README.md"
+    weights.save(tmp_path / "model", *tiny, format="huggingface")
+    weights.save(tmp_path / "model", *tiny)
+    assert not card.exists()  # the text that came with the other format
+    card.write_text("license: mit")
+    for format in ("huggingface", "jaxgpt"):
+        weights.save(tmp_path / "model", *tiny, format=format)
+        assert card.read_text() == "license: mit"
 
 
 def test_saving_refuses_to_replace_what_is_not_a_checkpoint(tiny, tmp_path):

@@ -249,7 +249,7 @@ def test_largest_allowed_depth_with_a_small_file_allocates_nothing(tiny, tmp_pat
     ],
 )
 def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
-    index = write_shards(tmp_path, TINY, tiny[1])
+    index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     index["wte.weight"] = file
     (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(CheckpointError, match="beside the index"):
@@ -258,19 +258,19 @@ def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_malformed_index_is_refused(content, tiny, tmp_path):
-    write_shards(tmp_path, TINY, tiny[1])
+    write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     (tmp_path / huggingface.INDEX).write_text(content)
     with pytest.raises(CheckpointError, match="weight_map"):
         weights.load(tmp_path)
 
 
 def test_index_that_disagrees_with_its_shards_is_refused(tiny, tmp_path):
-    index = write_shards(tmp_path, TINY, tiny[1])
+    index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     first, second = sorted(set(index.values()))
     save_file({**load_file(tmp_path / second), "transformer.wte.weight": np.ones(1)}, tmp_path / second)
     with pytest.raises(CheckpointError, match=f"{second} holds the tensor 'transformer.wte.weight'"):
         weights.load(tmp_path)
-    index = write_shards(tmp_path, TINY, tiny[1])
+    index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {**index, "lost": first}}))
     with pytest.raises(CheckpointError, match="'lost'"):
         weights.load(tmp_path)

@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
+        bits = "" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f} bits per byte   "
         print(
             f"loss {result.loss:.4f} nats per token   perplexity {result.perplexity:.3f}   "
-            f"{result.bits_per_byte:.4f} bits per byte   over {result.tokens:,} tokens"
+            f"{bits}over {result.tokens:,} tokens"
         )
     return 0

@@ -87,15 +87,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
 
-    from jaxgpt.generation import as_key, encode_prompt, sampling
-    from jaxgpt.tokenizer import get_tokenizer
+    from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, sampling
 
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
     key = as_key(args.seed) if sampler.draws else None
     model, params = load_model(args)
-    tokenizer = get_tokenizer(model.config.tokenizer)
-    rows = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    rows = [encode_prompt(model.config, prompt) for prompt in prompts]
     context = model.config.context_length
     if max(map(len, rows)) + args.max_new_tokens > context:
         print(
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         )
     options: dict[str, Any] = {
         "sampler": sampler,
-        "stop_ids": (tokenizer.end_of_text,),
+        "stop_ids": default_stop_ids(model.config),
         "cache_dtype": args.cache_dtype,
     }
     show = _stream if args.stream else _print
@@ -130,13 +128,11 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generation import generate, without_stop
-    from jaxgpt.tokenizer import get_tokenizer
+    from jaxgpt.generation import decode_new, generate
 
     result = generate(model, params, rows, args.max_new_tokens, key=key, **options)
-    tokenizer = get_tokenizer(model.config.tokenizer)
     for i, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
-        text = prompt + tokenizer.decode(without_stop(new, options["stop_ids"]))
+        text = prompt + decode_new(model.config, new, options["stop_ids"])
         if args.json:
             fields = {
                 "prompt": prompt,

@@ -90,7 +90,7 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
     Raises:
         ConfigError: for a model without weights.
         CheckpointError, MissingExtraError: if the model cannot be loaded.
-        ValueError: for a prompt beyond the context.
+        ValueError: for a prompt beyond the context, or with tokens that the model does not have.
     """
     # The presets of GPT-2 itself have the hub's names, and load from there.
     preset = name in PRESETS and not name.startswith("gpt2") and not Path(name).exists()
@@ -101,11 +101,10 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
         )
     from jaxgpt.generation import encode_prompt
     from jaxgpt.interpret import look_inside
-    from jaxgpt.tokenizer import get_tokenizer
     from jaxgpt.weights import load
 
     model, params = load(name)
-    return model.config, look_inside(model, params, encode_prompt(get_tokenizer(model.config.tokenizer), prompt))
+    return model.config, look_inside(model, params, encode_prompt(model.config, prompt))
 
 
 def inside_report(config: GPTConfig, prompt: str, inside: Any) -> dict[str, Any]:

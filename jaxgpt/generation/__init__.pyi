@@ -15,8 +15,9 @@ from .session import Generation as Generation
 from .session import GenerationResult as GenerationResult
 from .session import generate as generate
 from .text import STREAM_CHUNK as STREAM_CHUNK
+from .text import decode_new as decode_new
+from .text import default_stop_ids as default_stop_ids
 from .text import encode_prompt as encode_prompt
 from .text import generate_text as generate_text
 from .text import stream as stream
 from .text import text_pieces as text_pieces
-from .text import without_stop as without_stop

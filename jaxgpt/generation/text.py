@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxgpt.checks import short_repr
+from jaxgpt.config import GPTConfig
 from jaxgpt.generation.session import Generation, generate
 from jaxgpt.model import GPT, check_model
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
@@ -36,22 +37,23 @@ def generate_text(
         options: passed on to `generate`.
 
     Returns:
-        Each prompt with its continuation, without the stop token.
+        Each prompt with its continuation, without the stop token. An id that the tokenizer does not have, because the
+        model's vocabulary is larger, is shown as `<|50258|>`.
+
+    Raises:
+        ValueError, FloatingPointError: as `generate` does; also for a text with tokens that the model does not have.
     """
     check_model("generate_text(model, params, prompts, max_new_tokens)", model, params)
-    tokenizer = get_tokenizer(model.config.tokenizer)
     texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(
                 f"prompts must be one text or a list of texts, not {short_repr(text)} (jaxgpt.generate takes ids)"
             )
-    stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids
-    rows = [encode_prompt(tokenizer, text) for text in texts]
+    stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
+    rows = [encode_prompt(model.config, text) for text in texts]
     result = generate(model, params, rows, max_new_tokens, stop_ids=stop_ids, **options)
-    return [
-        text + tokenizer.decode(without_stop(new, stop_ids)) for text, new in zip(texts, result.new_tokens, strict=True)
-    ]
+    return [text + decode_new(model.config, new, stop_ids) for text, new in zip(texts, result.new_tokens, strict=True)]
 
 
 def stream(
@@ -76,14 +78,13 @@ def stream(
         options: passed on to `generate`.
 
     Raises:
-        ValueError, FloatingPointError: as `generate` does; for bad arguments at the call, before the first piece.
+        ValueError, FloatingPointError: as `generate_text` does; for bad arguments at the call, before the first piece.
     """
     check_model("stream(model, params, prompt, max_new_tokens)", model, params)
     if not isinstance(prompt, str) and any(isinstance(part, str) for part in prompt):
         raise TypeError("stream continues one prompt, a text or a list of ids: call it once per text")
-    tokenizer = get_tokenizer(model.config.tokenizer)
-    ids = encode_prompt(tokenizer, prompt) if isinstance(prompt, str) else prompt
-    stop_ids = (tokenizer.end_of_text,) if stop_ids is None else stop_ids
+    ids = encode_prompt(model.config, prompt) if isinstance(prompt, str) else prompt
+    stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
     return text_pieces(
         Generation(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options)
     )
@@ -93,18 +94,42 @@ def text_pieces(run: Generation) -> Iterator[str]:
     """The new text of a generation with one row, as it is drawn."""
     decoder = StreamDecoder(get_tokenizer(run.model.config.tokenizer))
     for (new,) in run:
-        if piece := decoder.feed(without_stop(new, run.stop_ids)):
+        if piece := decoder.feed(_without_stop(new, run.stop_ids)):
             yield piece
     if piece := decoder.finish():
         yield piece
 
 
-def encode_prompt(tokenizer: Any, text: str) -> list[int]:
-    """A prompt's ids; an empty text is one end-of-text, because a model must read something."""
-    return list(tokenizer.encode(text)) or [tokenizer.end_of_text]
+def encode_prompt(config: GPTConfig, text: str) -> list[int]:
+    """A prompt's ids; an empty text is one end-of-text, because a model must read something.
+
+    Raises:
+        ValueError: if the model's vocabulary is smaller than its tokenizer's and lacks one of them; names it.
+    """
+    tokenizer = get_tokenizer(config.tokenizer)
+    ids = tokenizer.encode(text) or [tokenizer.end_of_text]
+    if max(ids) >= config.vocab_size:
+        lacking = next(i for i in ids if i >= config.vocab_size)
+        raise ValueError(
+            f"the prompt {short_repr(text)} {'has' if text else 'starts from'} the token "
+            f"{tokenizer.decode([lacking])!r}, id {lacking} of tokenizer {config.tokenizer!r}, but the model's ids end "
+            f"at {config.vocab_size - 1}: give another text, or the ids themselves"
+        )
+    return ids
 
 
-def without_stop(ids: Sequence[int] | np.ndarray, stop_ids: Sequence[int]) -> list[int]:
-    """The ids without a stop id at their end."""
+def default_stop_ids(config: GPTConfig) -> tuple[int, ...]:
+    """End-of-text, unless the model's vocabulary ends before it."""
+    end_of_text = get_tokenizer(config.tokenizer).end_of_text
+    return (end_of_text,) if end_of_text < config.vocab_size else ()
+
+
+def decode_new(config: GPTConfig, ids: Sequence[int] | np.ndarray, stop_ids: Sequence[int]) -> str:
+    """The text of drawn ids, without a stop id at their end; with placeholders, because a model may draw ids that its
+    tokenizer does not have."""
+    return get_tokenizer(config.tokenizer).decode(_without_stop(ids, stop_ids), placeholders=True)
+
+
+def _without_stop(ids: Sequence[int] | np.ndarray, stop_ids: Sequence[int]) -> list[int]:
     ids = [int(i) for i in ids]
     return ids[:-1] if ids and ids[-1] in stop_ids else ids

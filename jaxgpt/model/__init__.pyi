@@ -13,5 +13,6 @@ from .ops import dot as dot
 from .ops import widen as widen
 from .params import cast_params as cast_params
 from .params import leaves as leaves
+from .params import resize_embeddings as resize_embeddings
 from .params import stack_layers as stack_layers
 from .params import unstack_layers as unstack_layers

@@ -1,5 +1,5 @@
-"""Trees of parameters: leaves by path, stacking and unstacking the blocks, and conversion between dtypes. Only matrices
-can be int8, with one scale per row."""
+"""Trees of parameters: leaves by path, stacking and unstacking the blocks, conversion between dtypes, and other
+vocabularies. Only matrices can be int8, with one scale per row."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from jaxgpt.model.gpt import GPT
 
 Tree = Mapping[str, Any]
 
@@ -47,6 +49,51 @@ def unstack_layers(params: Mapping[str, Any]) -> dict[str, Any]:
     L = jax.tree.leaves(stacked)[0].shape[0]
     blocks = {f"trf_blocks_{i}": jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(L)}
     return {**{name: child for name, child in params.items() if name != "trf_blocks"}, **blocks}
+
+
+def resize_embeddings(model: GPT, params: Tree, vocab_size: int) -> tuple[GPT, dict[str, Any]]:
+    """Gives a model another number of ids: adds rows for new tokens, such as special ones, or drops the last rows.
+
+    The token embedding changes, and so does the output head if it is not tied to it. All other leaves are shared with
+    `params`, and the logits of ids that stay do not change. Each new row is the mean of the old rows (Hewitt 2021,
+    "Initializing new word embeddings for pretrained language models"). A new id's logit is then the mean of the old
+    ones, so that it gets at most 1 / vocab_size of the probability, whatever the text. With a row near zero, as at
+    initialisation, it could get nearly all of it.
+
+    Args:
+        model: the model, in any form: scanned, bfloat16, int8, tied or not.
+        params: its parameters; not modified. On a mesh, `shard` the result again.
+        vocab_size: the new number of ids.
+
+    Returns:
+        (model, params) with that vocabulary.
+
+    Raises:
+        ConfigError: if `vocab_size` is out of range.
+        ValueError: if `params` are not the model's.
+    """
+    config = model.config.replace(vocab_size=vocab_size)
+    resized = {}
+    for name in ("tok_emb",) if config.tie_embeddings else ("tok_emb", "out_head"):
+        table = params.get(name, {})
+        shape, expected = np.shape(table.get("weight")), (model.config.vocab_size, config.emb_dim)
+        if shape != expected:
+            raise ValueError(
+                f"expected the model's parameters, with {name}/weight {expected}, not {shape or 'nothing'}"
+            )
+        resized[name] = _resized(table, vocab_size)
+    return GPT(config, model.compute), {**params, **resized}
+
+
+def _resized(table: Tree, rows: int) -> dict[str, Any]:
+    added = rows - len(table["weight"])
+    if added <= 0:
+        return {name: leaf[:rows] for name, leaf in table.items()}
+    mean = jnp.mean(_dequantised(table)["weight"], axis=0, dtype=jnp.float32)
+    new = {"weight": jnp.broadcast_to(mean, (added, *mean.shape))}
+    if "weight_scale" in table:
+        new = _quantised(new)
+    return {name: jnp.concatenate([leaf, new[name].astype(leaf.dtype)]) for name, leaf in table.items()}
 
 
 def cast_params(params: Tree, param_dtype: str) -> dict[str, Any]:

@@ -25,13 +25,14 @@ class Evaluation:
     Attributes:
         loss: mean of -log p(token | tokens before it in its sequence), in nats per token.
         perplexity: exp(loss).
-        bits_per_byte: the loss in bits per UTF-8 byte of the text.
+        bits_per_byte: the loss in bits per UTF-8 byte of the text; None if the text has ids that are not the
+            tokenizer's, whose bytes are unknown.
         tokens: how many tokens were predicted.
     """
 
     loss: float
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     tokens: int
 
 
@@ -91,8 +92,11 @@ def evaluate(
         losses, counted = jax.device_get(_losses(model, params, inputs_BxT, labels_BxT))
         total, count = total + float(losses), count + float(counted)
     loss = total / count
-    text_bytes = len(get_tokenizer(model.config.tokenizer).decode_bytes(ids_N[1:predicted].tolist()))
-    return Evaluation(loss, perplexity(loss), bits_per_byte(total, text_bytes), int(count))
+    tokenizer, predicted_N = get_tokenizer(model.config.tokenizer), np.asarray(ids_N[1:predicted])
+    bits = None
+    if predicted_N.max() < tokenizer.vocab_size:
+        bits = bits_per_byte(total, len(tokenizer.decode_bytes(predicted_N.tolist())))
+    return Evaluation(loss, perplexity(loss), bits, int(count))
 
 
 def _sequence(ids_N: Ids, start: int, first: int, T: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

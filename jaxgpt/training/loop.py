@@ -22,10 +22,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
-from jaxgpt.generation import Temperature, generate_text
+from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT, cast_params
 from jaxgpt.parallel import BATCH, distributed, sharding
-from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
@@ -330,12 +329,11 @@ def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
 
 
 def _check_samples(config: TrainConfig) -> None:
-    known = get_tokenizer(config.model.tokenizer).vocab_size
-    if config.sample_tokens and config.model.vocab_size != known:
-        raise ConfigError(
-            f"sample_tokens: the model has {config.model.vocab_size} ids and its tokenizer "
-            f"{config.model.tokenizer!r} {known}, so samples could not be shown as text; set it to 0"
-        )
+    if config.sample_tokens:
+        try:
+            encode_prompt(config.model, config.sample_prompt)
+        except ValueError as error:
+            raise ConfigError(f"sample_prompt: {error}") from None
 
 
 def _plot_losses(run: Run) -> None:

@@ -1,7 +1,8 @@
 """The state dict of "Build a Large Language Model (From Scratch)", as `.pth` or `.safetensors`. Read only.
 
 A state dict has no configuration. The sizes follow from the shapes; the number of heads does not, so it is looked up
-among the book's four sizes, all of which have heads of width 64.
+among the book's four sizes, all of which have heads of width 64. A file that holds the output head and no embedding is
+that of a tied model, saved by what stores shared tensors once (safetensors' `save_model`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.weights.layout import Checkpoint, Row
 from jaxgpt.weights.tensors import Tensor, tensors_of, without_prefix
 
+TIED = ("out_head.weight", "tok_emb.weight")
 HEADS = {768: 12, 1024: 16, 1280: 20, 1600: 25}
 
 ROWS = (
@@ -43,7 +45,7 @@ ROWS = (
 def recognises(content: Mapping[str, Any]) -> bool:
     """Whether a file's content is in this format."""
     state = _state_dict(content)
-    return "tok_emb.weight" in state or "_orig_mod.tok_emb.weight" in state
+    return any(prefix + name in state for name in TIED for prefix in ("", "_orig_mod."))
 
 
 def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -> Checkpoint:
@@ -56,7 +58,9 @@ def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -
     n_heads = overrides.get("n_heads")
     tensors = without_prefix(path, tensors_of(path, _state_dict(content)), "_orig_mod.")  # from torch.compile
     layers = [int(m[1]) for name in tensors if (m := re.match(r"trf_blocks\.(\d{1,9})\.", name))]
-    vocab_size, emb_dim = _matrix(path, tensors, "tok_emb.weight")
+    head, embedding = TIED
+    tied = head in tensors and embedding not in tensors
+    vocab_size, emb_dim = _matrix(path, tensors, head if tied else embedding)
     if n_heads is None and emb_dim not in HEADS:
         raise ConfigError(
             f"{path}: a state dict does not say n_heads, and emb_dim={emb_dim} is none of the book's sizes: "
@@ -71,7 +75,7 @@ def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -
             "n_layers": max(layers, default=-1) + 1,
             "ffn_dim": _matrix(path, tensors, "trf_blocks.0.ff.layers.0.weight")[0],
             "qkv_bias": "trf_blocks.0.att.W_query.bias" in tensors,
-            "tie_embeddings": False,
+            "tie_embeddings": tied,
         },
         source=str(path),
     )
@@ -81,7 +85,7 @@ def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -
         ROWS,
         tensors=lambda: dict(tensors),
         skip=r"trf_blocks\.\d+\.att\.mask",
-        tied=("out_head.weight", "tok_emb.weight"),
+        tied=TIED,
     )
 
 

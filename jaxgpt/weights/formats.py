@@ -4,7 +4,7 @@
 |---|---|---|---|
 | this project's directory | config.json with "format": "jaxgpt" | yes | yes |
 | Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
-| the book's .pth or .safetensors | a tensor tok_emb.weight | yes | |
+| the book's .pth or .safetensors | a tensor tok_emb.weight or out_head.weight | yes | |
 | nanoGPT's ckpt.pt | the keys model and model_args | yes | |
 
 A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
@@ -105,8 +105,8 @@ def _pop_compute(overrides: dict[str, Any]) -> dict[str, Any]:
 def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str = "jaxgpt") -> None:
     """Writes a checkpoint directory in this project's format, or in one that transformers loads directly.
 
-    `path` appears, or replaces the checkpoint that was there, only once everything is on disk. Parameters keep
-    their types. In addition to them, memory holds one array at a time.
+    `path` appears, or replaces the checkpoint that was there, only once everything is on disk. A README.md in it that
+    somebody has written stays. Parameters keep their types. In addition to them, memory holds one array at a time.
 
     Args:
         path: the directory.
@@ -126,8 +126,12 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     if reason := FORMATS[format].refusal(model):
         raise CheckpointError(path, reason)
     _refuse_foreign_content(path)
+    card = path / huggingface.CARD
+    words = card.read_bytes() if card.is_file() else b""
     with replacing_directory(path, last="config.json") as directory:
         FORMATS[format].write(directory, model, params)
+        if words not in (b"", huggingface.CARD_TEXT.encode()):
+            (directory / huggingface.CARD).write_bytes(words)
 
 
 def _refuse_foreign_content(path: Path) -> None:

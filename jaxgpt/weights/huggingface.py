@@ -21,7 +21,9 @@ from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
 
 INDEX = "model.safetensors.index.json"
-FILES = ("config.json", "model.safetensors", "vocab.json", "merges.txt", "tokenizer_config.json")
+CARD = "README.md"
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+FILES = ("config.json", "model.safetensors", "generation_config.json", *TOKENIZER_FILES, CARD)
 MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"
 TIED = ("lm_head.weight", "wte.weight")
 
@@ -44,6 +46,39 @@ ROWS = (
     Row("final_norm/shift", "ln_f.bias"),
     Row("out_head/weight", "lm_head.weight"),
 )
+
+CARD_TEXT = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- jaxgpt
+# license: the identifier of the weights' licence, such as mit
+---
+
+# A GPT-2 exported by jaxgpt
+
+config.json has its sizes. What it was trained on, how good it is and under which licence it may be used are for its
+author to write here.
+
+With transformers:
+
+```python
+from transformers import pipeline
+
+print(pipeline("text-generation", "path/of/this/directory")("Once upon a time")[0]["generated_text"])
+```
+
+With jaxgpt:
+
+```python
+import jaxgpt
+
+model, params = jaxgpt.load("path/of/this/directory")
+print(jaxgpt.generate_text(model, params, "Once upon a time", 100)[0])
+```
+"""
 
 # Our field, their keys (the second is transformers' alias for the first), the value if neither is given.
 _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
@@ -154,7 +189,8 @@ def refusal(model: GPT) -> str | None:
 
 
 def write(directory: Path, model: GPT, params: Any) -> None:
-    """Writes a directory that transformers loads directly, with the tokenizer's files if the tokenizer is GPT-2's.
+    """Writes a directory that transformers loads directly, with the tokenizer's files if the model has an id for every
+    text, and a model card (`CARD_TEXT`).
 
     transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros.
     """
@@ -165,34 +201,66 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     named = {name if name == TIED[0] else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     write_safetensors(directory / "model.safetensors", named, {"format": "pt"})
     _write_json(directory / "config.json", config_fields(config) | {"torch_dtype": model.compute.param_dtype})
-    if config.tokenizer == "gpt2" and config.vocab_size == get_tokenizer("gpt2").vocab_size:
+    # Without a configuration of its own, transformers' pipeline samples 256 tokens, whatever the context holds.
+    generation = {"do_sample": False, "max_length": config.context_length}
+    _write_json(directory / "generation_config.json", _special_ids(config) | generation)
+    if config.vocab_size >= get_tokenizer(config.tokenizer).end_of_text:
         write_tokenizer(directory, config)
+    (directory / CARD).write_text(CARD_TEXT, encoding="utf-8")
 
 
 def config_fields(config: GPTConfig) -> dict[str, Any]:
     """The content of config.json for a config, except the parameters' dtype."""
-    end_of_text = get_tokenizer(config.tokenizer).end_of_text
     return {
         "model_type": "gpt2",
         "architectures": ["GPT2LMHeadModel"],
         **{keys[0]: getattr(config, name) for name, keys, _ in _FIELDS},
+        "n_ctx": config.context_length,  # transformers has dropped this name, and llama.cpp's converter reads it
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
         **{name: value for name, value in _FIXED.items() if value is not None},
-        **dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text if end_of_text < config.vocab_size else None),
+        **_special_ids(config),
     }
 
 
+def _special_ids(config: GPTConfig) -> dict[str, int | None]:
+    end_of_text = get_tokenizer(config.tokenizer).end_of_text
+    return dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text if end_of_text < config.vocab_size else None)
+
+
 def write_tokenizer(directory: Path, config: GPTConfig) -> None:
-    """Writes GPT-2's tokenizer in transformers' files: the merge table, and the vocabulary that follows from it."""
-    table = gpt2_merges()
-    merged = [merge.replace(" ", "") for merge in table.split("\n")[1:] if merge]
-    tokens = [*gpt2_alphabet().values(), *merged, END_OF_TEXT]
+    """Writes the tokenizer as `TOKENIZER_FILES`: tokenizer.json for current libraries, and for older ones the merge
+    table and the vocabulary that follows from it.
+
+    Bytes are a byte-pair encoding without merges, whose ids follow the bytes' values and not GPT-2's order.
+    """
+    alphabet = gpt2_alphabet()
+    table = gpt2_merges() if config.tokenizer == "gpt2" else "#version: 0.2\n"
+    merges = [merge for merge in table.split("\n")[1:] if merge]
+    first = list(alphabet) if config.tokenizer == "gpt2" else range(256)
+    tokens = [*(alphabet[byte] for byte in first), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
+    vocabulary = {token: i for i, token in enumerate(tokens)}
     (directory / "merges.txt").write_text(table, encoding="utf-8")
-    _write_json(directory / "vocab.json", {token: i for i, token in enumerate(tokens)})
+    _write_json(directory / "vocab.json", vocabulary)
     _write_json(
         directory / "tokenizer_config.json",
-        {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.context_length},
+        {
+            "tokenizer_class": "GPT2Tokenizer",
+            "model_max_length": config.context_length,
+            "clean_up_tokenization_spaces": False,  # older versions would drop spaces from what the model wrote
+            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
+        },
     )
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"id": vocabulary[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content = {
+        "version": "1.0",
+        "added_tokens": [special | plain],
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
+    _write_json(directory / "tokenizer.json", content)
 
 
 def _write_json(path: Path, content: Any) -> None:

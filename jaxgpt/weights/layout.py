@@ -96,7 +96,7 @@ class Checkpoint:
         rows: the format's table.
         tensors: opens the files and returns their tensors by name.
         skip: regular expression for names that are known and are not parameters.
-        tied: (head, embedding): the names of both; the head may appear in the file even if it is tied.
+        tied: (head, embedding): the names of both. A file of a tied model may hold either name, or both if equal.
         compute: how to run the model unless the caller says otherwise; its `param_dtype` is the file's.
     """
 
@@ -144,17 +144,22 @@ def read_params(
             parameter that holds NaN or infinite values.
     """
     tensors = checkpoint.tensors()
-    table = list(entries(config, compute.param_dtype, checkpoint.rows))
+    rows, tied = checkpoint.rows, checkpoint.tied if config.tie_embeddings else None
+    if tied and tied[0] in tensors and tied[1] not in tensors:
+        # What stores shared tensors once, as safetensors' save_model does, may keep the head's name.
+        rows = tuple(row._replace(theirs=tied[0]) if row.theirs == tied[1] else row for row in rows)
+    both = tied if tied and tied[0] in tensors and tied[1] in tensors else None
+    table = list(entries(config, compute.param_dtype, rows))
     outside = [(name, entry) for entry in table for name in entry.names]
     expected = {name: entry.outside_shape for name, entry in outside}
     quantised = {name for name, entry in outside if entry.dtype == "int8"}
     optional = {name for name in tensors if re.fullmatch(checkpoint.skip, name)}
-    if checkpoint.tied and config.tie_embeddings and checkpoint.tied[0] in tensors:
-        expected[checkpoint.tied[0]] = expected[checkpoint.tied[1]]
+    if both:
+        expected[both[0]] = expected[both[1]]
     found = {name: tensor for name, tensor in tensors.items() if name not in optional}
     check_tensors(checkpoint.path, expected, found, quantised)
-    if checkpoint.tied and checkpoint.tied[0] in expected and config.tie_embeddings:
-        _check_tied(checkpoint, tensors)
+    if both:
+        _check_tied(checkpoint.path, tensors, *both)
 
     damaged = []
     params: dict[str, jax.Array] = {}
@@ -183,15 +188,14 @@ def _adoptable(shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return buffer[start : start + size].view(jnp.dtype(dtype)).reshape(shape)
 
 
-def _check_tied(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
-    assert checkpoint.tied is not None
-    head, embedding = (tensors[name] for name in checkpoint.tied)
+def _check_tied(path: Path, tensors: Mapping[str, Tensor], head: str, embedding: str) -> None:
+    one, other = tensors[head], tensors[embedding]
     # Compare bytes, because a NaN must equal itself here; the dtypes must agree too.
-    if head.dtype != embedding.dtype or not np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8)):
+    if one.dtype != other.dtype or not np.array_equal(one.read().view(np.uint8), other.read().view(np.uint8)):
         raise CheckpointError(
-            checkpoint.path,
-            f"the config ties the output head to the embedding, but {checkpoint.tied[0]!r} differs from "
-            f"{checkpoint.tied[1]!r}: pass tie_embeddings=False to load both",
+            path,
+            f"the config ties the output head to the embedding, but {head!r} differs from {embedding!r}: "
+            "pass tie_embeddings=False to load both",
         )
 
 
