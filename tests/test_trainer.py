@@ -514,9 +514,7 @@ def test_runs_with_the_models_options(tmp_path, tokens, options):
 def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, n_layers=2, tie_embeddings=False, drop_rate=0.0))
     jaxgpt.save(tmp_path / "model", model, params)
-    config = dataclasses.replace(
-        CONFIG, steps=1, warmup_steps=0, learning_rate=1e-9, model=MODEL.replace(drop_rate=0.0)
-    )
+    config = dataclasses.replace(CONFIG, steps=1, warmup_steps=0, learning_rate=1e-9, model=GPTConfig(drop_rate=0.0))
     result = train(config, tokens, tmp_path / "run", init_from=str(tmp_path / "model"))
     assert result.config.emb_dim == 24
     for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(params), strict=True):
@@ -525,13 +523,63 @@ def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, 
     assert result.val_loss == pytest.approx(start, rel=1e-4)
 
 
+@pytest.fixture
+def two_layers(tmp_path):
+    model, params = make_model(MODEL.replace(emb_dim=24, n_layers=2, drop_rate=0.0))
+    jaxgpt.save(tmp_path / "model", model, params)
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            {"n_layers": 99, "emb_dim": 768},
+            "emb_dim is 768 .* and 24 .*; n_layers is 99 in the config and 2 in the checkpoint",
+        ),
+        ({"n_layers": 12}, "n_layers is 12 in the config and 2 in the checkpoint"),
+        ({"preset": "gpt2"}, "n_heads is 12 in the config and 2 in the checkpoint"),
+        ({"context_length": 17}, "context_length is 17 .* and 16 .*can be cut, not extended"),
+        ({"tokenizer": "gpt2"}, "tokenizer is 'gpt2' in the config and 'bytes' in the checkpoint"),
+    ],
+)
+def test_fields_that_the_user_set_and_the_checkpoint_contradicts_are_named(
+    model, message, two_layers, tmp_path, tokens
+):
+    config = TrainConfig.from_dict({"model": model, "train": {"steps": 1}})
+    with pytest.raises(ConfigError, match=message):
+        train(config, tokens, tmp_path / "run", init_from=two_layers)
+    assert not (tmp_path / "run").exists()
+    if "context_length" in model:  # the others are, in part, defaults
+        with pytest.raises(ConfigError, match=message):
+            train(TrainConfig(model=GPTConfig(**model)), tokens, tmp_path / "run", init_from=two_layers)
+
+
+def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers, tmp_path, tokens, capsys):
+    tables = {
+        "model": {"context_length": 8, "n_layers": 2},
+        "train": {"steps": 1, "batch_size": 4, "val_fraction": 0.1},
+    }
+    result = train(TrainConfig.from_dict(tables), tokens, tmp_path / "run", init_from=two_layers)
+    assert result.config.context_length == 8
+    assert result.params["pos_emb"]["weight"].shape == (8, 24)
+    first = capsys.readouterr().err.splitlines()[0]
+    count = sum(leaf.size for leaf in jax.tree.leaves(result.params))
+    train_N, val_N = tokens.split(0.1)
+    for part in (
+        f"fine-tuning {two_layers}: 2 layers of width 24, context 8, {count:,} parameters",
+        f"{len(train_N):,} tokens to train on, {len(val_N):,} to validate",
+        "1 device (cpu)",
+        "32 tokens per step",
+    ):
+        assert part in first
+
+
 @pytest.mark.exhaustive
 def test_a_resumed_fine_tuning_remembers_what_it_started_from(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, drop_rate=0.0))
     jaxgpt.save(tmp_path / "model", model, params)
-    config = dataclasses.replace(
-        CONFIG, steps=2, warmup_steps=0, learning_rate=1e-9, model=MODEL.replace(drop_rate=0.0)
-    )
+    config = dataclasses.replace(CONFIG, steps=2, warmup_steps=0, learning_rate=1e-9, model=GPTConfig(drop_rate=0.0))
     train(config, tokens, tmp_path / "run", init_from=str(tmp_path / "model"))
     jaxgpt.save(tmp_path / "other", model, params)
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if killed before the first

@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from jaxgpt import files
+from jaxgpt import files, prepare
 from jaxgpt.cli import convert, export, main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError
@@ -30,6 +30,7 @@ from jaxgpt.model.params import cast_params, leaves, resize_embeddings, stack_la
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.weights import book, huggingface, layout, nanogpt
 from jaxgpt.weights import formats as weights
+from jaxgpt.weights import tensors as tensors_module
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -345,7 +346,9 @@ def test_a_tied_nanogpt_model_stored_once_is_read():
     padded = np.concatenate([np.asarray(params["tok_emb"]["weight"]), np.ones((47, 6), np.float32)])
     arrays = nanogpt_tensors(config, params) | {"lm_head.weight": padded}
     del arrays["transformer.wte.weight"]
-    state = {name: files.Tensor(array.shape, "float32", lambda array=array: array) for name, array in arrays.items()}
+    state = {
+        name: tensors_module.Tensor(array.shape, "float32", lambda array=array: array) for name, array in arrays.items()
+    }
     args = nanogpt_args(config) | {"vocab_size": nanogpt.PADDED_VOCAB}
     checkpoint = nanogpt.read(Path("ckpt.pt"), {"model": state, "model_args": args}, {})
     assert_same(layout.read_params(checkpoint, config, ComputeConfig()), params)
@@ -728,10 +731,27 @@ def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp
     assert weights.load_config(tmp_path / "model", drop_rate=0.2) == TINY.replace(drop_rate=0.2)
     assert weights.load_config(tmp_path / "model", dtype="bfloat16", scan_layers=True) == TINY
     assert weights.load(tmp_path / "model", param_dtype=None)[0] == GPT(TINY)
-    with pytest.raises(CheckpointError, match=r"'pos_emb/weight' is \[16, 24\] and should be \[8, 24\]"):
-        weights.load(tmp_path / "model", context_length=8)
+    with pytest.raises(CheckpointError, match=r"'pos_emb/weight' is \[16, 24\] and should be \[16, 12\]"):
+        weights.load(tmp_path / "model", emb_dim=12)
     with pytest.raises(ConfigError, match="did you mean 'drop_rate'"):
         weights.load(tmp_path / "model", droprate=0.2)
+
+
+@pytest.mark.parametrize("stored", ["float32", "int8", "huggingface"])
+def test_a_shorter_context_leaves_out_the_later_positions(stored, tiny, tmp_path):
+    if stored == "huggingface":
+        weights.save(tmp_path / "model", *tiny, format="huggingface")
+    else:
+        weights.save(tmp_path / "model", *prepare(*tiny, stored))
+    whole, params = weights.load(tmp_path / "model")
+    short, cropped = weights.load(tmp_path / "model", context_length=6)
+    assert short.config == whole.config.replace(context_length=6)
+    assert cropped["pos_emb"]["weight"].shape == (6, TINY.emb_dim)
+    ids = random_ids(TINY, 2, 6)
+    np.testing.assert_array_equal(short.apply({"params": cropped}, ids), whole.apply({"params": params}, ids))
+    for read in (weights.load, weights.load_config):
+        with pytest.raises(ConfigError, match=r"context_length 17 is beyond the checkpoint's 16"):
+            read(tmp_path / "model", context_length=17)
 
 
 @pytest.mark.parametrize("rows", [huggingface.ROWS, book.ROWS], ids=["huggingface", "book"])
@@ -907,6 +927,7 @@ _PEAK = r"""
     from pathlib import Path
     import jax.numpy as jnp
     from jaxgpt.weights import formats as weights
+from jaxgpt.weights import tensors as tensors_module
     from jaxgpt.weights import layout
 
     path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])

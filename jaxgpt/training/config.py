@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import did_you_mean, short_repr
-from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, check, documented, from_table, setting, settings, to_table
 from jaxgpt.parallel import MeshConfig
@@ -26,6 +26,9 @@ class TrainConfig:
     model: GPTConfig
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
+    # The fields of `model` that the user set, which a checkpoint to start from must not contradict. None means: those
+    # that differ from the defaults.
+    model_fields_set: frozenset[str] | None = dataclasses.field(default=None, compare=False, repr=False)
     steps: int = setting(1000, low=1, high=10**9, help="Optimizer steps.")
     batch_size: int = setting(8, low=1, high=10**6, help="Sequences per optimizer step.")
     grad_accumulation: int = setting(
@@ -142,11 +145,15 @@ class TrainConfig:
             ConfigError: naming `source` and the unknown key or the invalid field.
         """
         check_tables(tables, source)
-        model = GPTConfig.from_fields(tables.get("model", {}), source=f"{source} [model]")
+        table = tables.get("model", {})
+        model = GPTConfig.from_fields(table, source=f"{source} [model]")
+        given = frozenset({*table, *PRESETS.get(table.get("preset"), {})} - {"preset"})
         compute = ComputeConfig.from_dict(tables.get("compute", {}), source=f"{source} [compute]")
         mesh = MeshConfig.from_dict(tables.get("mesh", {}), source=f"{source} [mesh]")
         train = tables.get("train", {})
-        return from_table(cls, train, f"{source} [train]", model=model, compute=compute, mesh=mesh)
+        return from_table(
+            cls, train, f"{source} [train]", model=model, compute=compute, mesh=mesh, model_fields_set=given
+        )
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -19,9 +19,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
+from jaxgpt.fields import to_table
 from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT, cast_params
 from jaxgpt.parallel import BATCH, distributed, sharding
@@ -74,7 +76,8 @@ def train(
     the first process writes.
 
     Args:
-        config: the run's config. With `init_from`, the checkpoint's architecture replaces that of its model.
+        config: the run's config. With `init_from`, its model is the checkpoint's; fields that were set must agree with
+            it, except for the dropout rates and a shorter `context_length`.
         data: a token file, a text file or tokens.
         out: the run's directory.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
@@ -136,6 +139,7 @@ def train(
             run.truncate_metrics(start)
             if tensorboard:
                 run.write_tensorboard(start)
+        progress.say(_first_line(config, mesh, len(train_N), len(val_N), init_from, start))
         return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
 
 
@@ -317,15 +321,52 @@ _OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortc
 
 
 def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
-    own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
-    return dataclasses.replace(config, model=load_config(source, **own))
+    """The config with the model of a checkpoint, whose context may be cut to the one that the user set.
+
+    Raises:
+        ConfigError: naming every field that the user set and that the checkpoint contradicts.
+    """
+    wanted, stored, default = (to_table(model) for model in (config.model, load_config(source), GPTConfig()))
+    given = config.model_fields_set
+    if given is None:
+        given = frozenset(name for name in wanted if wanted[name] != default[name])
+    if "context_length" in given and wanted["context_length"] < stored["context_length"]:
+        stored["context_length"] = wanted["context_length"]
+    differing = [
+        f"{name} is {short_repr(wanted[name])} in the config and {short_repr(stored[name])} in the checkpoint"
+        for name in stored
+        if name in given and name not in _OWN_FIELDS and wanted[name] != stored[name]
+    ]
+    if differing:
+        longer = "; its context can be cut, not extended" if "context_length" in " ".join(differing) else ""
+        raise ConfigError(
+            f"init-from {source}: {'; '.join(differing)}{longer}: leave out what the checkpoint decides, or start from "
+            "another"
+        )
+    own = {name: wanted[name] for name in _OWN_FIELDS}
+    return dataclasses.replace(config, model=GPTConfig.from_dict({**stored, **own}))
 
 
 def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
-    own = {name: getattr(config.model, name) for name in _OWN_FIELDS}
+    own = {name: getattr(config.model, name) for name in (*_OWN_FIELDS, "context_length")}
     # Parameters that will be spread over a mesh must not fill one device first.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
         return load(source, compute=config.compute, **own)[1]
+
+
+def _first_line(
+    config: TrainConfig, mesh: Mesh | None, train_tokens: int, val_tokens: int, init_from: str | None, start: int
+) -> str:
+    """Says what is trained, on what, and where."""
+    model, count = config.model, count_parameters(config.model).total
+    what = "a new model" if init_from is None else f"fine-tuning {init_from}"
+    done = f", from step {start:,}" if start else ""
+    devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
+    return (
+        f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
+        f"{count:,} parameters; {train_tokens:,} tokens to train on, {val_tokens:,} to validate; {devices}; "
+        f"{config.batch_size * config.T:,} tokens per step"
+    )
 
 
 def _check_samples(config: TrainConfig) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
-from jaxgpt.errors import CheckpointError
+from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.files import local, new_directory, replacing_directory
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
@@ -68,7 +68,7 @@ def load(
         check_finite: whether to look for NaN and infinite values.
         overrides: single fields of `ComputeConfig` to change (`param_dtype`, `dtype`, `scan_layers`, ...), and fields
             of `GPTConfig` that the file does not have (`n_heads` for the book's files) or that do not affect the
-            parameters' shapes (`drop_rate`, ...).
+            parameters' shapes (`drop_rate`, ...). A shorter `context_length` leaves out the later positions.
 
     Returns:
         (model, params): a `GPT`, and a plain nested dict of JAX arrays.
@@ -82,7 +82,7 @@ def load(
         raise TypeError(f"compute must be a ComputeConfig, not {short_repr(compute)}")
     run = _pop_compute(overrides)
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
-    config, stored = checkpoint.config.replace(**overrides), checkpoint.compute.param_dtype
+    config, stored = _changed(checkpoint, overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
     if compute.param_dtype == stored or "int8" not in (compute.param_dtype, stored):
         return GPT(config, compute), read_params(checkpoint, config, compute, check_finite)
@@ -93,7 +93,18 @@ def load(
 def load_config(path_or_name: str | Path, **overrides: Any) -> GPTConfig:
     """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
     _pop_compute(overrides)
-    return _recognise(path_or_name, overrides, with_tensors=False).config.replace(**overrides)
+    return _changed(_recognise(path_or_name, overrides, with_tensors=False), overrides)
+
+
+def _changed(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> GPTConfig:
+    """The checkpoint's config with the overrides. Its context may become shorter, not longer."""
+    config, most = checkpoint.config.replace(**overrides), checkpoint.config.context_length
+    if config.context_length > most:
+        raise ConfigError(
+            f"context_length {config.context_length} is beyond the checkpoint's {most}: {checkpoint.path} has no "
+            "embeddings of later positions"
+        )
+    return config
 
 
 def _pop_compute(overrides: dict[str, Any]) -> dict[str, Any]:

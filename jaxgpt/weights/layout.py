@@ -135,6 +135,7 @@ def read_params(
     checkpoint: Checkpoint, config: GPTConfig, compute: ComputeConfig, check_finite: bool = False
 ) -> dict[str, Any]:
     """Reads a checkpoint's parameters for a model of `config`, in the layout and `param_dtype` that `compute` asks for.
+    With a shorter context than the checkpoint's, the position embeddings beyond it are left out.
 
     In addition to the result, memory holds one leaf at a time.
 
@@ -145,6 +146,10 @@ def read_params(
     """
     tensors = checkpoint.tensors()
     rows, tied = checkpoint.rows, checkpoint.tied if config.tie_embeddings else None
+    cropped = checkpoint.config.context_length - config.context_length
+    rows = tuple(
+        row._replace(padding=row.padding + cropped) if row.ours.startswith("pos_emb/") else row for row in rows
+    )
     if tied and tied[0] in tensors and tied[1] not in tensors:
         # What stores shared tensors once, as safetensors' save_model does, may keep the head's name.
         rows = tuple(row._replace(theirs=tied[0]) if row.theirs == tied[1] else row for row in rows)
