@@ -31,7 +31,7 @@ from .interpret import look_inside as look_inside
 from .interpret import Inside as Inside
 
 # Checkpoints
-from .weights import load as load
+from .training import load as load
 from .weights import save as save
 from .model import resize_embeddings as resize_embeddings
 

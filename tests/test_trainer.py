@@ -32,7 +32,8 @@ from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.loop import load_run, train
+from jaxgpt.training.loop import train
+from jaxgpt.training.models import load_run
 from jaxgpt.training.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -648,7 +649,6 @@ def test_tensorboard_without_its_extra_names_it(tmp_path, tokens, monkeypatch):
 
 KILLED = """
 import sys
-from jaxgpt.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -688,3 +688,36 @@ def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
     assert 0 < before < len(metrics(tmp_path / "killed"))
     config = dataclasses.replace(CONFIG, steps=100, sample_tokens=0)
     assert_same_run(tmp_path / "killed", tmp_path / "whole", config)
+
+
+@pytest.mark.parametrize("scan_layers", [False, exhaustive(True)])
+def test_a_runs_directory_is_the_model_of_its_best_checkpoint(scan_layers, tmp_path, tokens, capsys):
+    out = tmp_path / "a run"
+    compute = ComputeConfig(scan_layers=scan_layers)
+    train(dataclasses.replace(CONFIG, compute=compute), tokens, out)
+    last = capsys.readouterr().err.splitlines()[-1]
+    step, model, params = load_run(out)
+    assert f"Best: step {step}, validation loss " in last
+    assert f"in {out}. To try it: jaxgpt generate --model '{out}'" in last
+    loaded, found = jaxgpt.load(out)
+    assert loaded == model
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+    assert jaxgpt.load(str(out), param_dtype="bfloat16", context_length=8)[0] == jaxgpt.GPT(
+        MODEL.replace(context_length=8), compute.replace(param_dtype="bfloat16")
+    )
+    assert main(["inspect", str(out), "--json"]) == 0
+    assert main(["generate", "--model", str(out), "--prompt", "The", "--max-new-tokens", "4", "--greedy"]) == 0
+    assert main(["convert", str(out), str(tmp_path / "model")]) == 0
+    jax.tree.map(np.testing.assert_array_equal, jaxgpt.load(tmp_path / "model")[1], found)
+    config = TrainConfig.from_dict({"train": {"steps": 1, "learning_rate": 0.0, "batch_size": 2}})
+    tuned = train(config, tokens, tmp_path / "tuned", init_from=str(out))
+    assert tuned.config == dataclasses.replace(
+        MODEL, drop_rate_emb=0.1, drop_rate_attn=0.1, drop_rate_shortcut=0.1, drop_rate=0.1
+    )
+
+
+def test_a_run_without_a_checkpoint_is_told_so(tmp_path, tokens):
+    train(dataclasses.replace(CONFIG, steps=1, warmup_steps=0), tokens, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(CheckpointError, match="no checkpoint yet"):
+        jaxgpt.load(tmp_path / "run")

@@ -12,7 +12,9 @@ from jaxgpt.files import new_directory
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
-    parser.add_argument("src", metavar="SRC", help="checkpoint file or directory, bundled name, or hub name")
+    parser.add_argument(
+        "src", metavar="SRC", help="checkpoint file or directory, run directory, bundled name, or hub name"
+    )
     parser.add_argument("dst", metavar="DST", type=Path, help="directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
@@ -31,7 +33,8 @@ def run(args: argparse.Namespace) -> int:
     new_directory(args.dst, args.force)
 
     from jaxgpt.accounting import count_parameters
-    from jaxgpt.weights import load, save
+    from jaxgpt.training import load
+    from jaxgpt.weights import save
 
     given = {"n_heads": args.n_heads, "param_dtype": args.param_dtype}
     overrides = {name: value for name, value in given.items() if value is not None}

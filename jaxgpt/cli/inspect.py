@@ -79,7 +79,7 @@ def resolve_config(name: str) -> GPTConfig:
         return GPTConfig.preset(name)
     if Path(name).suffix in (".toml", ".json"):
         return GPTConfig.from_file(name)
-    from jaxgpt.weights import load_config
+    from jaxgpt.training import load_config
 
     return load_config(name)
 
@@ -101,7 +101,7 @@ def read(name: str, prompt: str) -> tuple[GPTConfig, Any]:
         )
     from jaxgpt.generation import encode_prompt
     from jaxgpt.interpret import look_inside
-    from jaxgpt.weights import load
+    from jaxgpt.training import load
 
     model, params = load(name)
     return model.config, look_inside(model, params, encode_prompt(model.config, prompt))

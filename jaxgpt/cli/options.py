@@ -28,7 +28,9 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares --model, --dtype and --mesh."""
     parser.add_argument(
-        "--model", default="shakespeare", help="checkpoint file or directory, bundled name, or hub name (%(default)s)"
+        "--model",
+        default="shakespeare",
+        help="checkpoint file or directory, run directory, bundled name, or hub name (%(default)s)",
     )
     parser.add_argument(
         "--dtype",
@@ -47,7 +49,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     from jaxgpt.generation import prepare
     from jaxgpt.parallel import MeshConfig, sharding
-    from jaxgpt.weights import load
+    from jaxgpt.training import load
 
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
     # Parameters that will be sharded must not first fill one device.

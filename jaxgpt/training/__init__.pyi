@@ -10,11 +10,13 @@ from .data import read_text as read_text
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .loop import TrainResult as TrainResult
-from .loop import load_run as load_run
 from .loop import train as train
 from .loss import cross_entropy as cross_entropy
 from .loss import head_cross_entropy as head_cross_entropy
 from .loss import model_loss as model_loss
+from .models import load as load
+from .models import load_config as load_config
+from .models import load_run as load_run
 from .step import abstract_state as abstract_state
 from .step import init_state as init_state
 from .step import jit_step as jit_step

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 import os
+import shlex
 import signal
 import time
 from collections.abc import Iterator
@@ -15,26 +16,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError, MissingExtraError, TrainingError
+from jaxgpt.errors import ConfigError, MissingExtraError, TrainingError
 from jaxgpt.fields import to_table
 from jaxgpt.generation import Temperature, encode_prompt, generate_text
-from jaxgpt.model import GPT, cast_params
+from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, distributed, sharding
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
 from jaxgpt.training.evaluation import Evaluation, evaluate
+from jaxgpt.training.models import load, load_config
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run, import_tensorboard
 from jaxgpt.training.step import SAMPLE, TrainState, abstract_state, eval_params, init_state, jit_step, stream_key
-from jaxgpt.weights import load, load_config
 
 
 @brief
@@ -184,12 +184,25 @@ class _Loop:
                 if done not in self.checkpoints.steps() and self.healthy(state):
                     self.checkpoints.save(done, state)
                 self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
+            else:
+                self.progress.say(self.last_line(done))
         try:
             _plot_losses(self.run)
         except Exception as error:  # a missing picture must not fail a finished run
             self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
         return TrainResult(done, eval_params(state), config.model, config.compute, last_val_loss, stop)
+
+    def last_line(self, step: int) -> str:
+        """Says which checkpoint is best, where it is, and what to do with it."""
+        best = self.checkpoints.best_step()
+        which = (
+            f"the last step, {step:,}"
+            if best is None
+            else f"step {best:,}, validation loss {self.val_losses[best]:.4f}"
+        )
+        directory = self.run.directory
+        return f"done. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(str(directory))}"
 
     def global_batch(self, step: int) -> Any:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
@@ -275,36 +288,6 @@ class _Loop:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
         prompt, length = config.sample_prompt, config.sample_tokens
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
-
-
-def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: str = "float32") -> tuple[int, GPT, Any]:
-    """A run's model at a checkpoint: (step, model, params), with the averaged parameters if it has them.
-
-    Args:
-        directory: the run's directory; nothing in it is changed.
-        step: a step that has a checkpoint, "latest", or "best": the one with the lowest validation loss (the latest,
-            if none was evaluated).
-        param_dtype: dtype of the parameters returned.
-
-    Raises:
-        CheckpointError: if there is no such checkpoint or it is damaged.
-    """
-    run = Run(directory)
-    config = run.config()
-    if not run.checkpoints.is_dir():
-        raise CheckpointError(run.checkpoints, "no checkpoint yet")
-    with contextlib.closing(Checkpoints(run.checkpoints, losses=run.val_losses(), read_only=True)) as checkpoints:
-        steps = checkpoints.steps()
-        if not steps:
-            raise CheckpointError(run.checkpoints, "no checkpoint yet")
-        chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
-        if chosen not in steps:
-            raise CheckpointError(run.checkpoints, f"no checkpoint of step {step}; there are {steps}")
-        with sharding.on_host():  # with the optimizer's state, it may not fit on one device
-            state = checkpoints.restore(chosen, abstract_state(config))
-            params = jax.tree.map(np.asarray, cast_params(eval_params(state), param_dtype))
-    params = jax.tree.map(jax.device_put, params)
-    return chosen, GPT(config.model, config.compute.replace(param_dtype=param_dtype)), params
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:

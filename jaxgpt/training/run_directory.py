@@ -23,6 +23,7 @@ from jaxgpt.checks import short_repr
 from jaxgpt.errors import CheckpointError, ConfigError, require
 from jaxgpt.files import new_directory, unsupported, write_text
 from jaxgpt.textfile import read_json
+from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
 
@@ -72,6 +73,36 @@ class Run:
                 if not unsupported(error, self.directory, "lock files, so a second trainer here would go unnoticed"):
                     raise
             yield
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Checkpoints]:
+        """The run's checkpoints, for reading while it may still be training.
+
+        Raises:
+            CheckpointError: if there are none yet.
+        """
+        nothing = CheckpointError(self.checkpoints, "no checkpoint yet")
+        if not self.checkpoints.is_dir():
+            raise nothing
+        opened = Checkpoints(self.checkpoints, losses=self.val_losses(), read_only=True)
+        with contextlib.closing(opened) as checkpoints:
+            if not checkpoints.steps():
+                raise nothing
+            yield checkpoints
+
+    def step(self, step: int | str) -> int:
+        """The number of a step that has a checkpoint; "latest" is the last one, and "best" the one with the lowest
+        validation loss (the latest, if none was evaluated).
+
+        Raises:
+            CheckpointError: if there is no such checkpoint.
+        """
+        with self.reading() as checkpoints:
+            steps = checkpoints.steps()
+            chosen: Any = {"latest": steps[-1], "best": checkpoints.best_step() or steps[-1]}.get(str(step), step)
+            if chosen not in steps:
+                raise CheckpointError(self.checkpoints, f"no checkpoint of step {step}; there are {steps}")
+            return chosen
 
     def make(self) -> None:
         """Creates the directories."""

@@ -49,7 +49,7 @@ FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 
 
 def load(
-    path_or_name: str | Path,
+    path_or_name: str | Path | Checkpoint,
     *,
     compute: ComputeConfig | None = None,
     check_finite: bool = False,
@@ -62,6 +62,7 @@ def load(
     Args:
         path_or_name: a file or directory, or the name of a bundled model or of a GPT-2 on the Hugging Face hub. A
             bundled name takes precedence over a path (write "./shakespeare" for the path), and a path over the hub.
+            `jaxgpt.load` also takes the directory of a training run, whose model is that of its best checkpoint.
         compute: how to run the model. By default this project's directories keep what they were saved with, and
             everything else gets `ComputeConfig()`: parameters become float32, whatever they are in the file. For a
             conversion to or from int8, memory holds both versions.
@@ -90,7 +91,7 @@ def load(
     return GPT(config, compute), cast_params(params, compute.param_dtype)
 
 
-def load_config(path_or_name: str | Path, **overrides: Any) -> GPTConfig:
+def load_config(path_or_name: str | Path | Checkpoint, **overrides: Any) -> GPTConfig:
     """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
     _pop_compute(overrides)
     return _changed(_recognise(path_or_name, overrides, with_tensors=False), overrides)
@@ -155,7 +156,11 @@ def _refuse_foreign_content(path: Path) -> None:
         raise CheckpointError(path, f"holds {others[0]!r}, which is not part of a checkpoint: save to a new directory")
 
 
-def _recognise(path_or_name: str | Path, overrides: Mapping[str, Any], *, with_tensors: bool) -> Checkpoint:
+def _recognise(
+    path_or_name: str | Path | Checkpoint, overrides: Mapping[str, Any], *, with_tensors: bool
+) -> Checkpoint:
+    if isinstance(path_or_name, Checkpoint):
+        return path_or_name
     if not isinstance(path_or_name, (str, os.PathLike)):
         raise TypeError(f"load takes a path or a name, not {short_repr(path_or_name)}")
     if path_or_name in BUNDLED:

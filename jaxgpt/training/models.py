@@ -1,0 +1,83 @@
+"""Models by path or name, among which a run's directory counts: it is the model of its best checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxgpt import weights
+from jaxgpt.config import GPTConfig
+from jaxgpt.files import local
+from jaxgpt.model import GPT, leaves, unstack_layers
+from jaxgpt.parallel import sharding
+from jaxgpt.training.run_directory import Run
+
+
+@functools.wraps(weights.load)
+def load(path_or_name: Any, **options: Any) -> tuple[GPT, dict[str, Any]]:
+    return weights.load(_opened(path_or_name), **options)
+
+
+@functools.wraps(weights.load_config)
+def load_config(path_or_name: Any, **options: Any) -> GPTConfig:
+    return weights.load_config(_opened(path_or_name), **options)
+
+
+def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: str = "float32") -> tuple[int, GPT, Any]:
+    """A run's model at a checkpoint: (step, model, params), with the averaged parameters if it has them.
+
+    Args:
+        directory: the run's directory; nothing in it is changed.
+        step: a step that has a checkpoint, "latest", or "best": the one with the lowest validation loss (the latest,
+            if none was evaluated).
+        param_dtype: dtype of the parameters returned.
+
+    Raises:
+        CheckpointError: if there is no such checkpoint or it is damaged.
+    """
+    run = Run(directory)
+    chosen = run.step(step)
+    return chosen, *weights.load(_checkpoint(run, chosen), param_dtype=param_dtype)
+
+
+def _opened(path_or_name: Any) -> Any:
+    """A run's directory as an open checkpoint; anything else as it is."""
+    if not isinstance(path_or_name, (str, os.PathLike)) or path_or_name in weights.BUNDLED:
+        return path_or_name
+    with contextlib.suppress(OSError):  # a name that no file can have
+        path = local(path_or_name)
+        if (path / "run.json").is_file() and not (path / "config.json").exists():
+            return _checkpoint(Run(path), "best")
+    return path_or_name
+
+
+def _checkpoint(run: Run, step: int | str) -> weights.Checkpoint:
+    config = run.config()
+    return weights.Checkpoint(
+        run.directory,
+        config.model,
+        weights.identity_rows(config.model, "float32"),
+        tensors=lambda: _tensors(run, step),
+        compute=config.compute,
+    )
+
+
+def _tensors(run: Run, step: int | str) -> dict[str, weights.Tensor]:
+    # Here, because optax takes long to import, and most models are not runs.
+    from jaxgpt.training.step import abstract_state, eval_params
+
+    config = run.config()
+    with run.reading() as checkpoints, sharding.on_host():  # with the optimizer's state, it may not fit on one device
+        params = eval_params(checkpoints.restore(run.step(step), abstract_state(config)))
+        params = jax.tree.map(np.asarray, params)
+    arrays = leaves(unstack_layers(params) if config.compute.scan_layers else params)
+    return {
+        name: weights.Tensor(array.shape, array.dtype.name, functools.partial(np.copy, array))
+        for name, array in arrays.items()
+    }
