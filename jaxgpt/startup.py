@@ -7,12 +7,15 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import importlib.util
 import os
 import platform
 import stat
 import sys
 import warnings
 from pathlib import Path
+
+from jaxgpt.checks import first_line
 
 # Environment variable; set to 0 to compile everything again in each process.
 CACHE_VARIABLE = "JAXGPT_COMPILE_CACHE"
@@ -23,6 +26,33 @@ def configure() -> None:
     """Calls both `use_compile_cache` and `keep_freed_memory`."""
     use_compile_cache()
     keep_freed_memory()
+
+
+# Modules that bring JAX a platform, and how to install it.
+_PLATFORMS = {
+    "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "pip install -U 'jax[cuda13]' for NVIDIA"),
+    "tpu": (("libtpu",), "pip install 'jaxgpt[tpu]' for TPUs"),
+}
+
+
+def missing_platform() -> str:
+    """What to do if JAX_PLATFORMS asks for a platform that cannot be used; '' otherwise. To be asked after an error:
+    those that JAX raises for it may be AssertionErrors without a word."""
+    asked = os.environ.get("JAX_PLATFORMS", "")
+    if not asked or "jax" not in sys.modules:
+        return ""
+    try:
+        sys.modules["jax"].devices()
+        return ""
+    except (RuntimeError, AssertionError) as raised:
+        error = raised
+    there = [name for name, (modules, _) in _PLATFORMS.items() if any(map(importlib.util.find_spec, modules))]
+    absent = [command for name, (_, command) in _PLATFORMS.items() if name not in there]
+    because = f" ({first_line(error)})" if str(error) and not absent else ""
+    return (
+        f"JAX_PLATFORMS={asked}, and this JAX cannot use that{because}: it has {', '.join(['cpu', *there])}. Unset "
+        f"JAX_PLATFORMS, or install what is missing: {'; '.join(absent) or 'the driver'}"
+    )
 
 
 def use_compile_cache() -> None:

@@ -16,7 +16,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.model.cache import Cache
 from jaxgpt.model.gpt import GPT
 
-# preset: (all parameters, parameters without the output head, MB in float32)
+# preset: (all parameters, parameters without the output head, MiB in float32)
 TOTALS = {
     "gpt2": (124_439_808, 124_439_808, 474.70),
     "gpt2-medium": (354_823_168, 354_823_168, 1353.54),

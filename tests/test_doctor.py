@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -121,3 +123,26 @@ def test_a_check_that_raises_has_failed_and_the_others_still_run(monkeypatch, ca
     out = capsys.readouterr().out
     assert "FAIL  tokenizer: ImportError: No module named 'tiktoken' (test_doctor.py, line" in out
     assert "ok    versions: jaxgpt" in out
+
+
+@pytest.mark.parametrize("platform", ["cuda", exhaustive("tpu"), exhaustive("gpu"), exhaustive("cdua")])
+def test_a_platform_that_jax_lacks_is_one_failure_and_one_line(platform, tmp_path):
+    environment = os.environ | {"JAX_PLATFORMS": platform, "XDG_CACHE_HOME": str(tmp_path)}
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "jaxgpt", *arguments]
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+    done = run("generate", "--prompt", "a")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"jaxgpt: error: JAX_PLATFORMS={platform}, and this JAX cannot use that: it has cpu")
+    assert "pip install" in line
+    done = run("doctor", "--json")
+    assert done.returncode == 1
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    (failed,) = (check for check in checks.values() if check["good"] is False)
+    assert f"JAX_PLATFORMS={platform}" in failed["found"]
+    assert "Unset JAX_PLATFORMS" in failed["advice"]
+    assert checks["generation"]["found"] == "skipped"
+    assert checks["tokenizer"]["good"]

@@ -58,9 +58,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return _CLOSED_PIPE
     except Exception as error:
-        if not _is_users(error):
+        reason = startup.missing_platform() or (str(error) if _is_users(error) else "")
+        if not reason:
             raise
-        print(f"jaxgpt: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"jaxgpt: error: {' '.join(reason.split())}", file=sys.stderr)
         return 2
 
 
@@ -79,7 +80,7 @@ def _run(argv: list[str]) -> int:
             subparser.set_defaults(run=module.run)
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # argparse itself would show the usage of `jaxgpt`, not the subcommand's
-        subparser = subparsers.choices[str(chosen)]
+        subparser = subparsers.choices.get(str(chosen), parser)
         options = [option for action in subparser._actions for option in action.option_strings]
         subparser.error(
             f"unrecognized arguments: {' '.join(unknown)}{did_you_mean(unknown[0].partition('=')[0], options)}"

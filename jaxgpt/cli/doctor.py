@@ -20,9 +20,10 @@ def run(args: argparse.Namespace) -> int:
     for result in examine():
         results.append(result)
         if not args.json:
-            print(f"{'ok  ' if result.good else 'FAIL'}  {result.name}: {result.found}", flush=True)
+            mark = {True: "ok  ", False: "FAIL", None: "skip"}[result.good]
+            print(f"{mark}  {result.name}: {result.found}", flush=True)
             if result.advice:
                 print(f"      what to do: {result.advice}")
     if args.json:
         print(json.dumps({"checks": [dataclasses.asdict(result) for result in results]}, indent=2))
-    return 0 if all(result.good for result in results) else 1
+    return 1 if any(result.good is False for result in results) else 0

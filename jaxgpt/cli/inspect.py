@@ -182,6 +182,7 @@ def notes(config: GPTConfig) -> Iterator[str]:
             f"The output head is a separate matrix. With it tied to tok_emb, as in OpenAI's GPT-2, the count would be "
             f"{counts.total - counts.out_head:,}; names such as 124M mean that one."
         )
+    yield "1 MiB is 1,048,576 bytes; the book prints the same numbers as MB."
     if config.banded_layers:
         yield (
             "Attention is dense in layers 0, 2, ... and banded in 1, 3, ..., where a query sees "
@@ -250,14 +251,14 @@ def _totals_table(report: dict[str, Any]) -> Any:
         grid.add_row(component, f"{size:,}")
     grid.add_row("all but embeddings and head", f"{report['parameters']['without_embeddings']:,}")
     for dtype, size in report["parameter_bytes"].items():
-        grid.add_row(f"parameters in {dtype}", f"{size / MIB:,.2f} MB")
+        grid.add_row(f"parameters in {dtype}", f"{size / MIB:,.2f} MiB")
     rows = f"{report['batch']} x {report['length']:,}"
     for title, key in (("forward pass", "forward_flops"), ("training step without remat", "training_flops")):
         flops = report[key]
         grid.add_row(f"{title}, {rows}, linear layers", f"{flops['linear']:,} FLOPs")
         grid.add_row(f"{title}, {rows}, attention", f"{flops['attention']:,} FLOPs")
     for dtype, size in report["cache_bytes"].items():
-        grid.add_row(f"key/value cache, {rows}, {dtype}", f"{size / MIB:,.2f} MB")
+        grid.add_row(f"key/value cache, {rows}, {dtype}", f"{size / MIB:,.2f} MiB")
     return grid
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from jaxgpt import startup
 from jaxgpt.config import GPTConfig
 
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -41,22 +42,29 @@ class Wrong(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a check found; `advice` is empty unless it failed."""
+    """What a check found; `advice` is empty unless it failed. `good` is None for a check that was skipped."""
 
     name: str
-    good: bool
+    good: bool | None
     found: str
     advice: str = ""
 
 
 def examine() -> Iterator[Result]:
-    """Runs every check, one after another. A check that raises has failed; the others still run."""
+    """Runs every check, one after another. A check that raises has failed; the others still run. Without a platform
+    that JAX can use, the first check that needs one fails, and the others are skipped."""
+    no_platform = False
     for name, check in CHECKS.items():
         try:
             yield Result(name, True, check())
         except Wrong as wrong:
             yield Result(name, False, wrong.found, wrong.advice)
         except Exception as error:  # report whatever a broken installation raises
+            if reason := startup.missing_platform():
+                found, _, advice = reason.partition(". ")
+                yield Result(name, None, "skipped") if no_platform else Result(name, False, found, advice)
+                no_platform = True
+                continue
             where = traceback.extract_tb(error.__traceback__)[-1]
             found = f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno})"
             yield Result(name, False, found, "see the message; if it names a package, reinstall that package")
@@ -192,8 +200,6 @@ def _bundled_model() -> str:
 
 
 def _compile_cache() -> str:
-    from jaxgpt import startup
-
     if os.environ.get(startup.CACHE_VARIABLE) == "0":
         return f"switched off by {startup.CACHE_VARIABLE}"
     try:
