@@ -52,4 +52,5 @@ from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError
 from .errors import MissingExtraError as MissingExtraError
 from .errors import TrainingError as TrainingError
+from .errors import OutOfMemoryError as OutOfMemoryError
 from .errors import KernelError as KernelError

@@ -47,6 +47,10 @@ class TrainingError(RuntimeError):
     """A training run that cannot continue. The checkpoints it has saved are good."""
 
 
+class OutOfMemoryError(MemoryError):
+    """What was asked needs more memory than there is. The message says how much, and what would need less."""
+
+
 class KernelError(RuntimeError):
     """The kernel of `jaxgpt.cpu.kernel` cannot be built."""
 

@@ -8,6 +8,7 @@ import gc
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,13 +20,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import exhaustive, make_model, random_ids, to_numpy
+from helpers import exhaustive, make_model, random_ids, to_numpy, to_toml
 
 import jaxgpt
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError, DataError, TrainingError
+from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
+from jaxgpt.training import evaluation
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
@@ -721,3 +723,42 @@ def test_a_run_without_a_checkpoint_is_told_so(tmp_path, tokens):
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     with pytest.raises(CheckpointError, match="no checkpoint yet"):
         jaxgpt.load(tmp_path / "run")
+
+
+def test_a_batch_that_needs_too_much_memory_is_one_line(tmp_path, tokens, capsys):
+    tokens.save(tmp_path / "tokens")
+    tables = CONFIG.to_dict()
+    (tmp_path / "run.toml").write_text(to_toml(tables))
+    words = ["train", str(tmp_path / "run.toml"), "--data", str(tmp_path / "tokens"), "--out", str(tmp_path / "run")]
+    assert main([*words, "--set", "batch_size=1000000"]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(r"error: [\d,.]+ GiB are needed at once, and there are [\d,.]+: ", line)
+    for remedy in ("grad_accumulation", "remat", "loss_chunk", "batch_size"):
+        assert remedy in line
+    assert main([*words, "--set", "steps=1"]) == 0  # nothing was done, so nothing is in the way
+
+
+def test_memory_that_runs_out_later_is_one_line_too(tmp_path, tokens, monkeypatch):
+    def batch(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nMore")
+
+    monkeypatch.setattr(trainer, "batch", batch)
+    with pytest.raises(OutOfMemoryError, match=r"^RESOURCE_EXHAUSTED.*123 bytes. .there are .* GiB.: raise grad_acc"):
+        train(CONFIG, tokens, tmp_path / "run")
+
+
+def test_an_evaluation_that_needs_too_much_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.txt").write_text("To be, or not to be" * 30)
+
+    def losses(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+    monkeypatch.setattr(evaluation, "_losses", losses)
+    assert main(["evaluate", "--data", str(tmp_path / "a.txt")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search("123 bytes.*lower --batch-size", line)
+
+
+def test_more_rows_than_there_are_sequences_cost_nothing(tokens):
+    model, params = make_model(MODEL)
+    assert evaluate(model, params, tokens.ids_N[:99], batch_size=10**8).tokens == 98

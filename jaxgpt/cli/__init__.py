@@ -11,7 +11,15 @@ from importlib import import_module
 
 from jaxgpt import startup
 from jaxgpt.checks import did_you_mean
-from jaxgpt.errors import CheckpointError, ConfigError, DataError, KernelError, MissingExtraError, TrainingError
+from jaxgpt.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    KernelError,
+    MissingExtraError,
+    OutOfMemoryError,
+    TrainingError,
+)
 from jaxgpt.version import __version__
 
 # name: (module with `add_arguments(parser)` and `run(args) -> int`, help). JAX may be imported only within `run`.
@@ -30,7 +38,16 @@ COMMANDS = {
     "export": ("jaxgpt.cli.export", "make a loadable model from a training run"),
 }
 
-_USERS = (ConfigError, CheckpointError, DataError, MissingExtraError, TrainingError, KernelError, OSError)
+_USERS = (
+    ConfigError,
+    CheckpointError,
+    DataError,
+    MissingExtraError,
+    TrainingError,
+    KernelError,
+    OutOfMemoryError,
+    OSError,
+)
 
 # What shells report for a command that was ended by a closed pipe or Ctrl-C.
 _CLOSED_PIPE, _INTERRUPTED = 141, 130

@@ -32,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the metrics and returns the exit code."""
+    from jaxgpt.parallel import memory_errors
     from jaxgpt.training import evaluate, open_tokens
 
     local(args.data)
@@ -40,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
     ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
-    result = evaluate(model, params, ids_N, stride=args.stride, batch_size=args.batch_size)
+    with memory_errors("lower --batch-size, or choose a --dtype of fewer bytes"):
+        result = evaluate(model, params, ids_N, stride=args.stride, batch_size=args.batch_size)
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
 
     from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, sampling
+    from jaxgpt.parallel import memory_errors
 
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
@@ -106,7 +107,8 @@ def run(args: argparse.Namespace) -> int:
         "cache_dtype": args.cache_dtype,
     }
     show = _stream if args.stream else _print
-    show(args, model, params, prompts, rows, key, options)
+    with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
+        show(args, model, params, prompts, rows, key, options)
     return 0
 
 

@@ -83,6 +83,7 @@ def evaluate(
         if predicted == len(ids_N) or len(rows) == max_sequences:
             break
     total, count = 0.0, 0.0
+    batch_size = min(batch_size, len(rows))
     for i in range(0, len(rows), batch_size):
         batch = [
             _sequence(ids_N, start, first, T, model.config.vocab_size) for start, first in rows[i : i + batch_size]

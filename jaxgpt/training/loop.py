@@ -26,7 +26,7 @@ from jaxgpt.errors import ConfigError, MissingExtraError, TrainingError
 from jaxgpt.fields import to_table
 from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
-from jaxgpt.parallel import BATCH, distributed, sharding
+from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
@@ -88,6 +88,7 @@ def train(
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, for input that cannot be used.
         TrainingError: if the loss or gradient stays NaN or infinite. The last good checkpoint is kept.
+        OutOfMemoryError: if a step needs more memory than there is, as a rule before the first one.
     """
     if not isinstance(config, TrainConfig):
         raise TypeError(f"train takes a TrainConfig, such as TrainConfig.from_file(path), not {short_repr(config)}")
@@ -140,6 +141,7 @@ def train(
             if tensorboard:
                 run.write_tensorboard(start)
         progress.say(_first_line(config, mesh, len(train_N), len(val_N), init_from, start))
+        held.enter_context(memory_errors(_LESS_MEMORY))
         return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
 
 
@@ -164,6 +166,9 @@ class _Loop:
     def train(self, start: int, state: TrainState) -> TrainResult:
         config, done = self.config, start
         step_fn, stop = jit_step(config, self.mesh), None
+        if self.mesh is None and start < config.steps:
+            step_fn = step_fn.lower(state, self.global_batch(start)).compile()
+            check_memory(step_fn, _LESS_MEMORY)
         running: collections.deque = collections.deque()  # (step, metrics) still on the device
         self.clock = time.perf_counter(), start
         with _signals() as received:
@@ -298,6 +303,8 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     sharding.check(mesh, config.model, config.batch_size // config.grad_accumulation)
     return mesh
 
+
+_LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
 
 # What a run that starts from a checkpoint decides itself; the rest, the architecture, comes from the checkpoint.
 _OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")

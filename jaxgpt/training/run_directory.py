@@ -117,8 +117,10 @@ class Run:
             )
 
     def check_new(self) -> None:
-        """Raises CheckpointError if the directory already holds a run."""
-        if self.description.exists():
+        """Raises CheckpointError if the directory already holds a run, unless that ended before it did anything."""
+        measured = self.metrics.exists() and self.metrics.stat().st_size > 0
+        saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
+        if self.description.exists() and (measured or saved):
             raise CheckpointError(self.directory, "holds a run already: --resume continues it, or choose another --out")
 
     def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
