@@ -651,6 +651,7 @@ def test_tensorboard_without_its_extra_names_it(tmp_path, tokens, monkeypatch):
 
 KILLED = """
 import sys
+from jaxgpt.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
