@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import json
 import textwrap
-from collections.abc import Collection, Container, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any, TypeVar
 
 from jaxgpt.checks import check_type, did_you_mean, short_repr
@@ -173,6 +173,14 @@ def field_hint(key: Any, known: Collection[str]) -> str:
     return f"; did you mean {meant!r}?" if meant in known else did_you_mean(key, known)
 
 
+def check_keys(cls: type, keys: Iterable[Any], source: str) -> None:
+    """Raises a ConfigError that names `source` for the first key that is no setting of the dataclass."""
+    known = [declared.name for declared in settings(cls)]
+    for key in keys:
+        if key not in known:
+            raise ConfigError(f"{source}: unknown key {short_repr(key)}{field_hint(key, known)}")
+
+
 def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: Any) -> T:
     """Builds a dataclass from plain values, such as a table of a config file, and `others`, fields not declared with
     `setting`.
@@ -180,10 +188,7 @@ def from_table(cls: type[T], table: Mapping[str, Any], source: str, **others: An
     Raises:
         ConfigError: naming `source`, and the unknown key or the invalid field.
     """
-    known = [declared.name for declared in settings(cls)]
-    for key in table:
-        if key not in known:
-            raise ConfigError(f"{source}: unknown key {short_repr(key)}{field_hint(key, known)}")
+    check_keys(cls, table, source)
     try:
         return cls(**table, **others)
     except ConfigError as error:

@@ -164,7 +164,7 @@ def test_a_value_out_of_range_is_told_what_is_allowed(cls, field, value, message
 
 @pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
 def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
-    tables = {"model", "compute", "mesh", "model_fields_set"} if cls is TrainConfig else set()
+    tables = {"model", "compute", "mesh", "model_defaults"} if cls is TrainConfig else set()
     assert {field.name for field in dataclasses.fields(cls)} - tables == {declared.name for declared in settings(cls)}
     for declared in settings(cls):
         step = 1 if declared.type == "int" else 1e-9
@@ -507,11 +507,33 @@ def test_synonyms_name_fields_and_hide_none():
 
 def test_the_file_is_blamed_for_its_own_faults_and_set_for_its_own(tmp_path):
     path = write(tmp_path / "run.toml", "[train]\nsteps = 50\n")
-    with pytest.raises(ConfigError, match=r"^--set seed=7 steps=x \[train\]: steps must be an int, not 'x'"):
+    with pytest.raises(ConfigError, match=r"^--set steps=x \[train\]: steps must be an int, not 'x'"):
         TrainConfig.from_file(path, ["seed=7", "steps=x"])
     write(path, "[train]\nstep = 50\n")
     with pytest.raises(ConfigError, match=r"run.toml \[train\]: unknown key 'step'; did you mean 'steps'"):
         TrainConfig.from_file(path, ["seed=7"])
+
+
+@pytest.mark.parametrize("override", ["model.n_layers=0", "compute.dtype=float16", "model.ffn_dim=x", "seed=null"])
+def test_a_value_that_its_field_does_not_allow_is_told_with_the_set_it_came_from(override, tmp_path):
+    path = write(tmp_path / "run.toml", "[train]\nsteps = 50\n")
+    name = override.partition("=")[0].rpartition(".")[2]
+    with pytest.raises(ConfigError, match=rf"^--set {override} \[\w+\]: {name} must be "):
+        TrainConfig.from_file(path, ["steps=60", override])
+    assert TrainConfig.from_file(path, ["model.ffn_dim=null"]).model.ffn_dim == 3072  # as without it
+
+
+def test_which_fields_of_the_model_were_set_is_known():
+    def set_fields(config):
+        return {name for name in config.model.to_dict() if config.is_set(name)}
+
+    assert set_fields(TrainConfig()) == set()
+    assert set_fields(TrainConfig(model=GPTConfig())) == set(GPTConfig().to_dict())
+    config = TrainConfig.from_dict({"model": {"n_layers": 12}})
+    assert set_fields(config) == {"n_layers"}
+    assert set_fields(dataclasses.replace(config, steps=500)) == {"n_layers"}
+    assert set_fields(dataclasses.replace(config, model=config.model.replace(n_heads=8))) == {"n_layers", "n_heads"}
+    assert set_fields(TrainConfig.from_dict({"model": {"preset": "gpt2"}})) == {"n_layers", "emb_dim", "n_heads"}
 
 
 def test_a_warm_up_longer_than_the_run_gives_way(tmp_path):

@@ -228,6 +228,11 @@ def test_what_the_config_does_not_say_is_chosen_and_told(tmp_path):
         (("gpt2-xl", "v5p:4x4x4", "fsdp=-1"), None),
         (("gpt3-13b", "v5p:4x4x8", "tensor=16,fsdp=8"), "tensor=16 does not divide n_heads=40"),
         (("nothing.toml", "v5e:2x2", None), "cannot be read as TOML"),
+        (("gpt3-125", "v5e:2x2", None), "gpt3-125: no such file or preset; did you mean 'gpt3-125m'"),
+        (
+            ("gpt2", "v5e:2x2", None, "lr=1e-4"),
+            r"^--set lr=1e-4 \[train\]: unknown key 'lr'; did you mean 'learning_rate'",
+        ),
     ],
 )
 def test_meshes_that_do_not_fit(arguments, message):

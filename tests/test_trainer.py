@@ -371,11 +371,103 @@ def test_resume_with_other_data_is_refused(undisturbed):
 def test_two_runs_in_one_directory_are_refused(undisturbed, tokens):
     directory, _ = undisturbed
     before = metrics(directory)
-    with pytest.raises(CheckpointError, match="--resume continues it"):
+    with pytest.raises(CheckpointError, match=r"jaxgpt train --resume .* continues it"):
         train(CONFIG, tokens, directory)
     with Run(directory).locked(), pytest.raises(CheckpointError, match="another trainer is running"):
         train(CONFIG, tokens, directory, resume=True)
     assert metrics(directory) == before
+
+
+def test_a_run_resumes_from_its_directory_alone(tmp_path, undisturbed, monkeypatch, capsys):
+    """Also from another working directory, and although the config file alone says something else."""
+    (tmp_path / "config.toml").write_text(TOML.replace("steps = 8", "steps = 80"), encoding="utf-8")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    with stopping_after(monkeypatch, 3):
+        assert main(["train", "config.toml", "--data", "text.txt", "--out", "run", "--set", "steps=8"]) == 143
+    assert "stopped by SIGTERM at step 3: jaxgpt train --resume run continues" in capsys.readouterr().err
+    assert main(["train", "config.toml", "--resume", "run"]) == 2
+    err = capsys.readouterr().err
+    assert "config.toml differs from the config of run: train.steps: 8 before, 80 now" in err
+    assert "--force" not in err
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert main(["train", "--resume", "../run"]) == 0
+    assert_same_run(tmp_path / "run", undisturbed[0], dataclasses.replace(CONFIG, sample_tokens=0))
+    (tmp_path / "text.txt").write_text(TEXT + "!", encoding="utf-8")
+    assert main(["train", "--resume", "../run"]) == 2
+    assert "data: sha256" in capsys.readouterr().err
+    (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
+    assert main(["train", "--resume", "../run"]) == 2
+    assert f"no longer at {tmp_path / 'text.txt'}: say where it is now (--data)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--set", "seed=6"], "train.seed: 5 before, 6 now"),
+        (["--set", "steps=4"], "train.steps: 8 before, 4 now"),  # it would cut the run short
+        (["--set", "model.n_layers=3"], "model.n_layers: 1 before, 3 now"),
+        (["--init-from", "shakespeare"], "init-from: None before, 'shakespeare' now"),
+        (["--data", "other.txt"], "data: sha256"),
+    ],
+)
+def test_what_is_given_to_a_resumed_run_and_differs_is_named(
+    arguments, told, undisturbed, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "other.txt").write_text(TEXT + "!", encoding="utf-8")
+    before = metrics(undisturbed[0])
+    data = [] if "--data" in arguments else ["--data", "text.txt"]
+    assert main(["train", "--resume", str(undisturbed[0]), *data, *arguments]) == 2
+    err = capsys.readouterr().err
+    assert told in err
+    assert err.index("jaxgpt train --resume") < err.index("--force")  # which is never the first advice
+    assert metrics(undisturbed[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--out", "run"], "a new run needs CONFIG.toml and --data FILE"),
+        (["config.toml", "--out", "run"], "a new run needs CONFIG.toml and --data FILE"),
+        (["--resume", "run"], "holds no run"),
+    ],
+)
+def test_arguments_that_neither_start_a_run_nor_continue_one(arguments, told, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", *arguments]) == 2
+    assert told in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_finished_run_says_so_and_can_be_trained_longer(undisturbed, tokens, tmp_path, capsys):
+    run = shutil.copytree(undisturbed[0], tmp_path / "run")
+    with pytest.raises(ConfigError, match="does not say where the run's data is"):  # it was given as tokens
+        train(None, None, run, resume=True)
+    tokens.save(tmp_path / "text.tokens")
+    assert main(["train", "--resume", str(run), "--data", str(tmp_path / "text.tokens")]) == 0
+    finished, done = capsys.readouterr().err.splitlines()
+    assert finished == (
+        f"the run is finished: step 8 of 8; to train longer: jaxgpt train --resume {run} --set steps=16"
+    )
+    assert done.startswith("done. Best: step ")
+    assert_same_run(run, undisturbed[0])
+    assert main(["train", "--resume", str(run), "--set", "steps=10"]) == 0  # it knows its data now
+    assert "steps: 8 before, 10 now" in capsys.readouterr().err
+    longer = dataclasses.replace(CONFIG, steps=10)
+    assert int(final_state(run, longer)["step"]) == 10
+    assert Run(run).config() == longer
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, 11))
+
+
+@pytest.mark.exhaustive
+def test_a_fine_tuning_resumes_although_its_first_model_is_gone(two_layers, tmp_path, tokens, monkeypatch):
+    with stopping_after(monkeypatch, 2):
+        train(fine_tuning({}, steps=4), tokens, tmp_path / "run", init_from=two_layers)
+    shutil.rmtree(two_layers)
+    assert train(None, tokens, tmp_path / "run", resume=True).step == 4
 
 
 def test_resume_without_a_run_is_refused(tmp_path, tokens):
@@ -514,10 +606,15 @@ def test_runs_with_the_models_options(tmp_path, tokens, options):
     assert load_run(tmp_path, "latest")[1] == jaxgpt.GPT(config.model, config.compute)
 
 
+def fine_tuning(model, **train):
+    """A config in which only these fields of the model are set."""
+    return dataclasses.replace(TrainConfig.from_dict({"model": model}), warmup_steps=0, batch_size=4, **train)
+
+
 def test_fine_tuning_starts_from_the_checkpoint_with_its_architecture(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, n_layers=2, tie_embeddings=False, drop_rate=0.0))
     jaxgpt.save(tmp_path / "model", model, params)
-    config = dataclasses.replace(CONFIG, steps=1, warmup_steps=0, learning_rate=1e-9, model=GPTConfig(drop_rate=0.0))
+    config = fine_tuning({"drop_rate": 0.0}, steps=1, learning_rate=1e-9)
     result = train(config, tokens, tmp_path / "run", init_from=str(tmp_path / "model"))
     assert result.config.emb_dim == 24
     for a, b in zip(jax.tree.leaves(result.params), jax.tree.leaves(params), strict=True):
@@ -553,9 +650,28 @@ def test_fields_that_the_user_set_and_the_checkpoint_contradicts_are_named(
     with pytest.raises(ConfigError, match=message):
         train(config, tokens, tmp_path / "run", init_from=two_layers)
     assert not (tmp_path / "run").exists()
-    if "context_length" in model:  # the others are, in part, defaults
-        with pytest.raises(ConfigError, match=message):
-            train(TrainConfig(model=GPTConfig(**model)), tokens, tmp_path / "run", init_from=two_layers)
+
+
+def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_checkpoints(two_layers, tmp_path, tokens):
+    left_out = TrainConfig(steps=1, batch_size=4)
+    for config in (
+        TrainConfig(model=GPTConfig(n_layers=12)),  # which is the default too
+        dataclasses.replace(left_out, model=left_out.model.replace(n_layers=4)),
+    ):
+        with pytest.raises(ConfigError, match=f"n_layers is {config.model.n_layers} in the config and 2 in the check"):
+            train(config, tokens, tmp_path / "run", init_from=two_layers)
+    result = train(left_out, tokens, tmp_path / "run", init_from=two_layers)
+    assert result.config == jaxgpt.load(two_layers, drop_rate=0.1)[0].config
+    assert train(left_out, tokens, tmp_path / "run", resume=True).step == 1
+
+
+def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path, tokens, capsys):
+    gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
+    assert trainer._first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
+    assert trainer._first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
+    assert list(trainer._notes(CONFIG, None)) == []
+    (note,) = trainer._notes(dataclasses.replace(CONFIG, warmup_steps=30), None)
+    assert note == "warmup_steps 30 do not fit 8 steps: the warm-up takes 0"
 
 
 def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers, tmp_path, tokens, capsys):
@@ -582,7 +698,7 @@ def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers,
 def test_a_resumed_fine_tuning_remembers_what_it_started_from(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, drop_rate=0.0))
     jaxgpt.save(tmp_path / "model", model, params)
-    config = dataclasses.replace(CONFIG, steps=2, warmup_steps=0, learning_rate=1e-9, model=GPTConfig(drop_rate=0.0))
+    config = fine_tuning({"drop_rate": 0.0}, steps=2, learning_rate=1e-9)
     train(config, tokens, tmp_path / "run", init_from=str(tmp_path / "model"))
     jaxgpt.save(tmp_path / "other", model, params)
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if killed before the first
@@ -622,7 +738,7 @@ def test_command_line_trains_resumes_and_evaluates(tmp_path, undisturbed, capsys
     assert "step 8/8  loss" in out.err
     assert_same_run(run, undisturbed[0], dataclasses.replace(CONFIG, sample_tokens=0))
     assert main(["train", config, "--data", str(tmp_path / "text.txt"), "--out", run]) == 2
-    assert "--resume continues it" in capsys.readouterr().err
+    assert f"jaxgpt train --resume {run} continues it" in capsys.readouterr().err
     assert main(["train", config, "--data", str(tmp_path / "text.txt"), "--out", run, "--set", "stepz=3"]) == 2
     assert "did you mean 'steps'" in capsys.readouterr().err
     assert main(["export", run, str(tmp_path / "model")]) == 0
@@ -651,6 +767,7 @@ def test_tensorboard_without_its_extra_names_it(tmp_path, tokens, monkeypatch):
 
 KILLED = """
 import sys
+from jaxgpt.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -673,10 +790,11 @@ def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
     environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     environment["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
     subprocess.run(command("whole", 50), env=environment, check=True, capture_output=True)
-    rng = np.random.default_rng(0)
+    start, rng = command("killed"), np.random.default_rng(0)
+    resume = [*start[:3], "train", "--resume", str(tmp_path / "killed")]
     for _ in range(20):
-        resume = ["--resume"] if (tmp_path / "killed" / "run.json").exists() else []
-        process = subprocess.Popen([*command("killed"), *resume], env=environment, stderr=subprocess.PIPE, text=True)
+        began = (tmp_path / "killed" / "run.json").exists()
+        process = subprocess.Popen(resume if began else start, env=environment, stderr=subprocess.PIPE, text=True)
         # The moment is a fraction of a step, however long that takes here: two steps are timed first.
         steps = (time.perf_counter() for line in process.stderr if "loss" in line)
         began = next(steps)
@@ -686,7 +804,7 @@ def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
         assert process.wait() == -signal.SIGKILL, "the run was over before it was killed: make it longer"
     assert Path(tmp_path / "killed" / "checkpoints").exists()
     before = len(metrics(tmp_path / "killed"))
-    subprocess.run([*command("killed"), "--resume"], env=environment, check=True, capture_output=True)
+    subprocess.run(resume, env=environment, check=True, capture_output=True)
     assert 0 < before < len(metrics(tmp_path / "killed"))
     config = dataclasses.replace(CONFIG, steps=100, sample_tokens=0)
     assert_same_run(tmp_path / "killed", tmp_path / "whole", config)

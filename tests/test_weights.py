@@ -927,7 +927,6 @@ _PEAK = r"""
     from pathlib import Path
     import jax.numpy as jnp
     from jaxgpt.weights import formats as weights
-from jaxgpt.weights import tensors as tensors_module
     from jaxgpt.weights import layout
 
     path, scan, size = sys.argv[1], bool(int(sys.argv[2])), int(sys.argv[3])

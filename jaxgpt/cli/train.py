@@ -1,4 +1,4 @@
-"""`jaxgpt train`: trains a model from a config file, or fine-tunes one."""
+"""`jaxgpt train`: trains a model from a config file, fine-tunes one, or continues a run."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import argparse
 import dataclasses
 import shutil
 import textwrap
+from typing import TYPE_CHECKING
 
 from jaxgpt.files import local
+
+if TYPE_CHECKING:
+    from jaxgpt.training import TrainConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,10 +19,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # otherwise the epilog becomes one paragraph
     parser.epilog = describe_settings(max(60, shutil.get_terminal_size().columns - 2))
     parser.add_argument(
-        "config", metavar="CONFIG.toml", help="a file with the tables [model], [compute], [mesh] and [train]"
+        "config",
+        nargs="?",
+        metavar="CONFIG.toml",
+        help="a file with the tables [model], [compute], [mesh] and [train]; a run that is resumed has its own",
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="a token file, or a UTF-8 text")
-    parser.add_argument("--out", required=True, metavar="DIR", help="the run's directory")
+    parser.add_argument(
+        "--data", metavar="FILE", help="a token file, or a UTF-8 text; a run that is resumed knows where its data is"
+    )
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", metavar="DIR", help="start a run, whose directory this will be")
+    where.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue the run in this directory from its last good checkpoint, with its own config and data; "
+        "--set steps=N trains it longer",
+    )
     parser.add_argument(
         "--set",
         action="append",
@@ -26,7 +42,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a field of the config; all are listed below",
     )
-    parser.add_argument("--resume", action="store_true", help="continue from the last good checkpoint in DIR")
     parser.add_argument("--force", action="store_true", help="resume even if the config or the data differ")
     parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all the others")
@@ -68,14 +83,18 @@ def describe_settings(width: int) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, and returns the exit code: 128 + the signal's number if a signal ended the run."""
+    """Trains, and returns the exit code: 128 + the signal's number if a signal ended the run.
+
+    Raises:
+        ConfigError, DataError, CheckpointError, TrainingError, MissingExtraError: as from `jaxgpt.train`; also if the
+            arguments neither start a run nor continue one.
+    """
     from jaxgpt.errors import ConfigError
     from jaxgpt.parallel import MeshConfig
-    from jaxgpt.training import TrainConfig
 
-    for path in (args.config, args.data, args.out):
+    for path in filter(None, (args.config, args.data, args.out, args.resume)):
         local(path)
-    config = TrainConfig.from_file(args.config, args.set)
+    config = configure(args)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))
     if args.distributed:
@@ -89,10 +108,27 @@ def run(args: argparse.Namespace) -> int:
     result = train(
         config,
         args.data,
-        args.out,
-        resume=args.resume,
+        args.out or args.resume,
+        resume=args.resume is not None,
         force=args.force,
         init_from=args.init_from,
         tensorboard=args.tensorboard,
     )
     return 128 + result.stopped_by if result.stopped_by else 0
+
+
+def configure(args: argparse.Namespace) -> TrainConfig:
+    """The config that the arguments ask for: a file's, or that of the run to resume, with the fields of --set."""
+    from jaxgpt.errors import ConfigError
+    from jaxgpt.training import TrainConfig
+
+    if args.resume is not None:
+        from jaxgpt.training import Run
+
+        run = Run(args.resume)
+        if args.config is not None:
+            run.check_config(TrainConfig.from_file(args.config), args.config)
+        return run.config(args.set)
+    if args.config is None or args.data is None:
+        raise ConfigError("a new run needs CONFIG.toml and --data FILE; --resume RUN continues one")
+    return TrainConfig.from_file(args.config, args.set)

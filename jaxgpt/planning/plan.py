@@ -149,6 +149,8 @@ def resolve(
     Raises:
         ConfigError: for an invalid config, or a mesh that does not fit the slice, the model or the batch.
     """
+    if not os.path.exists(source) and source not in PRESETS and (hint := did_you_mean(source, PRESETS)):
+        raise ConfigError(f"{source}: no such file or preset{hint}")
     tables = override({"model": {"preset": source}} if source in PRESETS else read_toml(source), overrides)
     check_tables(tables, source)
     if mesh is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
-from jaxgpt.fields import SYNONYMS, check, documented, from_table, setting, settings, to_table
+from jaxgpt.fields import SYNONYMS, check, check_keys, documented, from_table, setting, settings, to_table
 from jaxgpt.parallel import MeshConfig
 from jaxgpt.textfile import parse_value, read_toml
 
@@ -20,15 +20,16 @@ from jaxgpt.textfile import parse_value, read_toml
 class TrainConfig:
     """A training run: the `model`, how to `compute` it, the `mesh` of devices it runs on, and the settings below.
 
-    In a config file, `model`, `compute` and `mesh` are separate tables beside `[train]`.
+    In a config file, `model`, `compute` and `mesh` are separate tables beside `[train]`. A run that starts from a
+    checkpoint needs no `model`; the fields of one that is given, or set in a file, must agree with the checkpoint's.
     """
 
-    model: GPTConfig
+    model: GPTConfig = None  # type: ignore[assignment]  # __post_init__ fills it in
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
-    # The fields of `model` that the user set, which a checkpoint to start from must not contradict. None means: those
-    # that differ from the defaults.
-    model_fields_set: frozenset[str] | None = dataclasses.field(default=None, compare=False, repr=False)
+    # The fields of `model` that nobody set, with their values. A checkpoint to start from decides them; it must not
+    # contradict the others.
+    model_defaults: frozenset[tuple[str, Any]] = dataclasses.field(default=frozenset(), compare=False, repr=False)
     steps: int = setting(1000, low=1, high=10**9, help="Optimizer steps.")
     batch_size: int = setting(8, low=1, high=10**6, help="Sequences per optimizer step.")
     grad_accumulation: int = setting(
@@ -111,6 +112,9 @@ class TrainConfig:
     )
 
     def __post_init__(self):
+        if self.model is None:
+            object.__setattr__(self, "model", GPTConfig())
+            object.__setattr__(self, "model_defaults", frozenset(self.model.to_dict().items()))
         for name, kind in (("model", GPTConfig), ("compute", ComputeConfig), ("mesh", MeshConfig)):
             if not isinstance(value := getattr(self, name), kind):
                 preset = ", such as GPTConfig.preset('gpt2')" if kind is GPTConfig else ""
@@ -137,44 +141,54 @@ class TrainConfig:
         """Tokens per sequence, T."""
         return self.seq_len or self.model.context_length
 
+    def is_set(self, name: str) -> bool:
+        """Whether a field of `model` was set, rather than left at its default."""
+        return (name, getattr(self.model, name)) not in self.model_defaults
+
+    def fill(self, model: GPTConfig, keep: Container[str] = ()) -> TrainConfig:
+        """A copy in which the fields of `model` that nobody set are those of another model, except those to `keep`."""
+        own, other = self.model.to_dict(), model.to_dict()
+        fields = {name: own[name] if self.is_set(name) or name in keep else other[name] for name in own}
+        return dataclasses.replace(self, model=GPTConfig.from_dict(fields), model_defaults=frozenset())
+
     @classmethod
-    def from_dict(cls, tables: Mapping[str, Any], source: str = "config") -> TrainConfig:
+    def from_dict(cls, tables: Mapping[str, Any], source: str = "config", overrides: Sequence[str] = ()) -> TrainConfig:
         """Builds a config from `{"model": {...}, "compute": {...}, "mesh": {...}, "train": {...}}`.
 
-        Raises:
-            ConfigError: naming `source` and the unknown key or the invalid field.
-        """
-        check_tables(tables, source)
-        table = tables.get("model", {})
-        model = GPTConfig.from_fields(table, source=f"{source} [model]")
-        given = frozenset({*table, *PRESETS.get(table.get("preset"), {})} - {"preset"})
-        compute = ComputeConfig.from_dict(tables.get("compute", {}), source=f"{source} [compute]")
-        mesh = MeshConfig.from_dict(tables.get("mesh", {}), source=f"{source} [mesh]")
-        train = tables.get("train", {})
-        return from_table(
-            cls, train, f"{source} [train]", model=model, compute=compute, mesh=mesh, model_fields_set=given
-        )
-
-    @classmethod
-    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads the `[model]`, `[compute]`, `[mesh]` and `[train]` tables of a TOML file.
-
         Args:
-            path: the file.
+            tables: the tables.
+            source: where they are from, for errors.
             overrides: "key=value" strings, as given to `--set`; keys of the other tables are written "model.key",
                 "compute.key" and "mesh.key".
 
         Raises:
+            ConfigError: naming the unknown key or the invalid field, and `source` or the override at fault.
+        """
+        if overrides:
+            try:
+                return cls.from_dict(override(tables, overrides), source=f"--set {' '.join(overrides)}")
+            except ConfigError:
+                cls.from_dict(tables, source)  # if the tables alone are at fault, they are blamed
+                raise
+        check_tables(tables, source)
+        table = tables.get("model", {})
+        model = GPTConfig.from_fields(table, source=f"{source} [model]")
+        given = {*table, *PRESETS.get(table.get("preset"), {})}
+        defaults = frozenset((name, value) for name, value in model.to_dict().items() if name not in given)
+        compute = ComputeConfig.from_dict(tables.get("compute", {}), source=f"{source} [compute]")
+        mesh = MeshConfig.from_dict(tables.get("mesh", {}), source=f"{source} [mesh]")
+        others = {"model": model, "model_defaults": defaults, "compute": compute, "mesh": mesh}
+        return from_table(cls, tables.get("train", {}), f"{source} [train]", **others)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads the `[model]`, `[compute]`, `[mesh]` and `[train]` tables of a TOML file, and applies `overrides` as
+        `from_dict` does.
+
+        Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        tables = read_toml(path)
-        if not overrides:
-            return cls.from_dict(tables, source=str(path))
-        try:
-            return cls.from_dict(override(tables, overrides), source=f"--set {' '.join(overrides)}")
-        except ConfigError:
-            cls.from_dict(tables, source=str(path))  # if the file alone is at fault, it is blamed
-            raise
+        return cls.from_dict(read_toml(path), str(path), overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
@@ -190,29 +204,35 @@ def check_tables(tables: Any, source: str) -> None:
     """Raises ConfigError, naming `source`, unless these are tables of `TABLES`, and no field is in the wrong one."""
     if not isinstance(tables, Mapping):
         raise ConfigError(f"{source}: expected tables, not {short_repr(tables)}")
-    fields = {name: {declared.name for declared in settings(cls)} for name, cls in TABLES.items()}
     for name, table in tables.items():
         if not isinstance(table, Mapping):
             raise ConfigError(f"{source}: {short_repr(name)} must be a table, not {short_repr(table)}")
         if name not in TABLES:
             raise ConfigError(f"{source}: unknown table {short_repr(name)}{did_you_mean(name, TABLES)}")
         for key in table:
-            if key in fields[name] or SYNONYMS.get(key) in fields[name]:
-                continue  # `from_table` suggests the latter
-            for meant in (key, SYNONYMS.get(key)):
-                for other in (other for other in TABLES if meant in fields[other]):
-                    typed = meant if other == "train" else f"{other}.{meant}"
-                    raise ConfigError(
-                        f"{source} [{name}]: unknown key {short_repr(key)}; did you mean {meant} of [{other}] "
-                        f"(--set {typed}=...)?"
-                    )
+            _check_place(name, key, source)
+
+
+def _check_place(table: str, key: Any, source: str) -> None:
+    """Raises ConfigError for a key that is a field of another table, or that other programs call such a field."""
+    fields = {name: {declared.name for declared in settings(cls)} for name, cls in TABLES.items()}
+    if key in fields[table] or SYNONYMS.get(key) in fields[table]:
+        return  # `from_table` suggests the latter
+    for meant in (key, SYNONYMS.get(key)):
+        for other in (other for other in TABLES if meant in fields[other]):
+            typed = meant if other == "train" else f"{other}.{meant}"
+            raise ConfigError(
+                f"{source} [{table}]: unknown key {short_repr(key)}; did you mean {meant} of [{other}] "
+                f"(--set {typed}=...)?"
+            )
 
 
 def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The tables of a config file with the "key=value" strings of `--set` applied (see `TrainConfig.from_file`).
+    """The tables of a config file with the "key=value" strings of `--set` applied (see `TrainConfig.from_dict`).
 
     Raises:
-        ConfigError: for anything but "key=value", and for an unknown table.
+        ConfigError: for anything but "key=value", for an unknown table or key, and for a value that the field alone
+            does not allow.
     """
     result: dict[str, Any] = {name: {} for name in TABLES}
     result |= {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
@@ -223,6 +243,20 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         table, _, name = key.strip().rpartition(".")
         if table not in ("", *TABLES):
             raise ConfigError(f"--set: no table {table!r} in {key!r}; the tables are {', '.join(TABLES)}")
+        parsed = parse_value(value.strip())
+        _check_alone(table or "train", name, parsed, f"--set {text}")
         if isinstance(result[table or "train"], dict):  # if not, from_dict says so
-            result[table or "train"][name] = parse_value(value.strip())
+            result[table or "train"][name] = parsed
     return result
+
+
+def _check_alone(table: str, name: str, value: Any, source: str) -> None:
+    """Raises ConfigError unless a table has this field, and the field can have this value, whatever the others are."""
+    _check_place(table, name, source)
+    if table == "model" and name == "preset":
+        return
+    cls = TABLES[table]
+    check_keys(cls, [name], f"{source} [{table}]")
+    declared = next(declared for declared in settings(cls) if declared.name == name)
+    if not (value is None and declared.derived):
+        declared.check(value, prefix=f"{source} [{table}]: ")

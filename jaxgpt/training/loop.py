@@ -21,9 +21,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import brief, short_repr
-from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError, MissingExtraError, TrainingError
 from jaxgpt.fields import to_table
+from jaxgpt.files import local
 from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
@@ -35,6 +36,7 @@ from jaxgpt.training.models import load, load_config
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run, import_tensorboard
 from jaxgpt.training.step import SAMPLE, TrainState, abstract_state, eval_params, init_state, jit_step, stream_key
+from jaxgpt.weights import BUNDLED
 
 
 @brief
@@ -60,8 +62,8 @@ class TrainResult:
 
 
 def train(
-    config: TrainConfig,
-    data: str | Path | Tokens,
+    config: TrainConfig | None,
+    data: str | Path | Tokens | None,
     out: str | Path,
     *,
     resume: bool = False,
@@ -81,6 +83,8 @@ def train(
         data: a token file, a text file or tokens.
         out: the run's directory.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
+            The run knows its config, its data and its `init_from`: None means those. Others are refused, except for
+            more `steps` and for settings that do not change what is computed, such as the mesh.
         force: resume even though config or data differ from the run's.
         init_from: the model to fine-tune: anything `jaxgpt.load` takes. A resumed run remembers it.
         tensorboard: write the metrics for TensorBoard too.
@@ -90,9 +94,9 @@ def train(
         TrainingError: if the loss or gradient stays NaN or infinite. The last good checkpoint is kept.
         OutOfMemoryError: if a step needs more memory than there is, as a rule before the first one.
     """
-    if not isinstance(config, TrainConfig):
+    if not isinstance(config, TrainConfig) and not (resume and config is None):
         raise TypeError(f"train takes a TrainConfig, such as TrainConfig.from_file(path), not {short_repr(config)}")
-    if not isinstance(data, (str, os.PathLike, Tokens)):
+    if not isinstance(data, (str, os.PathLike, Tokens)) and not (resume and data is None):
         raise TypeError(
             f"train takes a path or tokens, not {short_repr(data)}: Tokens.from_ids(ids, tokenizer) makes tokens"
         )
@@ -100,9 +104,15 @@ def train(
     alone = TrainingError("another process failed before the first step; its own message says why")
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):
-            if resume and init_from is None:
-                init_from = run.init_from()
-            if init_from is not None:
+            began = run.config() if resume else None
+            init_from = _absolute(init_from)
+            if began is not None:
+                config = began if config is None else config.fill(began.model)
+                data = run.data() if data is None else data
+                init_from = run.init_from() if init_from is None else init_from
+            assert config is not None  # so mypy sees what the checks above have made sure of
+            assert data is not None
+            if began is None and init_from is not None:
                 config = _fine_tuned(config, init_from)
             mesh = _mesh(config)
             tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
@@ -136,11 +146,19 @@ def train(
             start, state = 0, init_state(config, params, mesh)
             del params  # the state holds them
         with distributed.fail_together(alone):
-            run.describe(config, tokens, init_from)
+            run.describe(config, tokens, init_from, None if data is tokens else os.path.abspath(local(data)))
             run.truncate_metrics(start)
             if tensorboard:
                 run.write_tensorboard(start)
-        progress.say(_first_line(config, mesh, len(train_N), len(val_N), init_from, start))
+        if start >= config.steps:
+            progress.say(
+                f"the run is finished: step {start:,} of {config.steps:,}; to train longer: {run.resume_command} "
+                f"--set steps={2 * start}"
+            )
+        else:
+            progress.say(_first_line(config, mesh, len(train_N), len(val_N), init_from, start))
+            for note in _notes(config, began):
+                progress.say(note)
         held.enter_context(memory_errors(_LESS_MEMORY))
         return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
 
@@ -188,7 +206,7 @@ class _Loop:
             if stop:
                 if done not in self.checkpoints.steps() and self.healthy(state):
                     self.checkpoints.save(done, state)
-                self.progress.say(f"stopped by {stop.name} at step {done}: --resume continues")
+                self.progress.say(f"stopped by {stop.name} at step {done}: {self.run.resume_command} continues")
             else:
                 self.progress.say(self.last_line(done))
         try:
@@ -310,35 +328,45 @@ _LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, 
 _OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 
+def _absolute(source: str | None) -> str | None:
+    """The model to start from, as a run that is resumed in another working directory finds it."""
+    if source is None or source in BUNDLED or not os.path.exists(local(source)):
+        return source
+    return os.path.abspath(local(source))
+
+
 def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
     """The config with the model of a checkpoint, whose context may be cut to the one that the user set.
 
     Raises:
         ConfigError: naming every field that the user set and that the checkpoint contradicts.
     """
-    wanted, stored, default = (to_table(model) for model in (config.model, load_config(source), GPTConfig()))
-    given = config.model_fields_set
-    if given is None:
-        given = frozenset(name for name in wanted if wanted[name] != default[name])
-    if "context_length" in given and wanted["context_length"] < stored["context_length"]:
-        stored["context_length"] = wanted["context_length"]
+    checkpoint = load_config(source)
+    wanted, stored = to_table(config.model), to_table(checkpoint)
+    longer = config.model.context_length > checkpoint.context_length
     differing = [
-        f"{name} is {short_repr(wanted[name])} in the config and {short_repr(stored[name])} in the checkpoint"
+        name
         for name in stored
-        if name in given and name not in _OWN_FIELDS and wanted[name] != stored[name]
+        if config.is_set(name)
+        and wanted[name] != stored[name]
+        and name not in _OWN_FIELDS
+        and (longer or name != "context_length")
     ]
     if differing:
-        longer = "; its context can be cut, not extended" if "context_length" in " ".join(differing) else ""
         raise ConfigError(
-            f"init-from {source}: {'; '.join(differing)}{longer}: leave out what the checkpoint decides, or start from "
-            "another"
+            f"init-from {source}: "
+            + "; ".join(
+                f"{name} is {short_repr(wanted[name])} in the config and {short_repr(stored[name])} in the checkpoint"
+                for name in differing
+            )
+            + "; its context can be cut, not extended" * ("context_length" in differing)
+            + ": leave out what the checkpoint decides, or start from another"
         )
-    own = {name: wanted[name] for name in _OWN_FIELDS}
-    return dataclasses.replace(config, model=GPTConfig.from_dict({**stored, **own}))
+    return config.fill(checkpoint, keep=_OWN_FIELDS)
 
 
 def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
-    own = {name: getattr(config.model, name) for name in (*_OWN_FIELDS, "context_length")}
+    own = {**_own(config.model), "context_length": config.model.context_length}
     # Parameters that will be spread over a mesh must not fill one device first.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
         return load(source, compute=config.compute, **own)[1]
@@ -349,7 +377,8 @@ def _first_line(
 ) -> str:
     """Says what is trained, on what, and where."""
     model, count = config.model, count_parameters(config.model).total
-    what = "a new model" if init_from is None else f"fine-tuning {init_from}"
+    preset = next((name for name in PRESETS if GPTConfig.preset(name, **_own(model)) == model), "a new model")
+    what = f"training {preset}" if init_from is None else f"fine-tuning {init_from}"
     done = f", from step {start:,}" if start else ""
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
     return (
@@ -357,6 +386,25 @@ def _first_line(
         f"{count:,} parameters; {train_tokens:,} tokens to train on, {val_tokens:,} to validate; {devices}; "
         f"{config.batch_size * config.T:,} tokens per step"
     )
+
+
+def _own(model: GPTConfig) -> dict[str, Any]:
+    """The values of `_OWN_FIELDS`."""
+    return {name: getattr(model, name) for name in _OWN_FIELDS}
+
+
+def _notes(config: TrainConfig, began: TrainConfig | None) -> Iterator[str]:
+    """What a user may not expect of this config, or of the one that a resumed run began with."""
+    if began is not None and began.steps != config.steps:
+        yield (
+            f"steps: {began.steps:,} before, {config.steps:,} now; from here on, the learning rate follows the "
+            "schedule of the latter"
+        )
+    if config.warmup != config.warmup_steps:
+        yield (
+            f"warmup_steps {config.warmup_steps:,} do not fit {config.steps:,} steps: the warm-up takes "
+            f"{config.warmup:,}"
+        )
 
 
 def _check_samples(config: TrainConfig) -> None:

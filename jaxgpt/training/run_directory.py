@@ -1,6 +1,6 @@
 """A run's directory: what was run, on which data, and what it measured. Only one trainer may use it at a time.
 
-DIR/run.json        the resolved config, the data's hash, versions
+DIR/run.json        the resolved config, the data's path and hash, the model that it started from, versions
 DIR/metrics.jsonl   one line per logged step or evaluation
 DIR/checkpoints/    see checkpoints.py
 DIR/loss.png        the loss curves, if the extra [plot] is installed
@@ -14,8 +14,10 @@ import fcntl
 import importlib.metadata
 import json
 import math
+import os
 import platform
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -121,44 +123,67 @@ class Run:
         measured = self.metrics.exists() and self.metrics.stat().st_size > 0
         saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         if self.description.exists() and (measured or saved):
-            raise CheckpointError(self.directory, "holds a run already: --resume continues it, or choose another --out")
+            raise CheckpointError(
+                self.directory, f"holds a run already: {self.resume_command} continues it, or choose another --out"
+            )
 
-    def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
-        """Writes run.json."""
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return f"jaxgpt train --resume {shlex.quote(str(self.directory))}"
+
+    def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None, data: str | None = None) -> None:
+        """Writes run.json. `data` is the path of the tokens, if they were read from a file."""
         if not self.writes:
             return
         packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
         description = {
             "config": config.to_dict(),
             "init_from": init_from,
-            "data": {"sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
+            "data": {"path": data, "sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(),
         }
         write_text(self.description, json.dumps(description, indent=2) + "\n")
 
-    def config(self) -> TrainConfig:
-        """The config that the run was started with."""
-        return TrainConfig.from_dict(self._described("config"), source=str(self.description))
+    def config(self, overrides: Sequence[str] = ()) -> TrainConfig:
+        """The config that the run was started with, with "key=value" strings applied as `--set` does."""
+        return TrainConfig.from_dict(self._described("config"), str(self.description), overrides)
 
     def init_from(self) -> str | None:
         """What the run was fine-tuned from, if anything."""
-        return self._described("init_from")
+        return self._path("init_from", self._described("init_from"))
+
+    def data(self) -> str:
+        """The path of the run's data.
+
+        Raises:
+            ConfigError: if the run does not know it, or there is no such file any more.
+        """
+        described = self._described("data")
+        path = self._path("data", described.get("path") if isinstance(described, dict) else None)
+        if path is None:
+            raise ConfigError(f"{self.description} does not say where the run's data is: give it (--data)")
+        if not os.path.exists(path):
+            raise ConfigError(f"the run's data is no longer at {path}: say where it is now (--data)")
+        return path
+
+    def check_config(self, config: TrainConfig, source: str) -> None:
+        """Raises ConfigError, naming every difference, if a config file that names a new run is not this run's."""
+        if differences := self._differences(config):
+            raise ConfigError(
+                f"{source} differs from the config of {self.directory}: {'; '.join(differences)}. Leave {source} out: "
+                f"{self.resume_command} continues with the run's own"
+            )
 
     def check_resume(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
-        """Compares config, data and starting point with the run's own.
+        """Compares config, data and starting point with the run's own. More steps are no difference.
 
         Raises:
             ConfigError: naming every difference.
         """
-        # Through a config, which knows the defaults of fields added after the run began.
-        was, now, data = self.config().to_dict(), config.to_dict(), self._described("data")
-        differences = [
-            f"{table}.{name}: {short_repr(was[table].get(name))} before, {short_repr(value)} now"
-            for table in ("model", "compute", "train")
-            for name, value in now[table].items()
-            if was[table].get(name) != value and name not in _FREE_FIELDS
-        ]
+        longer = config.steps > self.config().steps
+        differences, data = self._differences(config, {"steps"} if longer else frozenset()), self._described("data")
         sha256 = str(data.get("sha256")) if isinstance(data, dict) else "unknown"
         if sha256 != tokens.sha256:
             differences.append(f"data: sha256 {short_repr(sha256[:12])} before, {short_repr(tokens.sha256[:12])} now")
@@ -166,8 +191,22 @@ class Run:
             differences.append(f"init-from: {short_repr(self.init_from())} before, {short_repr(init_from)} now")
         if differences:
             raise ConfigError(
-                f"{self.directory} was run with other settings (--force resumes): {'; '.join(differences)}"
+                f"{self.directory} was run with other settings: {'; '.join(differences)}. Without them, "
+                f"{self.resume_command} continues the run; a new --out starts another. (--force continues this one "
+                "with what is given now: the result is then that of neither)"
             )
+
+    def _differences(self, config: TrainConfig, free: Set[str] = frozenset()) -> list[str]:
+        """Every field that changes what a run computes and that is not the run's own, except those that are `free`."""
+        # Through a config, which knows the defaults of fields added after the run began.
+        own = self.config()
+        was, now = own.to_dict(), config.fill(own.model).to_dict()
+        return [
+            f"{table}.{name}: {short_repr(was[table].get(name))} before, {short_repr(value)} now"
+            for table in ("model", "compute", "train")
+            for name, value in now[table].items()
+            if was[table].get(name) != value and name not in (*_FREE_FIELDS, *free)
+        ]
 
     def write_tensorboard(self, step: int) -> None:
         """From here on, `append` also writes for TensorBoard, replacing what is there after `step`.
@@ -217,6 +256,11 @@ class Run:
                     ):
                         lines.append(line)
         return lines
+
+    def _path(self, key: str, value: Any) -> str | None:
+        if not isinstance(value, (str, type(None))):
+            raise CheckpointError(self.description, f"damaged: the path of {key} is {short_repr(value)}")
+        return value
 
     def _described(self, key: str) -> Any:
         if not self.description.exists():
