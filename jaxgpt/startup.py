@@ -13,9 +13,10 @@ import platform
 import stat
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
-from jaxgpt.checks import first_line
+from jaxgpt.checks import did_you_mean, first_line
 
 # Environment variable; set to 0 to compile everything again in each process.
 CACHE_VARIABLE = "JAXGPT_COMPILE_CACHE"
@@ -28,11 +29,10 @@ def configure() -> None:
     keep_freed_memory()
 
 
-# Modules that bring JAX a platform, and how to install it.
-_PLATFORMS = {
-    "cuda": (("jax_cuda12_plugin", "jax_cuda13_plugin"), "pip install -U 'jax[cuda13]' for NVIDIA"),
-    "tpu": (("libtpu",), "pip install 'jaxgpt[tpu]' for TPUs"),
-}
+# By platform, as JAX_PLATFORMS names it: the modules of which one brings it to JAX, and how to install it. JAX also
+# takes "gpu", for whichever kind there is.
+_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "pip install -U 'jax[cuda13]', or 'jax[cuda12]' for older drivers"
+_PLATFORMS = {"cuda": _CUDA, "gpu": _CUDA, "tpu": (("libtpu",), "pip install 'jaxgpt[tpu]'")}
 
 
 def missing_platform() -> str:
@@ -44,15 +44,23 @@ def missing_platform() -> str:
     try:
         sys.modules["jax"].devices()
         return ""
-    except (RuntimeError, AssertionError) as raised:
-        error = raised
-    there = [name for name, (modules, _) in _PLATFORMS.items() if any(map(importlib.util.find_spec, modules))]
-    absent = [command for name, (_, command) in _PLATFORMS.items() if name not in there]
-    because = f" ({first_line(error)})" if str(error) and not absent else ""
-    return (
-        f"JAX_PLATFORMS={asked}, and this JAX cannot use that{because}: it has {', '.join(['cpu', *there])}. Unset "
-        f"JAX_PLATFORMS, or install what is missing: {'; '.join(absent) or 'the driver'}"
-    )
+    except (RuntimeError, AssertionError) as error:
+        installed = ["cpu", *(n for n, (modules, _) in _PLATFORMS.items() if any(map(importlib.util.find_spec, modules)))]
+        return _platform_advice(asked, installed, error)
+
+
+def _platform_advice(asked: str, installed: Sequence[str], error: Exception) -> str:
+    """One line, the finding and the advice separated by ". ": an installed platform may lack its device or driver."""
+    there = ", ".join(name for name in installed if name != "gpu")
+    absent = [name for name in asked.split(",") if name not in installed]
+    if not absent:
+        return (
+            f"JAX_PLATFORMS={asked}, and JAX cannot use that here ({first_line(error)}); installed: {there}. Unset "
+            "JAX_PLATFORMS, or look for the device and its driver"
+        )
+    name = absent[0]
+    then = f", or install it: {_PLATFORMS[name][1]}" if name in _PLATFORMS else did_you_mean(name, ("cpu", *_PLATFORMS))
+    return f"JAX_PLATFORMS={asked}, and this JAX has no {name!r}; installed: {there}. Unset JAX_PLATFORMS{then}"
 
 
 def use_compile_cache() -> None:

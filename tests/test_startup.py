@@ -121,3 +121,23 @@ print(faults())
         for how in ("keep", "give")
     )
     assert keep < give / 10
+
+
+@pytest.mark.parametrize(
+    ("asked", "installed", "found", "advice"),
+    [
+        ("cuda", ["cpu"], "has no 'cuda'; installed: cpu", "or install it: pip install -U 'jax[cuda13]'"),
+        ("gpu,cpu", ["cpu", "tpu"], "has no 'gpu'; installed: cpu, tpu", "or install it: pip install -U 'jax[cuda13]'"),
+        ("tpu", ["cpu", "cuda", "gpu"], "has no 'tpu'; installed: cpu, cuda", "or install it: pip install 'jaxgpt[tpu]'"),
+        ("cdua", ["cpu"], "has no 'cdua'; installed: cpu", "Unset JAX_PLATFORMS; did you mean 'cuda'?"),
+        # Installing anything would not help: libtpu is here, and a TPU is not.
+        ("tpu", ["cpu", "tpu"], "cannot use that here (no /dev/accel); installed: cpu, tpu", "look for the device"),
+    ],
+)
+def test_advice_on_a_platform_fits_what_is_asked_and_what_is_installed(asked, installed, found, advice):
+    line = startup._platform_advice(asked, installed, RuntimeError("no /dev/accel\nTrace"))
+    assert line.startswith(f"JAX_PLATFORMS={asked}, and ")
+    first, _, second = line.partition(". ")
+    assert found in first
+    assert advice in second
+    assert ("install" in second) == (asked not in ("cdua", *installed))
