@@ -14,6 +14,7 @@ from jaxgpt.errors import ConfigError
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 MIB = 1024**2
+GIB = 1024**3
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -131,6 +132,11 @@ def parameter_bytes(config: GPTConfig, dtype: str = "float32") -> int:
         math.prod(shape) + 4 * math.prod(shape[:-1]) if path.endswith("/weight") else 4 * math.prod(shape)
         for path, shape in shapes
     )
+
+
+def format_bytes(size: float) -> str:
+    """A size in GiB or, below 1/8 of one, in MiB."""
+    return f"{size / GIB:,.2f} GiB" if size >= GIB / 8 else f"{size / MIB:,.1f} MiB"
 
 
 def forward_flops(config: GPTConfig, batch: int, length: int) -> Flops:

@@ -45,7 +45,10 @@ def missing_platform() -> str:
         sys.modules["jax"].devices()
         return ""
     except (RuntimeError, AssertionError) as error:
-        installed = ["cpu", *(n for n, (modules, _) in _PLATFORMS.items() if any(map(importlib.util.find_spec, modules)))]
+        installed = [
+            "cpu",
+            *(n for n, (modules, _) in _PLATFORMS.items() if any(map(importlib.util.find_spec, modules))),
+        ]
         return _platform_advice(asked, installed, error)
 
 

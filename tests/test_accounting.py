@@ -63,8 +63,8 @@ def test_every_preset_has_its_totals():
 def test_totals_of_the_published_sizes(name):
     config = GPTConfig.preset(name)
     counts = accounting.count_parameters(config)
-    megabytes = round(accounting.parameter_bytes(config) / accounting.MIB, 2)
-    assert (counts.total, counts.total - counts.out_head, megabytes) == TOTALS[name]
+    mebibytes = round(accounting.parameter_bytes(config) / accounting.MIB, 2)
+    assert (counts.total, counts.total - counts.out_head, mebibytes) == TOTALS[name]
 
 
 @pytest.mark.parametrize("name", [name for name in PRESETS if name.startswith("gpt3-")])
@@ -100,6 +100,12 @@ def test_shapes_come_in_the_order_of_the_datas_way():
 def test_scanned_layers_count_the_same():
     built = sum(math.prod(shape) for shape in built_shapes(TINY, scan_layers=True).values())
     assert accounting.count_parameters(TINY).total == built
+
+
+def test_sizes_are_written_in_binary_units():
+    assert accounting.format_bytes(3 * 2**30) == "3.00 GiB"
+    assert accounting.format_bytes(2**27) == "0.12 GiB"
+    assert accounting.format_bytes(100 * 10**6) == "95.4 MiB"
 
 
 def test_bytes_by_dtype():

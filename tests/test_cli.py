@@ -277,6 +277,18 @@ def test_inspect_explains_the_counts_that_differ(capsys):
     assert "banded" not in inspect(capsys, "gpt2")
 
 
+def test_inspect_prints_sizes_in_the_unit_that_it_names(capsys):
+    out, report = inspect(capsys, "gpt2"), json.loads(inspect(capsys, "gpt2", "--json"))
+    assert report["parameter_bytes"]["float32"] == 497_759_232
+    assert re.search(r"parameters in float32 +474\.70 MiB", out)
+    printed = [float(size.replace(",", "")) for size in re.findall(r"([\d,.]+) MiB\n", out)]
+    exact = [*report["parameter_bytes"].values(), *report["cache_bytes"].values()]
+    assert printed == [round(size / 2**20, 2) for size in exact]
+    book = inspect(capsys, "book-124m")
+    assert "621.83 MiB" in book
+    assert "1 MiB is 1,048,576 bytes; the book prints the same numbers as MB." in book
+
+
 def test_inspect_json_holds_the_numbers(capsys):
     report = json.loads(inspect(capsys, "book-124m", "--json", "--batch", "2"))
     assert report["model"] == "book-124m"

@@ -128,7 +128,12 @@ print(faults())
     [
         ("cuda", ["cpu"], "has no 'cuda'; installed: cpu", "or install it: pip install -U 'jax[cuda13]'"),
         ("gpu,cpu", ["cpu", "tpu"], "has no 'gpu'; installed: cpu, tpu", "or install it: pip install -U 'jax[cuda13]'"),
-        ("tpu", ["cpu", "cuda", "gpu"], "has no 'tpu'; installed: cpu, cuda", "or install it: pip install 'jaxgpt[tpu]'"),
+        (
+            "tpu",
+            ["cpu", "cuda", "gpu"],
+            "has no 'tpu'; installed: cpu, cuda",
+            "or install it: pip install 'jaxgpt[tpu]'",
+        ),
         ("cdua", ["cpu"], "has no 'cdua'; installed: cpu", "Unset JAX_PLATFORMS; did you mean 'cuda'?"),
         # Installing anything would not help: libtpu is here, and a TPU is not.
         ("tpu", ["cpu", "tpu"], "cannot use that here (no /dev/accel); installed: cpu, tpu", "look for the device"),

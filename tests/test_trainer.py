@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
+from jaxgpt.parallel import memory
 from jaxgpt.training import evaluation
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
@@ -864,10 +866,19 @@ def test_a_batch_that_needs_too_much_memory_is_one_line(tmp_path, tokens, capsys
     words = ["train", str(tmp_path / "run.toml"), "--data", str(tmp_path / "tokens"), "--out", str(tmp_path / "run")]
     assert main([*words, "--set", "batch_size=1000000"]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert re.search(r"error: [\d,.]+ GiB are needed at once, and there are [\d,.]+: ", line)
+    assert re.search(r"error: [\d,.]+ GiB are needed at once, and there are [\d,.]+ [GM]iB: ", line)
     for remedy in ("grad_accumulation", "remat", "loss_chunk", "batch_size"):
         assert remedy in line
     assert main([*words, "--set", "steps=1"]) == 0  # nothing was done, so nothing is in the way
+
+
+def test_a_batch_that_does_not_fit_is_never_made(tmp_path, tokens, monkeypatch):
+    def batch(*_):
+        raise AssertionError("made")
+
+    monkeypatch.setattr(trainer, "batch", batch)
+    with pytest.raises(OutOfMemoryError, match="are needed at once"):
+        train(dataclasses.replace(CONFIG, batch_size=10**6), tokens, tmp_path / "run")
 
 
 def test_memory_that_runs_out_later_is_one_line_too(tmp_path, tokens, monkeypatch):
@@ -882,13 +893,65 @@ def test_memory_that_runs_out_later_is_one_line_too(tmp_path, tokens, monkeypatc
 def test_an_evaluation_that_needs_too_much_memory_is_one_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.txt").write_text("To be, or not to be" * 30)
 
-    def losses(*_):
+    def lower(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 
-    monkeypatch.setattr(evaluation, "_losses", losses)
+    monkeypatch.setattr(evaluation, "_losses", SimpleNamespace(lower=lower))
     assert main(["evaluate", "--data", str(tmp_path / "a.txt")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search("123 bytes.*lower --batch-size", line)
+
+
+@pytest.fixture
+def container(tmp_path, monkeypatch):
+    """Limits the memory that the package believes in."""
+
+    def limit(text):
+        (tmp_path / "memory.max").write_text(text)
+        monkeypatch.setattr(memory, "LIMITS", (tmp_path / "none", tmp_path / "memory.max"))
+
+    return limit
+
+
+def test_a_containers_limit_is_the_memory_there_is(container):
+    container("max\n")
+    whole = memory.capacity()
+    container(f"{2**62}\n")
+    assert memory.capacity() == whole
+    container(f"{2**20}\n")
+    assert memory.capacity() == 2**20 < whole
+
+
+def test_what_does_not_fit_is_refused_before_it_is_allocated(container, tokens, tmp_path, capsys):
+    model, params = make_model(MODEL)
+    jaxgpt.save(tmp_path / "model", model, params)
+    container("4096")
+    with pytest.raises(OutOfMemoryError, match=r"MiB are needed at once, and there are 0.0 MiB: lower batch_size"):
+        evaluate(model, params, tokens.ids_N[:99])
+    with pytest.raises(OutOfMemoryError, match="continue fewer prompts at once"):
+        jaxgpt.generate(model, params, [[1]] * 40, 8)
+    with pytest.raises(OutOfMemoryError, match="choose a param_dtype of fewer bytes"):
+        jaxgpt.load(tmp_path / "model")
+    assert main(["inspect", str(tmp_path / "model"), "--prompt", "a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "are needed at once" in line
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 9 TiB\nmore"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nmore"),
+    ],
+)
+def test_memory_that_runs_out_in_any_command_is_one_line(error, monkeypatch, capsys):
+    def look(*_):
+        raise error
+
+    monkeypatch.setattr("jaxgpt.cli.inspect.read", look)
+    assert main(["inspect", "shakespeare", "--prompt", "a"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"jaxgpt: error: {str(error).splitlines()[0]}: this needs more memory than there is"
 
 
 def test_more_rows_than_there_are_sequences_cost_nothing(tokens):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from jaxgpt import startup
-from jaxgpt.checks import did_you_mean
+from jaxgpt.checks import did_you_mean, first_line
 from jaxgpt.errors import (
     CheckpointError,
     ConfigError,
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_stdout()
         return _CLOSED_PIPE
     except Exception as error:
-        reason = startup.missing_platform() or (str(error) if _is_users(error) else "")
+        reason = startup.missing_platform() or _reason(error)
         if not reason:
             raise
         print(f"jaxgpt: error: {' '.join(reason.split())}", file=sys.stderr)
@@ -116,6 +116,15 @@ class _Once(argparse._StoreAction):
             parser.error(f"{option_string} was given twice")
         given.add(self.dest)
         super().__call__(parser, namespace, values, option_string)
+
+
+def _reason(error: Exception) -> str:
+    """What to tell the user; '' for a fault in the program."""
+    if _is_users(error):
+        return str(error)
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)):
+        return f"{first_line(error)}: this needs more memory than there is"
+    return ""
 
 
 def _is_users(error: Exception) -> bool:

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from jaxgpt.accounting import format_bytes
+
 MISSING = "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'"
 
 
@@ -112,12 +114,12 @@ def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
         for key in dict.fromkeys(key for way in ways for key in part[way].get(group, {})):
             row(title.format(key.replace("_", " ")), lambda way, key=key: _shown(way.get(group, {}).get(key), show))
 
-    rows("{}", "memory_bytes", _bytes)
-    row(f"fits {_bytes(topology.chip.hbm_bytes)}", lambda way: "yes" if way["fits"] else "NO")
+    rows("{}", "memory_bytes", format_bytes)
+    row(f"fits {format_bytes(topology.chip.hbm_bytes)}", lambda way: "yes" if way["fits"] else "NO")
     table.add_section()
     row(f"operations per {unit}", lambda way: _shown(way.get("flops"), "{:.3g}".format))
-    row("read and written in HBM", lambda way: _shown(way.get("hbm_bytes"), _bytes))
-    rows("sent: {}", "wire_bytes", _bytes)
+    row("read and written in HBM", lambda way: _shown(way.get("hbm_bytes"), format_bytes))
+    rows("sent: {}", "wire_bytes", format_bytes)
     table.add_section()
     rows("ms: {}", "seconds", lambda seconds: f"{1000 * seconds:,.2f}")
     rows("tokens/s: {}", "tokens_per_s", "{:,.0f}".format)
@@ -127,7 +129,3 @@ def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
 
 def _shown(value: float | None, show: Callable[[float], str]) -> str | None:
     return None if value is None else show(value)
-
-
-def _bytes(size: float) -> str:
-    return f"{size / 2**30:,.2f} GiB" if size >= 2**27 else f"{size / 2**20:,.1f} MiB"

@@ -10,13 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
 from jaxgpt.generation.preparation import prepare
 from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
 from jaxgpt.generation.sampling import Sampler
 from jaxgpt.model import GPT, RecentTokens, check_model
-from jaxgpt.parallel import to_device
+from jaxgpt.parallel import check_bytes, sharding, to_device
 
 # Shapes are rounded up to powers of two, at least these, so that lengths in one bucket share a compilation.
 PROMPT_BUCKET = 16
@@ -95,6 +96,7 @@ def generate(
         ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
             empty prompt; for arguments out of range; for a random sampler without a key.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
+        OutOfMemoryError: if the key/value cache alone needs more memory than there is.
     """
     run = Generation(
         model,
@@ -210,7 +212,10 @@ class Generation:
         """Size of a cache with at least `needed` slots, never smaller than the padded prompts."""
         C = self.model.config.context_length
         padded = bucket(min(C, max(map(len, self.prompts))), PROMPT_BUCKET, C)
-        return max(padded, bucket(needed, CACHE_BUCKET, C))
+        slots, mesh = max(padded, bucket(needed, CACHE_BUCKET, C)), sharding.mesh_of(self.params)
+        least = cache_bytes(self.model.config, len(self.prompts), slots, self.cache_dtype or "bfloat16")
+        check_bytes(least / (mesh.size if mesh else 1), "continue fewer prompts at once, or ask for fewer tokens")
+        return slots
 
     def _prefill(self, longest: int, slots: int) -> decode.DecodeState:
         C = self.model.config.context_length

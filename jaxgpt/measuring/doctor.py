@@ -62,7 +62,11 @@ def examine() -> Iterator[Result]:
         except Exception as error:  # report whatever a broken installation raises
             if reason := startup.missing_platform():
                 found, _, advice = reason.partition(". ")
-                yield Result(name, None, "skipped, because JAX has no device") if no_platform else Result(name, False, found, advice)
+                yield (
+                    Result(name, None, "skipped, because JAX has no device")
+                    if no_platform
+                    else Result(name, False, found, advice)
+                )
                 no_platform = True
                 continue
             where = traceback.extract_tb(error.__traceback__)[-1]

@@ -12,7 +12,7 @@ import numpy as np
 from jaxgpt.checks import as_ids
 from jaxgpt.errors import DataError
 from jaxgpt.model import GPT, check_model
-from jaxgpt.parallel import to_device
+from jaxgpt.parallel import check_memory, to_device
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.data import Ids
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
@@ -62,6 +62,7 @@ def evaluate(
         DataError: if there are fewer than two tokens.
         TypeError: for ids that are not one row of integers.
         ValueError: for sizes out of range, and for an id outside the vocabulary, with its place.
+        OutOfMemoryError: if a batch needs more memory than there is.
     """
     check_model("evaluate(model, params, ids)", model, params)
     ids_N = as_ids(ids_N, "ids_N")
@@ -90,7 +91,9 @@ def evaluate(
         ]
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
-        losses, counted = jax.device_get(_losses(model, params, inputs_BxT, labels_BxT))
+        program = _losses.lower(model, params, inputs_BxT, labels_BxT).compile()  # JAX keeps it for the next batch
+        check_memory(program, "lower batch_size, or choose a param_dtype of fewer bytes")
+        losses, counted = jax.device_get(program(params, inputs_BxT, labels_BxT))
         total, count = total + float(losses), count + float(counted)
     loss = total / count
     tokenizer, predicted_N = get_tokenizer(model.config.tokenizer), np.asarray(ids_N[1:predicted])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -185,7 +186,9 @@ class _Loop:
         config, done = self.config, start
         step_fn, stop = jit_step(config, self.mesh), None
         if self.mesh is None and start < config.steps:
-            step_fn = step_fn.lower(state, self.global_batch(start)).compile()
+            # From the batch's shape alone: the batch itself may be too large to make.
+            ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32)
+            step_fn = step_fn.lower(state, ids_BxT1).compile()
             check_memory(step_fn, _LESS_MEMORY)
         running: collections.deque = collections.deque()  # (step, metrics) still on the device
         self.clock = time.perf_counter(), start

@@ -28,11 +28,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import accounting
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.files import local, new_directory, replacing_directory
 from jaxgpt.model import GPT, cast_params, check_model
+from jaxgpt.parallel import check_bytes
 from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
@@ -78,6 +80,7 @@ def load(
         CheckpointError: if it cannot be read, or its tensors are not exactly the model's; lists every difference.
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
         MissingExtraError: if the format needs a package that is not installed.
+        OutOfMemoryError: if the parameters alone need more memory than there is.
     """
     if not isinstance(compute, (ComputeConfig, type(None))):
         raise TypeError(f"compute must be a ComputeConfig, not {short_repr(compute)}")
@@ -85,6 +88,10 @@ def load(
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
     config, stored = _changed(checkpoint, overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
+    check_bytes(
+        accounting.parameter_bytes(config, compute.param_dtype),
+        "choose a param_dtype of fewer bytes (--dtype bfloat16 or int8), or spread the model over a mesh",
+    )
     if compute.param_dtype == stored or "int8" not in (compute.param_dtype, stored):
         return GPT(config, compute), read_params(checkpoint, config, compute, check_finite)
     params = read_params(checkpoint, config, compute.replace(param_dtype=stored), check_finite)
