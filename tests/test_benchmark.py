@@ -110,6 +110,8 @@ def test_the_report_takes_the_best_round_and_gives_ratios(canned, capsys):
     assert main(["benchmark", "--peers", "--only", "decode-8-bfloat16"]) == 0
     table = capsys.readouterr().out
     assert "0.50 (1,024)" in table
+    assert "peak GB" in table
+    assert " 3.0 " in table  # of 3 * 10**9 bytes
     assert "rows x read bandwidth" in table
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -256,13 +258,71 @@ def test_formulae_of_a_training_step():
     cost = planner.analytic_training(config, topology)
     assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimizer"] / 2 == 4 * P / 128
     assert cost.memory["activations"] > 40 * 2 * 2048 * 5120 * 4  # each layer's input
-    assert cost.flops == accounting.training_flops(config.model, 128, 2048, config.compute.remat).total / 256
+    linear = accounting.training_flops(config.model, 128, 2048, config.compute.remat).linear
+    # Of 40 layers every other one is banded. A block of 128 queries meets half of the keys, or those of its band. There
+    # are two products forward, done twice, and five backward.
+    pairs = 20 * 2048 * (2048 + 128) / 2 + 20 * 2048 * (256 + 128)
+    assert cost.flops == pytest.approx((linear + 9 * 128 * pairs * 2 * 5120) / 256)
     assert cost.wire_bytes == {
         "all-gather": pytest.approx(2 * 31 / 32 * P / 4 * 2),
         "reduce-scatter": pytest.approx(31 / 32 * P / 4 * 4),
         "all-reduce": pytest.approx(2 * 1 / 2 * 4 * P / 128),
         "all-reduce (tensor)": pytest.approx(5 * 40 * 2 * 3 / 4 * (2 * 2048 * 5120 * 4)),
     }
+
+
+def compiled_rows():
+    """Of each row of the table in docs/scaling.md: the plan's arguments, GiB, and tokens/s in turn and overlapped."""
+    page = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text()
+    size, gib, number = r"\| ([\d.]+[MB]) ", r"\| ([\d.]+) of \d+ ", r"([\d,]+)"
+    table = re.findall(rf"^{size}\|[^|]*{gib}\|[^|]*\| {number} to {number} \|", page, re.MULTILINE)
+    plans = re.search(r"^Each row is `jaxgpt plan` of\n\n((?:    .+\n)+)", page, re.MULTILINE)
+    for (name, *values), words in zip(table, map(str.split, plans[1].splitlines()), strict=True):
+        assert words[0] == f"gpt3-{name.lower()}"
+        yield words, [float(value.replace(",", "")) for value in values]
+
+
+def test_the_formulae_are_as_close_to_the_compiled_programs_as_the_command_says():
+    errors = {"memory": [], "tokens_per_s": []}
+    for words, (gib, in_turn, overlapped) in compiled_rows():
+        options = list(zip(words[1::2], words[2::2], strict=True))
+        given, sets = dict(options), [value for option, value in options if option == "--set"]
+        config, topology = plan_of(
+            words[0], given["--topology"], given.get("--mesh"), *sets, batch=int(given["--batch"])
+        )
+        report = planner.roofline(
+            planner.analytic_training(config, topology),
+            topology,
+            config.batch_size * config.T,
+            planner.model_flops(config),
+        )
+        errors["memory"].append(report["memory_bytes"]["total"] / 2**30 / gib - 1)
+        speed = report["tokens_per_s"]
+        errors["tokens_per_s"] += [speed["in_turn"] / in_turn - 1, speed["overlapped"] / overlapped - 1]
+    assert len(errors["memory"]) == 8
+    for what, found in errors.items():
+        stated = planner.ANALYTIC_ERROR[what]
+        assert stated - 0.02 < max(map(abs, found)) < stated < 0.3
+
+
+def test_formulae_of_the_memory_traffic():
+    def traffic(*overrides):
+        config, _ = plan_of("gpt3-1.3b", "v5e:8x8", None, "model.attention_pattern=dense", *overrides, batch=512)
+        return planner._hbm_bytes(config)
+
+    tokens, D, L = 8 * 2048, 2048, 24
+    # Twice as many micro-batches of half the rows: only weights, the head's gradient and the optimizer do not halve.
+    micro = traffic("grad_accumulation=2", "loss_chunk=0") - traffic("loss_chunk=0")
+    P = accounting.count_parameters(GPTConfig.preset("gpt3-1.3b")).total
+    assert micro == pytest.approx(2 * 4 * P * 2 + 2 * 50257 * D * 4)
+    # Without recomputation a pass of weights and activations goes, and one of attention's two forward passes.
+    scores = 8 * 16 * L * (2048 * (2048 + 128) / 2) * 4
+    recomputed = 2 * P * 2 + 2 * L * tokens * (2 * D + 5 * D + 4 * D) * 4 + 3 * scores
+    assert traffic() - traffic("compute.remat=none") == pytest.approx(recomputed)
+    # Up to 32 chips weights go round a ring.
+    config, _ = plan_of("gpt3-1.3b", "v5e:4x8", None, "model.attention_pattern=dense", "loss_chunk=0", batch=256)
+    ring = planner._hbm_bytes(config) - traffic("loss_chunk=0")
+    assert ring == pytest.approx(32 * L * tokens * 12 * D * 4 + 28 * P * (1 / 32 - 1 / 64))
 
 
 def test_formulae_of_decoding():
@@ -319,7 +379,11 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
     monkeypatch.setattr(planner, "compiler_available", lambda: False)
     assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--batch", "256"]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'\n")
+    assert out.startswith(
+        "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the eight"
+    )
+    error = planner.ANALYTIC_ERROR
+    assert f"within {error['memory']:.0%} of the compiler's and tokens/s within {error['tokens_per_s']:.0%}\n" in out
     for text in (
         "1,024 chips",
         "compute.remat = block",
@@ -333,6 +397,7 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
     assert report["training"]["analytic"]["memory_bytes"]["parameters"] == 4 * 174_604_259_328 / 1024
     assert report["training"]["analytic"]["fits"]
     assert not report["compiled"]
+    assert report["analytic_error"] == error
 
 
 def test_the_command_tells_what_does_not_fit(monkeypatch, capsys):

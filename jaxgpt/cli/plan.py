@@ -10,7 +10,10 @@ from typing import Any
 
 from jaxgpt.accounting import format_bytes
 
-MISSING = "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'"
+MISSING = (
+    "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the eight sizes of "
+    "docs/scaling.md, training's memory is within {memory:.0%} of the compiler's and tokens/s within {tokens_per_s:.0%}"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         "chosen": chosen,
         "compiled": planning.compiler_available(),
         "quick": args.quick,
+        "analytic_error": planning.ANALYTIC_ERROR,
         **parts,
     }
     print(json.dumps(report, indent=2) if args.json else _render(report, topology))
@@ -68,7 +72,7 @@ def _render(report: dict[str, Any], topology: Any) -> str:
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     with console.capture() as capture:
         if not report["compiled"]:
-            console.print(MISSING, markup=False, soft_wrap=True)
+            console.print(MISSING.format(**report["analytic_error"]), markup=False, soft_wrap=True)
         chosen = ", ".join(f"{key} = {value}" for key, value in report["chosen"].items())
         console.print(
             f"{report['model']} on {report['topology']}, {report['chips']:,} chips: mesh {report['mesh']}, "

@@ -1,3 +1,4 @@
+from .plan import ANALYTIC_ERROR as ANALYTIC_ERROR
 from .plan import Topology as Topology
 from .plan import compiler_available as compiler_available
 from .plan import make_plan as make_plan

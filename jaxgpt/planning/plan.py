@@ -29,7 +29,7 @@ from jaxgpt.parallel import AXES, MeshConfig
 from jaxgpt.textfile import read_toml
 from jaxgpt.training import TrainConfig, check_tables, override
 
-GIB = 2**30
+GIB = accounting.GIB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,13 +202,32 @@ def model_flops(config: TrainConfig) -> int:
     return 3 * accounting.forward_flops(config.model, config.batch_size, config.T).total
 
 
+# How far the formulae for training are at most from the compiled programs of docs/scaling.md's eight sizes.
+ANALYTIC_ERROR = {"memory": 0.22, "tokens_per_s": 0.18}
+
+# What the formulae know of the compiled programs. Queries that attention takes at a time: `model.attention.blocked`.
+QUERY_BLOCK = 128
+# XLA's partitioner passes a weight's parts round a ring, instead of gathering it, if there are at most so many:
+# `max_windowed_einsum_iteration` in xla/service/spmd/spmd_partitioner.h.
+RING = 32
+# On-chip memory, where XLA keeps what fits: v5e's, by "How to Scale Your Model", part 2; taken for all chips.
+VMEM = 128 * 2**20
+
+
 def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     """Costs of a training step, from formulae: P parameters, L layers of width D, mesh d x f x t, and rows x T tokens
     per shard of the batch.
 
     Memory: parameters 4 P / (f t), Adam's moments 8 P / (f t), gradients 4 P / (f t); for each layer its input,
-    4 rows T D, and except with remat "block" the results of its products too; the activations inside the widest layer,
-    and the logits twice. Communication: over f, weights are gathered once forward and once backward in the compute
+    4 rows T D, and except with remat "block" the results of its products too; the activations inside the widest layer;
+    four blocks of attention's scores; and the logits twice.
+
+    Operations: the linear layers' as `accounting.training_flops` counts them. Attention's are those of the blocks that
+    are not wholly masked: two products forward, and five backward, which recompute the scores.
+
+    HBM: `_hbm_bytes`.
+
+    Communication: over f, weights are gathered once forward and once backward in the compute
     dtype, and gradients are scattered in float32; over d, gradients are reduced; over t, each layer reduces
     [rows, T, D] in float32 twice forward, twice backward, and once more if the backward pass recomputes the block
     (Narayanan et al. 2021, section 2.3).
@@ -217,30 +236,76 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
     P, rows = accounting.count_parameters(model).total, config.batch_size / config.grad_accumulation / (d * f)
     item = accounting.DTYPE_BYTES[compute.dtype]
-    tokens, shard = rows * T, P / (f * t)
+    tokens, shard, micro = rows * T, P / (f * t), config.grad_accumulation
     products = (5 * D + F) / t
-    scores = rows * model.n_heads / t * T
     kept = tokens * 4 * (D + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
-    positions = (
-        min(T, max(1, config.loss_chunk * config.grad_accumulation // config.batch_size)) if config.loss_chunk else T
-    )
-    logits, layer = rows * positions * V / t * 4, (P / L) * item / t
+    logits, layer = rows * _positions(config) * V / t * 4, (P / L) * item / t
+    scores = rows * model.n_heads / t * min(QUERY_BLOCK, T) * T * 4
+    partial = 2 * tokens * F / t * 4 if 1 < f <= RING else 0
     memory = {
         "parameters": 4 * shard,
         "optimizer": 8 * shard,
         "gradients": 4 * shard,
-        "activations": L * kept + tokens * 4 * (3 * D + 2 * products) + 2 * logits + 2 * layer,
+        "activations": L * kept + tokens * 4 * (3 * D + 2 * products) + 2 * logits + 2 * layer + 4 * scores + partial,
     }
-    micro, passes = config.grad_accumulation, 4 if compute.remat == "block" else 3
+    passes = 4 if compute.remat == "block" else 3
     sent = {
         "all-gather": (2 * micro * (f - 1) / f * P / t * item, "fsdp"),
         "reduce-scatter": (micro * (f - 1) / f * P / t * 4, "fsdp"),
         "all-reduce": (2 * (d - 1) / d * 4 * shard, "data"),
         "all-reduce (tensor)": (micro * (passes + 1) * L * 2 * (t - 1) / t * tokens * D * 4, "tensor"),
     }
-    hbm = 28 * shard + 2 * micro * passes * (P / t * item + L * (tokens * (2 * D + products) + scores * T / 2) * 4)
-    flops = accounting.training_flops(model, config.batch_size, T, compute.remat).total / (d * f * t)
-    return _analytic(config, topology, memory, flops, hbm, sent)
+    linear = accounting.training_flops(model, config.batch_size, T, compute.remat).linear
+    forwards = 1 if compute.remat == "none" else 2
+    attention = 2 * config.batch_size * D * _pairs(config) * (2 * forwards + 5)
+    return _analytic(config, topology, memory, (linear + attention) / (d * f * t), _hbm_bytes(config), sent)
+
+
+def _hbm_bytes(config: TrainConfig) -> float:
+    """Bytes that a chip reads and writes in HBM per training step. The optimizer reads and writes parameters and
+    moments, and reads gradients: 28 bytes per parameter. The rest happens per micro-batch and pass (forward,
+    recomputation, and backward, which counts twice):
+
+    - weights are written when gathered, and read;
+    - a layer's input, its norms' results and its products' results are written and read, in float32;
+    - attention's scores are three times written or read in float32 per forward pass, to make them, to sum their
+      exponentials and to weigh the values, and five times in the backward pass; there each block of queries also adds
+      to the gradients of the keys and values that it sees, of which the summands and the sums are written and read,
+      unless both sums fit in on-chip memory;
+    - logits are written, and read for their sum and for the two gradients; each chunk of them adds to the head's;
+    - where weights go round a ring of f chips, the sums of those products that contract the divided axis (forward of
+      qkv and fc_in, backward of out_proj and fc_out) are read or written f times.
+    """
+    model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
+    L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
+    P, rows = accounting.count_parameters(model).total, config.batch_size / config.grad_accumulation / (d * f)
+    passes, forwards = (4 if compute.remat == "block" else 3), (1 if compute.remat == "none" else 2)
+    tokens = rows * T
+    weights = 2 * passes * P / t * accounting.DTYPE_BYTES[compute.dtype]
+    block = 2 * passes * L * tokens * (2 * D + (5 * D + F) / t) * 4
+    scores = rows * model.n_heads / t * _pairs(config) * 4
+    fits = 2 * tokens * D / t * 4 < VMEM
+    attention = scores * (3 * forwards + 5 + (0 if fits else 4 * 2 * model.head_dim / min(QUERY_BLOCK, T)))
+    chunks = math.ceil(T / _positions(config))
+    loss = 4 * tokens * V / t * 4 + 2 * chunks * V * D / t * 4
+    ring = f * L * tokens * (4 * D + 2 * F) / t * 4 if 1 < f <= RING else 0
+    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + attention + loss + ring)
+
+
+def _positions(config: TrainConfig) -> int:
+    """Positions of every row whose logits exist at a time."""
+    if not config.loss_chunk:
+        return config.T
+    return min(config.T, max(1, config.loss_chunk * config.grad_accumulation // config.batch_size))
+
+
+def _pairs(config: TrainConfig) -> float:
+    """Pairs of a query and a key, over all layers, of which attention computes the scores for one row and head: a block
+    of queries meets the keys that any of them sees."""
+    model, T = config.model, config.T
+    block = min(QUERY_BLOCK, T)
+    dense, band = T * (T + block) / 2, T * min(model.attention_window + block, (T + block) / 2)
+    return sum(band if i in model.banded_layers else dense for i in range(model.n_layers))
 
 
 def analytic_decoding(config: TrainConfig, topology: Topology, rows: int) -> Cost:
