@@ -188,11 +188,11 @@ def replacing_file(path: Path) -> Iterator[Path]:
     path = path.resolve()  # of a link, the file is replaced
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.touch()  # libraries may make files that only the user can read
-        status = partial.stat()
+        partial.touch(0o600 if path.exists() else 0o666)  # a private file's content is not shown meanwhile
+        status = (path if path.exists() else partial).stat()
         yield partial
-        _set_permissions(partial, path.stat() if path.exists() else status)
         sync(partial)
+        _set_permissions(partial, status)  # a library may have made the file again, for the user alone
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -240,7 +240,9 @@ def replacing_directory(path: Path, last: str) -> Iterator[Path]:
         except OSError as error:
             if error.errno not in _IMMOVABLE:
                 raise
-            shutil.copytree(fresh, inside)
+            inside.mkdir()
+            for written in fresh.iterdir():
+                shutil.copyfile(written, inside / written.name)
             _finish(inside, path)
         if inside.exists():
             _exchange_files(path, inside, path / f".{token}.old", last)
@@ -278,11 +280,11 @@ def _set_permissions(path: Path, like: os.stat_result) -> None:
 
 
 def _finish(fresh: Path, path: Path) -> None:
-    """Gives new files the permissions of those in `path` that they will replace, and waits until they are on disk."""
+    """Waits until new files are on disk, and gives them the permissions of those in `path` that they will replace."""
     for written in fresh.iterdir():
+        sync(written)
         if (former := path / written.name).exists():
             _set_permissions(written, former.stat())
-        sync(written)
     sync(fresh)
 
 

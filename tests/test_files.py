@@ -319,6 +319,9 @@ def test_files_have_the_permissions_of_any_file_that_the_user_makes(tiny, tmp_pa
     group = os.stat(tmp_path / "tokens").st_gid
     Tokens.from_text(TEXT, "bytes").save(tmp_path / "link")
     assert (tmp_path / "link").is_symlink()
+    with files.replacing_file(tmp_path / "link") as partial:
+        assert mode(partial) == 0o600
+        partial.write_bytes((tmp_path / "tokens").read_bytes())
     assert (mode(tmp_path / "tokens"), os.stat(tmp_path / "tokens").st_gid) == (0o640, group)
 
 
