@@ -40,7 +40,7 @@ class Leaf:
         return self.count * math.prod(self.shape)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of all of them."""
         return self.parameters * jnp.dtype(self.dtype).itemsize
 
@@ -63,9 +63,9 @@ class Description:
         return sum(row.parameters for row in self.rows)
 
     @property
-    def bytes(self) -> int:
+    def nbytes(self) -> int:
         """The memory they take."""
-        return sum(row.bytes for row in self.rows)
+        return sum(row.nbytes for row in self.rows)
 
     def __repr__(self) -> str:
         from rich import box
@@ -99,11 +99,11 @@ class Description:
                 (f"{row.count} x " if row.count > 1 else "") + "[" + ", ".join(f"{n:,}" for n in row.shape) + "]",
                 row.dtype,
                 f"{row.parameters:,}",
-                f"{row.bytes / MIB:,.2f}",
+                f"{row.nbytes / MIB:,.2f}",
             )
             for row in self.rows
         ]
-        total = ("total", "", "", f"{self.parameters:,}", f"{self.bytes / MIB:,.2f}")
+        total = ("total", "", "", f"{self.parameters:,}", f"{self.nbytes / MIB:,.2f}")
         return [("parameter", "shape", "dtype", "elements", "MiB"), *rows, total]
 
 

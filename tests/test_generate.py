@@ -377,11 +377,11 @@ def test_a_model_without_an_id_for_end_of_text_generates():
     ],
 )
 def test_a_text_with_tokens_that_the_model_lacks_is_refused(tokenizer, vocab_size, prompt, lacking):
-    model = GPT(TINY.replace(tokenizer=tokenizer, vocab_size=vocab_size))
+    model, params = make_model(TINY.replace(tokenizer=tokenizer, vocab_size=vocab_size))
     expected = re.escape(f"{lacking} of tokenizer '{tokenizer}', but the model's ids end at")
     for text in (generate_text, stream):
         with pytest.raises(ValueError, match=expected):
-            text(model, None, prompt, 2)  # before the parameters are looked at
+            text(model, params, prompt, 2)
 
 
 # --- bad input

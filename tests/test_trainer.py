@@ -463,6 +463,20 @@ def test_a_finished_run_says_so_and_can_be_trained_longer(undisturbed, tokens, t
 
 
 @pytest.mark.exhaustive
+def test_a_config_file_that_differs_resumes_a_run_if_forced(undisturbed, tokens, tmp_path, capsys):
+    run = shutil.copytree(undisturbed[0], tmp_path / "run")
+    tokens.save(tmp_path / "text.tokens")
+    (tmp_path / "config.toml").write_text(TOML.replace("steps = 8", "steps = 9").replace("= 1e-2", "= 1e-3"))
+    arguments = ["train", str(tmp_path / "config.toml"), "--resume", str(run), "--data", str(tmp_path / "text.tokens")]
+    assert main(arguments) == 2
+    assert "train.steps: 8 before, 9 now; train.learning_rate: 0.01 before, 0.001 now" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+    assert Run(run).config() == dataclasses.replace(
+        CONFIG, steps=9, learning_rate=1e-3, sample_tokens=0, sample_prompt=""
+    )
+
+
+@pytest.mark.exhaustive
 def test_a_fine_tuning_resumes_although_its_first_model_is_gone(two_layers, tmp_path, tokens, monkeypatch):
     with stopping_after(monkeypatch, 2):
         train(fine_tuning({}, steps=4), tokens, tmp_path / "run", init_from=two_layers)
@@ -818,7 +832,7 @@ def test_a_runs_directory_is_the_model_of_its_best_checkpoint(scan_layers, tmp_p
     last = capsys.readouterr().err.splitlines()[-1]
     step, model, params = load_run(out)
     assert f"Best: step {step}, validation loss " in last
-    assert f"in {out}. To try it: jaxgpt generate --model '{out}'" in last
+    assert last.endswith(f"in {out}. To try it: jaxgpt generate --model '{out}' --prompt The")
     loaded, found = jaxgpt.load(out)
     assert loaded == model
     jax.tree.map(np.testing.assert_array_equal, found, params)

@@ -258,13 +258,13 @@ def test_a_description_has_every_parameter_with_its_shape_and_type(compute):
     described = jaxgpt.describe(params)
     leaves = jax.tree.leaves(params)
     assert described.parameters == sum(leaf.size for leaf in leaves)
-    assert described.bytes == sum(leaf.nbytes for leaf in leaves)
+    assert described.nbytes == sum(leaf.nbytes for leaf in leaves)
     text = repr(described)
     assert len(text) < 4000
     assert "tok_emb/weight" in text
     assert f"{described.parameters:,}" in text
     assert jaxgpt.describe(model).parameters == described.parameters
-    assert jaxgpt.describe(model).bytes == described.bytes
+    assert jaxgpt.describe(model).nbytes == described.nbytes
 
 
 def test_blocks_that_differ_are_described_apart():

@@ -122,13 +122,13 @@ def configure(args: argparse.Namespace) -> TrainConfig:
     from jaxgpt.errors import ConfigError
     from jaxgpt.training import TrainConfig
 
-    if args.resume is not None:
+    if args.resume is not None and (args.config is None or not args.force):
         from jaxgpt.training import Run
 
         run = Run(args.resume)
         if args.config is not None:
             run.check_config(TrainConfig.from_file(args.config), args.config)
         return run.config(args.set)
-    if args.config is None or args.data is None:
+    if args.config is None or (args.data is None and args.resume is None):
         raise ConfigError("a new run needs CONFIG.toml and --data FILE; --resume RUN continues one")
     return TrainConfig.from_file(args.config, args.set)

@@ -224,8 +224,11 @@ class _Loop:
             if best is None
             else f"step {best:,}, validation loss {self.val_losses[best]:.4f}"
         )
-        directory = self.run.directory
-        return f"done. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(str(directory))}"
+        directory, prompt = str(self.run.directory), self.config.sample_prompt or "The"
+        return (
+            f"done. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(directory)} "
+            f"--prompt {shlex.quote(prompt)}"
+        )
 
     def global_batch(self, step: int) -> Any:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""

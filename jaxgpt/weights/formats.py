@@ -198,7 +198,10 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
         if reason := unfinished(path):
             raise CheckpointError(path, f"has no config.json: {reason}")
-        raise CheckpointError(path, "expected a directory with config.json (for a .pt or .pth, give the file itself)")
+        raise CheckpointError(
+            path,
+            "expected a directory with config.json, or a training run (for a .pt or .pth, give the file itself)",
+        )
     fields = read_json(path / "config.json")
     for layout in FORMATS.values():
         if isinstance(fields, dict) and layout.recognises(fields):
