@@ -343,10 +343,12 @@ def test_a_directory_keeps_its_permissions_and_its_group(permissions, tiny, tmp_
     load(tmp_path / "model")
 
 
+@pytest.mark.usefixtures("umask")
 def test_a_file_system_without_permissions_is_written_too(tmp_path, monkeypatch):
     def chmod(path, *_, **__):
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
 
+    os.umask(0o077)  # as there, all files have the same permissions, and others cannot be set
     monkeypatch.setattr(os, "chmod", chmod)
     for text in ("old", "new"):
         files.write_text(tmp_path / "a", text)
