@@ -23,7 +23,10 @@ from jaxgpt.errors import CheckpointError, ConfigError
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 
 # Names with these endings are files', so a directory is hardly what was meant.
-_FILE_ENDINGS = (".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".gguf", ".msgpack", ".npz", ".onnx", ".json", ".txt")
+_FILE_ENDINGS = {
+    *(".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".gguf", ".msgpack", ".npy", ".npz", ".onnx", ".h5", ".pkl"),
+    *(".json", ".jsonl", ".toml", ".txt", ".md", ".html", ".png", ".svg", ".pdf", ".zip", ".tar", ".gz"),
+}
 
 # What files begin with that are not text.
 _MAGIC = {
@@ -39,17 +42,21 @@ _MAGIC = {
     b"\x89PNG": "a PNG picture",
     b"%PDF-": "a PDF: extract its text first",
     b"GGUF": "a GGUF model",
+    b"ARROW1\0\0": "an Arrow file: write its text column to a text file first",
     b"MMIDIDX": "an index of Megatron's token files",
     struct.pack("<i", 20240520): "token ids of llm.c or modded-nanogpt",
     struct.pack("<i", 20240801): "token ids of llm.c",
+    b"\xff\xfe\0\0": "UTF-32: convert it first, with iconv -f UTF-32 -t UTF-8",
+    b"\0\0\xfe\xff": "UTF-32: convert it first, with iconv -f UTF-32 -t UTF-8",
     b"\xff\xfe": "UTF-16: convert it first, with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16: convert it first, with iconv -f UTF-16 -t UTF-8",
 }
 
 # Errors of file systems that cannot do what was asked, rather than of this one file.
 _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-# Errors of a rename where the directory around is read-only, or the directory is a mount point.
-_IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV)
+# Errors of a rename where the directory around is read-only, the directory is a mount point or comes from a container's
+# image, or the file system renames no directories.
+_IMMOVABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 def local(path: Any) -> Path:
@@ -57,15 +64,20 @@ def local(path: Any) -> Path:
 
     Raises:
         TypeError: for anything but a path.
-        ConfigError: for a URL: nothing but the local file system can be read or written.
+        ConfigError: for a URL: nothing but the local file system can be read or written; for an empty path, which
+            would be the current directory.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"expected a path, not {short_repr(path)}")
-    if scheme := _URL.match(os.fspath(path)):
-        raise ConfigError(
-            f"{os.fspath(path)}: {scheme[1]}:// is not a local path: copy it to a local disk, or mount the bucket and "
-            "give the path there"
-        )
+    name = os.fspath(path)
+    if not name:
+        raise ConfigError("a path is empty: give the name of a file or directory ('.' is the current directory)")
+    if found := _URL.match(name):
+        scheme = found[1].lower()
+        advice = "copy it to a local disk, or mount the bucket and give the path there"
+        if scheme == "file":
+            advice = f"give the path itself, {re.sub('^/*', '/', name[found.end() :])}"
+        raise ConfigError(f"{name}: {scheme}:// is not a local path: {advice}")
     try:
         return Path(path).expanduser()
     except RuntimeError:  # the home of an unknown user
@@ -77,9 +89,11 @@ def new_directory(path: Any, force: bool = False) -> Path:
 
     Raises:
         ConfigError: for a URL, and for a name that is a file's.
-        CheckpointError: if it exists and is not empty, unless `force` says that it may be replaced.
+        CheckpointError: if it is a file; if it exists and is not empty, unless `force` says that it may be replaced.
     """
     path = local(path)
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(path, "exists and is not a directory: choose another name")
     if path.suffix.lower() in _FILE_ENDINGS and not path.is_dir():
         raise ConfigError(
             f"{path}: a directory is written, and this is a file's name: {path.with_suffix('')}, for example"
@@ -91,12 +105,16 @@ def new_file(path: Any, force: bool = False) -> Path:
     """Returns the path of a file that is to be written, checked before any work.
 
     Raises:
-        ConfigError: for a URL, and for a directory.
+        ConfigError: for a URL, a directory, a device or a pipe, and if its directory does not exist.
         CheckpointError: if it exists, unless `force` says that it may be replaced.
     """
     path = local(path)
     if path.is_dir():
         raise ConfigError(f"{path}: is a directory: give the name of a file in it")
+    if path.exists() and not path.is_file():  # replaced by a file, /dev/null would be gone
+        raise ConfigError(f"{path}: is not a file: choose another name")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: {path.parent} is not a directory: make it first, or choose another name")
     return _new(path, force)
 
 
@@ -107,8 +125,12 @@ def _new(path: Path, force: bool) -> Path:
     return path
 
 
-def decode_text(data: bytes) -> str:
+def decode_text(data: bytes, errors: str = "strict") -> str:
     """The text of a UTF-8 file, without its byte order mark.
+
+    Args:
+        data: the file's content.
+        errors: "replace" to read bytes that are not UTF-8 as U+FFFD.
 
     Raises:
         ValueError: if it is anything else; says what it looks like, or which byte is wrong.
@@ -116,9 +138,9 @@ def decode_text(data: bytes) -> str:
     if reason := not_text(data):
         raise ValueError(reason)
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise ValueError(f"neither a token file nor UTF-8 text (byte {error.start})") from None
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
 
 
 def not_text(data: bytes) -> str:
@@ -128,17 +150,27 @@ def not_text(data: bytes) -> str:
             return f"not text: it looks like {kind}"
     if data[:1] == b"\x80" and data[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return "not text: it looks like a pickle, which is never loaded"
+    if data[6:9] == b"\0\0{":
+        return "not text: it looks like a safetensors file"
+    if data[257:262] == b"ustar":
+        return "not text: it looks like a tar archive: unpack it first"
     sample = data[: 2**20]
-    zeros = [sample[parity::2].count(0) for parity in (0, 1)]
-    if max(zeros) * 4 > len(sample) and min(zeros) * 40 < len(sample) and _mostly_printable(sample.replace(b"\0", b"")):
-        order = "LE" if zeros[1] > zeros[0] else "BE"
-        return f"not text: it looks like UTF-16 without a mark: convert it first, with iconv -f UTF-16{order} -t UTF-8"
+    if (encoding := _wide_encoding(sample)) and _mostly_printable(sample.replace(b"\0", b"")):
+        advice = f"convert it first, with iconv -f {encoding} -t UTF-8"
+        return f"not text: it looks like {encoding[:6]} without a mark: {advice}"
     if not _mostly_printable(sample):
         return (
             "not text: it holds many control characters, perhaps token ids that another program wrote, such as "
             "nanoGPT's train.bin (`jaxgpt tokenize` makes ours, from the text)"
         )
     return ""
+
+
+def _wide_encoding(data: bytes) -> str:
+    """The encoding whose Latin letters have zeros where most of the data's are; '' for none."""
+    zeros = [4 * data[i::4].count(0) > 3 * (len(data) // 4 or 1) for i in range(4)]
+    places = {"UTF-16LE": (1, 3), "UTF-16BE": (0, 2), "UTF-32LE": (1, 2, 3), "UTF-32BE": (0, 1, 2)}
+    return next((name for name, odd in places.items() if zeros == [i in odd for i in range(4)]), "")
 
 
 def _mostly_printable(data: bytes) -> bool:
@@ -151,15 +183,16 @@ def _mostly_printable(data: bytes) -> bool:
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yields the name of a new file to write, which replaces `path` once the block ends without an error.
 
-    The file has the permissions of the one that it replaces, or those of any file that the user makes.
+    The file has the permissions and group of the one that it replaces, or those of any file that the user makes.
     """
+    path = path.resolve()  # of a link, the file is replaced
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        partial.touch()  # libraries may make files that only the user can read
-        mode = stat.S_IMODE((path if path.exists() else partial).stat().st_mode)
+        partial.touch(0o600 if path.exists() else 0o666)  # a private file's content is not shown meanwhile
+        status = (path if path.exists() else partial).stat()
         yield partial
-        partial.chmod(mode)
         sync(partial)
+        _set_permissions(partial, status)  # a library may have made the file again, for the user alone
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -175,8 +208,9 @@ def write_text(path: Path, text: str) -> None:
 def replacing_directory(path: Path, last: str) -> Iterator[Path]:
     """Yields a new directory to write into, which replaces `path` once the block ends without an error.
 
-    Until then `path` is unchanged. A directory that is replaced keeps its permissions and group. A process killed
-    between the last two renames leaves the complete old directory beside it, under a name that ends in ".old".
+    Until then `path` is unchanged. A directory that is replaced keeps its permissions and group, and so do the files
+    in it. A process killed between the last two renames leaves the complete old directory beside it, under a name that
+    ends in ".old".
 
     Where the directory cannot be renamed (a mount point; a parent that is read-only) the files in it are, from and to
     directories inside it. `last` is then removed first and comes last, so that whoever reads the directory meanwhile
@@ -199,17 +233,17 @@ def replacing_directory(path: Path, last: str) -> Iterator[Path]:
             fresh = inside
             fresh.mkdir()
         yield fresh
-        for written in (*fresh.iterdir(), fresh):
-            sync(written)
+        _finish(fresh, path)
         try:
             if path.exists() and fresh != inside:
                 path.rename(old)
         except OSError as error:
             if error.errno not in _IMMOVABLE:
                 raise
-            shutil.copytree(fresh, inside)
-            for written in inside.iterdir():
-                sync(written)
+            inside.mkdir()
+            for written in fresh.iterdir():
+                shutil.copyfile(written, inside / written.name)
+            _finish(inside, path)
         if inside.exists():
             _exchange_files(path, inside, path / f".{token}.old", last)
         else:
@@ -231,11 +265,27 @@ def _make_like(fresh: Path, path: Path) -> None:
     if not path.exists():
         fresh.mkdir()
         return
-    status = path.stat()
     fresh.mkdir(mode=0o700)
-    with contextlib.suppress(PermissionError):  # of a group that the user is not in
-        os.chown(fresh, -1, status.st_gid)
-    fresh.chmod(stat.S_IMODE(status.st_mode))
+    _set_permissions(fresh, path.stat())
+
+
+def _set_permissions(path: Path, like: os.stat_result) -> None:
+    """Gives a file or directory the group and the permissions of another."""
+    status = path.stat()
+    if status.st_gid != like.st_gid:
+        with contextlib.suppress(PermissionError):  # a group that the user is not in
+            os.chown(path, -1, like.st_gid)
+    if path.stat().st_mode != like.st_mode:  # not all file systems have modes to set
+        path.chmod(stat.S_IMODE(like.st_mode))
+
+
+def _finish(fresh: Path, path: Path) -> None:
+    """Waits until new files are on disk, and gives them the permissions of those in `path` that they will replace."""
+    for written in fresh.iterdir():
+        sync(written)
+        if (former := path / written.name).exists():
+            _set_permissions(written, former.stat())
+    sync(fresh)
 
 
 def _exchange_files(path: Path, fresh: Path, old: Path, last: str) -> None:
@@ -251,19 +301,27 @@ def _exchange_files(path: Path, fresh: Path, old: Path, last: str) -> None:
         for entry in sorted(fresh.iterdir(), key=lambda entry: entry.name == last):
             entry.rename(path / entry.name)
             moved.append((path / entry.name, fresh / entry.name))
+        sync(path)
     except OSError:
         for now, before in reversed(moved):
             now.rename(before)
         old.rmdir()
         raise
-    sync(path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def unfinished(directory: Path) -> str:
+    """Says what a process left that was killed while it replaced this directory's files; '' if none was."""
+    left = sorted(directory.glob(".*.old")) if directory.is_dir() else []
+    return f"a process was killed while it replaced the files: the former ones are in {left[0]}" if left else ""
 
 
 def sync(path: Path) -> None:
     """Waits until a file, or a directory's list of files, is on disk."""
     if path.is_dir() and os.name != "posix":
         return  # other systems cannot open a directory
+    if path.is_dir() and not os.access(path, os.R_OK):
+        return  # a directory to write into, but not to list, cannot be opened either
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

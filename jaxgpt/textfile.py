@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.checks import first_line
+from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import ConfigError
-from jaxgpt.files import local
+from jaxgpt.files import decode_text, local
 
 # Bytes. Parsed, JSON takes about 20 times as much memory.
 _JSON_LIMIT, _TOML_LIMIT = 2**24, 2**16
@@ -31,9 +32,18 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def read_json(path: str | Path) -> Any:
     """Parses a JSON file; if it is missing or malformed, raises a ConfigError that names it."""
     try:
-        return json.loads(_read_text(path, _JSON_LIMIT))
+        return json.loads(_read_text(path, _JSON_LIMIT), object_pairs_hook=without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object as a dict; raises ValueError for a key given twice, of which `json` takes the last."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"key {short_repr(key)} appears twice")
+    return result
 
 
 def _read_text(path: str | Path, limit: int) -> str:
@@ -44,7 +54,7 @@ def _read_text(path: str | Path, limit: int) -> str:
         data = file.read(limit + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
-    return data.decode("utf-8-sig")  # without a byte order mark
+    return decode_text(data)
 
 
 def parse_value(text: str) -> Any:

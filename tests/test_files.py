@@ -9,6 +9,7 @@ import io
 import os
 import pickle
 import stat
+import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,7 @@ from jaxgpt.cli import main
 from jaxgpt.errors import CheckpointError, ConfigError, DataError
 from jaxgpt.files import decode_text, local, not_text
 from jaxgpt.textfile import read_json, read_toml
-from jaxgpt.training import Tokens, load_run, open_tokens
+from jaxgpt.training import Tokens, TrainConfig, load_run, open_tokens
 from jaxgpt.training.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -99,6 +100,19 @@ def test_functions_refuse_urls_too(tiny, here):
     assert sorted(here.iterdir()) == before
 
 
+def test_a_file_url_is_told_the_path():
+    for url in ("file:///models/gpt2", "FILE:///models/gpt2", Path("file:///models/gpt2")):
+        with pytest.raises(ConfigError, match=r"file:// is not a local path: give the path itself, /models/gpt2$"):
+            local(url)
+
+
+def test_an_empty_path_is_not_the_current_directory(tiny, here):
+    for call in (lambda: load(""), lambda: save("", *tiny), lambda: open_tokens("", BYTES), lambda: load_run("")):
+        with pytest.raises(ConfigError, match="a path is empty"):
+            call()
+    assert main(["tokenize", "a.txt", ""]) == 2
+
+
 def test_names_with_colons_are_paths():
     for name in ("a:b", "C:/models/gpt2", "runs/2026-11-25T10:30/x", "./gs:/x"):
         assert local(name) == Path(name)
@@ -117,12 +131,34 @@ WRITING = {
 @pytest.mark.parametrize("command", WRITING)
 def test_a_command_does_not_replace_what_exists_unless_forced(command, here, capsys):
     words, name = WRITING[command]
-    (here / name).write_text("precious")
+    file = here / name if "." in name else here / name / "file"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("precious")
     words = [word.replace("OUT", name) for word in words]
     assert main(words) == 2
     assert f"{name}: exists: choose another name, or pass --force to replace it" in capsys.readouterr().err
+    assert file.read_text() == "precious"
     main([*words, "--force"])
     assert "pass --force" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("convert", "shakespeare", "a.txt"), "a.txt: exists and is not a directory"),
+        ((*TRAIN, "--out", "a.txt"), "a.txt: exists and is not a directory"),
+        (("benchmark", "--profile", "a.txt"), "a.txt: exists and is not a directory"),
+        (("tokenize", "a.txt", "."), "is a directory: give the name of a file"),
+        (("tokenize", "a.txt", "/dev/null", "--force"), "/dev/null: is not a file"),
+        (("tokenize", "a.txt", "lost/b", "--force"), "lost is not a directory: make it first"),
+        (("plot", "no-run", "--out", "lost/curves.png"), "lost is not a directory: make it first"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_any_work(words, message, here, capsys):
+    assert main(list(words)) == 2
+    assert message in capsys.readouterr().err
+    assert (here / "a.txt").read_text() == TEXT
+    assert Path("/dev/null").is_char_device()
 
 
 def test_force_replaces_a_token_file(here):
@@ -145,9 +181,23 @@ def test_an_option_given_twice_is_an_error(words, here, capsys):
     assert "was given twice" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.gguf", "run.json"])
+def test_a_key_given_twice_is_an_error(here):
+    for keys in (("steps=1", "steps=2"), ("steps=1", "train.steps=2"), ("model.n_layers=1", "model.n_layers=1")):
+        with pytest.raises(ConfigError, match=f"--set {keys[1].partition('=')[0]} was given twice"):
+            TrainConfig.from_file("run.toml", keys)
+    (here / "a.json").write_text('{"n_layers": 2, "n_layers": 4}')
+    with pytest.raises(ConfigError, match=r"a\.json: cannot be read as JSON: key 'n_layers' appears twice"):
+        read_json("a.json")
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.gguf", "run.json", "x.png"])
 def test_a_directory_is_not_written_under_the_name_of_a_file(name, tiny, here, capsys):
-    for words in (("convert", "shakespeare", name), ("export", "no-run", name), (*TRAIN, "--out", name)):
+    for words in (
+        ("convert", "shakespeare", name),
+        ("export", "no-run", name),
+        (*TRAIN, "--out", name),
+        ("inspect", "gpt2", "--plot", name),
+    ):
         assert main(list(words)) == 2
         assert f"{name}: a directory is written, and this is a file's name" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="a file's name"):
@@ -161,6 +211,15 @@ def npy():
     return file.getvalue()
 
 
+def tar():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        entry = tarfile.TarInfo("a.txt")
+        entry.size = 40 * len(TEXT)
+        archive.addfile(entry, io.BytesIO(40 * TEXT.encode()))
+    return file.getvalue()
+
+
 IDS = np.random.default_rng(0).integers(0, 65, 3000)
 OTHERS = {
     "nanoGPT's characters": (IDS.astype(np.uint16).tobytes(), "token ids"),
@@ -171,11 +230,16 @@ OTHERS = {
     "UTF-16, little-endian": (TEXT.encode("utf-16-le"), "UTF-16 without a mark.*UTF-16LE"),
     "UTF-16, big-endian": (TEXT.encode("utf-16-be"), "UTF-16 without a mark.*UTF-16BE"),
     "UTF-16 with a mark": (TEXT.encode("utf-16"), "UTF-16: convert"),
+    "UTF-32, little-endian": (TEXT.encode("utf-32-le"), "UTF-32 without a mark.*UTF-32LE"),
+    "UTF-32, big-endian": (TEXT.encode("utf-32-be"), "UTF-32 without a mark.*UTF-32BE"),
+    "UTF-32 with a mark": (TEXT.encode("utf-32"), "UTF-32: convert"),
+    "tar": (tar(), "tar archive: unpack"),
+    "Arrow": (b"ARROW1\0\0" + TEXT.encode(), "an Arrow file"),
     "gzip": (gzip.compress(TEXT.encode()), "gzip: unpack"),
     "a pickle": (pickle.dumps([1, 2]), "a pickle, which is never loaded"),
     "parquet": (b"PAR1" + bytes(20), "parquet"),
     "SQLite": (b"SQLite format 3\0" + bytes(20), "SQLite"),
-    "Latin-1": ("caf\xe9 au lait".encode("latin-1"), "neither a token file nor UTF-8 text .byte 3"),
+    "Latin-1": ("caf\xe9 au lait".encode("latin-1"), "not UTF-8 text .byte 3.; expected UTF-8 text, or a token file"),
 }
 
 
@@ -190,6 +254,22 @@ def test_data_that_is_not_text_is_told_what_it_looks_like(kind, here, capsys):
     if kind != "Latin-1":  # a prompt's other bytes become U+FFFD
         assert main(["generate", "--prompt-file", "data"]) == 2
         assert "data: not text" in capsys.readouterr().err
+
+
+def test_a_token_file_is_not_tokenized_again(here, capsys):
+    Tokens.from_text(TEXT, "bytes").save("tokens")
+    assert main(["tokenize", "tokens", "again"]) == 2
+    assert "tokens: not text: it looks like a safetensors file" in capsys.readouterr().err
+    assert not (here / "again").exists()
+
+
+def test_text_of_another_encoding_is_told_on_stdin_and_in_configs_too(here, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode("utf-16"))))
+    assert main(["generate", "--prompt-file", "-"]) == 2
+    assert "stdin: not text: it looks like UTF-16: convert it first" in capsys.readouterr().err
+    (here / "a.toml").write_bytes("[model]\n".encode("utf-16"))
+    with pytest.raises(ConfigError, match=r"a\.toml: cannot be read as TOML: not text: it looks like UTF-16"):
+        read_toml("a.toml")
 
 
 @pytest.mark.parametrize(
@@ -233,8 +313,16 @@ def test_files_have_the_permissions_of_any_file_that_the_user_makes(tiny, tmp_pa
     assert [mode(tmp_path / name) for name in ("model", "tokens")] == [0o755, 0o644]
     assert {mode(file) for file in (tmp_path / "model").iterdir()} == {0o644}
     (tmp_path / "tokens").chmod(0o640)
-    Tokens.from_text(TEXT, "bytes").save(tmp_path / "tokens")
-    assert mode(tmp_path / "tokens") == 0o640
+    (tmp_path / "link").symlink_to("tokens")
+    if os.getuid() == 0:
+        os.chown(tmp_path / "tokens", -1, 12345)
+    group = os.stat(tmp_path / "tokens").st_gid
+    Tokens.from_text(TEXT, "bytes").save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    with files.replacing_file(tmp_path / "link") as partial:
+        assert mode(partial) == 0o600
+        partial.write_bytes((tmp_path / "tokens").read_bytes())
+    assert (mode(tmp_path / "tokens"), os.stat(tmp_path / "tokens").st_gid) == (0o640, group)
 
 
 @pytest.mark.usefixtures("umask")
@@ -249,7 +337,22 @@ def test_a_directory_keeps_its_permissions_and_its_group(permissions, tiny, tmp_
         save(tmp_path / "model", *tiny)
         assert mode(tmp_path / "model") == permissions
         assert os.stat(tmp_path / "model").st_gid == group
+    (tmp_path / "model" / "model.safetensors").chmod(0o600)
+    save(tmp_path / "model", *tiny)
+    assert mode(tmp_path / "model" / "model.safetensors") == 0o600
     load(tmp_path / "model")
+
+
+@pytest.mark.usefixtures("umask")
+def test_a_file_system_without_permissions_is_written_too(tmp_path, monkeypatch):
+    def chmod(path, *_, **__):
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+
+    os.umask(0o077)  # as there, all files have the same permissions, and others cannot be set
+    monkeypatch.setattr(os, "chmod", chmod)
+    for text in ("old", "new"):
+        files.write_text(tmp_path / "a", text)
+        assert (tmp_path / "a").read_text() == text
 
 
 def refuse(monkeypatch, name, error, of):
@@ -266,6 +369,8 @@ def refuse(monkeypatch, name, error, of):
 
 IMMOVABLE = {
     "a mount point": ("rename", errno.EBUSY, lambda model: lambda path, *_: path == model),
+    "a file system that renames no directories": ("rename", errno.ENOSYS, lambda model: lambda path, *_: path == model),
+    "a directory of a container's image": ("rename", errno.EXDEV, lambda model: lambda path, *_: path == model),
     "a read-only parent": ("mkdir", errno.EACCES, lambda model: lambda path, *_: path.parent == model.parent),
 }
 
@@ -302,7 +407,7 @@ def test_a_crash_while_files_are_replaced_never_leaves_a_mixture(moves, tiny, tm
     monkeypatch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(Killed):
         save(model, *make_model(TINY, seed=5))
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"no config\.json: a process was killed.*former ones are in .*\.old$"):
         load(model)
     (old,) = model.glob(".*.old")
     (new,) = model.glob(".*.new")
@@ -349,3 +454,27 @@ def test_a_file_system_that_cannot_sync_directories_is_a_warning(error, tiny, tm
     with pytest.warns(UserWarning, match="this file system cannot confirm that new names are on disk"):
         save(tmp_path / "model", *tiny)
     load(tmp_path / "model")
+
+
+def test_a_directory_that_cannot_be_listed_is_not_synced(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "open", None)
+    files.sync(tmp_path)
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_the_one_before(tmp_path):
+    from matplotlib.figure import Figure
+
+    from jaxgpt.pictures import style
+
+    class Full(Figure):
+        def savefig(self, file, **options):
+            Path(file).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    style.save(Figure(), tmp_path / "a.png")
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(OSError, match="No space"):
+        style.save(Full(), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]

@@ -477,7 +477,7 @@ def test_plot_writes_what_the_suffix_says(tmp_path, capsys, suffix, start):
     [
         (["nothing"], "nothing: expected a run's directory, with a metrics.jsonl in it"),
         (["run", "--out", "curves.gif"], "--out must end with .svg, .png, .pdf, not 'curves.gif'"),
-        (["run", "--out", "absent/curves.svg"], "No such file or directory"),
+        (["run", "--out", "absent/curves.svg"], "absent is not a directory: make it first"),
     ],
 )
 def test_plot_says_what_is_wrong(tmp_path, monkeypatch, capsys, argv, message):

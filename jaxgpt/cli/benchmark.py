@@ -7,8 +7,8 @@ import json
 import sys
 from typing import Any
 
-from jaxgpt.cli.options import path_to_read
 from jaxgpt.config import PRESETS
+from jaxgpt.files import new_directory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,12 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--peers", action="store_true", help="also run transformers and CTranslate2, alternating (extra: bench)"
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="keep the best of N processes per row")
-    parser.add_argument(
-        "--profile",
-        type=path_to_read,
-        metavar="DIR",
-        help="write traces, and print the costliest operations of each row",
-    )
+    parser.add_argument("--profile", metavar="DIR", help="write traces, and print the costliest operations of each row")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -35,6 +30,7 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: if --only matches nothing, or --rounds is below 1.
+        ConfigError: if --profile is no directory's path.
         MissingExtraError: for --peers if none is installed.
     """
     from jaxgpt.cpu import kernel
@@ -42,6 +38,8 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.measuring import benchmark
     from jaxgpt.measuring import peers as benchmark_peers
 
+    # Traces have the date in their names, so they replace none that are there.
+    profile = None if args.profile is None else new_directory(args.profile, force=True)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
     chosen = [
@@ -82,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                 if program == "jaxgpt":
                     module, extra = (
                         "jaxgpt.measuring.benchmark",
-                        [str(args.profile / work.name)] if args.profile else [],
+                        [str(profile / work.name)] if profile else [],
                     )
                 try:
                     results.append(measured(module, work.name, *extra))

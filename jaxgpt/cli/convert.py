@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxgpt.cli.options import add_force
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.files import new_directory
 
@@ -20,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
     parser.add_argument("--n-heads", type=int, metavar="N", help="number of attention heads, if SRC does not say")
     parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite values")
-    parser.add_argument("--force", action="store_true", help="replace DST if it is a checkpoint")
+    add_force(parser, "replace DST if it is a checkpoint")
 
 
 def run(args: argparse.Namespace) -> int:

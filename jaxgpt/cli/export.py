@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from jaxgpt.cli.options import add_force
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import CheckpointError
 from jaxgpt.files import new_directory
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="best",
         help="a step that has a checkpoint, 'best' (lowest validation loss, the default) or 'latest'",
     )
-    parser.add_argument("--force", action="store_true", help="replace OUT if it is a checkpoint")
+    add_force(parser, "replace OUT if it is a checkpoint")
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, default="float32", help="default: float32")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxgpt.cli.options import add_model_arguments, load_model
 from jaxgpt.config import DTYPES
-from jaxgpt.files import local, not_text
+from jaxgpt.files import decode_text, local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +123,10 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
     prompts = list(args.prompt)
     for name in files:
         data = sys.stdin.buffer.read() if name == "-" else local(name).read_bytes()
-        if name != "-" and (reason := not_text(data)):
-            raise ValueError(f"{name}: {reason}")
-        prompts.append(data.decode("utf-8-sig", errors="replace"))
+        try:
+            prompts.append(decode_text(data, errors="replace"))
+        except ValueError as error:
+            raise ValueError(f"{'stdin' if name == '-' else name}: {error}") from None
     return prompts
 
 

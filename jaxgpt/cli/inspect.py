@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxgpt import accounting
 from jaxgpt.accounting import MIB
+from jaxgpt.cli.options import add_force
 from jaxgpt.config import DTYPES, PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.files import new_directory
@@ -44,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write pictures, and one page with all of them, DIR/index.html: the architecture and, with --prompt, the "
         "attention, the next tokens and the logit lens (extra: plot)",
     )
-    parser.add_argument("--force", action="store_true", help="write pictures into a directory that exists")
+    add_force(parser, "write pictures into DIR even if it holds files, and replace those of the same names")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import PARAM_DTYPES
-from jaxgpt.errors import ConfigError
-from jaxgpt.files import local
 
 
-def path_to_read(text: str) -> Path:
-    """The type of an option that names a file or directory to read; "-" may be stdin."""
-    try:
-        return local(text)
-    except ConfigError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def add_force(parser: argparse.ArgumentParser) -> None:
-    """Declares --force of the commands that write."""
-    parser.add_argument("--force", action="store_true", help="replace what exists")
+def add_force(parser: argparse.ArgumentParser, what: str) -> None:
+    """Declares --force, without which the commands that write replace nothing."""
+    parser.add_argument("--force", action="store_true", help=what)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .png, .svg or .pdf (default: %(default)s)",
     )
-    add_force(parser)
+    add_force(parser, "replace FILE if it exists")
     parser.add_argument(
         "--x", choices=("tokens", "steps"), help="the x axis (default: tokens, if the runs say how many)"
     )

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("text", metavar="TEXT", help="a UTF-8 text file")
     parser.add_argument("out", metavar="OUT", help="the token file to write")
-    add_force(parser)
+    add_force(parser, "replace OUT if it exists")
     parser.add_argument("--tokenizer", choices=TOKENIZERS, default="gpt2", help="default: gpt2")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from jaxgpt.config import GPTConfig
-from jaxgpt.files import new_directory
+from jaxgpt.files import new_directory, write_text
 from jaxgpt.interpret import Inside, token_labels
 from jaxgpt.pictures import reading
 from jaxgpt.pictures.architecture import architecture, describe
@@ -58,7 +58,7 @@ def write_pictures(
             save(figure, paths[-1])
             svgs.append(to_svg(figure, file_name, words))
         sections.append(Section(anchor, title, text, svgs))
-    paths[0].write_text(page(f"Inside {name}", prompt, sections), encoding="utf-8")
+    write_text(paths[0], page(f"Inside {name}", prompt, sections))
     return paths
 
 

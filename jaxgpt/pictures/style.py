@@ -13,7 +13,7 @@ from matplotlib import font_manager
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from jaxgpt.files import local
+from jaxgpt.files import local, replacing_file
 
 INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
 # On the page these colours follow the reader's light or dark scheme.
@@ -68,7 +68,8 @@ def save(figure: Figure, path: str | Path) -> None:
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     path = local(path)
     suffix = path.suffix.lower()
-    figure.savefig(path, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
+    with replacing_file(path) as partial:
+        figure.savefig(partial, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
     figure.set_layout_engine("none")
 
 

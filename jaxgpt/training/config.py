@@ -231,11 +231,12 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
     """The tables of a config file with the "key=value" strings of `--set` applied (see `TrainConfig.from_dict`).
 
     Raises:
-        ConfigError: for anything but "key=value", for an unknown table or key, and for a value that the field alone
-            does not allow.
+        ConfigError: for anything but "key=value", for an unknown table or key, for a key given twice, and for a value
+            that the field alone does not allow.
     """
     result: dict[str, Any] = {name: {} for name in TABLES}
     result |= {name: dict(table) if isinstance(table, dict) else table for name, table in tables.items()}
+    given: set[tuple[str, str]] = set()
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals:
@@ -243,6 +244,9 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
         table, _, name = key.strip().rpartition(".")
         if table not in ("", *TABLES):
             raise ConfigError(f"--set: no table {table!r} in {key!r}; the tables are {', '.join(TABLES)}")
+        if (place := (table or "train", name)) in given:
+            raise ConfigError(f"--set {key.strip()} was given twice")
+        given.add(place)
         parsed = parse_value(value.strip())
         _check_alone(table or "train", name, parsed, f"--set {text}")
         if isinstance(result[table or "train"], dict):  # if not, from_dict says so

@@ -128,7 +128,7 @@ def read_text(path: str | Path, tokenizer: str) -> Tokens:
     try:
         text = decode_text(data)
     except ValueError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{path}: {error}; expected UTF-8 text, or a token file from `jaxgpt tokenize`") from None
     return Tokens.from_text(text, tokenizer)
 
 

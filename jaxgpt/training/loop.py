@@ -25,7 +25,7 @@ from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError, MissingExtraError, TrainingError
 from jaxgpt.fields import to_table
-from jaxgpt.files import local
+from jaxgpt.files import local, new_directory
 from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
@@ -101,7 +101,7 @@ def train(
         raise TypeError(
             f"train takes a path or tokens, not {short_repr(data)}: Tokens.from_ids(ids, tokenizer) makes tokens"
         )
-    run = Run(out, writes=distributed.is_primary())
+    run = Run(new_directory(out, force=True), writes=distributed.is_primary())
     alone = TrainingError("another process failed before the first step; its own message says why")
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):

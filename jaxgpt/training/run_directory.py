@@ -23,7 +23,7 @@ from typing import Any
 
 from jaxgpt.checks import short_repr
 from jaxgpt.errors import CheckpointError, ConfigError, require
-from jaxgpt.files import new_directory, unsupported, write_text
+from jaxgpt.files import local, unsupported, write_text
 from jaxgpt.textfile import read_json
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
@@ -49,7 +49,7 @@ class Run:
     """
 
     def __init__(self, directory: str | Path, writes: bool = True):
-        self.directory, self.writes = new_directory(directory, force=True), writes
+        self.directory, self.writes = local(directory), writes
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"

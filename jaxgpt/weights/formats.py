@@ -32,7 +32,7 @@ from jaxgpt import accounting
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.files import local, new_directory, replacing_directory
+from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.parallel import check_bytes
 from jaxgpt.textfile import read_json
@@ -155,8 +155,6 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
 
 def _refuse_foreign_content(path: Path) -> None:
     """Raises unless the directory holds only files that `save` writes, because saving replaces it as a whole."""
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(path, "exists and is not a directory")
     known = {file for layout in FORMATS.values() for file in layout.FILES}
     others = sorted({entry.name for entry in path.iterdir()} - known) if path.exists() else []
     if others:
@@ -205,6 +203,8 @@ def _recognise(
 
 def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
+        if reason := unfinished(path):
+            raise CheckpointError(path, f"has no config.json: {reason}")
         raise CheckpointError(
             path,
             "expected a directory with config.json, or a training run (for a .pt or .pth, give the file itself)",

@@ -6,7 +6,6 @@ library's readers would map the whole file into memory in addition to the arrays
 
 from __future__ import annotations
 
-import collections
 import functools
 import json
 import math
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import CheckpointError, require
+from jaxgpt.textfile import without_duplicates
 
 # The dtypes that a parameter may have in a file: NumPy's name to safetensors' name.
 FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -59,7 +59,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
                 raise ValueError(f"a header of {size:,} bytes is longer than any model's")
             with safe_open(path, framework="numpy"):
                 pass  # opening checks the header's length, and that offsets neither overlap, leave gaps nor overrun
-            header = json.loads(file.read(size), object_pairs_hook=_without_duplicates)
+            header = json.loads(file.read(size), object_pairs_hook=without_duplicates)
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(
             path,
@@ -74,14 +74,6 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         read = functools.partial(_read, path, 8 + size + begin, end - begin, dtype, shape)
         tensors[name] = Tensor(shape, dtype, read)
     return tensors
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) < len(pairs):
-        key, _ = collections.Counter(key for key, _ in pairs).most_common(1)[0]
-        raise ValueError(f"key {short_repr(key)} appears twice")
-    return result
 
 
 def _read(path: Path, offset: int, size: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
