@@ -128,7 +128,7 @@ def test_rows_may_change_places_with_their_keys(tiny):
 IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ["threefry2x32", "rbg", exhaustive("unsafe_rbg")])
 def test_neighbours_and_order_do_not_matter_whatever_the_implementation_of_the_key(tiny, implementation):
     run = functools.partial(generate, *tiny, max_new_tokens=9, sampler=SAMPLER)
     with jax.default_prng_impl(implementation):
@@ -353,7 +353,7 @@ def test_empty_text_starts_from_end_of_text_and_stops_at_it(bytes_model):
     assert generate_text(model, params, ["", "Ab"], 6)[0] == get_tokenizer("bytes").decode([i for i in ids if i != end])
 
 
-@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("gpt2", 50259), ("bytes", 259)])
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [("gpt2", 50259), exhaustive("bytes", 259)])
 def test_an_id_without_text_is_drawn_as_a_placeholder(tokenizer, vocab_size):
     added = vocab_size - 1
     model, params = make_model_that_draws(added, TINY.replace(tokenizer=tokenizer, vocab_size=vocab_size))

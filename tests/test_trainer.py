@@ -444,6 +444,7 @@ def test_arguments_that_neither_start_a_run_nor_continue_one(arguments, told, tm
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 def test_a_finished_run_says_so_and_can_be_trained_longer(undisturbed, tokens, tmp_path, capsys):
     run = shutil.copytree(undisturbed[0], tmp_path / "run")
     with pytest.raises(ConfigError, match="does not say where the run's data is"):  # it was given as tokens
@@ -668,6 +669,7 @@ def test_fields_that_the_user_set_and_the_checkpoint_contradicts_are_named(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
 def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_checkpoints(two_layers, tmp_path, tokens):
     left_out = TrainConfig(steps=1, batch_size=4)
     for config in (
@@ -859,6 +861,7 @@ def test_a_run_without_a_checkpoint_is_told_so(tmp_path, tokens):
         jaxgpt.load(tmp_path / "run")
 
 
+@pytest.mark.exhaustive
 def test_a_batch_that_needs_too_much_memory_is_one_line(tmp_path, tokens, capsys):
     tokens.save(tmp_path / "tokens")
     tables = CONFIG.to_dict()

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, grid, make_model, random_ids
+from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, random_ids
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -737,7 +737,7 @@ def test_overrides_that_keep_the_shapes_are_applied_and_others_refused(tiny, tmp
         weights.load(tmp_path / "model", droprate=0.2)
 
 
-@pytest.mark.parametrize("stored", ["float32", "int8", "huggingface"])
+@pytest.mark.parametrize("stored", ["float32", exhaustive("int8"), "huggingface"])
 def test_a_shorter_context_leaves_out_the_later_positions(stored, tiny, tmp_path):
     if stored == "huggingface":
         weights.save(tmp_path / "model", *tiny, format="huggingface")
