@@ -101,7 +101,7 @@ def test_functions_refuse_urls_too(tiny, here):
     ):
         with pytest.raises(ConfigError, match="is not a local path: copy it"):
             call()
-    with pytest.raises(ConfigError, match="is not a local path: download it, or give .* by its name"):
+    with pytest.raises(ConfigError, match=r"is not a local path: download it, or give .* by its name"):
         load("https://huggingface.co/openai-community/gpt2")
     assert sorted(here.iterdir()) == before
 
@@ -280,7 +280,8 @@ def test_text_of_another_encoding_is_told_on_stdin_and_in_configs_too(here, caps
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "1\t2\r\n\f", "北京\n", "\x1b[1mbold\x1b[0m", "a" * 99 + "\0", "\ud7ff\U0001f600", "GGUF is", "PAR1 is"]
+    "text",
+    ["", "a", "1\t2\r\n\f", "北京\n", "\x1b[1mbold\x1b[0m", "a" * 99 + "\0", "\ud7ff\U0001f600", "GGUF is", "PAR1 is"],
 )
 def test_text_of_every_kind_is_text(text):
     assert not_text(text.encode()) == ""

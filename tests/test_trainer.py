@@ -830,11 +830,14 @@ def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
 def test_a_runs_directory_is_the_model_of_its_best_checkpoint(scan_layers, tmp_path, tokens, capsys):
     out = tmp_path / "a run"
     compute = ComputeConfig(scan_layers=scan_layers)
-    train(dataclasses.replace(CONFIG, compute=compute), tokens, out)
+    train(dataclasses.replace(CONFIG, compute=compute, keep=3), tokens, out)
     last = capsys.readouterr().err.splitlines()[-1]
-    step, model, params = load_run(out)
-    assert f"Best: step {step}, validation loss " in last
+    assert f"Best: step {load_run(out)[0]}, validation loss " in last
     assert last.endswith(f"in {out}. To try it: jaxgpt generate --model '{out}' --prompt The")
+    lines = [line | {"val_loss": 0.0} if "val_loss" in line and line["step"] == 4 else line for line in metrics(out)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    step, model, params = load_run(out)
+    assert step == 4  # the best, and not the latest
     loaded, found = jaxgpt.load(out)
     assert loaded == model
     jax.tree.map(np.testing.assert_array_equal, found, params)

@@ -26,7 +26,8 @@ def memory_errors(advice: str) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(f"{first_line(error)} (there are {format_bytes(capacity(sharding.default_device()))}): {advice}") from None
+        there = format_bytes(capacity(sharding.default_device()))
+        raise OutOfMemoryError(f"{first_line(error)} (there are {there}): {advice}") from None
 
 
 def check_memory(program: Any, advice: str) -> None:
