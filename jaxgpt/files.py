@@ -28,22 +28,23 @@ _FILE_ENDINGS = {
     *(".json", ".jsonl", ".toml", ".txt", ".md", ".html", ".png", ".svg", ".pdf", ".zip", ".tar", ".gz"),
 }
 
-# What files begin with that are not text.
+# What files begin with that are not text. Where that is a word, a text may begin with it too, so one more byte counts.
 _MAGIC = {
     b"\x1f\x8b": "gzip: unpack it first",
     b"\x28\xb5\x2f\xfd": "zstd: unpack it first",
     b"BZh": "bzip2: unpack it first",
     b"\xfd7zXZ": "xz: unpack it first",
     b"PK\x03\x04": "a zip archive, perhaps a PyTorch checkpoint",
-    b"PAR1": "parquet: write its text column to a text file first",
+    b"PAR1\x15": "parquet: write its text column to a text file first",
     b"\x93NUMPY": "a NumPy array (.npy)",
     b"SQLite format 3\0": "an SQLite database",
     b"\x89HDF": "HDF5",
     b"\x89PNG": "a PNG picture",
     b"%PDF-": "a PDF: extract its text first",
-    b"GGUF": "a GGUF model",
+    b"GGUF\2\0": "a GGUF model",
+    b"GGUF\3\0": "a GGUF model",
     b"ARROW1\0\0": "an Arrow file: write its text column to a text file first",
-    b"MMIDIDX": "an index of Megatron's token files",
+    b"MMIDIDX\0\0": "an index of Megatron's token files",
     struct.pack("<i", 20240520): "token ids of llm.c or modded-nanogpt",
     struct.pack("<i", 20240801): "token ids of llm.c",
     b"\xff\xfe\0\0": "UTF-32: convert it first, with iconv -f UTF-32 -t UTF-8",
@@ -75,7 +76,9 @@ def local(path: Any) -> Path:
     if found := _URL.match(name):
         scheme = found[1].lower()
         advice = "copy it to a local disk, or mount the bucket and give the path there"
-        if scheme == "file":
+        if scheme in ("http", "https"):
+            advice = "download it, or give a model of the Hugging Face hub by its name, such as openai-community/gpt2"
+        elif scheme == "file":
             advice = f"give the path itself, {re.sub('^/*', '/', name[found.end() :])}"
         raise ConfigError(f"{name}: {scheme}:// is not a local path: {advice}")
     try:
@@ -161,7 +164,7 @@ def not_text(data: bytes) -> str:
     if not _mostly_printable(sample):
         return (
             "not text: it holds many control characters, perhaps token ids that another program wrote, such as "
-            "nanoGPT's train.bin (`jaxgpt tokenize` makes ours, from the text)"
+            "nanoGPT's train.bin"
         )
     return ""
 

@@ -52,6 +52,8 @@ COMMANDS = {
     "train on": ("train", "run.toml", "--out", "x", "--data", "URL"),
     "train with": ("train", "URL", "--data", "a.txt", "--out", "x"),
     "train from": (*TRAIN, "--out", "x", "--init-from", "URL"),
+    "train into, in several processes": (*TRAIN, "--out", "URL", "--distributed"),
+    "train on, in several processes": ("train", "run.toml", "--out", "x", "--data", "URL", "--distributed"),
     "export from": ("export", "URL", "x"),
     "export to": ("export", "x", "URL"),
     "tokenize from": ("tokenize", "URL", "x"),
@@ -71,7 +73,9 @@ COMMANDS = {
 
 @pytest.mark.parametrize("url", ["gs://bucket/model", "s3://bucket/model", "file:///model"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_url_is_refused_by_name_before_any_work(command, url, here, capsys):
+def test_a_url_is_refused_by_name_before_any_work(command, url, here, capsys, monkeypatch):
+    for work in ("weights.formats.read_params", "parallel.distributed.initialize"):
+        monkeypatch.setattr(f"jaxgpt.{work}", lambda *_, work=work: pytest.fail(f"went as far as {work}"))
     before = sorted(here.iterdir())
     try:
         code = main([word.replace("URL", url) for word in COMMANDS[command]])
@@ -79,6 +83,7 @@ def test_a_url_is_refused_by_name_before_any_work(command, url, here, capsys):
         code = ended.code
     assert code == 2
     err = capsys.readouterr().err.strip()
+    assert f"error: {url}" in err
     assert f"{url.partition(':')[0]}:// is not a local path" in err
     assert "Traceback" not in err
     assert sorted(here.iterdir()) == before
@@ -92,11 +97,12 @@ def test_functions_refuse_urls_too(tiny, here):
         lambda: load("gs://b/m"),
         lambda: load_run("s3://b/run"),
         lambda: open_tokens("hdfs://a/b.txt", BYTES),
-        lambda: read_toml("https://example.org/a.toml"),
         lambda: Tokens.from_text("a", "bytes").save("gs://b/tokens"),
     ):
         with pytest.raises(ConfigError, match="is not a local path: copy it"):
             call()
+    with pytest.raises(ConfigError, match=r"is not a local path: download it, or give .* by its name"):
+        load("https://huggingface.co/openai-community/gpt2")
     assert sorted(here.iterdir()) == before
 
 
@@ -237,7 +243,8 @@ OTHERS = {
     "Arrow": (b"ARROW1\0\0" + TEXT.encode(), "an Arrow file"),
     "gzip": (gzip.compress(TEXT.encode()), "gzip: unpack"),
     "a pickle": (pickle.dumps([1, 2]), "a pickle, which is never loaded"),
-    "parquet": (b"PAR1" + bytes(20), "parquet"),
+    "parquet": (b"PAR1\x15\x04\x15" + bytes(20), "parquet"),
+    "GGUF": (b"GGUF" + np.array([3, 0, 0], "<u4").tobytes() + b"llama", "a GGUF model"),
     "SQLite": (b"SQLite format 3\0" + bytes(20), "SQLite"),
     "Latin-1": ("caf\xe9 au lait".encode("latin-1"), "not UTF-8 text .byte 3.; expected UTF-8 text, or a token file"),
 }
@@ -273,7 +280,8 @@ def test_text_of_another_encoding_is_told_on_stdin_and_in_configs_too(here, caps
 
 
 @pytest.mark.parametrize(
-    "text", ["", "a", "1\t2\r\n\f", "北京\n", "\x1b[1mbold\x1b[0m", "a" * 99 + "\0", "\ud7ff\U0001f600"]
+    "text",
+    ["", "a", "1\t2\r\n\f", "北京\n", "\x1b[1mbold\x1b[0m", "a" * 99 + "\0", "\ud7ff\U0001f600", "GGUF is", "PAR1 is"],
 )
 def test_text_of_every_kind_is_text(text):
     assert not_text(text.encode()) == ""

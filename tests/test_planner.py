@@ -315,6 +315,9 @@ def test_formulae_of_the_memory_traffic():
     micro = traffic("grad_accumulation=2", "loss_chunk=0") - traffic("loss_chunk=0")
     P = accounting.count_parameters(GPTConfig.preset("gpt3-1.3b")).total
     assert micro == pytest.approx(2 * 4 * P * 2 + 2 * 50257 * D * 4)
+    # Logits in two chunks add twice to the head's gradient.
+    chunk = 512 * 2048 // 2
+    assert traffic(f"loss_chunk={chunk}") - traffic("loss_chunk=0") == pytest.approx(2 * 50257 * D * 4)
     # Without recomputation a pass of weights and activations goes, and one of attention's two forward passes.
     scores = 8 * 16 * L * (2048 * (2048 + 128) / 2) * 4
     recomputed = 2 * P * 2 + 2 * L * tokens * (2 * D + 5 * D + 4 * D) * 4 + 3 * scores
@@ -323,6 +326,21 @@ def test_formulae_of_the_memory_traffic():
     config, _ = plan_of("gpt3-1.3b", "v5e:4x8", None, "model.attention_pattern=dense", "loss_chunk=0", batch=256)
     ring = planner._hbm_bytes(config) - traffic("loss_chunk=0")
     assert ring == pytest.approx(32 * L * tokens * 12 * D * 4 + 28 * P * (1 / 32 - 1 / 64))
+
+
+def test_formulae_of_the_activations():
+    def activations(*overrides, topology="v5e:8x8", batch=512):
+        config, chips = plan_of("gpt3-1.3b", topology, None, "loss_chunk=0", *overrides, batch=batch)
+        return planner.analytic_training(config, chips).memory["activations"]
+
+    tokens, D, L = 8 * 2048, 2048, 24
+    products = L * tokens * (5 + 4) * D * 4  # the results of the layers
+    least = activations("compute.remat=block")
+    assert activations("compute.remat=dots") - least == pytest.approx(products)
+    assert activations("compute.remat=none") - least == pytest.approx(2 * products)
+    # Up to 32 chips weights go round a ring, with two partial sums of the feed-forward layer.
+    ring = activations("compute.remat=block", topology="v5e:4x8", batch=256) - least
+    assert ring == pytest.approx(2 * tokens * 4 * D * 4)
 
 
 def test_formulae_of_decoding():

@@ -832,11 +832,14 @@ def test_a_run_killed_twenty_times_ends_equal_to_the_undisturbed_one(tmp_path):
 def test_a_runs_directory_is_the_model_of_its_best_checkpoint(scan_layers, tmp_path, tokens, capsys):
     out = tmp_path / "a run"
     compute = ComputeConfig(scan_layers=scan_layers)
-    train(dataclasses.replace(CONFIG, compute=compute), tokens, out)
+    train(dataclasses.replace(CONFIG, compute=compute, keep=3), tokens, out)
     last = capsys.readouterr().err.splitlines()[-1]
-    step, model, params = load_run(out)
-    assert f"Best: step {step}, validation loss " in last
+    assert f"Best: step {load_run(out)[0]}, validation loss " in last
     assert last.endswith(f"in {out}. To try it: jaxgpt generate --model '{out}' --prompt The")
+    lines = [line | {"val_loss": 0.0} if "val_loss" in line and line["step"] == 4 else line for line in metrics(out)]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    step, model, params = load_run(out)
+    assert step == 4  # the best, and not the latest
     loaded, found = jaxgpt.load(out)
     assert loaded == model
     jax.tree.map(np.testing.assert_array_equal, found, params)
@@ -918,11 +921,34 @@ def container(tmp_path, monkeypatch):
 
 def test_a_containers_limit_is_the_memory_there_is(container):
     container("max\n")
-    whole = memory.capacity()
+    device = jax.devices()[0]
+    whole = memory.capacity(device)
     container(f"{2**62}\n")
-    assert memory.capacity() == whole
+    assert memory.capacity(device) == whole
     container(f"{2**20}\n")
-    assert memory.capacity() == 2**20 < whole
+    assert memory.capacity(device) == 2**20 < whole
+
+
+def test_the_memory_that_counts_is_that_of_the_device_with_the_parameters(tokens, monkeypatch):
+    asked = []
+    monkeypatch.setattr(memory, "capacity", lambda device: asked.append(device) or 2**40)
+    model, params = make_model(MODEL)
+    default, other = jax.devices()[:2]
+    params = jax.device_put(params, other)
+    assert evaluate(model, params, tokens.ids_N[:99]).tokens == 98
+    jaxgpt.generate(model, params, [[1]], 2)
+    assert set(asked) == {other}
+    memory.check_bytes(1, "")
+    assert asked[-1] == default
+
+
+def test_a_backend_that_does_not_know_its_memory_refuses_nothing(container):
+    def memory_stats():
+        raise jax.errors.JaxRuntimeError("UNIMPLEMENTED")
+
+    container(f"{2**20}")
+    assert memory.capacity(SimpleNamespace(memory_stats=memory_stats)) == 2**20
+    memory.check_memory(SimpleNamespace(memory_analysis=lambda: None), "")
 
 
 def test_what_does_not_fit_is_refused_before_it_is_allocated(container, tokens, tmp_path, capsys):

@@ -40,7 +40,7 @@ from jaxgpt import (
     stream,
     train,
 )
-from jaxgpt.errors import CheckpointError
+from jaxgpt.errors import CheckpointError, MissingExtraError
 from jaxgpt.training import Tokens
 
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
@@ -183,6 +183,7 @@ DATA = {
     "a model": MODEL,
     "a chain": DRAW | TopK(20) | TopP(0.9),
     "an error": CheckpointError("x", "is damaged"),
+    "an error of a missing package": MissingExtraError("torch", "torch", "reading it"),
 }
 
 

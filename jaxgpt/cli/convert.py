@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from jaxgpt.cli.options import add_force
 from jaxgpt.config import PARAM_DTYPES
@@ -16,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src", metavar="SRC", help="checkpoint file or directory, run directory, bundled name, or hub name"
     )
-    parser.add_argument("dst", metavar="DST", type=Path, help="directory to write")
+    parser.add_argument("dst", metavar="DST", help="directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
     parser.add_argument("--n-heads", type=int, metavar="N", help="number of attention heads, if SRC does not say")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from jaxgpt.cli.options import add_force
 from jaxgpt.files import new_file
@@ -17,8 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's directory, or its metrics.jsonl")
     parser.add_argument(
         "--out",
-        type=Path,
-        default=Path("curves.png"),
+        default="curves.png",
         metavar="FILE",
         help="a .png, .svg or .pdf (default: %(default)s)",
     )
@@ -36,15 +34,15 @@ def run(args: argparse.Namespace) -> int:
         DataError, ConfigError: if a run holds nothing to draw, or cannot be drawn against tokens.
         MissingExtraError: without the extra [plot].
     """
-    if args.out.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"--out must end with {', '.join(SUFFIXES)}, not {str(args.out)!r}")
-    new_file(args.out, args.force)
+    out = new_file(args.out, args.force)
+    if out.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"--out must end with {', '.join(SUFFIXES)}, not {args.out!r}")
 
     from jaxgpt.pictures import style
     from jaxgpt.training import curves
 
     runs = curves.read_runs(args.runs)
-    style.save(curves.draw(runs, args.x), args.out)
+    style.save(curves.draw(runs, args.x), out)
     for curve in runs:
         print(f"{curve.name}: step {curve.last_step:,}{_losses(curve.points)}")
     print(f"drawn to {args.out}", file=sys.stderr)

@@ -214,7 +214,8 @@ class Generation:
         padded = bucket(min(C, max(map(len, self.prompts))), PROMPT_BUCKET, C)
         slots, mesh = max(padded, bucket(needed, CACHE_BUCKET, C)), sharding.mesh_of(self.params)
         least = cache_bytes(self.model.config, len(self.prompts), slots, self.cache_dtype or "bfloat16")
-        check_bytes(least / (mesh.size if mesh else 1), "continue fewer prompts at once, or ask for fewer tokens")
+        advice = "continue fewer prompts at once, or ask for fewer tokens"
+        check_bytes(least / (mesh.size if mesh else 1), advice, self.params)
         return slots
 
     def _prefill(self, longest: int, slots: int) -> decode.DecodeState:

@@ -26,30 +26,43 @@ def memory_errors(advice: str) -> Iterator[None]:
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise OutOfMemoryError(f"{first_line(error)} (there are {format_bytes(capacity())}): {advice}") from None
+        there = format_bytes(capacity(sharding.default_device()))
+        raise OutOfMemoryError(f"{first_line(error)} (there are {there}): {advice}") from None
 
 
 def check_memory(program: Any, advice: str) -> None:
-    """Raises OutOfMemoryError if a compiled program needs more than the device has. A CPU's system may promise more
+    """Raises OutOfMemoryError if a compiled program needs more than its device has. A CPU's system may promise more
     memory than it has, and then kill the process that uses it."""
     size = program.memory_analysis()
+    if size is None:  # not every backend knows
+        return
     check_bytes(
         size.temp_size_in_bytes + size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes,
         advice,
+        program.input_shardings,
     )
 
 
-def check_bytes(needed: float, advice: str) -> None:
-    """Raises OutOfMemoryError with this advice if so many bytes are more than the device has."""
-    if needed > (there := capacity()):
+def check_bytes(needed: float, advice: str, where: Any = None) -> None:
+    """Raises OutOfMemoryError with this advice if so many bytes are more than a device has: that of `where`, a tree of
+    arrays or shardings, or else the default one."""
+    if needed > (there := capacity(_device(where))):
         raise OutOfMemoryError(
             f"{format_bytes(needed)} are needed at once, and there are {format_bytes(there)}: {advice}"
         )
 
 
-def capacity() -> int:
-    """Bytes of memory of the default device; on a CPU, of the machine or, if that is less, of its container."""
-    stats = sharding.default_device().memory_stats() or {}
+def _device(where: Any) -> Any:
+    layouts = (getattr(leaf, "sharding", leaf) for leaf in jax.tree.leaves(where))
+    layout = next((layout for layout in layouts if isinstance(layout, jax.sharding.Sharding)), None)
+    return sharding.default_device() if layout is None else next(iter(layout.addressable_devices))
+
+
+def capacity(device: Any) -> int:
+    """Bytes of memory of a device; on a CPU, of the machine or, if that is less, of its container."""
+    stats: dict[str, int] = {}
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # not every backend knows
+        stats = device.memory_stats() or {}
     return stats.get("bytes_limit") or min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
 
 

@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
 
 from jaxgpt.errors import ConfigError, DataError
+from jaxgpt.files import local
 from jaxgpt.pictures import style
 from jaxgpt.training.run_directory import Run
 
@@ -71,7 +72,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
     Raises:
         DataError: naming a path that holds no metrics, or none that can be drawn.
     """
-    directories = [Path(path).parent if Path(path).name == "metrics.jsonl" else Path(path) for path in paths]
+    directories = [path.parent if path.name == "metrics.jsonl" else path for path in map(local, paths)]
     names = [directory.resolve().name for directory in directories]
     runs = []
     for directory, name in zip(directories, names, strict=True):

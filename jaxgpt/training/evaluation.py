@@ -84,15 +84,16 @@ def evaluate(
         if predicted == len(ids_N) or len(rows) == max_sequences:
             break
     total, count = 0.0, 0.0
-    batch_size = min(batch_size, len(rows))
+    batch_size, program = min(batch_size, len(rows)), None
     for i in range(0, len(rows), batch_size):
         batch = [
             _sequence(ids_N, start, first, T, model.config.vocab_size) for start, first in rows[i : i + batch_size]
         ]
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
-        program = _losses.lower(model, params, inputs_BxT, labels_BxT).compile()  # JAX keeps it for the next batch
-        check_memory(program, "lower batch_size, or choose a param_dtype of fewer bytes")
+        if program is None:  # all batches have one shape
+            program = _losses.lower(model, params, inputs_BxT, labels_BxT).compile()
+            check_memory(program, "lower batch_size, or choose a param_dtype of fewer bytes")
         losses, counted = jax.device_get(program(params, inputs_BxT, labels_BxT))
         total, count = total + float(losses), count + float(counted)
     loss = total / count
