@@ -689,7 +689,7 @@ def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path,
     assert trainer._first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
     assert list(trainer._notes(CONFIG, None)) == []
     (note,) = trainer._notes(dataclasses.replace(CONFIG, warmup_steps=30), None)
-    assert note == "warmup_steps 30 do not fit 8 steps: the warm-up takes 0"
+    assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
 
 
 def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers, tmp_path, tokens, capsys):

@@ -408,7 +408,7 @@ def _notes(config: TrainConfig, began: TrainConfig | None) -> Iterator[str]:
         )
     if config.warmup != config.warmup_steps:
         yield (
-            f"warmup_steps {config.warmup_steps:,} do not fit {config.steps:,} steps: the warm-up takes "
+            f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "
             f"{config.warmup:,}"
         )
 
