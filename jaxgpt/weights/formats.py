@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import accounting
+from jaxgpt import accounting, hub
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
@@ -36,7 +36,7 @@ from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.parallel import check_bytes
 from jaxgpt.textfile import read_json
-from jaxgpt.weights import book, hub, huggingface, nanogpt, own
+from jaxgpt.weights import book, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.tensors import load_torch, open_safetensors
 
