@@ -6,6 +6,7 @@ from .names import NAME_FORM as NAME_FORM
 from .names import NONE as NONE
 from .names import is_name as is_name
 from .registry import get_tokenizer as get_tokenizer
+from .registry import is_built as is_built
 from .registry import restored as restored
 from .registry import tokenizer_in as tokenizer_in
 from .vocabulary import StreamDecoder as StreamDecoder

@@ -71,6 +71,11 @@ def tokenizer_in(directory: Path) -> Tokenizer | None:
     return _register(files.read(directory)) if files.are_in(directory) else None
 
 
+def is_built(name: str) -> bool:
+    """Whether `get_tokenizer` knows this name already."""
+    return name in _built
+
+
 def restored(content: Content) -> Tokenizer:
     """The tokenizer of a content that comes from another process, or from this one."""
     return _named(content.kind) if content.kind in (*BUILTIN, NONE) else _register(content)

@@ -16,8 +16,8 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.model import GPT
 from jaxgpt.textfile import read_json
+from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
-from jaxgpt.tokenizer import get_tokenizer, write_tokenizer
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
 
@@ -94,7 +94,6 @@ _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("drop_rate_shortcut", ("resid_pdrop",), 0.1),
     ("tie_embeddings", ("tie_word_embeddings",), True),
     ("activation", ("activation_function",), "gelu_new"),
-    ("tokenizer", ("jaxgpt_tokenizer",), "gpt2"),  # our own key, which transformers preserves
 )
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
@@ -131,7 +130,14 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
         tensors=lambda: without_prefix(directory, _open(directory), "transformer."),
         skip=MASKS,
         tied=TIED,
+        tokenizer=stored_tokenizer(fields),
     )
+
+
+def stored_tokenizer(fields: Mapping[str, Any]) -> str | None:
+    """The tokenizer in the package that our own key, which transformers preserves, names; None if there is none."""
+    name = fields.get("jaxgpt_tokenizer")
+    return name if name in (*BUILTIN, NONE) else None
 
 
 def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
@@ -219,6 +225,8 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
         **{name: value for name, value in _FIXED.items() if value is not None},
         **_special_ids(config),
+        # Of others the files tell, which somebody may change.
+        **({"jaxgpt_tokenizer": config.tokenizer} if config.tokenizer in (*BUILTIN, NONE) else {}),
     }
 
 
