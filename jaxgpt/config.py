@@ -12,10 +12,10 @@ from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import check, documented, from_table, setting, to_table
 from jaxgpt.textfile import read_json, read_toml
+from jaxgpt.tokenizer import BUILTIN, NAME_FORM, get_tokenizer, is_name
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
-TOKENIZERS = ("gpt2", "bytes")
 
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
@@ -78,7 +78,12 @@ class GPTConfig:
         help="Standard deviation of the initial token embeddings; position embeddings get half of it. GPT-2 uses 0.02. "
         "The book uses PyTorch's 1.0, with which a tied head would start out absurdly confident.",
     )
-    tokenizer: str = setting("gpt2", choices=TOKENIZERS, help="Tokenizer of the text; checkpoints store its name.")
+    tokenizer: str = setting(
+        "gpt2",
+        words="gpt2, bytes, none, or a name by content",
+        help="Tokenizer of the text, by name; checkpoints store it, and the files of one that is not in the package. "
+        "In a config file or --set, also what jaxgpt.get_tokenizer reads: a directory, a file, or a name on the hub.",
+    )
 
     def __post_init__(self):
         derived = {"ffn_dim": lambda: 4 * self.emb_dim} | dict.fromkeys(_BRANCH_RATES, lambda: self.drop_rate)
@@ -89,6 +94,11 @@ class GPTConfig:
         check(self)
         if self.emb_dim % self.n_heads:
             raise ConfigError(f"emb_dim must be a multiple of n_heads: {self.emb_dim} is not one of {self.n_heads}")
+        if not is_name(self.tokenizer):
+            raise ConfigError(
+                f"tokenizer must be {NAME_FORM} (jaxgpt.get_tokenizer(path).name), not {short_repr(self.tokenizer)}"
+                f"{did_you_mean(self.tokenizer, BUILTIN)}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -135,7 +145,13 @@ class GPTConfig:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], source: str) -> GPTConfig:
-        """Like `from_dict`, except that a `preset` key may name a preset for the other keys to override."""
+        """Like `from_dict`, except that a `preset` key may name a preset for the other keys to override, and that
+        `tokenizer` may be anything that `get_tokenizer` takes."""
+        if isinstance(given := fields.get("tokenizer"), str) and not is_name(given):
+            try:
+                fields = {**fields, "tokenizer": get_tokenizer(given).name}
+            except ConfigError as error:
+                raise ConfigError(f"{source}: tokenizer: {error}") from None
         if "preset" not in fields:
             return cls.from_dict(fields, source=source)
         name = fields["preset"]

@@ -21,7 +21,7 @@ _TOML_DOTS = 256
 def read_toml(path: str | Path) -> dict[str, Any]:
     """Parses a TOML file; if it is missing or malformed, raises a ConfigError that names it."""
     try:
-        text = _read_text(path, _TOML_LIMIT)
+        text = read_text(path, _TOML_LIMIT)
         if max(line.count(".") for line in text.split("\n")) > _TOML_DOTS:
             raise ValueError(f"a line has more than {_TOML_DOTS} dots")
         return tomllib.loads(text)
@@ -29,10 +29,10 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read as TOML: {first_line(error)}") from None
 
 
-def read_json(path: str | Path) -> Any:
-    """Parses a JSON file; if it is missing or malformed, raises a ConfigError that names it."""
+def read_json(path: str | Path, limit: int = _JSON_LIMIT) -> Any:
+    """Parses a JSON file of at most `limit` bytes; if it is missing or malformed, raises a ConfigError naming it."""
     try:
-        return json.loads(_read_text(path, _JSON_LIMIT), object_pairs_hook=without_duplicates)
+        return json.loads(read_text(path, limit), object_pairs_hook=without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
 
@@ -46,7 +46,8 @@ def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _read_text(path: str | Path, limit: int) -> str:
+def read_text(path: str | Path, limit: int) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes; raises OSError, or a ValueError that says what it is."""
     path = local(path)
     if path.exists() and not path.is_file():  # opening a pipe could block forever
         raise ValueError("it is not a file")

@@ -54,7 +54,7 @@ GPT3_TRAINING = {
 INT_FIELDS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "ffn_dim", "attention_window")
 RATE_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias")
-CHOICE_FIELDS = ("activation", "attention_pattern", "tokenizer")
+CHOICE_FIELDS = ("activation", "attention_pattern")
 # Of `ComputeConfig`.
 COMPUTE_BOOLS = ("scan_layers", "custom_derivatives", "native_kernel")
 COMPUTE_CHOICES = {declared.name: declared.choices for declared in settings(ComputeConfig) if declared.choices}
@@ -62,7 +62,15 @@ COMPUTE_CHOICES = {declared.name: declared.choices for declared in settings(Comp
 
 def test_the_fields_above_are_all_there_are():
     fields = {field.name for field in dataclasses.fields(GPTConfig)}
-    assert {*INT_FIELDS, *RATE_FIELDS, *BOOL_FIELDS, *CHOICE_FIELDS, "layer_norm_eps", "embedding_std"} == fields
+    assert {
+        *INT_FIELDS,
+        *RATE_FIELDS,
+        *BOOL_FIELDS,
+        *CHOICE_FIELDS,
+        "layer_norm_eps",
+        "embedding_std",
+        "tokenizer",
+    } == fields
     assert {*COMPUTE_BOOLS, *COMPUTE_CHOICES} == set(ComputeConfig().to_dict())
     assert set(COMPUTE_CHOICES) == {"dtype", "param_dtype", "remat"}
 
@@ -116,7 +124,7 @@ def test_switches_must_be_bools(name, value):
         with_field(name, value)
 
 
-@pytest.mark.parametrize("name", [*CHOICE_FIELDS, *COMPUTE_CHOICES])
+@pytest.mark.parametrize("name", [*CHOICE_FIELDS, *COMPUTE_CHOICES, "tokenizer"])
 @pytest.mark.parametrize("value", ["", "swish", 3, None])
 def test_choices_must_be_known_names(name, value):
     with pytest.raises(ConfigError, match=rf"^{name} must be "):
@@ -423,6 +431,7 @@ configs = st.builds(
     attention_window=st.integers(1, 2**22),
     layer_norm_eps=st.floats(1e-300, 0.99),
     embedding_std=st.floats(1e-300, 10),
+    tokenizer=st.sampled_from(["gpt2", "bytes", "none", "bpe-0123456789abcdef"]),
     **{name: rates if name == "drop_rate" else st.one_of(st.none(), rates) for name in RATE_FIELDS},
     **{name: st.booleans() for name in BOOL_FIELDS},
     **{name: st.sampled_from(choices(GPTConfig, name)) for name in CHOICE_FIELDS},

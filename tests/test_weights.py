@@ -91,6 +91,7 @@ def hf_config(config, **changes):
         "embd_pdrop": 0.0,
         "attn_pdrop": 0.0,
         "tie_word_embeddings": config.tie_embeddings,
+        "jaxgpt_tokenizer": config.tokenizer,  # as in our exports; without it, these sizes have none
         **changes,
     }
 
@@ -335,7 +336,7 @@ def test_a_tied_book_model_stored_once_is_read_as_tied(tmp_path):
     model, params = make_model(config)
     untied = {**params, "out_head": params["tok_emb"]}
     save_file(stored_once(book_tensors(untied), "out_head.weight", "tok_emb.weight"), tmp_path / "book.safetensors")
-    loaded, got = weights.load(tmp_path / "book.safetensors", n_heads=3, drop_rate=0.0)
+    loaded, got = weights.load(tmp_path / "book.safetensors", n_heads=3, drop_rate=0.0, tokenizer="gpt2")
     assert loaded == model
     assert_same(got, params)
 
@@ -591,7 +592,7 @@ def test_symlinks_of_the_hub_cache_are_followed(tiny, tmp_path):
 def test_book_safetensors_loads_with_the_config_from_its_shapes(config, tmp_path):
     model, params = make_model(config)
     save_file(book_tensors(params), tmp_path / "book.bin")
-    loaded, got = weights.load(tmp_path / "book.bin", n_heads=3, drop_rate=0.0)
+    loaded, got = weights.load(tmp_path / "book.bin", n_heads=3, drop_rate=0.0, tokenizer="gpt2")
     assert loaded == GPT(config)
     assert_same(got, params)
     np.testing.assert_array_equal(logits(loaded, got), logits(model, params))
@@ -781,7 +782,8 @@ def test_hub_name_goes_through_the_library(tiny, tmp_path, monkeypatch):
     assert weights.load_config("gpt2") == TINY
     assert [name for name, _ in calls] == ["openai-community/gpt2-xl", "gpt2"]
     assert "model.safetensors" in calls[0][1]
-    assert calls[1][1] == ["config.json"]
+    assert calls[1][1] == [pattern for pattern in calls[0][1] if "safetensors" not in pattern]
+    assert {"config.json", "tokenizer.json", "vocab.json", "merges.txt"} <= set(calls[1][1])
     assert not any(pattern.endswith((".bin", "*")) for _, patterns in calls for pattern in patterns)
 
 

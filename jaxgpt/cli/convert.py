@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxgpt.cli.options import add_force
+from jaxgpt.cli.options import add_force, add_tokenizer
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.files import new_directory
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
     parser.add_argument("--n-heads", type=int, metavar="N", help="number of attention heads, if SRC does not say")
+    add_tokenizer(parser)
     parser.add_argument("--check-finite", action="store_true", help="refuse NaN and infinite values")
     add_force(parser, "replace DST if it is a checkpoint")
 
@@ -36,10 +37,10 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.training import load
     from jaxgpt.weights import save
 
-    given = {"n_heads": args.n_heads, "param_dtype": args.param_dtype}
+    given = {"n_heads": args.n_heads, "param_dtype": args.param_dtype, "tokenizer": args.tokenizer}
     overrides = {name: value for name, value in given.items() if value is not None}
     model, params = load(args.src, check_finite=args.check_finite, **overrides)
     save(args.dst, model, params, format=args.format)
     count = count_parameters(model.config).total
-    print(f"{args.dst}: {args.format}, {count:,} parameters", file=sys.stderr)
+    print(f"{args.dst}: {args.format}, {count:,} parameters, tokenizer {model.config.tokenizer}", file=sys.stderr)
     return 0

@@ -202,7 +202,7 @@ def _render(name: str, config: GPTConfig, report: dict[str, Any], expand: bool) 
     with console.capture() as capture:
         console.print(
             f"{name}: n_layers {config.n_layers}, emb_dim {config.emb_dim:,}, n_heads {config.n_heads}, "
-            f"context_length {config.context_length:,}, vocab_size {config.vocab_size:,}",
+            f"context_length {config.context_length:,}, vocab_size {config.vocab_size:,}, tokenizer {config.tokenizer}",
             markup=False,
         )
         console.print(_tree_table(config, report, expand))

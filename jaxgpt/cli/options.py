@@ -14,13 +14,23 @@ def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--force", action="store_true", help=what)
 
 
+def add_tokenizer(parser: argparse.ArgumentParser) -> None:
+    """Declares --tokenizer, for models that came without one."""
+    parser.add_argument(
+        "--tokenizer",
+        metavar="NAME_OR_PATH",
+        help="the model's tokenizer, if it lies elsewhere: a directory, file or hub name, gpt2, bytes, or none",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares --model, --dtype and --mesh."""
+    """Declares --model, --tokenizer, --dtype and --mesh."""
     parser.add_argument(
         "--model",
         default="shakespeare",
         help="checkpoint file or directory, run directory, bundled name, or hub name (%(default)s)",
     )
+    add_tokenizer(parser)
     parser.add_argument(
         "--dtype",
         choices=PARAM_DTYPES,
@@ -43,7 +53,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
     mesh = None if args.mesh is None else sharding.make_mesh(MeshConfig.parse(args.mesh))
     # Parameters that will be sharded must not first fill one device.
     with contextlib.nullcontext() if mesh is None else sharding.on_host():
-        stored = {} if args.dtype is None else {"param_dtype": args.dtype}
+        given = {"param_dtype": args.dtype, "tokenizer": args.tokenizer}
+        stored = {name: value for name, value in given.items() if value is not None}
         model, params = prepare(*load(args.model, **stored), args.dtype)
     if mesh is not None:
         sharding.check(mesh, model.config)

@@ -101,13 +101,23 @@ def text_pieces(run: Generation) -> Iterator[str]:
 
 
 def encode_prompt(config: GPTConfig, text: str) -> list[int]:
-    """A prompt's ids; an empty text is one end-of-text, because a model must read something.
+    """A prompt's ids; an empty text is one end-of-text (or the id that the tokenizer starts from), because a model must
+    read something.
 
     Raises:
-        ValueError: if the model's vocabulary is smaller than its tokenizer's and lacks one of them; names it.
+        ValueError: if the model's vocabulary is smaller than its tokenizer's and lacks one of them; names it. If the
+            text is empty, and the tokenizer has no id to start from.
+        DataError, MissingExtraError: if the tokenizer cannot encode the text.
     """
     tokenizer = get_tokenizer(config.tokenizer)
-    ids = tokenizer.encode(text) or [tokenizer.end_of_text]
+    ids = tokenizer.encode(text)
+    if not ids:
+        if tokenizer.start is None:
+            raise ValueError(
+                f"the prompt {short_repr(text)} has no tokens, and tokenizer {config.tokenizer!r} has none to start "
+                "from: give another text, or ids"
+            )
+        ids = [tokenizer.start]
     if max(ids) >= config.vocab_size:
         lacking = next(i for i in ids if i >= config.vocab_size)
         raise ValueError(
@@ -119,9 +129,8 @@ def encode_prompt(config: GPTConfig, text: str) -> list[int]:
 
 
 def default_stop_ids(config: GPTConfig) -> tuple[int, ...]:
-    """End-of-text, unless the model's vocabulary ends before it."""
-    end_of_text = get_tokenizer(config.tokenizer).end_of_text
-    return (end_of_text,) if end_of_text < config.vocab_size else ()
+    """End-of-text, and what else the tokenizer's files let a text end with, without ids that the model lacks."""
+    return tuple(i for i in get_tokenizer(config.tokenizer).stop_ids if i < config.vocab_size)
 
 
 def decode_new(config: GPTConfig, ids: Sequence[int] | np.ndarray, stop_ids: Sequence[int]) -> str:

@@ -136,12 +136,13 @@ def _ctranslate2(work: Workload, threads: int) -> float:
     import ctranslate2
     from transformers import GPT2Tokenizer
 
-    from jaxgpt.weights import write_tokenizer
+    from jaxgpt.tokenizer import get_tokenizer, write_tokenizer
 
     with tempfile.TemporaryDirectory() as work_directory:
         source, converted = Path(work_directory) / "source", Path(work_directory) / "converted"
         _model(work).save_pretrained(source)
-        write_tokenizer(source, work.config())
+        config = work.config()
+        write_tokenizer(source, get_tokenizer(config.tokenizer), context_length=config.context_length)
         GPT2Tokenizer.from_pretrained(source).save_pretrained(source)
         ctranslate2.converters.TransformersConverter(str(source)).convert(str(converted), quantization=work.dtype)
         generator = ctranslate2.Generator(str(converted), device="cpu", intra_threads=threads, compute_type=work.dtype)

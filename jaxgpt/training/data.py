@@ -46,22 +46,23 @@ class Tokens:
     sha256: str
 
     @classmethod
-    def from_text(cls, text: str, tokenizer: str) -> Tokens:
-        """Encodes a text."""
+    def from_text(cls, text: str, tokenizer: str | Path) -> Tokens:
+        """Encodes a text with a tokenizer, anything that `get_tokenizer` takes."""
         return cls.from_ids(get_tokenizer(tokenizer).encode(text), tokenizer)
 
     @classmethod
-    def from_ids(cls, ids: Any, tokenizer: str) -> Tokens:
-        """Takes ids that the tokenizer has made.
+    def from_ids(cls, ids: Any, tokenizer: str | Path) -> Tokens:
+        """Takes ids that the tokenizer has made; of "none", any ids.
 
         Raises:
             TypeError, ValueError: for anything but one row of ids of that tokenizer.
         """
-        vocab_size = get_tokenizer(tokenizer).vocab_size
+        made_by = get_tokenizer(tokenizer)
+        vocab_size = made_by.vocab_size or 1 + int(np.max(as_ids(ids, "ids"), initial=0))
         ids_N: Ids = check_ids(as_ids(ids, "ids"), "ids", vocab_size).astype(
             np.uint16 if vocab_size <= 2**16 else np.uint32
         )
-        return cls(ids_N, tokenizer, vocab_size, _hash(ids_N))
+        return cls(ids_N, made_by.name, vocab_size, _hash(ids_N))
 
     def save(self, path: str | Path) -> None:
         """Writes a token file: safetensors with one tensor, "ids", and the other attributes as metadata.
@@ -118,7 +119,7 @@ def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
         raise DataError(f"{source}: id {tokens.ids_N[where]} at {where} is not below vocab_size={config.vocab_size}")
 
 
-def read_text(path: str | Path, tokenizer: str) -> Tokens:
+def read_text(path: str | Path, tokenizer: str | Path) -> Tokens:
     """Encodes a text file.
 
     Raises:

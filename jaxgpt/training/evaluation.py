@@ -25,8 +25,8 @@ class Evaluation:
     Attributes:
         loss: mean of -log p(token | tokens before it in its sequence), in nats per token.
         perplexity: exp(loss).
-        bits_per_byte: the loss in bits per UTF-8 byte of the text; None if the text has ids that are not the
-            tokenizer's, whose bytes are unknown.
+        bits_per_byte: the loss in bits per UTF-8 byte of the text; None if its bytes are unknown, because it has
+            ids that are not the tokenizer's, or the tokenizer is one that Hugging Face's library runs.
         tokens: how many tokens were predicted.
     """
 
@@ -98,10 +98,8 @@ def evaluate(
         total, count = total + float(losses), count + float(counted)
     loss = total / count
     tokenizer, predicted_N = get_tokenizer(model.config.tokenizer), np.asarray(ids_N[1:predicted])
-    bits = None
-    if predicted_N.max() < tokenizer.vocab_size:
-        bits = bits_per_byte(total, len(tokenizer.decode_bytes(predicted_N.tolist())))
-    return Evaluation(loss, perplexity(loss), bits, int(count))
+    size = tokenizer.count_bytes(predicted_N)
+    return Evaluation(loss, perplexity(loss), None if size is None else bits_per_byte(total, size), int(count))
 
 
 def _sequence(ids_N: Ids, start: int, first: int, T: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

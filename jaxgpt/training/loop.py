@@ -389,8 +389,8 @@ def _first_line(
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
     return (
         f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
-        f"{count:,} parameters; {train_tokens:,} tokens to train on, {val_tokens:,} to validate; {devices}; "
-        f"{config.batch_size * config.T:,} tokens per step"
+        f"{count:,} parameters, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, {val_tokens:,} to "
+        f"validate; {devices}; {config.batch_size * config.T:,} tokens per step"
     )
 
 

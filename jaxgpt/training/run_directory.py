@@ -3,6 +3,7 @@
 DIR/run.json        the resolved config, the data's path and hash, the model that it started from, versions
 DIR/metrics.jsonl   one line per logged step or evaluation
 DIR/checkpoints/    see checkpoints.py
+DIR/tokenizer/      the files of the tokenizer, unless it is in the package
 DIR/loss.png        the loss curves, if the extra [plot] is installed
 DIR/tensorboard/    the metrics again, for TensorBoard, if requested
 """
@@ -23,8 +24,9 @@ from typing import Any
 
 from jaxgpt.checks import short_repr
 from jaxgpt.errors import CheckpointError, ConfigError, require
-from jaxgpt.files import local, unsupported, write_text
+from jaxgpt.files import local, replacing_directory, unsupported, write_text
 from jaxgpt.textfile import read_json
+from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_in, write_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens
@@ -53,6 +55,7 @@ class Run:
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"
+        self.tokenizer = self.directory / "tokenizer"
         self._tensorboard: Any = None
 
     @contextlib.contextmanager
@@ -136,6 +139,10 @@ class Run:
         """Writes run.json. `data` is the path of the tokens, if they were read from a file."""
         if not self.writes:
             return
+        if config.model.tokenizer not in (*BUILTIN, NONE):
+            with replacing_directory(self.tokenizer, last="tokenizer.json") as directory:
+                tokenizer = get_tokenizer(config.model.tokenizer)
+                write_tokenizer(directory, tokenizer, context_length=config.model.context_length, own_ids=True)
         packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
         description = {
             "config": config.to_dict(),
@@ -147,8 +154,20 @@ class Run:
         write_text(self.description, json.dumps(description, indent=2) + "\n")
 
     def config(self, overrides: Sequence[str] = ()) -> TrainConfig:
-        """The config that the run was started with, with "key=value" strings applied as `--set` does."""
-        return TrainConfig.from_dict(self._described("config"), str(self.description), overrides)
+        """The config that the run was started with, with "key=value" strings applied as `--set` does. From here on, the
+        name of its tokenizer is known.
+
+        Raises:
+            CheckpointError: if the tokenizer's files are missing, or are another's.
+        """
+        config = TrainConfig.from_dict(self._described("config"), str(self.description), overrides)
+        name = config.model.tokenizer
+        if name not in (*BUILTIN, NONE) and not is_built(name):
+            found = tokenizer_in(self.tokenizer)
+            if found is None or found.name != name:
+                others = "none" if found is None else f"those of {found.name}"
+                raise CheckpointError(self.tokenizer, f"expected the files of tokenizer {name}, not {others}")
+        return config
 
     def init_from(self) -> str | None:
         """What the run was fine-tuned from, if anything."""

@@ -4,7 +4,6 @@ from .formats import FORMATS as FORMATS
 from .formats import load as load
 from .formats import load_config as load_config
 from .formats import save as save
-from .huggingface import write_tokenizer as write_tokenizer
 from .layout import Checkpoint as Checkpoint
 from .layout import identity_rows as identity_rows
 from .tensors import Tensor as Tensor

@@ -12,7 +12,8 @@ A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format ha
 - `recognises(content)`: whether `content` is in this format. For a directory, `content` is its config.json as a dict;
   for a .safetensors file, its `tensors.Tensor`s by name; for a .pt or .pth file, whatever `torch.save` was given;
 - `read(path, content, overrides)`: returns the `layout.Checkpoint`, with its tensors not read yet. `overrides` are the
-  fields of `GPTConfig` that the caller gave, for what the content does not say.
+  fields of `GPTConfig` that the caller gave, for what the content does not say. The tokenizer is not the format's
+  business, unless it stores a name of ours (`Checkpoint.tokenizer`): the files of one are looked for here.
 
 Those in `FORMATS` can also be written, and have
 
@@ -23,18 +24,21 @@ Those in `FORMATS` can also be written, and have
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxgpt import hub
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
-from jaxgpt.weights import book, hub, huggingface, nanogpt, own
+from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, tokenizer_in
+from jaxgpt.weights import book, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.tensors import load_torch, open_safetensors
 
@@ -70,6 +74,9 @@ def load(
         overrides: single fields of `ComputeConfig` to change (`param_dtype`, `dtype`, `scan_layers`, ...), and fields
             of `GPTConfig` that the file does not have (`n_heads` for the book's files) or that do not affect the
             parameters' shapes (`drop_rate`, ...). A shorter `context_length` leaves out the later positions.
+            `tokenizer` may be anything that `get_tokenizer` takes; by default it is the one whose files lie in the
+            directory or, for a GPT-2 of 50,257 to 50,304 ids without such files, OpenAI's. With "none", the model takes
+            ids and no text, as one does that came without a tokenizer.
 
     Returns:
         (model, params): a `GPT`, and a plain nested dict of JAX arrays.
@@ -77,12 +84,13 @@ def load(
     Raises:
         CheckpointError: if it cannot be read, or its tensors are not exactly the model's; lists every difference.
         ConfigError: if its configuration is invalid or not implemented, or an override is wrong.
+        DataError: if its tokenizer's files contradict themselves.
         MissingExtraError: if the format needs a package that is not installed.
         OutOfMemoryError: if the parameters alone need more memory than there is.
     """
     if not isinstance(compute, (ComputeConfig, type(None))):
         raise TypeError(f"compute must be a ComputeConfig, not {short_repr(compute)}")
-    run = _pop_compute(overrides)
+    run, overrides = _pop_compute(overrides), _with_tokenizer_name(overrides)
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
     config, stored = _changed(checkpoint, overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
@@ -95,6 +103,7 @@ def load(
 def load_config(path_or_name: str | Path | Checkpoint, **overrides: Any) -> GPTConfig:
     """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
     _pop_compute(overrides)
+    overrides = _with_tokenizer_name(overrides)
     return _changed(_recognise(path_or_name, overrides, with_tensors=False), overrides)
 
 
@@ -107,6 +116,37 @@ def _changed(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> GPTConfig:
             "embeddings of later positions"
         )
     return config
+
+
+def _with_tokenizer_name(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The overrides, with the name of the tokenizer that they give in whatever way."""
+    given = overrides.get("tokenizer")
+    return {**overrides} if given is None else {**overrides, "tokenizer": get_tokenizer(given).name}
+
+
+def _with_tokenizer(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with the name of its tokenizer in the config: of that whose files lie in the directory, or else of
+    that which the format names. A checkpoint of 50,257 ids or a few more (added, or for padding) that has neither is
+    taken for one with OpenAI's vocabulary; of other sizes, nothing is known.
+
+    Raises:
+        CheckpointError: if the format names another than the one in the directory.
+        ConfigError, DataError: if the tokenizer's files cannot be used.
+    """
+    stored, size = checkpoint.tokenizer, checkpoint.config.vocab_size
+    if "tokenizer" in overrides:
+        return checkpoint
+    found = tokenizer_in(checkpoint.path) if checkpoint.path.is_dir() else None
+    if stored not in (None, NONE, *BUILTIN) and (found is None or found.name != stored):
+        raise CheckpointError(
+            checkpoint.path,
+            f"its config names the tokenizer {stored}, and beside it lies {'none' if found is None else found.name}: "
+            "restore the tokenizer's files, or say which to use (tokenizer=...)",
+        )
+    name = stored if found is None else found.name
+    if name is None:
+        name = "gpt2" if nanogpt.VOCAB <= size <= nanogpt.PADDED_VOCAB else NONE
+    return dataclasses.replace(checkpoint, config=checkpoint.config.replace(tokenizer=name))
 
 
 def _pop_compute(overrides: dict[str, Any]) -> dict[str, Any]:
@@ -160,6 +200,10 @@ def _recognise(
 ) -> Checkpoint:
     if isinstance(path_or_name, Checkpoint):
         return path_or_name
+    return _with_tokenizer(_open(path_or_name, overrides, with_tensors), overrides)
+
+
+def _open(path_or_name: str | Path, overrides: Mapping[str, Any], with_tensors: bool) -> Checkpoint:
     if not isinstance(path_or_name, (str, os.PathLike)):
         raise TypeError(f"load takes a path or a name, not {short_repr(path_or_name)}")
     if path_or_name in BUNDLED:

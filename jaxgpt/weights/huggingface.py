@@ -16,13 +16,13 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.model import GPT
 from jaxgpt.textfile import read_json
-from jaxgpt.tokenizer import END_OF_TEXT, get_tokenizer, gpt2_alphabet, gpt2_merges
+from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, write_tokenizer
+from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
 
 INDEX = "model.safetensors.index.json"
 CARD = "README.md"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 FILES = ("config.json", "model.safetensors", "generation_config.json", *TOKENIZER_FILES, CARD)
 MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"
 TIED = ("lm_head.weight", "wte.weight")
@@ -94,7 +94,6 @@ _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("drop_rate_shortcut", ("resid_pdrop",), 0.1),
     ("tie_embeddings", ("tie_word_embeddings",), True),
     ("activation", ("activation_function",), "gelu_new"),
-    ("tokenizer", ("jaxgpt_tokenizer",), "gpt2"),  # our own key, which transformers preserves
 )
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 
@@ -131,7 +130,14 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
         tensors=lambda: without_prefix(directory, _open(directory), "transformer."),
         skip=MASKS,
         tied=TIED,
+        tokenizer=stored_tokenizer(fields),
     )
+
+
+def stored_tokenizer(fields: Mapping[str, Any]) -> str | None:
+    """The tokenizer in the package that our own key, which transformers preserves, names; None if there is none."""
+    name = fields.get("jaxgpt_tokenizer")
+    return name if name in (*BUILTIN, NONE) else None
 
 
 def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
@@ -194,7 +200,7 @@ def write(directory: Path, model: GPT, params: Any) -> None:
 
     transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros.
     """
-    config = model.config
+    config, tokenizer = model.config, get_tokenizer(model.config.tokenizer)
     full = config.replace(bias=True, qkv_bias=True)
     tensors = outside_tensors(directory, model, params, ROWS, full)
     # Without this prefix, transformers would take the file for a model without an output head.
@@ -204,8 +210,8 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     # Without a configuration of its own, transformers' pipeline samples 256 tokens, whatever the context holds.
     generation = {"do_sample": False, "max_length": config.context_length}
     _write_json(directory / "generation_config.json", _special_ids(config) | generation)
-    if config.vocab_size >= get_tokenizer(config.tokenizer).end_of_text:
-        write_tokenizer(directory, config)
+    if config.vocab_size >= tokenizer.text_ids:
+        write_tokenizer(directory, tokenizer, context_length=config.context_length)
     (directory / CARD).write_text(CARD_TEXT, encoding="utf-8")
 
 
@@ -219,48 +225,16 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
         "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
         **{name: value for name, value in _FIXED.items() if value is not None},
         **_special_ids(config),
+        # Of others the files tell, which somebody may change.
+        **({"jaxgpt_tokenizer": config.tokenizer} if config.tokenizer in (*BUILTIN, NONE) else {}),
     }
 
 
-def _special_ids(config: GPTConfig) -> dict[str, int | None]:
-    end_of_text = get_tokenizer(config.tokenizer).end_of_text
-    return dict.fromkeys(("bos_token_id", "eos_token_id"), end_of_text if end_of_text < config.vocab_size else None)
-
-
-def write_tokenizer(directory: Path, config: GPTConfig) -> None:
-    """Writes the tokenizer as `TOKENIZER_FILES`: tokenizer.json for current libraries, and for older ones the merge
-    table and the vocabulary that follows from it.
-
-    Bytes are a byte-pair encoding without merges, whose ids follow the bytes' values and not GPT-2's order.
-    """
-    alphabet = gpt2_alphabet()
-    table = gpt2_merges() if config.tokenizer == "gpt2" else "#version: 0.2\n"
-    merges = [merge for merge in table.split("\n")[1:] if merge]
-    first = list(alphabet) if config.tokenizer == "gpt2" else range(256)
-    tokens = [*(alphabet[byte] for byte in first), *(merge.replace(" ", "") for merge in merges), END_OF_TEXT]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    (directory / "merges.txt").write_text(table, encoding="utf-8")
-    _write_json(directory / "vocab.json", vocabulary)
-    _write_json(
-        directory / "tokenizer_config.json",
-        {
-            "tokenizer_class": "GPT2Tokenizer",
-            "model_max_length": config.context_length,
-            "clean_up_tokenization_spaces": False,  # older versions would drop spaces from what the model wrote
-            **dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT),
-        },
-    )
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    special = {"id": vocabulary[END_OF_TEXT], "content": END_OF_TEXT, "special": True}
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    content = {
-        "version": "1.0",
-        "added_tokens": [special | plain],
-        "pre_tokenizer": byte_level,
-        "decoder": byte_level,
-        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
-    }
-    _write_json(directory / "tokenizer.json", content)
+def _special_ids(config: GPTConfig) -> dict[str, Any]:
+    tokenizer = get_tokenizer(config.tokenizer)
+    start = tokenizer.start if tokenizer.start is not None and tokenizer.start < config.vocab_size else None
+    stops = [i for i in tokenizer.stop_ids if i < config.vocab_size]
+    return {"bos_token_id": start, "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None)}
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -100,6 +100,7 @@ class Checkpoint:
         skip: regular expression for names that are known and are not parameters.
         tied: (head, embedding): the names of both. A file of a tied model may hold either name, or both if equal.
         compute: how to run the model unless the caller says otherwise; its `param_dtype` is the file's.
+        tokenizer: the name of the tokenizer, if the format stores one. `formats.py` looks for the tokenizer's files.
     """
 
     path: Path
@@ -109,6 +110,7 @@ class Checkpoint:
     skip: str = r"(?!)"
     tied: tuple[str, str] | None = None
     compute: ComputeConfig = ComputeConfig()
+    tokenizer: str | None = None
 
 
 @functools.lru_cache(maxsize=64)

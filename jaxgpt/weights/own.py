@@ -2,7 +2,7 @@
 
 config.json is {"format": "jaxgpt", "version": 1, "config": {the fields of GPTConfig}, "compute": {those of
 ComputeConfig}}. The tensors are named by their paths, one array per layer (`trf_blocks_0/att/qkv/weight`), regardless
-of `scan_layers`.
+of `scan_layers`. A tokenizer that is not in the package lies beside them, as the files that transformers reads.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT
+from jaxgpt.tokenizer import BUILTIN, get_tokenizer, write_tokenizer
+from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
 from jaxgpt.weights.tensors import open_safetensors, write_safetensors
 
 VERSION = 1
-FILES = ("config.json", "model.safetensors")
+FILES = ("config.json", "model.safetensors", *TOKENIZER_FILES)
 
 
 def recognises(fields: Mapping[str, Any]) -> bool:
@@ -45,6 +47,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
         identity_rows(config, compute.param_dtype),
         tensors=lambda: open_safetensors(directory / "model.safetensors"),
         compute=compute,
+        tokenizer=config.tokenizer,
     )
 
 
@@ -54,7 +57,7 @@ def refusal(model: GPT) -> str | None:
 
 
 def write(directory: Path, model: GPT, params: Any) -> None:
-    """Writes `FILES` into `directory`."""
+    """Writes `FILES` into `directory`; the tokenizer's only if it is not in the package."""
     rows = identity_rows(model.config, model.compute.param_dtype)
     tensors = outside_tensors(directory, model, params, rows, model.config)
     write_safetensors(directory / "model.safetensors", tensors, {"format": "jaxgpt"})
@@ -64,4 +67,7 @@ def write(directory: Path, model: GPT, params: Any) -> None:
         "config": model.config.to_dict(),
         "compute": model.compute.portable().to_dict(),
     }
+    if model.config.tokenizer not in BUILTIN:
+        tokenizer = get_tokenizer(model.config.tokenizer)
+        write_tokenizer(directory, tokenizer, context_length=model.config.context_length, own_ids=True)
     (directory / "config.json").write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")

@@ -9,6 +9,11 @@ from jaxgpt.checks import first_line
 from jaxgpt.errors import CheckpointError, require
 
 _TENSORS = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+# And the files that say which ids start and end a text.
+_TOKENIZER = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "vocab.txt", "encoder.json", "vocab.bpe"),
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json", "generation_config.json"),
+)
 
 
 def is_name(name: str) -> bool:
@@ -18,7 +23,7 @@ def is_name(name: str) -> bool:
 
 
 def download(name: str, *, with_tensors: bool) -> Path:
-    """Returns a directory with a hub model's config.json and, with `with_tensors`, its safetensors.
+    """Returns a directory with a hub model's config.json, its tokenizer and, with `with_tensors`, its safetensors.
 
     Uses huggingface_hub's cache and honours its environment variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, ...).
 
@@ -27,7 +32,7 @@ def download(name: str, *, with_tensors: bool) -> Path:
         MissingExtraError: without huggingface_hub.
     """
     hub = require("huggingface_hub", "hub", f"no file or directory {name!r}: getting it from the hub")
-    patterns = ["config.json", *(_TENSORS if with_tensors else ())]
+    patterns = ["config.json", *_TOKENIZER, *(_TENSORS if with_tensors else ())]
     try:
         return Path(hub.snapshot_download(name, allow_patterns=patterns))
     except Exception as error:  # the base class of the library's network errors differs between its versions

@@ -1,0 +1,13 @@
+from .builtin import END_OF_TEXT as END_OF_TEXT
+from .files import FILES as FILES
+from .files import write_tokenizer as write_tokenizer
+from .names import BUILTIN as BUILTIN
+from .names import NAME_FORM as NAME_FORM
+from .names import NONE as NONE
+from .names import is_name as is_name
+from .registry import get_tokenizer as get_tokenizer
+from .registry import is_built as is_built
+from .registry import restored as restored
+from .registry import tokenizer_in as tokenizer_in
+from .vocabulary import StreamDecoder as StreamDecoder
+from .vocabulary import Tokenizer as Tokenizer
