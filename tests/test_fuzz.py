@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from helpers import TINY, make_model, to_toml
 from safetensors.numpy import save_file
-from test_weights import BOOK, book_tensors, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
+from test_weights import BOOK, INDEX, book_tensors, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
 from test_weights_bad_input import Canary
 
 from jaxgpt.config import GPTConfig
@@ -247,7 +247,7 @@ def test_book_file_with_a_damaged_header(mutate, cases, tmp_path):
 @pytest.mark.exhaustive
 def test_damaged_index_of_shards(params, tmp_path):
     write_shards(tmp_path, TINY, hf_tensors(params))
-    assert fuzz(800, tmp_path / huggingface.INDEX, json_file, loads(tmp_path, params)) > 500
+    assert fuzz(800, tmp_path / INDEX, json_file, loads(tmp_path, params)) > 500
 
 
 @pytest.mark.parametrize("format", ["jaxgpt", "huggingface"])
@@ -455,7 +455,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
                 continue  # a text of any size may be read
             with watched(f"{reader} of {kind} {name}"):
                 assert refused(lambda read=read, name=name: read(tmp_path / name), f"{reader} of {kind} {name}")
-    for part in ("config.json", "model.safetensors", huggingface.INDEX):
+    for part in ("config.json", "model.safetensors", INDEX):
         directory = write_shards_or_not(part, tmp_path / part.replace(".", "_"), params)
         (directory / part).unlink()
         place(kind, directory / part)
@@ -465,7 +465,7 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
 
 def write_shards_or_not(part, directory, params):
     directory.mkdir()
-    if part == huggingface.INDEX:
+    if part == INDEX:
         write_shards(directory, TINY, hf_tensors(params))
     else:
         write_hf(directory, TINY, hf_tensors(params))
@@ -508,7 +508,7 @@ def test_no_pickle_is_ever_executed(params, tmp_path):
     ]
     parts = [
         directory / name
-        for name in ("config.json", "model.safetensors", huggingface.INDEX, "pytorch_model.bin", "run.json")
+        for name in ("config.json", "model.safetensors", INDEX, "pytorch_model.bin", "run.json")
     ]
     for content in pickles(canary):
         for path in (*files[:-1], *parts):

@@ -36,6 +36,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 UNTIED = TINY.replace(tie_embeddings=False)
 BOOK = TINY.replace(tie_embeddings=False, qkv_bias=False)
+INDEX = "model.safetensors.index.json"
 NANOGPT_BARE = TINY.replace(bias=False, qkv_bias=False, activation="gelu")
 
 
@@ -552,7 +553,7 @@ def test_directory_that_transformers_wrote_loads(tmp_path):
     config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert (tmp_path / huggingface.INDEX).exists()
+    assert (tmp_path / INDEX).exists()
     model, params = weights.load(tmp_path)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
@@ -568,7 +569,7 @@ def write_shards(directory, config, tensors):
         file = f"model-0000{i}-of-00002.safetensors"
         save_file(dict(part), directory / file)
         index |= dict.fromkeys(dict(part), file)
-    (directory / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return index
 
 

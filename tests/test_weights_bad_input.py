@@ -15,7 +15,7 @@ from helpers import TINY, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_weights import BOOK, book_tensors, hf_config, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
+from test_weights import BOOK, INDEX, book_tensors, hf_config, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
 
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.weights import formats as weights
@@ -251,7 +251,7 @@ def test_largest_allowed_depth_with_a_small_file_allocates_nothing(tiny, tmp_pat
 def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
     index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     index["wte.weight"] = file
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": index}))
     with pytest.raises(CheckpointError, match="beside the index"):
         weights.load(tmp_path)
 
@@ -259,7 +259,7 @@ def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_malformed_index_is_refused(content, tiny, tmp_path):
     write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
-    (tmp_path / huggingface.INDEX).write_text(content)
+    (tmp_path / INDEX).write_text(content)
     with pytest.raises(CheckpointError, match="weight_map"):
         weights.load(tmp_path)
 
@@ -271,7 +271,7 @@ def test_index_that_disagrees_with_its_shards_is_refused(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=f"{second} holds the tensor 'transformer.wte.weight'"):
         weights.load(tmp_path)
     index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {**index, "lost": first}}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {**index, "lost": first}}))
     with pytest.raises(CheckpointError, match="'lost'"):
         weights.load(tmp_path)
     (tmp_path / first).unlink()

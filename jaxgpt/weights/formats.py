@@ -24,6 +24,7 @@ Those in `FORMATS` can also be written, and have
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ from jaxgpt.parallel import check_bytes
 from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
-from jaxgpt.weights.tensors import load_torch, open_safetensors
+from jaxgpt.weights.msgpack import open_msgpack
+from jaxgpt.weights.tensors import beginning, load_torch, open_safetensors
 
 __all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save"]
 
@@ -221,14 +223,14 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not path.is_file():  # opening a pipe could block forever
         raise CheckpointError(path, "is neither a file nor a directory")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error}") from None
-    if start.startswith(b"\x80"):
-        raise CheckpointError(path, "a bare pickle, which is never loaded: save it again with a PyTorch later than 1.6")
-    content = load_torch(path) if start == b"PK\x03\x04" else open_safetensors(path)
+    start = beginning(path)
+    content: Any
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        content = load_torch(path)
+    elif re.match(rb"[\x81-\x8f][\xa1-\xbf].[^\0]", start, re.DOTALL):  # a map; a safetensors file has a 0 there
+        content = open_msgpack(path)
+    else:
+        content = open_safetensors(path)
     if isinstance(content, dict):
         for layout in FILE_FORMATS.values():
             if layout.recognises(content):

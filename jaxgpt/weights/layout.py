@@ -144,7 +144,7 @@ def read_params(
             floating-point type; if the tied head differs from the embedding; or, with `check_finite`, naming every
             parameter that holds NaN or infinite values.
     """
-    tensors = checkpoint.tensors()
+    tensors = dict(checkpoint.tensors())
     rows, tied = checkpoint.rows, checkpoint.tied if config.tie_embeddings else None
     cropped = checkpoint.config.context_length - config.context_length
     rows = tuple(
@@ -161,8 +161,9 @@ def read_params(
     optional = {name for name in tensors if re.fullmatch(checkpoint.skip, name)}
     if both:
         expected[both[0]] = expected[both[1]]
-    found = {name: tensor for name, tensor in tensors.items() if name not in optional}
-    check_tensors(checkpoint.path, expected, found, quantised)
+    required = {name: tensor for name, tensor in tensors.items() if name not in optional}
+    check_tensors(checkpoint.path, expected, required, quantised)
+    del required
     if both:
         _check_tied(checkpoint.path, tensors, *both)
 
@@ -176,6 +177,8 @@ def read_params(
             leaf = _adoptable(shape, parts[0].dtype)
             for entry, array in zip(parts, leaf if stacked else [leaf], strict=True):
                 array[...] = entry.inward(tensors)
+                for name in entry.names:
+                    del tensors[name]  # what an old file of PyTorch held in memory is freed as it is read
                 if check_finite and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
                     damaged.append(f"{entry.path} ({bad} of {array.size})")
             # Wait, so that the host's array, unless adopted, is freed before the next one is read.
