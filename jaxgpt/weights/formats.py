@@ -29,13 +29,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxgpt import accounting
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
-from jaxgpt.parallel import check_bytes
 from jaxgpt.textfile import read_json
 from jaxgpt.weights import book, hub, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
@@ -90,10 +88,6 @@ def load(
     checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
     config, stored = _changed(checkpoint, overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
-    check_bytes(
-        accounting.parameter_bytes(config, compute.param_dtype),
-        "choose a param_dtype of fewer bytes (--dtype bfloat16 or int8), or spread the model over a mesh",
-    )
     if compute.param_dtype == stored or "int8" not in (compute.param_dtype, stored):
         return GPT(config, compute), read_params(checkpoint, config, compute, check_finite)
     params = read_params(checkpoint, config, compute.replace(param_dtype=stored), check_finite)

@@ -20,10 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from jaxgpt import accounting
 from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT, leaves
+from jaxgpt.parallel import check_bytes
 from jaxgpt.weights.tensors import FLOATS, Tensor
 
 BLOCKS = "trf_blocks/"
@@ -143,6 +145,7 @@ def read_params(
         CheckpointError: listing every tensor that is missing, unexpected, of the wrong shape or not of a
             floating-point type; if the tied head differs from the embedding; or, with `check_finite`, naming every
             parameter that holds NaN or infinite values.
+        OutOfMemoryError: if the parameters alone need more memory than there is.
     """
     tensors = dict(checkpoint.tensors())
     rows, tied = checkpoint.rows, checkpoint.tied if config.tie_embeddings else None
@@ -166,6 +169,10 @@ def read_params(
     del required
     if both:
         _check_tied(checkpoint.path, tensors, *both)
+    check_bytes(
+        accounting.parameter_bytes(config, compute.param_dtype),
+        "choose a param_dtype of fewer bytes (--dtype bfloat16 or int8), or spread the model over a mesh",
+    )
 
     damaged = []
     params: dict[str, jax.Array] = {}
