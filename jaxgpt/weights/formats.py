@@ -53,6 +53,7 @@ FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 def load(
     path_or_name: str | Path | Checkpoint,
     *,
+    revision: str | None = None,
     compute: ComputeConfig | None = None,
     check_finite: bool = False,
     **overrides: Any,
@@ -65,6 +66,8 @@ def load(
         path_or_name: a file or directory, or the name of a bundled model or of a GPT-2 on the Hugging Face hub. A
             bundled name takes precedence over a path (write "./shakespeare" for the path), and a path over the hub.
             `jaxgpt.load` also takes the directory of a training run, whose model is that of its best checkpoint.
+        revision: the branch, tag or commit of a model on the hub. "NAME@REVISION" as a name means the same, in the
+            commands too.
         compute: how to run the model. By default this project's directories keep what they were saved with, and
             everything else gets `ComputeConfig()`: parameters become float32, whatever they are in the file. For a
             conversion to or from int8, memory holds both versions.
@@ -85,7 +88,7 @@ def load(
     if not isinstance(compute, (ComputeConfig, type(None))):
         raise TypeError(f"compute must be a ComputeConfig, not {short_repr(compute)}")
     run = _pop_compute(overrides)
-    checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
+    checkpoint = _recognise(path_or_name, overrides, revision, with_tensors=True)
     config, stored = _changed(checkpoint, overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
     if compute.param_dtype == stored or "int8" not in (compute.param_dtype, stored):
@@ -94,10 +97,12 @@ def load(
     return GPT(config, compute), cast_params(params, compute.param_dtype)
 
 
-def load_config(path_or_name: str | Path | Checkpoint, **overrides: Any) -> GPTConfig:
+def load_config(
+    path_or_name: str | Path | Checkpoint, *, revision: str | None = None, **overrides: Any
+) -> GPTConfig:
     """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
     _pop_compute(overrides)
-    return _changed(_recognise(path_or_name, overrides, with_tensors=False), overrides)
+    return _changed(_recognise(path_or_name, overrides, revision, with_tensors=False), overrides)
 
 
 def _changed(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> GPTConfig:
@@ -158,8 +163,10 @@ def _refuse_foreign_content(path: Path) -> None:
 
 
 def _recognise(
-    path_or_name: str | Path | Checkpoint, overrides: Mapping[str, Any], *, with_tensors: bool
+    path_or_name: str | Path | Checkpoint, overrides: Mapping[str, Any], revision: str | None, *, with_tensors: bool
 ) -> Checkpoint:
+    if revision is not None:
+        path_or_name = _at_revision(path_or_name, revision)
     if isinstance(path_or_name, Checkpoint):
         return path_or_name
     if not isinstance(path_or_name, (str, os.PathLike)):
@@ -185,16 +192,26 @@ def _recognise(
     if (
         not isinstance(path_or_name, str)
         or not hub.is_name(path_or_name)
-        or path.suffix in (".pt", ".pth", ".safetensors")
+        or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".msgpack")
     ):
         raise CheckpointError(path, "no such file or directory")
-    if "/" not in path_or_name and not path_or_name.startswith("gpt2"):
+    word = path_or_name.partition("@")[0]
+    if "/" not in word and not word.startswith("gpt2"):
         # Before the hub is asked, because what is misspelt is seldom there.
-        if path_or_name in PRESETS:
+        if word in PRESETS:
             raise CheckpointError(path, "a preset without published weights: GPT(GPTConfig.preset(...)) makes new ones")
-        if hint := did_you_mean(path_or_name, [*BUNDLED, *PRESETS]):
+        if hint := did_you_mean(word, [*BUNDLED, *PRESETS]):
             raise CheckpointError(path, f"no such file, directory or bundled model{hint}")
     return _read_directory(hub.download(path_or_name, with_tensors=with_tensors), overrides)
+
+
+def _at_revision(name: Any, revision: str) -> str:
+    """The name of a hub model at a revision; raises ValueError unless that is what the two make."""
+    if not isinstance(name, str) or name in BUNDLED or "@" in name or os.path.lexists(local(name)):
+        raise ValueError(f"revision={revision!r} is for a name of the Hugging Face hub, not for {short_repr(name)}")
+    if not isinstance(revision, str) or not hub.is_name(f"{name}@{revision}"):
+        raise ValueError(f"revision must be a branch, tag or commit of {name}, not {short_repr(revision)}")
+    return f"{name}@{revision}"
 
 
 def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
