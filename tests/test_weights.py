@@ -677,7 +677,9 @@ def test_msgpack_reads_as_flax_reads_it(tree, chunk, tmp_path, monkeypatch):
     assert list(got) == list(want)
     for name, tensor in got.items():
         array = tensor.read()
-        assert (tensor.shape, tensor.dtype) == (array.shape, array.dtype.name) == (want[name].shape, want[name].dtype.name)
+        assert (
+            (tensor.shape, tensor.dtype) == (array.shape, array.dtype.name) == (want[name].shape, want[name].dtype.name)
+        )
         np.testing.assert_array_equal(array, want[name])
 
 
@@ -1200,6 +1202,13 @@ def test_convert_passes_its_flags_on_and_overwrites_only_with_force(tmp_path):
     assert weights.load_config(tmp_path / "own").n_heads == 4
 
 
+_WARM_TORCH = """
+import io, torch
+file = io.BytesIO()
+torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+file.seek(0)
+torch.load(file, weights_only=True)["a"].clone().numpy()
+"""
 _PEAK = r"""
     import re, sys
     from pathlib import Path
@@ -1221,17 +1230,29 @@ _PEAK = r"""
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("scan", [False, True], ids=["blocks", "scan"])
-def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"])
+def test_loading_does_not_hold_the_parameters_twice(file, scan, tmp_path):
     config = GPTConfig(vocab_size=8192, context_length=64, emb_dim=640, n_heads=10, n_layers=9)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
     entries = layout.entries(config, "float32", huggingface.ROWS)
     tensors = {entry.names[0]: np.full(entry.outside_shape, 0.5, np.float32) for entry in entries}
-    save_file(tensors, tmp_path / "model.safetensors")
+    if file == "flax_model.msgpack":
+        tensors = {name.replace("c_attn.weight", "c_attn.kernel"): array for name, array in tensors.items()}
+        tensors = {name: array.T if name.endswith("kernel") else array for name, array in tensors.items()}
+        (tmp_path / file).write_bytes(serialization.to_bytes(unflatten_dict(tensors, sep=".")))
+    elif file == "pytorch_model.bin":  # from before PyTorch 1.6: later ones are mapped, which counts as memory too
+        torch = pytest.importorskip("torch")
+        state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        torch.save(state, tmp_path / file, _use_new_zipfile_serialization=False)
+    else:
+        save_file(tensors, tmp_path / file)
     size = sum(array.nbytes for array in tensors.values())
     assert 150e6 < size < 250e6
-    command = [sys.executable, "-c", textwrap.dedent(_PEAK), str(tmp_path), str(int(scan)), str(size)]
+    before = _WARM_TORCH if file == "pytorch_model.bin" else ""
+    command = [sys.executable, "-c", before + textwrap.dedent(_PEAK), str(tmp_path), str(int(scan)), str(size)]
     growth = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0.9 < growth < 1.2
+    # With PyTorch, the allocator keeps some of what was freed; both at once would be more than 2.
+    assert 0.9 < growth < (1.7 if before else 1.2)
 
 
 @pytest.mark.parametrize("command", [convert, export], ids=lambda command: command.__name__)

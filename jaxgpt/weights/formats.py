@@ -97,9 +97,7 @@ def load(
     return GPT(config, compute), cast_params(params, compute.param_dtype)
 
 
-def load_config(
-    path_or_name: str | Path | Checkpoint, *, revision: str | None = None, **overrides: Any
-) -> GPTConfig:
+def load_config(path_or_name: str | Path | Checkpoint, *, revision: str | None = None, **overrides: Any) -> GPTConfig:
     """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
     _pop_compute(overrides)
     return _changed(_recognise(path_or_name, overrides, revision, with_tensors=False), overrides)

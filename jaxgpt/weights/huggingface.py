@@ -193,7 +193,9 @@ def _open_shards(index: Path, suffix: str, opener: Callable[[Path], dict[str, Te
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
         if not re.fullmatch(rf"\w[\w.-]*\{suffix}", file):
-            raise CheckpointError(index, f"names the file {short_repr(file)}: expected a {suffix} file beside the index")
+            raise CheckpointError(
+                index, f"names the file {short_repr(file)}: expected a {suffix} file beside the index"
+            )
         for name, tensor in opener(index.parent / file).items():
             if names.get(name) != file:
                 raise CheckpointError(

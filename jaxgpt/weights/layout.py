@@ -147,9 +147,7 @@ def read_params(
             parameter that holds NaN or infinite values.
         OutOfMemoryError: if the parameters alone need more memory than there is.
     """
-    tensors = {
-        name: tensor for name, tensor in checkpoint.tensors().items() if not re.fullmatch(checkpoint.skip, name)
-    }
+    tensors = {name: tensor for name, tensor in checkpoint.tensors().items() if not re.fullmatch(checkpoint.skip, name)}
     rows, tied = checkpoint.rows, checkpoint.tied if config.tie_embeddings else None
     cropped = checkpoint.config.context_length - config.context_length
     rows = tuple(

@@ -1,7 +1,7 @@
 """Opens the msgpack files of Flax (`flax.serialization.to_bytes`): nested maps whose leaves are arrays.
 
-An array is an extension of type 1 that holds a shape, the name of a dtype, and bytes. One of more than 1 GiB is a map of
-consecutive chunks instead. Flax's own reader holds the whole file and all arrays in memory, and allocates before it
+An array is an extension of type 1 that holds a shape, the name of a dtype, and bytes. One of more than 1 GiB is a map
+of consecutive chunks instead. Flax's own reader holds the whole file and all arrays in memory, and allocates before it
 checks; this module walks over the maps, notes where each array's bytes are, and leaves them in the file.
 """
 

@@ -7,8 +7,10 @@ library's readers would map the whole file into memory in addition to the arrays
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
+import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -148,7 +150,8 @@ def load_torch(path: Path) -> Any:
     torch = require("torch", "torch", f"reading {path}")
     try:
         if old:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            with _Clipped(path.open("rb", buffering=0)) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
         if not compressed:
@@ -158,6 +161,18 @@ def load_torch(path: Path) -> Any:
             path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {first_line(error)}"
         ) from None
     raise CheckpointError(path, "a compressed archive, which could unpack to any size: torch.save writes none")
+
+
+class _Clipped(io.BufferedReader):
+    """A file for torch's unpickler, which believes the lengths in it: no read asks for more than is left, as Python
+    would allocate it. It hides its descriptor, or torch would also try its oldest format, a tar archive."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = os.fstat(self.raw.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
 
 
 def open_torch(path: Path) -> dict[str, Tensor]:
