@@ -204,7 +204,7 @@ def _adoptable(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def _check_tied(path: Path, tensors: Mapping[str, Tensor], head: str, embedding: str) -> None:
     one, other = tensors[head], tensors[embedding]
     # Compare bytes, because a NaN must equal itself here; the dtypes must agree too.
-    if one.dtype != other.dtype or not np.array_equal(*(_bytes(tensor.read()) for tensor in (one, other))):
+    if one.dtype != other.dtype or not np.array_equal(_bytes(one.read()), _bytes(other.read())):
         raise CheckpointError(
             path,
             f"the config ties the output head to the embedding, but {head!r} differs from {embedding!r}: "

@@ -10,7 +10,6 @@ import functools
 import io
 import json
 import math
-import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -150,7 +149,7 @@ def load_torch(path: Path) -> Any:
     torch = require("torch", "torch", f"reading {path}")
     try:
         if old:
-            with _Clipped(path.open("rb", buffering=0)) as file:
+            with _Clipped(path) as file:
                 return torch.load(file, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
@@ -167,8 +166,12 @@ class _Clipped(io.BufferedReader):
     """A file for torch's unpickler, which believes the lengths in it: no read asks for more than is left, as Python
     would allocate it. It hides its descriptor, or torch would also try its oldest format, a tar archive."""
 
+    def __init__(self, path: Path):
+        super().__init__(path.open("rb", buffering=0))
+        self.size = path.stat().st_size
+
     def read(self, size: int | None = -1) -> bytes:
-        left = os.fstat(self.raw.fileno()).st_size - self.tell()
+        left = self.size - self.tell()
         return super().read(left if size is None or size < 0 else min(size, left))
 
     def fileno(self) -> int:
