@@ -582,6 +582,18 @@ def test_a_tied_model_that_save_model_wrote_loads(tmp_path):
 
 
 @pytest.mark.parity
+def test_state_dict_of_transformers_as_pytorch_bin_loads(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(*weights.load(tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parity
 def test_directory_that_transformers_wrote_loads(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
@@ -1024,6 +1036,8 @@ def test_a_revision_of_a_hub_model_is_honoured(repository, tmp_path, monkeypatch
     assert hub.revisions[0] == ("gpt2", "main")
     assert set(hub.revisions[1:]) == {("gpt2", "main"), ("gpt2", "refs/pr/3")}
     assert hub.revisions.count(("gpt2", "main")) == 2  # list and download of the first
+    assert main(["inspect", "who/gpt@v1"]) == 0
+    assert hub.revisions[-1] == ("who/gpt", "v1")
 
 
 def test_a_revision_of_anything_but_a_hub_model_is_refused(tiny, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="shakespeare",
-        help="checkpoint file or directory, run directory, bundled name, or hub name (%(default)s)",
+        help="checkpoint file or directory, run directory, bundled name, or hub name[@REVISION] (%(default)s)",
     )
     parser.add_argument(
         "--dtype",

@@ -10,7 +10,7 @@
 A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
 
 - `recognises(content)`: whether `content` is in this format. For a directory, `content` is its config.json as a dict;
-  for a .safetensors file, its `tensors.Tensor`s by name; for a .pt or .pth file, whatever `torch.save` was given;
+  for a safetensors or msgpack file, its `tensors.Tensor`s by name; for a file of PyTorch, what `torch.save` was given;
 - `read(path, content, overrides)`: returns the `layout.Checkpoint`, with its tensors not read yet. `overrides` are the
   fields of `GPTConfig` that the caller gave, for what the content does not say.
 
