@@ -385,7 +385,7 @@ def test_an_old_torch_file_that_claims_more_than_it_holds_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
     claims = good.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f")  # 1000 as a pickle, and 2^31 - 1
     assert len(claims) > len(good)
-    for content in (claims, good[:-1], good[: len(good) // 2], good[:50]):
+    for content in (claims, good[:-1], good[: len(good) // 2], good[:50], good[:16]):
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match="refused it"):
             weights.load(tmp_path)
@@ -397,7 +397,8 @@ def test_an_old_torch_file_that_claims_more_than_it_holds_is_refused(tmp_path):
         ([1, 2], "expected a state dict, not list"),
         (b"\x80\x04K\x01.", "bare pickle"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "git lfs pull"),
-        (b"", "refused it"),
+        (b"", "not a file that torch.save writes: it begins with b''"),
+        (b"PK\x03\x04 and nothing more", "refused it"),
     ],
 )
 def test_a_pytorch_bin_that_is_none_is_refused(content, match, tmp_path):

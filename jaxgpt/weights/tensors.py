@@ -146,6 +146,8 @@ def load_torch(path: Path) -> Any:
     old = start.startswith(_BEFORE_1_6)
     if start.startswith(b"\x80") and not old:
         raise CheckpointError(path, "a bare pickle, which is never loaded: save it again with torch.save")
+    if not (old or start.startswith(b"PK\x03\x04")):
+        raise CheckpointError(path, f"not a file that torch.save writes: it begins with {start[:8]!r}")
     torch = require("torch", "torch", f"reading {path}")
     try:
         if old:
