@@ -11,18 +11,33 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import struct
+import tarfile
 import tracemalloc
 import zipfile
 
 import jax
+import msgpack as packer
 import numpy as np
 import pytest
+from flax import serialization
 from helpers import TINY, make_model, to_toml
 from safetensors.numpy import save_file
-from test_weights import BOOK, book_tensors, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
+from test_weights import (
+    BOOK,
+    INDEX,
+    book_tensors,
+    flax_tree,
+    hf_config,
+    hf_tensors,
+    nanogpt_checkpoint,
+    write_flax,
+    write_hf,
+    write_shards,
+)
 from test_weights_bad_input import Canary
 
 from jaxgpt.config import GPTConfig
@@ -33,7 +48,6 @@ from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens, open_tokens
 from jaxgpt.training.run_directory import Run
 from jaxgpt.weights import formats as weights
-from jaxgpt.weights import huggingface
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -129,6 +143,24 @@ def any_bytes(good, rng, limit=None):
 
 def header_bytes(good, rng):
     return any_bytes(good, rng, limit=8 + int.from_bytes(good[:8], "little"))
+
+
+def structure_bytes(good, rng):
+    """Makes one or two edits around the names and types in a msgpack file, where its structure is."""
+    content = bytearray(good)
+    for _ in range(rng.randint(1, 2)):
+        at = rng.choice([found.start() for found in re.finditer(rb"[a-z_]{3,}\d*", content)] or [0])
+        at = max(0, at + rng.randint(-8, 12))
+        kind = rng.randrange(5)
+        if kind <= 1:
+            content[at : at + 1] = bytes([rng.choice([*range(0x80, 0xE0), 0, 1, 2, 0xFF])])
+        elif kind == 2:
+            content[at : at + rng.randint(1, 4)] = rng.choice([b"\xff", b"\0"]) * rng.randint(1, 4)
+        elif kind == 3:
+            content[at:at] = rng.choice([b"\xdf", b"\xdd", b"\xc9", b"\xc6", b"\xdb"]) + rng.randbytes(4)
+        else:
+            content[at:at] = b"\x81\xa1a" * rng.choice([1, 30, 5000])
+    return bytes(content)
 
 
 def any_json(tree, rng):
@@ -247,7 +279,7 @@ def test_book_file_with_a_damaged_header(mutate, cases, tmp_path):
 @pytest.mark.exhaustive
 def test_damaged_index_of_shards(params, tmp_path):
     write_shards(tmp_path, TINY, hf_tensors(params))
-    assert fuzz(800, tmp_path / huggingface.INDEX, json_file, loads(tmp_path, params)) > 500
+    assert fuzz(800, tmp_path / INDEX, json_file, loads(tmp_path, params)) > 500
 
 
 @pytest.mark.parametrize("format", ["jaxgpt", "huggingface"])
@@ -275,6 +307,16 @@ def zipped(entries, compression=zipfile.ZIP_STORED):
     return buffer.getvalue()
 
 
+def tarred(entries):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in entries.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
 def torch_file(good, rng):
     """Edits the archive, or the pickle in it."""
     if rng.random() < 0.4:
@@ -284,6 +326,45 @@ def torch_file(good, rng):
     name = next(name for name in entries if name.endswith("data.pkl"))
     entries[name] = any_bytes(entries[name], rng)
     return zipped(entries)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("mutate", "cases"), [(any_bytes, 300), (structure_bytes, 1500)])
+def test_damaged_flax_msgpack(mutate, cases, tmp_path):
+    config = GPTConfig(vocab_size=5, context_length=4, emb_dim=2, n_heads=1, n_layers=1)
+    small = make_model(config)[1]
+    write_flax(tmp_path, config, flax_tree(small))
+    assert fuzz(cases, tmp_path / "flax_model.msgpack", mutate, loads(tmp_path, small)) > 0.5 * cases
+
+
+@pytest.mark.exhaustive
+def test_damaged_chunks_in_a_flax_msgpack(tmp_path, monkeypatch):
+    config = GPTConfig(vocab_size=5, context_length=4, emb_dim=2, n_heads=1, n_layers=1)
+    small = make_model(config)[1]
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 16)
+    write_flax(tmp_path, config, flax_tree(small))
+    assert fuzz(600, tmp_path / "flax_model.msgpack", structure_bytes, loads(tmp_path, small)) > 450
+
+
+def test_a_flax_msgpack_truncated_at_any_byte(params, tmp_path):
+    path = write_flax(tmp_path, TINY, flax_tree(params)) / "flax_model.msgpack"
+    good = path.read_bytes()
+    with watched(path.name):
+        for length in [*range(100), *range(100, len(good), 997)]:
+            path.write_bytes(good[:length])
+            assert refused(loads(tmp_path), length), length
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before-1.6"])
+@pytest.mark.filterwarnings("ignore")  # torch's warnings about damaged files
+def test_damaged_pytorch_bin(old, params, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(np.array(array)) for name, array in hf_tensors(params).items()}
+    torch.save(state, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    # The old format begins with its pickles.
+    mutate = functools.partial(any_bytes, limit=4000) if old else torch_file
+    assert fuzz(200, tmp_path / "pytorch_model.bin", mutate, loads(tmp_path, params)) > 100
 
 
 @pytest.mark.parametrize("kind", ["book", "nanogpt"])
@@ -455,9 +536,9 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
                 continue  # a text of any size may be read
             with watched(f"{reader} of {kind} {name}"):
                 assert refused(lambda read=read, name=name: read(tmp_path / name), f"{reader} of {kind} {name}")
-    for part in ("config.json", "model.safetensors", huggingface.INDEX):
+    for part in ("config.json", "model.safetensors", INDEX, "flax_model.msgpack", "pytorch_model.bin"):
         directory = write_shards_or_not(part, tmp_path / part.replace(".", "_"), params)
-        (directory / part).unlink()
+        (directory / part).unlink(missing_ok=True)
         place(kind, directory / part)
         with watched(part):
             assert refused(lambda directory=directory: weights.load(directory), f"{kind} {part}")
@@ -465,10 +546,12 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
 
 def write_shards_or_not(part, directory, params):
     directory.mkdir()
-    if part == huggingface.INDEX:
+    if part == INDEX:
         write_shards(directory, TINY, hf_tensors(params))
     else:
         write_hf(directory, TINY, hf_tensors(params))
+    if part not in ("config.json", "model.safetensors", INDEX):
+        (directory / "model.safetensors").unlink()
     return directory
 
 
@@ -496,6 +579,11 @@ def pickles(canary):
     yield zipped(
         {"archive/data.pkl": pickle.dumps(bad, protocol=2), "archive/constants.pkl": pickle.dumps(bad, protocol=2)}
     )
+    # torch's format before 1.6: a magic number, a version, facts about the machine, the content, the names of storages.
+    old = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}, bad, []]
+    yield b"".join(pickle.dumps(item, protocol=2) for item in old)
+    yield tarred({name: pickle.dumps(bad, protocol=2) for name in ("storages", "tensors", "pickle")})
+    yield packer.packb({"a": packer.ExtType(1, pickle.dumps(bad, protocol=2)), "nd": True, "kind": b"O"})
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's warnings about archives that it did not write
@@ -506,10 +594,7 @@ def test_no_pickle_is_ever_executed(params, tmp_path):
         tmp_path / f"model{suffix}"
         for suffix in (".pt", ".pth", ".bin", ".npz", ".npy", ".ckpt", ".safetensors", ".toml", ".json", "")
     ]
-    parts = [
-        directory / name
-        for name in ("config.json", "model.safetensors", huggingface.INDEX, "pytorch_model.bin", "run.json")
-    ]
+    parts = [directory / name for name in ("config.json", "model.safetensors", INDEX, "pytorch_model.bin", "run.json")]
     for content in pickles(canary):
         for path in (*files[:-1], *parts):
             shutil.rmtree(directory, ignore_errors=True)

@@ -6,6 +6,7 @@ import argparse
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
+from flax.traverse_util import flatten_dict, unflatten_dict
 from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, random_ids
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -28,7 +31,7 @@ from jaxgpt.generation.text import generate_text
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import cast_params, leaves, resize_embeddings, stack_layers, unstack_layers
 from jaxgpt.tokenizer import get_tokenizer
-from jaxgpt.weights import book, huggingface, layout, nanogpt
+from jaxgpt.weights import book, huggingface, layout, msgpack, nanogpt
 from jaxgpt.weights import formats as weights
 from jaxgpt.weights import tensors as tensors_module
 
@@ -36,6 +39,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 UNTIED = TINY.replace(tie_embeddings=False)
 BOOK = TINY.replace(tie_embeddings=False, qkv_bias=False)
+INDEX = "model.safetensors.index.json"
 NANOGPT_BARE = TINY.replace(bias=False, qkv_bias=False, activation="gelu")
 
 
@@ -51,7 +55,7 @@ def logits(model, params, seed=1):
     return np.asarray(model.apply({"params": params}, random_ids(model.config, 2, 9, seed)))
 
 
-# The three layouts, written out by hand: these share nothing with the tables that they test.
+# The layouts, written out by hand: these share nothing with the tables that they test.
 
 
 def hf_tensors(params, prefix="transformer.", head=False):
@@ -121,6 +125,37 @@ def book_tensors(params):
     out["final_norm.scale"], out["final_norm.shift"] = p["final_norm"]["scale"], p["final_norm"]["shift"]
     out["out_head.weight"] = p["out_head"]["weight"]
     return {name: np.array(array) for name, array in out.items()}
+
+
+def flax_tree(params, head=False):
+    p = jax.tree.map(np.asarray, params)
+
+    def linear(leaf):
+        weight = leaf["weight"].reshape(-1, leaf["weight"].shape[-1])
+        return {"kernel": weight, "bias": leaf["bias"].reshape(-1)}  # [out, in], unlike Flax's own Dense
+
+    def norm(leaf):
+        return {"scale": leaf["scale"], "bias": leaf["shift"]}
+
+    blocks = {
+        name.removeprefix("trf_blocks_"): {
+            "ln_1": norm(b["norm1"]),
+            "attn": {"c_attn": linear(b["att"]["qkv"]), "c_proj": linear(b["att"]["out_proj"])},
+            "ln_2": norm(b["norm2"]),
+            "mlp": {"c_fc": linear(b["ff"]["fc_in"]), "c_proj": linear(b["ff"]["fc_out"])},
+        }
+        for name, b in p.items()
+        if name.startswith("trf_blocks_")
+    }
+    embeddings = {name: {"embedding": p[ours]["weight"]} for name, ours in (("wte", "tok_emb"), ("wpe", "pos_emb"))}
+    tree = {"transformer": {**embeddings, "h": blocks, "ln_f": norm(p["final_norm"])}}
+    return tree | ({"lm_head": {"kernel": p.get("out_head", p["tok_emb"])["weight"].T.copy()}} if head else {})
+
+
+def write_flax(directory, config, tree):
+    (directory / "config.json").write_text(json.dumps(hf_config(config)))
+    (directory / "flax_model.msgpack").write_bytes(serialization.to_bytes(tree))
+    return directory
 
 
 def nanogpt_tensors(config, params):
@@ -548,12 +583,24 @@ def test_a_tied_model_that_save_model_wrote_loads(tmp_path):
 
 
 @pytest.mark.parity
+def test_state_dict_of_transformers_as_pytorch_bin_loads(tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
+    theirs = transformers.GPT2LMHeadModel(config).eval()
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
+    np.testing.assert_allclose(logits(*weights.load(tmp_path)), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parity
 def test_directory_that_transformers_wrote_loads(tmp_path):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     config = transformers.GPT2Config(**{k: v for k, v in hf_config(TINY).items() if k != "model_type"})
     theirs = transformers.GPT2LMHeadModel(config).eval()
     theirs.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert (tmp_path / huggingface.INDEX).exists()
+    assert (tmp_path / INDEX).exists()
     model, params = weights.load(tmp_path)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(random_ids(TINY, 2, 9, 1)).long()).logits.numpy()
@@ -569,13 +616,160 @@ def write_shards(directory, config, tensors):
         file = f"model-0000{i}-of-00002.safetensors"
         save_file(dict(part), directory / file)
         index |= dict.fromkeys(dict(part), file)
-    (directory / huggingface.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}))
     return index
 
 
 def test_sharded_directory_loads(tiny, tmp_path):
     write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
     assert_same(weights.load(tmp_path)[1], tiny[1])
+
+
+@pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: {"params": tree}], ids=["bare", "params"])
+@pytest.mark.parametrize("config", [TINY, UNTIED], ids=["tied", "untied"])
+def test_flax_msgpack_loads(config, wrap, tmp_path):
+    _, params = make_model(config)
+    loaded, got = weights.load(write_flax(tmp_path, config, wrap(flax_tree(params, head=not config.tie_embeddings))))
+    assert loaded == GPT(config)
+    assert_same(got, params)
+
+
+def test_flax_msgpack_of_the_model_without_its_head_loads(tiny, tmp_path):
+    assert_same(weights.load(write_flax(tmp_path, TINY, flax_tree(tiny[1])["transformer"]))[1], tiny[1])
+
+
+def test_a_tied_head_in_a_flax_msgpack_must_be_the_embedding(tiny, tmp_path):
+    tree = flax_tree(tiny[1], head=True)
+    assert_same(weights.load(write_flax(tmp_path, TINY, tree))[1], tiny[1])
+    tree["lm_head"]["kernel"] = tree["lm_head"]["kernel"] + 1
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs"):
+        weights.load(write_flax(tmp_path, TINY, tree))
+
+
+def test_flax_msgpack_in_shards_loads(tiny, tmp_path):
+    arrays = list(flatten_dict(flax_tree(tiny[1]), sep="/").items())
+    index = {}
+    for i, part in enumerate((dict(arrays[:5]), dict(arrays[5:])), 1):
+        file = f"flax_model-0000{i}-of-00002.msgpack"
+        (tmp_path / file).write_bytes(serialization.to_bytes(unflatten_dict(part, sep="/")))
+        index |= dict.fromkeys(part, file)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    (tmp_path / "flax_model.msgpack.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_same(weights.load(tmp_path)[1], tiny[1])
+
+
+def test_safetensors_that_flax_wrote_loads(tiny, tmp_path):
+    tensors = flatten_dict(flax_tree(tiny[1]), sep=".")
+    assert_same(weights.load(write_hf(tmp_path, TINY, tensors))[1], tiny[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_flax_msgpack_of_another_type_loads(dtype, tiny, tmp_path):
+    tree = jax.tree.map(lambda array: np.asarray(array, jnp.dtype(dtype)), flax_tree(tiny[1]))
+    _, got = weights.load(write_flax(tmp_path, TINY, tree))
+    assert_same(got, jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, jnp.dtype(dtype)), jnp.float32), tiny[1]))
+
+
+arrays = st.builds(
+    lambda dtype, shape: np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(jnp.dtype(dtype)),
+    st.sampled_from(["float32", "float16", "bfloat16", "float64", "int8"]),
+    st.lists(st.integers(0, 40), max_size=4).filter(lambda shape: np.prod(shape) < 5000),
+)
+trees = st.recursive(arrays, lambda inner: st.dictionaries(st.text("abä_0", min_size=1), inner, max_size=40))
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(tree=trees.filter(lambda tree: isinstance(tree, dict)), chunk=st.sampled_from([64, 1000, 2**30]))
+@example(tree={str(i): np.zeros(3, np.float32) for i in range(300)}, chunk=2**30)
+@example(tree={"a": {"b" * 300: np.arange(70_000, dtype=np.float32)}}, chunk=2**16)
+def test_msgpack_reads_as_flax_reads_it(tree, chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", chunk)
+    (tmp_path / "tree.msgpack").write_bytes(serialization.to_bytes(tree))
+    want = flatten_dict(serialization.msgpack_restore((tmp_path / "tree.msgpack").read_bytes()), sep="/")
+    got = msgpack.open_msgpack(tmp_path / "tree.msgpack")
+    assert list(got) == list(want)
+    for name, tensor in got.items():
+        array = tensor.read()
+        assert (
+            (tensor.shape, tensor.dtype) == (array.shape, array.dtype.name) == (want[name].shape, want[name].dtype.name)
+        )
+        np.testing.assert_array_equal(array, want[name])
+
+
+def test_msgpack_of_more_keys_than_16_bits_count_is_read(tmp_path):
+    content = serialization.to_bytes({"a": np.arange(3.0)})
+    assert content[:1] == b"\x81"
+    (tmp_path / "tree.msgpack").write_bytes(b"\xdf\0\0\0\1" + content[1:])
+    np.testing.assert_array_equal(msgpack.open_msgpack(tmp_path / "tree.msgpack")["a"].read(), np.arange(3.0))
+
+
+def pytorch_state(params, **options):
+    torch = pytest.importorskip("torch")
+    state = {name: torch.from_numpy(np.array(array)) for name, array in hf_tensors(params, **options).items()}
+    # As transformers wrote them: shared tensors under both names, and masks.
+    state["lm_head.weight"] = state.get("transformer.wte.weight", state.get("wte.weight"))
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16, dtype=torch.uint8) for i in range(2)}
+    return state | masks | {"transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["zip", "before-1.6"])
+def test_pytorch_bin_loads(old, tiny, tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save(pytorch_state(tiny[1]), tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=not old)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    loaded, got = weights.load(tmp_path, check_finite=True)
+    assert loaded == GPT(TINY)
+    assert_same(got, tiny[1])
+
+
+def test_pytorch_bin_in_shards_loads(tiny, tmp_path):
+    torch = pytest.importorskip("torch")
+    state = list(pytorch_state(tiny[1]).items())
+    index = {}
+    for i, part in enumerate((dict(state[:9]), dict(state[9:])), 1):
+        torch.save(part, tmp_path / f"pytorch_model-0000{i}-of-00002.bin", _use_new_zipfile_serialization=i == 1)
+        index |= dict.fromkeys(part, f"pytorch_model-0000{i}-of-00002.bin")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    assert_same(weights.load(tmp_path)[1], tiny[1])
+
+
+@pytest.mark.parametrize("kind", ["book", "nanogpt"])
+def test_files_from_before_pytorch_1_6_load(kind, tmp_path):
+    torch = pytest.importorskip("torch")
+    config = BOOK if kind == "book" else TINY.replace(activation="gelu")
+    _, params = make_model(config)
+    if kind == "book":
+        content = {name: torch.from_numpy(array) for name, array in book_tensors(params).items()}
+    else:
+        content = nanogpt_checkpoint(config, params)
+    torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
+    loaded, got = weights.load(tmp_path / "model.pt", n_heads=3, drop_rate=0.0)
+    assert loaded == GPT(config)
+    assert_same(got, params)
+
+
+def test_names_that_came_from_tensorflow_are_understood(tiny, tmp_path):
+    old = {
+        name.replace("weight", "gamma").replace("bias", "beta") if "ln_" in name else name: array
+        for name, array in hf_tensors(tiny[1]).items()
+    }
+    assert "transformer.h.0.ln_1.beta" in old
+    assert_same(weights.load(write_hf(tmp_path, TINY, old))[1], tiny[1])
+
+
+def test_of_several_weights_safetensors_are_read_then_flaxs_then_pytorchs(tmp_path):
+    models = [make_model(TINY, seed)[1] for seed in range(3)]
+    write_hf(tmp_path, TINY, hf_tensors(models[0]))
+    write_flax(tmp_path, TINY, flax_tree(models[1]))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert_same(weights.load(tmp_path)[1], models[0])
+    (tmp_path / "model.safetensors").unlink()
+    assert_same(weights.load(tmp_path)[1], models[1])
+    (tmp_path / "flax_model.msgpack").unlink()
+    torch = pytest.importorskip("torch")
+    torch.save(pytorch_state(models[2]), tmp_path / "pytorch_model.bin")
+    assert_same(weights.load(tmp_path)[1], models[2])
 
 
 def test_symlinks_of_the_hub_cache_are_followed(tiny, tmp_path):
@@ -767,24 +961,123 @@ def test_load_config_reads_no_tensors(tiny, tmp_path):
     assert weights.load_config(tmp_path / "own") == TINY
 
 
-def test_hub_name_goes_through_the_library(tiny, tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    write_hf(tmp_path, TINY, hf_tensors(tiny[1]))
-    calls = []
+class FakeHub:
+    """Stands for the library: one repository, of which it copies what is asked for into a directory."""
 
-    def snapshot_download(name, allow_patterns):
-        calls.append((name, allow_patterns))
-        return str(tmp_path)
+    def __init__(self, repository, directory, monkeypatch):
+        self.library = pytest.importorskip("huggingface_hub")
+        self.repository, self.directory, self.revisions = repository, directory, []
+        monkeypatch.chdir(directory.parent)
+        for name in ("list_repo_files", "snapshot_download"):
+            monkeypatch.setattr(self.library, name, getattr(self, name))
 
-    monkeypatch.setattr(hub, "snapshot_download", snapshot_download)
-    monkeypatch.chdir(tmp_path)
-    assert_same(weights.load("openai-community/gpt2-xl")[1], tiny[1])
+    def list_repo_files(self, name, revision):
+        self.revisions.append((name, revision))
+        return sorted(path.name for path in self.repository.iterdir())
+
+    def snapshot_download(self, name, revision, allow_patterns):
+        self.revisions.append((name, revision))
+        shutil.rmtree(self.directory, ignore_errors=True)
+        self.directory.mkdir()
+        files = self.list_repo_files(name, revision)
+        for file in self.library.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
+            shutil.copy(self.repository / file, self.directory / file)
+        return str(self.directory)
+
+    @property
+    def downloaded(self):
+        return sorted(path.name for path in self.directory.iterdir())
+
+
+@pytest.fixture
+def repository(tiny, tmp_path):
+    """A repository with the same weights in all three forms, of which only the best may be downloaded."""
+    directory = write_hf(tmp_path / "repository", TINY, hf_tensors(tiny[1]))
+    write_flax(directory, TINY, flax_tree(tiny[1]))
+    for name in ("pytorch_model.bin", "tf_model.h5", "model.fp16.safetensors", "README.md"):
+        (directory / name).write_bytes(b"never downloaded")
+    return directory
+
+
+def test_hub_name_downloads_one_form_of_the_weights(tiny, repository, tmp_path, monkeypatch):
+    hub = FakeHub(repository, tmp_path / "download", monkeypatch)
     assert weights.load_config("gpt2") == TINY
-    assert [name for name, _ in calls] == ["openai-community/gpt2-xl", "gpt2"]
-    assert "model.safetensors" in calls[0][1]
-    assert calls[1][1] == [pattern for pattern in calls[0][1] if "safetensors" not in pattern]
-    assert {"config.json", "tokenizer.json", "vocab.json", "merges.txt"} <= set(calls[1][1])
-    assert not any(pattern.endswith((".bin", "*")) for _, patterns in calls for pattern in patterns)
+    assert hub.downloaded == ["config.json"]
+    assert_same(weights.load("openai-community/gpt2-xl")[1], tiny[1])
+    assert hub.downloaded == ["config.json", "model.safetensors"]
+    (repository / "model.safetensors").unlink()
+    assert_same(weights.load("gpt2")[1], tiny[1])
+    assert hub.downloaded == ["config.json", "flax_model.msgpack"]
+    assert {name for name, _ in hub.revisions} == {"gpt2", "openai-community/gpt2-xl"}
+
+
+def test_hub_name_downloads_shards(tiny, tmp_path, monkeypatch):
+    write_shards(tmp_path / "repository", TINY, hf_tensors(tiny[1]))
+    (tmp_path / "repository" / "pytorch_model.bin").write_bytes(b"never downloaded")
+    hub = FakeHub(tmp_path / "repository", tmp_path / "download", monkeypatch)
+    assert_same(weights.load("gpt2")[1], tiny[1])
+    assert hub.downloaded == ["config.json", *(f"model-0000{i}-of-00002.safetensors" for i in (1, 2)), INDEX]
+
+
+def test_hub_repository_without_weights_that_can_be_read_is_refused(repository, tmp_path, monkeypatch):
+    for name in ("model.safetensors", "flax_model.msgpack", "pytorch_model.bin"):
+        (repository / name).unlink()
+    hub = FakeHub(repository, tmp_path / "download", monkeypatch)
+    with pytest.raises(CheckpointError, match=r"gpt2: .* without model.safetensors or flax_model.msgpack or pytorch"):
+        weights.load("gpt2")
+    assert hub.downloaded == ["config.json"]
+
+
+def test_a_revision_of_a_hub_model_is_honoured(repository, tmp_path, monkeypatch):
+    hub = FakeHub(repository, tmp_path / "download", monkeypatch)
+    weights.load_config("gpt2")
+    for read in (weights.load, weights.load_config):
+        for options in ({"path_or_name": "gpt2@refs/pr/3"}, {"path_or_name": "gpt2", "revision": "refs/pr/3"}):
+            read(**options)
+    assert hub.revisions[0] == ("gpt2", "main")
+    assert set(hub.revisions[1:]) == {("gpt2", "main"), ("gpt2", "refs/pr/3")}
+    assert hub.revisions.count(("gpt2", "main")) == 2  # list and download of the first
+    assert main(["inspect", "who/gpt@v1"]) == 0
+    assert hub.revisions[-1] == ("who/gpt", "v1")
+
+
+def test_a_revision_of_anything_but_a_hub_model_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxgpt.hub.download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.chdir(tmp_path)
+    weights.save("gpt2", *tiny)
+    for name in ("shakespeare", "gpt2", Path("gpt2-xl"), "other/gpt2@v1", "./gpt2-xl"):
+        with pytest.raises(ValueError, match="revision"):
+            weights.load(name, revision="v1")
+    for revision in ("", "../v1", "a..b", "v 1", 3):
+        with pytest.raises(ValueError, match="revision must be"):
+            weights.load("gpt2-xl", revision=revision)
+    for name in ("gpt2-xl@", "gpt2-xl@../v1", "a/b/c@v1"):
+        with pytest.raises(CheckpointError, match="no such file or directory"):
+            weights.load(name)
+    with pytest.raises(CheckpointError, match="did you mean 'shakespeare'"):
+        weights.load("shakespaere@v1")
+
+
+def test_what_the_hubs_cache_has_is_read_without_the_network(tiny, repository, tmp_path, monkeypatch):
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    commit = "0123456789" * 4
+    cached = tmp_path / "cache" / "models--who--gpt"
+    (cached / "snapshots").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "v1").write_text(commit)
+    repository.rename(cached / "snapshots" / commit)
+    (cached / "snapshots" / commit / "model.safetensors").unlink()  # as if the repository had only the rest
+    for name in ("who/gpt@v1", f"who/gpt@{commit}"):
+        assert weights.load_config(name) == TINY
+        assert_same(weights.load(name)[1], tiny[1])
+    for file in ("flax_model.msgpack", "pytorch_model.bin"):
+        (cached / "snapshots" / commit / file).unlink()
+    for name in ("who/gpt", "who/gpt@v2", "who/gpt@v1"):
+        with pytest.raises(CheckpointError, match=r"download from the hub failed .*/tree/(main|v\d) into"):
+            weights.load(name)
 
 
 def test_hub_without_network_says_which_file_to_put_where(tmp_path, monkeypatch):
@@ -924,6 +1217,13 @@ def test_convert_passes_its_flags_on_and_overwrites_only_with_force(tmp_path):
     assert weights.load_config(tmp_path / "own").n_heads == 4
 
 
+_WARM_TORCH = """
+import io, torch
+file = io.BytesIO()
+torch.save({"a": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+file.seek(0)
+torch.load(file, weights_only=True)["a"].clone().numpy()
+"""
 _PEAK = r"""
     import re, sys
     from pathlib import Path
@@ -945,17 +1245,29 @@ _PEAK = r"""
 @pytest.mark.exhaustive
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 @pytest.mark.parametrize("scan", [False, True], ids=["blocks", "scan"])
-def test_loading_does_not_hold_the_parameters_twice(scan, tmp_path):
+@pytest.mark.parametrize("file", ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"])
+def test_loading_does_not_hold_the_parameters_twice(file, scan, tmp_path):
     config = GPTConfig(vocab_size=8192, context_length=64, emb_dim=640, n_heads=10, n_layers=9)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(config)))
     entries = layout.entries(config, "float32", huggingface.ROWS)
     tensors = {entry.names[0]: np.full(entry.outside_shape, 0.5, np.float32) for entry in entries}
-    save_file(tensors, tmp_path / "model.safetensors")
+    if file == "flax_model.msgpack":
+        tensors = {name.replace("c_attn.weight", "c_attn.kernel"): array for name, array in tensors.items()}
+        tensors = {name: array.T if name.endswith("kernel") else array for name, array in tensors.items()}
+        (tmp_path / file).write_bytes(serialization.to_bytes(unflatten_dict(tensors, sep=".")))
+    elif file == "pytorch_model.bin":  # from before PyTorch 1.6: later ones are mapped, which counts as memory too
+        torch = pytest.importorskip("torch")
+        state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+        torch.save(state, tmp_path / file, _use_new_zipfile_serialization=False)
+    else:
+        save_file(tensors, tmp_path / file)
     size = sum(array.nbytes for array in tensors.values())
     assert 150e6 < size < 250e6
-    command = [sys.executable, "-c", textwrap.dedent(_PEAK), str(tmp_path), str(int(scan)), str(size)]
+    before = _WARM_TORCH if file == "pytorch_model.bin" else ""
+    command = [sys.executable, "-c", before + textwrap.dedent(_PEAK), str(tmp_path), str(int(scan)), str(size)]
     growth = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert 0.9 < growth < 1.2
+    # With PyTorch, the allocator keeps some of what was freed; both at once would be more than 2.
+    assert 0.9 < growth < (1.7 if before else 1.2)
 
 
 @pytest.mark.parametrize("command", [convert, export], ids=lambda command: command.__name__)

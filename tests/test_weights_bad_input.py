@@ -7,19 +7,33 @@ import os
 import pickle
 import struct
 import tracemalloc
+from pathlib import Path
 
 import jax
+import msgpack as packer
 import numpy as np
 import pytest
+from flax import serialization
 from helpers import TINY, make_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
-from test_weights import BOOK, book_tensors, hf_config, hf_tensors, nanogpt_checkpoint, write_hf, write_shards
+from test_weights import (
+    BOOK,
+    INDEX,
+    book_tensors,
+    flax_tree,
+    hf_config,
+    hf_tensors,
+    nanogpt_checkpoint,
+    write_flax,
+    write_hf,
+    write_shards,
+)
 
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.weights import formats as weights
-from jaxgpt.weights import huggingface
+from jaxgpt.weights import msgpack
 from jaxgpt.weights import tensors as files
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
@@ -236,22 +250,12 @@ def test_largest_allowed_depth_with_a_small_file_allocates_nothing(tiny, tmp_pat
         weights.load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        "../../elsewhere.safetensors",
-        "/etc/passwd",
-        "sub/x.safetensors",
-        "..",
-        "",
-        "a\\b.safetensors",
-        "x\0.safetensors",
-    ],
-)
-def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
-    index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
-    index["wte.weight"] = file
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": index}))
+@pytest.mark.parametrize("whole", ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"])
+@pytest.mark.parametrize("file", ["../../elsewhere{}", "/etc/passwd", "sub/x{}", "..", "", "a\\b{}", "x\0{}", "x.npy"])
+def test_index_that_names_a_file_elsewhere_is_refused(file, whole, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    index = {"wte.weight": file.format(Path(whole).suffix)}
+    (tmp_path / f"{whole}.index.json").write_text(json.dumps({"weight_map": index}))
     with pytest.raises(CheckpointError, match="beside the index"):
         weights.load(tmp_path)
 
@@ -259,7 +263,7 @@ def test_index_that_names_a_file_elsewhere_is_refused(file, tiny, tmp_path):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}'])
 def test_malformed_index_is_refused(content, tiny, tmp_path):
     write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
-    (tmp_path / huggingface.INDEX).write_text(content)
+    (tmp_path / INDEX).write_text(content)
     with pytest.raises(CheckpointError, match="weight_map"):
         weights.load(tmp_path)
 
@@ -271,7 +275,7 @@ def test_index_that_disagrees_with_its_shards_is_refused(tiny, tmp_path):
     with pytest.raises(CheckpointError, match=f"{second} holds the tensor 'transformer.wte.weight'"):
         weights.load(tmp_path)
     index = write_shards(tmp_path, TINY, hf_tensors(tiny[1]))
-    (tmp_path / huggingface.INDEX).write_text(json.dumps({"weight_map": {**index, "lost": first}}))
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {**index, "lost": first}}))
     with pytest.raises(CheckpointError, match="'lost'"):
         weights.load(tmp_path)
     (tmp_path / first).unlink()
@@ -280,14 +284,14 @@ def test_index_that_disagrees_with_its_shards_is_refused(tiny, tmp_path):
 
 
 def test_paths_that_lead_nowhere_are_refused_without_asking_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights.hub, "download", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("jaxgpt.hub.download", lambda *_, **__: pytest.fail("asked the hub"))
     for path in (tmp_path / "nothing", str(tmp_path / "nothing"), "./gpt2", "runs/a/b", "model.pth", "x.safetensors"):
         with pytest.raises(CheckpointError, match="no such file or directory"):
             weights.load(path)
     with pytest.raises(CheckpointError, match=r"config\.json"):
         weights.load(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
-    with pytest.raises(CheckpointError, match=r"model\.safetensors, or"):
+    with pytest.raises(CheckpointError, match=r"expected model\.safetensors, .* or one of these"):
         weights.load(tmp_path)
 
 
@@ -362,10 +366,181 @@ def test_malicious_torch_file_is_refused_and_not_executed(wrap, tmp_path):
 
 def test_malicious_pickle_in_the_old_torch_format_is_refused(tmp_path):
     torch = pytest.importorskip("torch")
-    torch.save(Canary(tmp_path / "canary"), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="bare pickle"):
-        weights.load(tmp_path / "old.pt")
+    for name in ("old.pt", "pytorch_model.bin"):
+        torch.save(Canary(tmp_path / "canary"), tmp_path / name, _use_new_zipfile_serialization=False)
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    for path in (tmp_path / "old.pt", tmp_path):
+        with pytest.raises(CheckpointError, match="weights_only=True"):
+            weights.load(path)
     assert not (tmp_path / "canary").exists()
+    torch.load(tmp_path / "old.pt", weights_only=False)
+    assert (tmp_path / "canary").exists()  # the file really was dangerous
+
+
+def test_an_old_torch_file_that_claims_more_than_it_holds_is_refused(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"wte.weight": torch.zeros(1000)}, path, _use_new_zipfile_serialization=False)
+    good = path.read_bytes()
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    claims = good.replace(b"M\xe8\x03", b"J\xff\xff\xff\x7f")  # 1000 as a pickle, and 2^31 - 1
+    assert len(claims) > len(good)
+    for content in (claims, good[:-1], good[: len(good) // 2], good[:50], good[:16]):
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match="refused it"):
+            weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ([1, 2], "expected a state dict, not list"),
+        (b"\x80\x04K\x01.", "bare pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\n", "git lfs pull"),
+        (b"", "not a file that torch.save writes: it begins with b''"),
+        (b"PK\x03\x04 and nothing more", "refused it"),
+    ],
+)
+def test_a_pytorch_bin_that_is_none_is_refused(content, match, tmp_path):
+    torch = pytest.importorskip("torch")
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    if isinstance(content, bytes):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+    else:
+        torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=match):
+        weights.load(tmp_path)
+
+
+def flax_array(shape, dtype="float32", data=b"", kind=1):
+    return packer.ExtType(kind, packer.packb([shape, dtype, data]))
+
+
+def chunked(shape, *chunks):
+    return {
+        msgpack.CHUNKED: True,
+        "shape": {str(i): size for i, size in enumerate(shape)},
+        "chunks": {str(i): chunk for i, chunk in enumerate(chunks)},
+    }
+
+
+def deep(levels):
+    return b"\x81\xa1a" * levels + packer.packb(flax_array([]))
+
+
+BAD_MSGPACK = {
+    "nothing": (b"", "ends in the middle"),
+    "another file": (b"\x89PNG\r\n\x1a\n", "expected text"),
+    "an empty list": (b"\x90", "not array"),
+    "a number": (b"\x07", "expected an array at ''"),
+    "a reserved byte": (b"\xc1", "0xc1"),
+    "text for an array": ({"a": "b"}, "not text"),
+    "bytes for an array": ({"a": b"b"}, "not bytes"),
+    "a list for an array": ({"a": [1]}, "not array"),
+    "a number for an array": ({"a": {"b": 7}}, "expected an array at 'a/b', not 7"),
+    "no value": ({"a": None}, "0xc0"),
+    "a float": ({"a": 0.5}, "0xcb"),
+    "a complex number": ({"a": packer.ExtType(2, packer.packb([1.0, 2.0]))}, "extension of type 2"),
+    "a scalar": ({"a": flax_array([], data=b"1234", kind=3)}, "extension of type 3"),
+    "a time": ({"a": packer.Timestamp(1)}, "extension of type -1"),
+    "an unknown extension": ({"a": packer.ExtType(42, b"abcd")}, "extension of type 42"),
+    "an extension without an array": ({"a": packer.ExtType(1, b"abcd")}, "expected array"),
+    "an empty extension": ({"a": packer.ExtType(1, b"")}, "ends in the middle"),
+    "two parts": ({"a": packer.ExtType(1, packer.packb([[1], "int8"]))}, "a shape, a dtype and bytes"),
+    "a negative size": ({"a": flax_array([-1])}, "0xff"),
+    "a size that is text": ({"a": flax_array(["1"])}, "expected integer"),
+    "data as text": ({"a": flax_array([1], "int8", "x")}, "expected bytes"),
+    "fewer bytes than its shape": ({"a": flax_array([3], data=b"12345678")}, r"an array \[3\] of float32 has 8 bytes"),
+    "more bytes than its shape": ({"a": flax_array([1], data=b"12345678")}, r"an array \[1\] of float32 has 8 bytes"),
+    "10^18 elements": ({"a": flax_array([10**9, 10**9], data=b"1234")}, "has 4 bytes"),
+    "2^32 bytes": (b"\x81\xa1a\xc9\xff\xff\xff\xff\x01\x93", "claims an array of 4,294,967,295 bytes"),
+    "2^32 values": (b"\x81\xa1a\xc7\x0d\x01\x93\x91\x01\xa4int8\xc6\xff\xff\xff\xff", "claims 4,294,967,295 for its"),
+    "2^32 sizes": (b"\x81\xa1a\xc7\x08\x01\x93\xdd\xff\xff\xff\xff\x00\x00", "ends in the middle"),
+    "2^32 keys": (b"\xdf\xff\xff\xff\xff\xa1a\x01", "ends in the middle"),
+    "a key of 2^32 bytes": (b"\x81\xdb\xff\xff\xff\xffa", "more than 16,777,216 bytes beside"),
+    "a key that is a number": ({1: flax_array([])}, "expected text"),
+    "a key that is not UTF-8": (b"\x81\xa1\xff\x01", "utf-8"),
+    "a key twice": (b"\x82\xa1a\x80\xa1a\x80", "the key 'a' twice"),
+    "a name twice": ({"a/b": flax_array([0]), "a": {"b": flax_array([0])}}, "two arrays 'a/b'"),
+    "bytes that follow": (packer.packb({"a": flax_array([0])}) + b"\0", "1 bytes follow"),
+    "maps within maps": (deep(100_000), "more than 32 deep"),
+    "chunks without a shape": ({msgpack.CHUNKED: True, "chunks": {"0": flax_array([0])}}, "no proper 'shape'"),
+    "chunks that are numbers": ({"a": chunked([1], 7)}, "no proper 'chunks'"),
+    "chunks of two types": ({"a": chunked([2], flax_array([1], "int8", b"1"), flax_array([0]))}, "of 2 types"),
+    "no chunks": ({"a": chunked([2])}, "of 0 types"),
+    "chunks of another size": ({"a": chunked([3], flax_array([1], data=b"1234"))}, r"an array \[3\] of float32"),
+    "a sparse shape": ({"a": {**chunked([], flax_array([0])), "shape": {"1": 1}}}, "no proper 'shape'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MSGPACK)
+def test_a_msgpack_that_flax_does_not_write_is_refused(case, tmp_path):
+    content, match = BAD_MSGPACK[case]
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    path = tmp_path / "flax_model.msgpack"
+    path.write_bytes(content if isinstance(content, bytes) else packer.packb(content))
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=match) as caught:
+            weights.load(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 32e6
+    finally:
+        tracemalloc.stop()
+    assert "not a readable msgpack file of Flax" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["object", "O", "float32\0", "V4", "datetime64", "int64", "x" * 70_000, "\u202e"])
+def test_a_msgpack_with_a_misleading_dtype_is_refused(dtype, tiny, tmp_path):
+    tree = flax_tree(tiny[1])
+    shape, data = tree["transformer"]["wpe"]["embedding"].shape, tree["transformer"]["wpe"]["embedding"].tobytes()
+    tree["transformer"]["wpe"]["embedding"] = flax_array(shape, dtype, data)
+    write_flax(tmp_path, TINY, {})
+    (tmp_path / "flax_model.msgpack").write_bytes(packer.packb(tree, default=serialization._msgpack_ext_pack))
+    with pytest.raises(CheckpointError, match=r"1 not of a floating-point type: 'wpe.weight' is .") as caught:
+        weights.load(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+def test_every_unfit_array_of_a_msgpack_is_in_one_error(tiny, tmp_path):
+    tree = flax_tree(tiny[1])
+    transformer = tree["transformer"]
+    del transformer["ln_f"]["bias"]
+    tree["opt_state"] = {"count": np.zeros((), np.int32)}
+    transformer["h"]["1"]["mlp"]["c_fc"]["kernel"] = transformer["h"]["1"]["mlp"]["c_fc"]["kernel"].T
+    transformer["wte"]["weight"] = transformer["wte"]["embedding"]
+    with pytest.raises(CheckpointError, match=r"'transformer.wte.weight' appears twice"):
+        weights.load(write_flax(tmp_path, TINY, tree))
+    del transformer["wte"]["weight"]
+    with pytest.raises(CheckpointError) as caught:
+        weights.load(write_flax(tmp_path, TINY, tree))
+    assert caught.value.reason.splitlines()[1:] == [
+        "  1 missing: 'ln_f.bias'",
+        "  1 unexpected: 'opt_state.count'",
+        "  1 of the wrong shape: 'h.1.mlp.c_fc.weight' is [96, 24] and should be [24, 96]",
+    ]
+
+
+def test_a_msgpack_given_alone_says_to_give_the_directory(tiny, tmp_path):
+    write_flax(tmp_path, TINY, flax_tree(tiny[1]))
+    with pytest.raises(CheckpointError, match=r"holds 'transformer/.* give the directory"):
+        weights.load(tmp_path / "flax_model.msgpack")
+
+
+def test_weights_of_another_program_are_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY)))
+    (tmp_path / "tf_model.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin, .*; tf_model.h5 is in a format that is not read"):
+        weights.load(tmp_path)
+
+
+def test_a_link_to_nothing_does_not_make_way_for_other_weights(tiny, tmp_path):
+    write_flax(tmp_path, TINY, flax_tree(tiny[1]))
+    for name in ("model.safetensors", INDEX):
+        (tmp_path / name).symlink_to("nothing")
+        with pytest.raises((CheckpointError, ConfigError), match=name):
+            weights.load(tmp_path)
+        (tmp_path / name).unlink()
 
 
 def test_torch_files_that_are_no_checkpoint_are_refused(tmp_path):

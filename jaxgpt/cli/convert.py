@@ -13,7 +13,7 @@ from jaxgpt.files import new_directory
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the subcommand's arguments."""
     parser.add_argument(
-        "src", metavar="SRC", help="checkpoint file or directory, run directory, bundled name, or hub name"
+        "src", metavar="SRC", help="checkpoint file or directory, run directory, bundled name, or hub name[@REVISION]"
     )
     parser.add_argument("dst", metavar="DST", help="directory to write")
     parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")

@@ -28,7 +28,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         default="shakespeare",
-        help="checkpoint file or directory, run directory, bundled name, or hub name (%(default)s)",
+        help="checkpoint file or directory, run directory, bundled name, or hub name[@REVISION] (%(default)s)",
     )
     add_tokenizer(parser)
     parser.add_argument(

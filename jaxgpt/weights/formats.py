@@ -10,7 +10,7 @@
 A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
 
 - `recognises(content)`: whether `content` is in this format. For a directory, `content` is its config.json as a dict;
-  for a .safetensors file, its `tensors.Tensor`s by name; for a .pt or .pth file, whatever `torch.save` was given;
+  for a safetensors or msgpack file, its `tensors.Tensor`s by name; for a file of PyTorch, what `torch.save` was given;
 - `read(path, content, overrides)`: returns the `layout.Checkpoint`, with its tensors not read yet. `overrides` are the
   fields of `GPTConfig` that the caller gave, for what the content does not say. The tokenizer is not the format's
   business, unless it stores a name of ours (`Checkpoint.tokenizer`): the files of one are looked for here.
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,8 @@ from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, tokenizer_in
 from jaxgpt.weights import book, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
-from jaxgpt.weights.tensors import load_torch, open_safetensors
+from jaxgpt.weights.msgpack import open_msgpack
+from jaxgpt.weights.tensors import beginning, load_torch, open_safetensors
 
 __all__ = ["BUNDLED", "FILE_FORMATS", "FORMATS", "load", "load_config", "save"]
 
@@ -55,6 +57,7 @@ FILE_FORMATS: dict[str, Any] = {"nanogpt": nanogpt, "book": book}
 def load(
     path_or_name: str | Path | Checkpoint,
     *,
+    revision: str | None = None,
     compute: ComputeConfig | None = None,
     check_finite: bool = False,
     **overrides: Any,
@@ -67,6 +70,8 @@ def load(
         path_or_name: a file or directory, or the name of a bundled model or of a GPT-2 on the Hugging Face hub. A
             bundled name takes precedence over a path (write "./shakespeare" for the path), and a path over the hub.
             `jaxgpt.load` also takes the directory of a training run, whose model is that of its best checkpoint.
+        revision: the branch, tag or commit of a model on the hub. "NAME@REVISION" as a name means the same, in the
+            commands too.
         compute: how to run the model. By default this project's directories keep what they were saved with, and
             everything else gets `ComputeConfig()`: parameters become float32, whatever they are in the file. For a
             conversion to or from int8, memory holds both versions.
@@ -91,7 +96,7 @@ def load(
     if not isinstance(compute, (ComputeConfig, type(None))):
         raise TypeError(f"compute must be a ComputeConfig, not {short_repr(compute)}")
     run, overrides = _pop_compute(overrides), _with_tokenizer_name(overrides)
-    checkpoint = _recognise(path_or_name, overrides, with_tensors=True)
+    checkpoint = _recognise(path_or_name, overrides, revision, with_tensors=True)
     config, stored = _changed(checkpoint, overrides), checkpoint.compute.param_dtype
     compute = (compute or checkpoint.compute).replace(**run)
     if compute.param_dtype == stored or "int8" not in (compute.param_dtype, stored):
@@ -100,11 +105,11 @@ def load(
     return GPT(config, compute), cast_params(params, compute.param_dtype)
 
 
-def load_config(path_or_name: str | Path | Checkpoint, **overrides: Any) -> GPTConfig:
+def load_config(path_or_name: str | Path | Checkpoint, *, revision: str | None = None, **overrides: Any) -> GPTConfig:
     """Returns the `GPTConfig` that `load` would use. Neither reads nor downloads tensors."""
     _pop_compute(overrides)
     overrides = _with_tokenizer_name(overrides)
-    return _changed(_recognise(path_or_name, overrides, with_tensors=False), overrides)
+    return _changed(_recognise(path_or_name, overrides, revision, with_tensors=False), overrides)
 
 
 def _changed(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> GPTConfig:
@@ -196,8 +201,10 @@ def _refuse_foreign_content(path: Path) -> None:
 
 
 def _recognise(
-    path_or_name: str | Path | Checkpoint, overrides: Mapping[str, Any], *, with_tensors: bool
+    path_or_name: str | Path | Checkpoint, overrides: Mapping[str, Any], revision: str | None, *, with_tensors: bool
 ) -> Checkpoint:
+    if revision is not None:
+        path_or_name = _at_revision(path_or_name, revision)
     if isinstance(path_or_name, Checkpoint):
         return path_or_name
     return _with_tokenizer(_open(path_or_name, overrides, with_tensors), overrides)
@@ -227,16 +234,26 @@ def _open(path_or_name: str | Path, overrides: Mapping[str, Any], with_tensors: 
     if (
         not isinstance(path_or_name, str)
         or not hub.is_name(path_or_name)
-        or path.suffix in (".pt", ".pth", ".safetensors")
+        or path.suffix in (".pt", ".pth", ".bin", ".safetensors", ".msgpack")
     ):
         raise CheckpointError(path, "no such file or directory")
-    if "/" not in path_or_name and not path_or_name.startswith("gpt2"):
+    word = path_or_name.partition("@")[0]
+    if "/" not in word and not word.startswith("gpt2"):
         # Before the hub is asked, because what is misspelt is seldom there.
-        if path_or_name in PRESETS:
+        if word in PRESETS:
             raise CheckpointError(path, "a preset without published weights: GPT(GPTConfig.preset(...)) makes new ones")
-        if hint := did_you_mean(path_or_name, [*BUNDLED, *PRESETS]):
+        if hint := did_you_mean(word, [*BUNDLED, *PRESETS]):
             raise CheckpointError(path, f"no such file, directory or bundled model{hint}")
     return _read_directory(hub.download(path_or_name, with_tensors=with_tensors), overrides)
+
+
+def _at_revision(name: Any, revision: str) -> str:
+    """The name of a hub model at a revision; raises ValueError unless that is what the two make."""
+    if not isinstance(name, str) or name in BUNDLED or "@" in name or os.path.lexists(local(name)):
+        raise ValueError(f"revision={revision!r} is for a name of the Hugging Face hub, not for {short_repr(name)}")
+    if not isinstance(revision, str) or not hub.is_name(f"{name}@{revision}"):
+        raise ValueError(f"revision must be a branch, tag or commit of {name}, not {short_repr(revision)}")
+    return f"{name}@{revision}"
 
 
 def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
@@ -259,14 +276,14 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
 def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not path.is_file():  # opening a pipe could block forever
         raise CheckpointError(path, "is neither a file nor a directory")
-    try:
-        with path.open("rb") as file:
-            start = file.read(4)
-    except OSError as error:
-        raise CheckpointError(path, f"cannot be read: {error}") from None
-    if start.startswith(b"\x80"):
-        raise CheckpointError(path, "a bare pickle, which is never loaded: save it again with a PyTorch later than 1.6")
-    content = load_torch(path) if start == b"PK\x03\x04" else open_safetensors(path)
+    start = beginning(path)
+    content: Any
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        content = load_torch(path)
+    elif re.match(rb"[\x81-\x8f][\xa1-\xbf].[^\0]", start, re.DOTALL):  # a map; a safetensors file has a 0 there
+        content = open_msgpack(path)
+    else:
+        content = open_safetensors(path)
     if isinstance(content, dict):
         for layout in FILE_FORMATS.values():
             if layout.recognises(content):

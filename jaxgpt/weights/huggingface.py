@@ -1,31 +1,46 @@
-"""Hugging Face's GPT-2: a directory with config.json and either model.safetensors or shards with their index.
+"""Hugging Face's GPT-2: a directory with config.json and the weights in one of the files that `hub.WEIGHTS` lists, or in
+shards of it with their index.
 
-`Conv1D` weights are [in, out], with query, key and value side by side along the out axis.
+`Conv1D` weights are [in, out], with query, key and value side by side along the out axis. Names and shapes are those of
+transformers' PyTorch model, in errors too; what its Flax model wrote is renamed and transposed to them.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.hub import WEIGHTS, index_of
 from jaxgpt.model import GPT
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
-from jaxgpt.weights.tensors import Tensor, open_safetensors, without_prefix, write_safetensors
+from jaxgpt.weights.msgpack import open_msgpack
+from jaxgpt.weights.tensors import Tensor, open_safetensors, open_torch, without_prefix, write_safetensors
 
-INDEX = "model.safetensors.index.json"
+# What opens the files that may hold the weights.
+_OPENERS: dict[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": open_safetensors,
+    ".msgpack": open_msgpack,
+    ".bin": open_torch,
+}
 CARD = "README.md"
 FILES = ("config.json", "model.safetensors", "generation_config.json", *TOKENIZER_FILES, CARD)
 MASKS = r"h\.\d+\.attn\.(bias|masked_bias)"
 TIED = ("lm_head.weight", "wte.weight")
+# What others call a weight or a bias: Flax, whose kernels are the transposes, and models that came from TensorFlow.
+_SYNONYMS = {"kernel": "weight", "embedding": "weight", "scale": "weight", "gamma": "weight", "beta": "bias"}
 
 ROWS = (
     Row("tok_emb/weight", "wte.weight"),
@@ -127,7 +142,7 @@ def read(directory: Path, fields: Mapping[str, Any], overrides: Mapping[str, Any
         directory,
         read_config(fields, source=str(directory / "config.json")),
         ROWS,
-        tensors=lambda: without_prefix(directory, _open(directory), "transformer."),
+        tensors=lambda: _as_pytorch(directory, _open(directory)),
         skip=MASKS,
         tied=TIED,
         tokenizer=stored_tokenizer(fields),
@@ -157,22 +172,32 @@ def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
 
 
 def _open(directory: Path) -> dict[str, Tensor]:
-    if (directory / "model.safetensors").is_file():
-        return open_safetensors(directory / "model.safetensors")
-    index = directory / INDEX
-    if not index.is_file():
-        raise CheckpointError(directory, f"expected model.safetensors, or {INDEX} and its shards")
+    for file in WEIGHTS:
+        whole, index = directory / file, directory / index_of(file)
+        if os.path.lexists(whole):  # a link to nothing must not make way for other weights
+            return _OPENERS[whole.suffix](whole)
+        if os.path.lexists(index):
+            return _open_shards(index, whole.suffix)
+    others = sorted(path.name for path in directory.iterdir() if path.suffix in (".h5", ".ot", ".onnx", ".gguf"))
+    raise CheckpointError(
+        directory,
+        f"expected {', '.join(WEIGHTS)}, or one of these as an index and its shards"
+        + (f"; {others[0]} is in a format that is not read" if others else ""),
+    )
+
+
+def _open_shards(index: Path, suffix: str) -> dict[str, Tensor]:
     content = read_json(index)
     names = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
         raise CheckpointError(index, "expected an object 'weight_map' from tensor names to file names")
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(names.values())):
-        if not re.fullmatch(r"\w[\w.-]*\.safetensors", file):
+        if not re.fullmatch(rf"\w[\w.-]*\{suffix}", file):
             raise CheckpointError(
-                index, f"names the file {short_repr(file)}: expected a .safetensors file beside the index"
+                index, f"names the file {short_repr(file)}: expected a {suffix} file beside the index"
             )
-        for name, tensor in open_safetensors(directory / file).items():
+        for name, tensor in _OPENERS[suffix](index.parent / file).items():
             if names.get(name) != file:
                 raise CheckpointError(
                     index, f"{file} holds the tensor {short_repr(name)}, which the index does not place there"
@@ -183,6 +208,27 @@ def _open(directory: Path) -> dict[str, Tensor]:
             index, f"places {len(lost)} tensors in files that lack them, the first {short_repr(lost[0])}"
         )
     return tensors
+
+
+def _as_pytorch(directory: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under the names, and in the shapes, that transformers' PyTorch model gives them, without prefixes.
+
+    Flax's kernels are all transposed: those of the blocks are [out, in], and the output head's is [in, out].
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = name.replace("/", ".").split(".")
+        if parts[-1] == "kernel":
+            tensor = Tensor(tensor.shape[::-1], tensor.dtype, functools.partial(_transposed, tensor))
+        new = ".".join([*parts[:-1], _SYNONYMS.get(parts[-1], parts[-1])])
+        if new in renamed:
+            raise CheckpointError(directory, f"the tensor {short_repr(new)} appears twice, under different names")
+        renamed[new] = tensor
+    return without_prefix(directory, without_prefix(directory, renamed, "params."), "transformer.")
+
+
+def _transposed(tensor: Tensor) -> np.ndarray:
+    return tensor.read().T
 
 
 def refusal(model: GPT) -> str | None:

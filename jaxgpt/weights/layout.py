@@ -149,7 +149,7 @@ def read_params(
             parameter that holds NaN or infinite values.
         OutOfMemoryError: if the parameters alone need more memory than there is.
     """
-    tensors = checkpoint.tensors()
+    tensors = {name: tensor for name, tensor in checkpoint.tensors().items() if not re.fullmatch(checkpoint.skip, name)}
     rows, tied = checkpoint.rows, checkpoint.tied if config.tie_embeddings else None
     cropped = checkpoint.config.context_length - config.context_length
     rows = tuple(
@@ -163,13 +163,12 @@ def read_params(
     outside = [(name, entry) for entry in table for name in entry.names]
     expected = {name: entry.outside_shape for name, entry in outside}
     quantised = {name for name, entry in outside if entry.dtype == "int8"}
-    optional = {name for name in tensors if re.fullmatch(checkpoint.skip, name)}
     if both:
         expected[both[0]] = expected[both[1]]
-    found = {name: tensor for name, tensor in tensors.items() if name not in optional}
-    check_tensors(checkpoint.path, expected, found, quantised)
+    check_tensors(checkpoint.path, expected, tensors, quantised)
     if both:
         _check_tied(checkpoint.path, tensors, *both)
+        del tensors[both[0]]
     check_bytes(
         accounting.parameter_bytes(config, compute.param_dtype),
         "choose a param_dtype of fewer bytes (--dtype bfloat16 or int8), or spread the model over a mesh",
@@ -185,6 +184,8 @@ def read_params(
             leaf = _adoptable(shape, parts[0].dtype)
             for entry, array in zip(parts, leaf if stacked else [leaf], strict=True):
                 array[...] = entry.inward(tensors)
+                for name in entry.names:
+                    del tensors[name]  # what an old file of PyTorch held in memory is freed as it is read
                 if check_finite and (bad := array.size - int(np.count_nonzero(np.isfinite(array)))):
                     damaged.append(f"{entry.path} ({bad} of {array.size})")
             # Wait, so that the host's array, unless adopted, is freed before the next one is read.
@@ -205,12 +206,16 @@ def _adoptable(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 def _check_tied(path: Path, tensors: Mapping[str, Tensor], head: str, embedding: str) -> None:
     one, other = tensors[head], tensors[embedding]
     # Compare bytes, because a NaN must equal itself here; the dtypes must agree too.
-    if one.dtype != other.dtype or not np.array_equal(one.read().view(np.uint8), other.read().view(np.uint8)):
+    if one.dtype != other.dtype or not np.array_equal(_bytes(one.read()), _bytes(other.read())):
         raise CheckpointError(
             path,
             f"the config ties the output head to the embedding, but {head!r} differs from {embedding!r}: "
             "pass tie_embeddings=False to load both",
         )
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)
 
 
 def outside_tensors(

@@ -7,10 +7,11 @@ library's readers would map the whole file into memory in addition to the arrays
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,9 @@ TYPES = {**FLOATS, "int8": "I8"}
 # Bytes. The deepest model that a config allows needs half of this. Parsed, a header takes about 20 times its size.
 HEADER_LIMIT = 2**24
 
+# How a file of torch.save begins in its format from before PyTorch 1.6: a number as a pickle, before other pickles.
+_BEFORE_1_6 = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+
 
 class Tensor(NamedTuple):
     """A tensor that has not been read yet.
@@ -44,14 +48,31 @@ class Tensor(NamedTuple):
     read: Callable[[], np.ndarray]
 
 
+def beginning(path: Path) -> bytes:
+    """The first bytes of a file that should hold tensors, 32 at most.
+
+    Raises:
+        CheckpointError: if it is missing, not a file, or cannot be read, or is a pointer of Git LFS to the file.
+    """
+    if not path.is_file():  # opening a pipe could block forever
+        raise CheckpointError(path, "is not a file" if path.exists() else "no such file")
+    try:
+        with path.open("rb") as file:
+            start = file.read(32)
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read: {error}") from None
+    if start.startswith(b"version https://git-lfs"):
+        raise CheckpointError(path, "a pointer of Git LFS instead of the file: run 'git lfs pull' in its repository")
+    return start
+
+
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a safetensors file by name; reads only its header.
 
     Raises:
         CheckpointError: if the file is missing, truncated or malformed.
     """
-    if not path.is_file():
-        raise CheckpointError(path, "is not a file" if path.exists() else "no such file")
+    beginning(path)
     try:
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
@@ -71,17 +92,27 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     for name, entry in header.items():
         shape, dtype = tuple(entry["shape"]), names.get(entry["dtype"], entry["dtype"])
         begin, end = entry["data_offsets"]
-        read = functools.partial(_read, path, 8 + size + begin, end - begin, dtype, shape)
+        read = functools.partial(read_pieces, path, ((8 + size + begin, end - begin),), dtype, shape)
         tensors[name] = Tensor(shape, dtype, read)
     return tensors
 
 
-def _read(path: Path, offset: int, size: int, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+def read_pieces(path: Path, pieces: Sequence[tuple[int, int]], dtype: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads an array whose bytes are those of `pieces`, each (offset, size), of a file.
+
+    Raises:
+        CheckpointError: if the file cannot be read, or has become shorter.
+    """
+    data = np.empty(sum(size for _, size in pieces), np.uint8)
+    done = 0
     try:
-        data = np.fromfile(path, np.uint8, size, offset=offset)
+        with path.open("rb") as file:
+            for offset, size in pieces:
+                file.seek(offset)
+                done += file.readinto(data[done : done + size])
     except OSError as error:
         raise CheckpointError(path, f"cannot be read: {error}") from None
-    if data.size != size:
+    if done != data.size:
         raise CheckpointError(path, "has become shorter while it was being read")
     return data.view(jnp.dtype(dtype)).reshape(shape)
 
@@ -105,12 +136,23 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
 def load_torch(path: Path) -> Any:
     """Loads what `torch.save` wrote to `path`, with its tensors memory-mapped. Executes nothing from the file.
 
+    A file in the format from before PyTorch 1.6 cannot be mapped: its tensors are read at once.
+
     Raises:
         CheckpointError: if torch refuses the file, as it does if the file holds anything but plain data.
         MissingExtraError: without PyTorch.
     """
+    start = beginning(path)
+    old = start.startswith(_BEFORE_1_6)
+    if start.startswith(b"\x80") and not old:
+        raise CheckpointError(path, "a bare pickle, which is never loaded: save it again with torch.save")
+    if not (old or start.startswith(b"PK\x03\x04")):
+        raise CheckpointError(path, f"not a file that torch.save writes: it begins with {start[:8]!r}")
     torch = require("torch", "torch", f"reading {path}")
     try:
+        if old:
+            with _Clipped(path) as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         with zipfile.ZipFile(path) as archive:
             compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
         if not compressed:
@@ -120,6 +162,34 @@ def load_torch(path: Path) -> Any:
             path, f"torch.load(weights_only=True) refused it: {type(error).__name__}: {first_line(error)}"
         ) from None
     raise CheckpointError(path, "a compressed archive, which could unpack to any size: torch.save writes none")
+
+
+class _Clipped(io.BufferedReader):
+    """A file for torch's unpickler, which believes the lengths in it: no read asks for more than is left, as Python
+    would allocate it. It hides its descriptor, or torch would also try its oldest format, a tar archive."""
+
+    def __init__(self, path: Path):
+        super().__init__(path.open("rb", buffering=0))
+        self.size = path.stat().st_size
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = self.size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation
+
+
+def open_torch(path: Path) -> dict[str, Tensor]:
+    """Returns the tensors of a state dict that `torch.save` wrote to `path`.
+
+    Raises:
+        CheckpointError, MissingExtraError: as `load_torch` and `tensors_of` do.
+    """
+    state = load_torch(path)
+    if not isinstance(state, dict):
+        raise CheckpointError(path, f"expected a state dict, not {type(state).__name__}")
+    return tensors_of(path, state)
 
 
 def tensors_of(path: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
