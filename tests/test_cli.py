@@ -361,6 +361,6 @@ def test_a_wrong_option_shows_the_subcommands_usage_and_the_nearest_option(capsy
     ],
 )
 def test_a_misspelt_name_is_told_the_nearest_before_the_hub_is_asked(arguments, message, capsys, monkeypatch):
-    monkeypatch.setattr("jaxgpt.weights.hub.download", lambda *args, **kwargs: pytest.fail("asked the hub"))
+    monkeypatch.setattr("jaxgpt.hub.download", lambda *args, **kwargs: pytest.fail("asked the hub"))
     assert main(arguments) == 2
     assert re.search(message, capsys.readouterr().err)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_tokenizer_files import ADDED, NAMED, described, gpt2_files, saved, small, spelling, token
 
 from jaxgpt import weights
-from jaxgpt.generation import generate_text
+from jaxgpt.generation import default_stop_ids, generate, generate_text
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer, write_tokenizer
 
 pytestmark = pytest.mark.parity
@@ -220,7 +220,7 @@ def test_ids_and_texts_are_those_of_transformers(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["added tokens", "unigram", "older files"])
-def test_transformers_pipeline_writes_our_text_with_any_tokenizer(case, tmp_path):
+def test_transformers_pipeline_draws_our_ids_with_any_tokenizer(case, tmp_path):
     pytest.importorskip("torch")
     tokenizer = get_tokenizer(CASES[case][0](tmp_path))
     model, params = make_model(small(tokenizer, context_length=32, emb_dim=16), seed=4)
@@ -228,12 +228,13 @@ def test_transformers_pipeline_writes_our_text_with_any_tokenizer(case, tmp_path
     loaded = weights.load(tmp_path / "hf")
     assert loaded[0].config == model.config
     pipeline = transformers.pipeline("text-generation", str(tmp_path / "hf"))
-    (answer,) = pipeline(
-        "The lazy", return_full_text=False, add_special_tokens=False, clean_up_tokenization_spaces=False
-    )
-    ids = tokenizer.encode("The lazy")
-    whole = generate_text(*loaded, "The lazy", 32 - len(ids))[0]
-    assert answer["generated_text"] == whole.removeprefix("The lazy")
+    (answer,) = pipeline("The lazy", add_special_tokens=False, return_tensors=True)
+    ids, stops = tokenizer.encode("The lazy"), default_stop_ids(model.config)
+    result = generate(*loaded, [ids], 32 - len(ids), stop_ids=stops)
+    assert answer["generated_token_ids"] == result.tokens[0].tolist()
+    text = generate_text(*loaded, "The lazy", 32 - len(ids))[0]
+    new = [i for i in result.new_tokens[0] if i not in stops]
+    assert text == "The lazy" + tokenizer.decode(new)
 
 
 def test_a_character_model_s_export_is_a_tokenizer_for_transformers(tmp_path):

@@ -373,6 +373,13 @@ def test_a_hub_name_fetches_the_tokenizer_alone(tmp_path, monkeypatch):
     assert asked == [("someone/german-gpt2", False)]
 
 
+@pytest.mark.parametrize("kind", ["CLIPTokenizer", "OpenAIGPTTokenizer"])
+def test_older_files_of_a_class_with_other_rules_are_refused(kind, tmp_path):
+    directory = slow_files(tmp_path / "slow", GERMAN, tokenizer_config={"tokenizer_class": kind})
+    with pytest.raises(DataError, match=f"merges.txt: says nothing of the rules of '{kind}': transformers' AutoTok"):
+        get_tokenizer(directory)
+
+
 # --- damaged files
 
 
@@ -620,6 +627,8 @@ def test_a_model_without_tokenizer_files_has_openais_only_at_its_size(vocab_size
     sizes = {"n_positions": 8, "n_embd": 4, "n_head": 1, "n_layer": 1}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": vocab_size, **sizes}))
     assert load_config(tmp_path).tokenizer == name
+    (tmp_path / "spiece.model").write_bytes(b"")  # there is one, if only transformers can read it
+    assert load_config(tmp_path).tokenizer == "none"
 
 
 def test_a_character_model_takes_its_characters_when_it_is_loaded(characters, tmp_path, new_process):
