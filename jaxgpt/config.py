@@ -12,7 +12,7 @@ from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import check, documented, from_table, setting, to_table
 from jaxgpt.textfile import read_json, read_toml
-from jaxgpt.tokenizer import BUILTIN, NAME_FORM, get_tokenizer, is_name
+from jaxgpt.tokenizer import BUILTIN, NAME_FORM, is_name
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
@@ -148,6 +148,8 @@ class GPTConfig:
         """Like `from_dict`, except that a `preset` key may name a preset for the other keys to override, and that
         `tokenizer` may be anything that `get_tokenizer` takes."""
         if isinstance(given := fields.get("tokenizer"), str) and not is_name(given):
+            from jaxgpt.tokenizer import get_tokenizer  # here, because it needs NumPy
+
             try:
                 fields = {**fields, "tokenizer": get_tokenizer(given).name}
             except ConfigError as error:

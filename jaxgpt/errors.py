@@ -29,7 +29,7 @@ class CheckpointError(ValueError):
 
 
 class DataError(ValueError):
-    """A text or token file that cannot be trained or evaluated on."""
+    """A text, a token file or the files of a tokenizer that cannot be used."""
 
 
 class MissingExtraError(ImportError):

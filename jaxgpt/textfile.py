@@ -52,7 +52,8 @@ def read_text(path: str | Path, limit: int) -> str:
     if path.exists() and not path.is_file():  # opening a pipe could block forever
         raise ValueError("it is not a file")
     with path.open("rb") as file:
-        data = file.read(limit + 1)
+        # Python allocates at once what a read may return; 2^16 for files whose size the system does not know.
+        data = file.read(min(limit, max(path.stat().st_size, 2**16)) + 1)
     if len(data) > limit:
         raise ValueError(f"it is larger than {limit:,} bytes")
     return decode_text(data)

@@ -26,6 +26,7 @@ import pytest
 from flax import serialization
 from helpers import TINY, make_model, to_toml
 from safetensors.numpy import save_file
+from test_tokenizer_files import SPACE, described, saved, slow_files
 from test_weights import (
     BOOK,
     INDEX,
@@ -40,9 +41,11 @@ from test_weights import (
 )
 from test_weights_bad_input import Canary
 
+from jaxgpt import hub
 from jaxgpt.config import GPTConfig
-from jaxgpt.errors import CheckpointError, ConfigError, DataError
+from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.textfile import read_json, read_toml
+from jaxgpt.tokenizer import get_tokenizer, registry
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Tokens, open_tokens
@@ -402,11 +405,87 @@ def test_a_torch_file_of_lists_within_lists_is_refused(tmp_path):
             weights.load(tmp_path / "ckpt.pt")
 
 
+# --- tokenizers
+
+
+def reads_text(path):
+    """A reader that must encode a text and decode all ids if it succeeds."""
+
+    def read():
+        registry._built.clear()
+        tokenizer = get_tokenizer(path)
+        with contextlib.suppress(MissingExtraError):
+            ids = tokenizer.encode("ab <s>é", allow_special=True)
+            assert all(0 <= i < tokenizer.vocab_size for i in ids)
+            tokenizer.decode(range(min(tokenizer.vocab_size, 1000)))
+        repr(tokenizer), tokenizer.stop_ids, tokenizer.text_ids
+
+    return read
+
+
+TOKENIZER = described(
+    [("a", "b"), (SPACE, "ab")],
+    seed=1,
+    first=["<s>", "</s>"],
+    added=[("<s>", {"special": True}), ("new", {"lstrip": True, "single_word": True})],
+)
+BESIDE = {
+    "tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "add_prefix_space": True, "x": [1]},
+    "special_tokens_map": {"eos_token": {"content": "</s>", "rstrip": False}, "additional_special_tokens": ["<s>"]},
+    "added_tokens": {"new": 260},
+    "config": {"model_type": "gpt2", "bos_token_id": 3, "eos_token_id": [4, 5]},
+    "generation_config": {"eos_token_id": 6},
+    "tokenizer_config_of_ours": {"jaxgpt_ids": {"end_of_text": 1, "start": None, "stop_ids": [1, 2]}},
+    "tokenizer_config_of_transformers": {"added_tokens_decoder": {"260": {"content": "new", "special": False}}},
+}
+
+
+@pytest.mark.parametrize("name", [None, *BESIDE])
+def test_damaged_tokenizer_files(name, tmp_path):
+    directory = saved(tmp_path, TOKENIZER)
+    damaged = directory / f"{(name or 'tokenizer').partition('_of_')[0]}.json"
+    for other, content in BESIDE.items():
+        if "_of_" not in other or other == name:
+            (directory / f"{other.partition('_of_')[0]}.json").write_text(json.dumps(content))
+    cases = 250 if name is None else 60
+    assert fuzz(cases, damaged, json_file, reads_text(directory)) > cases // 10
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "vocab.txt", "characters.json"])
+def test_damaged_older_tokenizer_files(name, tmp_path):
+    if name in ("vocab.json", "merges.txt"):
+        slow_files(tmp_path / "files", TOKENIZER)
+    else:
+        (tmp_path / "files").mkdir()
+        (tmp_path / "files" / "vocab.txt").write_text("[PAD]\n[UNK]\na\nb\n##b\n")
+        if name == "characters.json":
+            (tmp_path / "files" / "vocab.txt").unlink()
+            (tmp_path / "files" / name).write_text(json.dumps(["a", "b", " ", "<", ">", "s", "é"]))
+    mutate = json_file if name.endswith(".json") else any_bytes
+    assert fuzz(60, tmp_path / "files" / name, mutate, reads_text(tmp_path / "files")) > 10
+
+
+def test_a_tokenizer_that_would_take_quadratic_work_or_memory_is_quick(tmp_path):
+    chain = [("a" * i, "a") for i in range(1, 1500)]  # tokens of up to 1,500 bytes, all of which are reachable
+    doubled = [("b" * 2**i, "b" * 2**i) for i in range(15)]
+    many = [(f"<{i}>", {"lstrip": True}) for i in range(3000)]
+    directory = saved(tmp_path, described(chain + doubled, added=many))
+    with watched("chains", seconds=60):
+        tokenizer = get_tokenizer(directory)
+        text = "a" * 3000 + "b" * 40_000 + "<1>" * 3000 + " " * 20_000
+        assert tokenizer.decode(tokenizer.encode(text)).replace(" ", "") == text.replace(" ", "")
+
+
 # --- config files, token files, runs
 
 
+def refuse(name):
+    raise CheckpointError(name, "no such model on the hub")
+
+
 @pytest.mark.exhaustive
-def test_damaged_config_toml(tmp_path):
+def test_damaged_config_toml(tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "download", lambda name, **_: refuse(name))  # names of tokenizers may be names there
     path = tmp_path / "config.toml"
     path.write_text(to_toml(TRAIN.to_dict()))
 

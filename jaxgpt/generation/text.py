@@ -31,9 +31,9 @@ def generate_text(
     Args:
         model: the model; `model.config.tokenizer` names the tokenizer.
         params: its parameters.
-        prompts: one text or several. An empty one starts from end-of-text.
+        prompts: one text or several. An empty one starts from end-of-text, or what the tokenizer starts from.
         max_new_tokens: maximum ids to add per text.
-        stop_ids: as in `generate`; default: end-of-text.
+        stop_ids: as in `generate`; default: those of the tokenizer, as a rule end-of-text.
         options: passed on to `generate`.
 
     Returns:
@@ -42,6 +42,7 @@ def generate_text(
 
     Raises:
         ValueError, FloatingPointError: as `generate` does; also for a text with tokens that the model does not have.
+        DataError, MissingExtraError: if the tokenizer cannot encode a text.
     """
     check_model("generate_text(model, params, prompts, max_new_tokens)", model, params)
     texts = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
@@ -74,7 +75,8 @@ def stream(
         params: its parameters.
         prompt: text, or ids. An empty text starts from end-of-text.
         max_new_tokens: maximum ids to draw.
-        stop_ids: as in `generate`; default: end-of-text. A stop id itself gives no text.
+        stop_ids: as in `generate`; default: those of the tokenizer, as a rule end-of-text. A stop id itself gives no
+            text.
         options: passed on to `generate`.
 
     Raises:

@@ -17,6 +17,7 @@ characters.json of it:
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -41,6 +42,12 @@ _SETS = (
     ("vocab.txt",),
     ("characters.json",),
 )
+# The classes of transformers (less "Fast") whose rules older files stand for; those of others are in their code alone.
+_CLASSES = {
+    "merges.txt": ("GPT2Tokenizer", "RobertaTokenizer", "BartTokenizer", "LongformerTokenizer", "CodeGenTokenizer"),
+    "vocab.txt": ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer"),
+}
+_ANY_CLASS = ("None", "PreTrainedTokenizer", "TokenizersBackend")
 # Others, and what to do about them.
 _AUTO = "transformers' AutoTokenizer.from_pretrained(directory).save_pretrained(directory) writes a tokenizer.json"
 _REFUSED = {
@@ -65,6 +72,11 @@ _OWN_IDS = "jaxgpt_ids"
 def are_in(directory: Path) -> bool:
     """Whether the files of a tokenizer lie in a directory."""
     return any(all((directory / name).is_file() for name in names) for names in _SETS)
+
+
+def traces_are_in(directory: Path) -> bool:
+    """Whether a directory has files of a tokenizer, although perhaps not all that are needed, or of an unknown kind."""
+    return any((directory / name).is_file() for name in (*itertools.chain(*_SETS), *_REFUSED))
 
 
 def read(path: Path) -> Content:
@@ -99,6 +111,9 @@ def _read_directory(directory: Path) -> Content:
         expected = "; ".join(" and ".join(names) for names in _SETS)
         raise DataError(f"{directory}: holds no tokenizer; expected one of: {expected}")
     beside, path = _Beside.of(directory), directory / names[0]
+    kind = str(beside.options.get("tokenizer_class"))
+    if names[-1] in _CLASSES and kind.removesuffix("Fast") not in (*_CLASSES[names[-1]], *_ANY_CLASS):
+        raise DataError(f"{directory / names[-1]}: says nothing of the rules of {short_repr(kind)}: {_AUTO}")
     if path.name == "vocab.txt":
         return _content(path, _word_piece(path, beside), beside)
     content = read_json(path, _LIMIT)

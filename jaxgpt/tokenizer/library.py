@@ -69,7 +69,8 @@ class _LibraryTokenizer(Tokenizer):
 
     def known_text(self, ids: list[int]) -> str:
         """The text of ids that are all in the vocabulary."""
-        return _calling(lambda: self.library.decode(ids, skip_special_tokens=False))
+        library = self.library
+        return _calling(lambda: library.decode(ids, skip_special_tokens=False))
 
     def count_bytes(self, ids: Iterable[int]) -> int | None:
         return None

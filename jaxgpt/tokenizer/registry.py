@@ -67,8 +67,11 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
-    """The tokenizer whose files lie in a model's directory; None if there are none. Raises as `get_tokenizer` does."""
-    return _register(files.read(directory)) if files.are_in(directory) else None
+    """The tokenizer whose files lie in a model's directory: None if there are none, and "none" if there are such that
+    cannot be used alone. Raises as `get_tokenizer` does."""
+    if files.are_in(directory):
+        return _register(files.read(directory))
+    return _named(NONE) if files.traces_are_in(directory) else None
 
 
 def is_built(name: str) -> bool:

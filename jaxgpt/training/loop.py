@@ -29,6 +29,7 @@ from jaxgpt.files import local, new_directory
 from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
+from jaxgpt.tokenizer import NONE
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
@@ -348,6 +349,8 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
         ConfigError: naming every field that the user set and that the checkpoint contradicts.
     """
     checkpoint = load_config(source)
+    if checkpoint.tokenizer == NONE and config.is_set("tokenizer"):
+        checkpoint = checkpoint.replace(tokenizer=config.model.tokenizer)
     wanted, stored = to_table(config.model), to_table(checkpoint)
     longer = config.model.context_length > checkpoint.context_length
     differing = [

@@ -1,4 +1,4 @@
-"""Hugging Face's GPT-2: a directory with config.json and the weights in one of the files that `hub.WEIGHTS` lists, or in
+"""Hugging Face's GPT-2: a directory with config.json and the weights in one of the files in `hub.WEIGHTS`, or in
 shards of it with their index.
 
 `Conv1D` weights are [in, out], with query, key and value side by side along the out axis. Names and shapes are those of
