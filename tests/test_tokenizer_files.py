@@ -354,6 +354,7 @@ def test_a_tokenizer_carries_its_content_to_other_processes(tmp_path, monkeypatc
         get_tokenizer(tokenizer.name)
     received, gpt2 = pickle.loads(sent)
     assert received is not tokenizer
+    assert len({received, tokenizer, gpt2}) == 2  # the same content is the same tokenizer
     assert get_tokenizer(tokenizer.name) is received
     assert received.encode("Guten Tag") == tokenizer.encode("Guten Tag")
     assert gpt2 is get_tokenizer("gpt2")

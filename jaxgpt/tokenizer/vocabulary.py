@@ -47,6 +47,12 @@ class Tokenizer:
     def __repr__(self) -> str:
         return f"get_tokenizer({self.name!r})"
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and other.name == self.name  # which says what the content is
+
+    def __hash__(self) -> int:
+        return hash(self.name)
+
     def __reduce__(self):  # the tables of the libraries cannot cross into another process, but the content can
         from jaxgpt.tokenizer import restored
 
