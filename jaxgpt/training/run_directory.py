@@ -165,7 +165,7 @@ class Run:
         if name not in (*BUILTIN, NONE) and not is_built(name):
             found = tokenizer_in(self.tokenizer)
             if found is None or found.name != name:
-                others = "none" if found is None else f"those of {found.name}"
+                others = "none" if found is None or found.name == NONE else f"those of {found.name}"
                 raise CheckpointError(self.tokenizer, f"expected the files of tokenizer {name}, not {others}")
         return config
 
