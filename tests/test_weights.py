@@ -290,6 +290,7 @@ def test_nanogpt_file_gives_the_parameters_that_were_written(config, seed, tmp_p
         **dict.fromkeys(("bias", "qkv_bias"), config.bias),
         drop_rate=0.0,
         activation="gelu",
+        tokenizer="none",  # such a file does not say, and its vocabulary is not GPT-2's
     )
     _, params = make_model(config, seed)
     torch.save(nanogpt_checkpoint(config, params), tmp_path / "ckpt.pt")
@@ -744,7 +745,7 @@ def test_files_from_before_pytorch_1_6_load(kind, tmp_path):
     else:
         content = nanogpt_checkpoint(config, params)
     torch.save(content, tmp_path / "model.pt", _use_new_zipfile_serialization=False)
-    loaded, got = weights.load(tmp_path / "model.pt", n_heads=3, drop_rate=0.0)
+    loaded, got = weights.load(tmp_path / "model.pt", n_heads=3, drop_rate=0.0, tokenizer="gpt2")
     assert loaded == GPT(config)
     assert_same(got, params)
 
@@ -814,7 +815,7 @@ def test_book_heads_are_known_for_its_sizes_and_asked_for_otherwise(tmp_path):
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
 def test_nanogpt_checkpoint_loads(bias, prefix, tmp_path):
     torch = pytest.importorskip("torch")
-    config = TINY.replace(bias=bias, qkv_bias=bias, activation="gelu")
+    config = TINY.replace(bias=bias, qkv_bias=bias, activation="gelu", tokenizer="none")
     _, params = make_model(config)
     torch.save(nanogpt_checkpoint(config, params, prefix), tmp_path / "ckpt.pt")
     model, got = weights.load(tmp_path / "ckpt.pt")
