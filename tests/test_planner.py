@@ -401,7 +401,7 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
         "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the eight"
     )
     error = planner.ANALYTIC_ERROR
-    assert f"within {error['memory']:.0%} of the compiler's and tokens/s within {error['tokens_per_s']:.0%}\n" in out
+    assert f"within {error['memory']:.0%} of the compiler's and tokens/s within {error['tokens_per_s']:.0%};" in out
     for text in (
         "1,024 chips",
         "compute.remat = block",
@@ -442,7 +442,8 @@ def test_gpt2_compiled_for_four_chips():
     assert training["fits"]
     for part in ("parameters", "optimizer"):  # all are sharded, except LayerNorms and biases
         assert training["memory_bytes"][part] == pytest.approx(analytic["memory_bytes"][part], rel=0.01)
-    assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.3)
+    # The formula counts the logits twice, and this program holds one copy: 1.5 times, as docs/scaling.md says.
+    assert analytic["memory_bytes"]["total"] == pytest.approx(1.5 * training["memory_bytes"]["total"], rel=0.05)
     # Attention skips masked blocks; the loss's last chunk is padded, from 357 positions to 667.
     assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
     assert analytic["hbm_bytes"] < training["hbm_bytes"]

@@ -12,7 +12,8 @@ from jaxgpt.accounting import format_bytes
 
 MISSING = (
     "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the eight sizes of "
-    "docs/scaling.md, training's memory is within {memory:.0%} of the compiler's and tokens/s within {tokens_per_s:.0%}"
+    "docs/scaling.md, training's memory is within {memory:.0%} of the compiler's and tokens/s within "
+    "{tokens_per_s:.0%}; other models may be further off"
 )
 
 
