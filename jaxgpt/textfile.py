@@ -1,4 +1,4 @@
-"""Reads TOML and JSON files that users write, with limits on size, and values typed on the command line."""
+"""Reads TOML and JSON files that users write, limited in size, and values typed on the command line; writes JSON."""
 
 from __future__ import annotations
 
@@ -35,6 +35,11 @@ def read_json(path: str | Path, limit: int = _JSON_LIMIT) -> Any:
         return json.loads(read_text(path, limit), object_pairs_hook=without_duplicates)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

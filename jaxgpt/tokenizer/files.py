@@ -18,14 +18,13 @@ characters.json of it:
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import DataError
-from jaxgpt.textfile import read_json, read_text
+from jaxgpt.textfile import read_json, read_text, write_json
 from jaxgpt.tokenizer import builtin, bytepairs, characters
 from jaxgpt.tokenizer.content import AddedToken, Content
 from jaxgpt.tokenizer.names import BUILTIN, NONE
@@ -210,11 +209,14 @@ def _ids(value: Any) -> list[int]:
 
 
 def _read_merges(path: Path) -> list[str]:
+    return [line for line in _lines(path) if line and not line.startswith("#version")]
+
+
+def _lines(path: Path) -> list[str]:
     try:
-        lines = read_text(path, _LIMIT).split("\n")
+        return read_text(path, _LIMIT).split("\n")
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
-    return [line for line in lines if line and not line.startswith("#version")]
 
 
 def _characters(path: Path, content: Any) -> dict[str, Any]:
@@ -231,10 +233,7 @@ def _characters(path: Path, content: Any) -> dict[str, Any]:
 
 def _word_piece(path: Path, beside: _Beside) -> dict[str, Any]:
     """BERT's tokenizer, as its class in transformers builds it from vocab.txt."""
-    try:
-        tokens = read_text(path, _LIMIT).split("\n")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {first_line(error)}") from None
+    tokens = _lines(path)
     if not tokens[-1]:
         tokens.pop()
     vocabulary: dict[str, int] = {}
@@ -483,12 +482,12 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: in
         return
     description = builtin.description(content.kind) if content.kind in BUILTIN else content.description
     byte_pairs = content.kind in (*BUILTIN, "bpe")
-    _write_json(directory / "tokenizer.json", {"version": "1.0", **description})
+    write_json(directory / "tokenizer.json", {"version": "1.0", **description})
     if byte_pairs:
         model = description["model"]
         lines = ["#version: 0.2", *model["merges"], ""]
         (directory / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-        _write_json(directory / "vocab.json", model["vocab"])
+        write_json(directory / "vocab.json", model["vocab"])
     # The class of GPT-2 would add an end-of-text token to a vocabulary that has none.
     of_gpt2 = byte_pairs and content.end_of_text is not None
     options: dict[str, Any] = {
@@ -513,8 +512,4 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: in
             "start": content.start,
             "stop_ids": list(content.stop_ids),
         }
-    _write_json(directory / "tokenizer_config.json", options)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(directory / "tokenizer_config.json", options)

@@ -22,7 +22,7 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.hub import WEIGHTS, index_of
 from jaxgpt.model import GPT
-from jaxgpt.textfile import read_json
+from jaxgpt.textfile import read_json, write_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
@@ -252,10 +252,10 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     # Without this prefix, transformers would take the file for a model without an output head.
     named = {name if name == TIED[0] else f"transformer.{name}": tensor for name, tensor in tensors.items()}
     write_safetensors(directory / "model.safetensors", named, {"format": "pt"})
-    _write_json(directory / "config.json", config_fields(config) | {"torch_dtype": model.compute.param_dtype})
+    write_json(directory / "config.json", config_fields(config) | {"torch_dtype": model.compute.param_dtype})
     # Without a configuration of its own, transformers' pipeline samples 256 tokens, whatever the context holds.
     generation = {"do_sample": False, "max_length": config.context_length}
-    _write_json(directory / "generation_config.json", _special_ids(config) | generation)
+    write_json(directory / "generation_config.json", _special_ids(config) | generation)
     if config.vocab_size >= tokenizer.text_ids:
         write_tokenizer(directory, tokenizer, context_length=config.context_length)
     (directory / CARD).write_text(CARD_TEXT, encoding="utf-8")
@@ -281,7 +281,3 @@ def _special_ids(config: GPTConfig) -> dict[str, Any]:
     start = tokenizer.start if tokenizer.start is not None and tokenizer.start < config.vocab_size else None
     stops = [i for i in tokenizer.stop_ids if i < config.vocab_size]
     return {"bos_token_id": start, "eos_token_id": stops if len(stops) > 1 else next(iter(stops), None)}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -7,7 +7,6 @@ of `scan_layers`. A tokenizer that is not in the package lies beside them, as th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import CheckpointError
 from jaxgpt.model import GPT
+from jaxgpt.textfile import write_json
 from jaxgpt.tokenizer import BUILTIN, get_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
 from jaxgpt.weights.layout import Checkpoint, identity_rows, outside_tensors
@@ -70,4 +70,4 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     if model.config.tokenizer not in BUILTIN:
         tokenizer = get_tokenizer(model.config.tokenizer)
         write_tokenizer(directory, tokenizer, context_length=model.config.context_length, own_ids=True)
-    (directory / "config.json").write_text(json.dumps(head, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "config.json", head)
