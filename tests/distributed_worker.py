@@ -33,8 +33,8 @@ def main() -> None:
     from test_sharding import RUN, tokens
 
     from jaxgpt.parallel.mesh import MeshConfig
+    from jaxgpt.training import batches
     from jaxgpt.training import checkpoints as checkpoint
-    from jaxgpt.training import data
     from jaxgpt.training import loop as trainer
 
     config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
@@ -43,7 +43,7 @@ def main() -> None:
     def batch(ids_N, config, step, rows=slice(None)):
         if process == "1" and step in deadly:
             os.kill(os.getpid(), deadly.pop(step))
-        windows = data.batch(ids_N, config, step, rows)
+        windows = batches.batch(ids_N, config, step, rows)
         read.append(len(windows))
         return windows
 

@@ -12,9 +12,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxgpt.config import GPTConfig
+from jaxgpt.data import Tokens, open_tokens, read_text
 from jaxgpt.errors import DataError
+from jaxgpt.training.batches import batch, check_enough, sequence_starts
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens, batch, check_enough, open_tokens, read_text, sequence_starts
 
 BYTES = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=2, n_layers=1, tokenizer="bytes")
 CONFIG = TrainConfig(model=BYTES, batch_size=4, warmup_steps=0, seed=3)

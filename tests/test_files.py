@@ -19,10 +19,11 @@ from helpers import TINY, make_model
 
 from jaxgpt import files, load, save
 from jaxgpt.cli import main
+from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError
 from jaxgpt.files import decode_text, local, not_text
 from jaxgpt.textfile import read_json, read_toml
-from jaxgpt.training import Tokens, TrainConfig, load_run, open_tokens
+from jaxgpt.training import TrainConfig, load_run
 from jaxgpt.training.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

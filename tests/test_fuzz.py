@@ -43,12 +43,12 @@ from test_weights_bad_input import Canary
 
 from jaxgpt import hub
 from jaxgpt.config import GPTConfig
+from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.textfile import read_json, read_toml
 from jaxgpt.tokenizer import get_tokenizer, registry
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens, open_tokens
 from jaxgpt.training.run_directory import Run
 from jaxgpt.weights import formats as weights
 

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.data import Tokens
 from jaxgpt.errors import DataError
 from jaxgpt.model import reference
-from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
 from jaxgpt.weights import save

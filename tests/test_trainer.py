@@ -26,6 +26,7 @@ from helpers import exhaustive, make_model, random_ids, to_numpy, to_toml
 import jaxgpt
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
@@ -34,7 +35,6 @@ from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run

@@ -40,8 +40,8 @@ from jaxgpt import (
     stream,
     train,
 )
+from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, MissingExtraError
-from jaxgpt.training import Tokens
 
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes")
 MODEL, PARAMS = make_model(BYTES)

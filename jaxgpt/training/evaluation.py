@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from jaxgpt.checks import as_ids
+from jaxgpt.data import Ids
 from jaxgpt.errors import DataError
 from jaxgpt.model import GPT, check_model
 from jaxgpt.parallel import check_memory, to_device
 from jaxgpt.tokenizer import get_tokenizer
-from jaxgpt.training.data import Ids
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
 
 

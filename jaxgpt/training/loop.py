@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
+from jaxgpt.data import Ids, Tokens, check_tokens, open_tokens
 from jaxgpt.errors import ConfigError, MissingExtraError, TrainingError
 from jaxgpt.fields import to_table
 from jaxgpt.files import local, new_directory
@@ -30,9 +31,9 @@ from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
 from jaxgpt.tokenizer import NONE
+from jaxgpt.training.batches import batch, check_enough
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
 from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.models import load, load_config
 from jaxgpt.training.progress import TrainProgress

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import short_repr
+from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, require
 from jaxgpt.files import local, replacing_directory, unsupported, write_text
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_in, write_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens
 
 # These do not change what a run computes, so they may differ when it resumes; so may the mesh.
 _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
