@@ -87,6 +87,7 @@ def index(path, at, form, value):
         ("llm.c", lambda path: write_llmc(path / "a.bin", []), "holds no tokens"),
         ("llm.c", lambda path: write_llmc(path / "a.bin", [5, 50257]), "id 50257 at 1 is outside the vocabulary"),
         ("nanoGPT", lambda path: truncate(path / "train.bin", -1), "199 bytes are not uint16 ids"),
+        ("nanoGPT", lambda path: write_llmc(path / "train.bin", IDS, 20240526), "not bare ids: .* as in a header"),
         ("Megatron", lambda path: (path / "a.bin").unlink(), "expected it beside the index"),
         ("Megatron", lambda path: truncate(path / "a.bin", -2), "says 100 ids of 2 bytes, and it has 198"),
         ("Megatron", lambda path: truncate(path / "a.idx", -1), "3 sequences and 4 documents do not fit"),

@@ -60,11 +60,13 @@ def open_bare(path: Path, tokenizer: str | Path) -> Tokens:
     """Opens uint16 ids without a header, as nanoGPT writes them.
 
     Raises:
-        DataError: if the file is empty or of an odd size.
+        DataError: if the file is empty, of an odd size, or begins as a file with a header does.
     """
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise DataError(f"{path}: {size:,} bytes are not uint16 ids")
+    if (zeros := read_bytes(path, _LLMC_HEADER).count(0)) > 0.9 * _LLMC_HEADER:
+        raise DataError(f"{path}: not bare ids: {zeros:,} of the first {_LLMC_HEADER:,} bytes are 0, as in a header")
     return _tokens(path, FileIds(path, "<u2", 0, size // 2), tokenizer)
 
 

@@ -193,12 +193,14 @@ class Run:
             raise CheckpointError(self.description, f"damaged: the {key} of its data are {short_repr(sources)}")
         found = []
         for source in sources:
-            path = self._path("data", source.get("path"))
+            path, weight = self._path("data", source.get("path")), source.get("weight")
+            if not isinstance(weight, (int, float, type(None))):
+                raise CheckpointError(self.description, f"damaged: the weight of {path} is {short_repr(weight)}")
             if path is None:
                 raise ConfigError(f"{self.description} does not say where the run's data is: give it ({option})")
             if not os.path.exists(path) and not glob.has_magic(path):
                 raise ConfigError(f"the run's data is no longer at {path}: say where it is now ({option})")
-            found.append(Reference(str(source.get("name")), path, source.get("weight")))
+            found.append(Reference(str(source.get("name")), path, weight))
         return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
