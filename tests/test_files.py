@@ -197,7 +197,7 @@ def test_a_key_given_twice_is_an_error(here):
         read_json("a.json")
 
 
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.gguf", "run.json", "x.png"])
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.onnx", "run.json", "x.png"])
 def test_a_directory_is_not_written_under_the_name_of_a_file(name, tiny, here, capsys):
     for words in (
         ("convert", "shakespeare", name),

@@ -1,4 +1,5 @@
 from .builtin import END_OF_TEXT as END_OF_TEXT
+from .builtin import description_of as description_of
 from .files import FILES as FILES
 from .files import write_tokenizer as write_tokenizer
 from .names import BUILTIN as BUILTIN

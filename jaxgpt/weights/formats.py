@@ -20,6 +20,8 @@ Those in `FORMATS` can also be written, and have
 - `FILES`: the names of all files that they may write;
 - `refusal(model)`: why the format cannot hold this model, or `None`;
 - `write(directory, model, params)`.
+
+`gguf.py` is not among them: it writes one file, and does not read it.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, tokenizer_in
-from jaxgpt.weights import book, huggingface, nanogpt, own
+from jaxgpt.weights import book, gguf, huggingface, nanogpt, own
 from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.msgpack import open_msgpack
 from jaxgpt.weights.tensors import beginning, load_torch, open_safetensors
@@ -282,6 +284,8 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         content = load_torch(path)
     elif re.match(rb"[\x81-\x8f][\xa1-\xbf].[^\0]", start, re.DOTALL):  # a map; a safetensors file has a 0 there
         content = open_msgpack(path)
+    elif start.startswith(gguf.MAGIC):
+        raise CheckpointError(path, "a GGUF file, which is written and not read: load the model that it was made from")
     else:
         content = open_safetensors(path)
     if isinstance(content, dict):
