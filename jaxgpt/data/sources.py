@@ -137,7 +137,7 @@ def open_corpus(data: Any, config: GPTConfig, *, validation: Any = None, tokeniz
     """Opens what a model is to be trained on.
 
     Args:
-        data: a source or several. A source is a path, `Tokens`, or a text such as "wiki=corpus/*.txt:0.7" with a name
+        data: a source or several. A source is a path, `Tokens`, or a text such as "wiki=corpus/:0.7" with a name
             for it and its weight; a path is a file, a directory or a pattern of files.
         config: the model's config.
         validation: sources to validate on.
