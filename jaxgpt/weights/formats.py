@@ -6,11 +6,14 @@
 | Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
 | the book's .pth or .safetensors | a tensor tok_emb.weight or out_head.weight | yes | |
 | nanoGPT's ckpt.pt | the keys model and model_args | yes | |
+| llm.c's .bin | its first bytes | yes | |
+| OpenAI's TensorFlow directory | no config.json; hparams.json, checkpoint or an .index | yes | |
 
-A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
+A format is a module, registered in `FORMATS` or `FILE_FORMATS`, except the last two. Every format has
 
 - `recognises(content)`: whether `content` is in this format. For a directory, `content` is its config.json as a dict;
   for a safetensors or msgpack file, its `tensors.Tensor`s by name; for a file of PyTorch, what `torch.save` was given;
+  for llm.c, a file's first bytes; for OpenAI's, the names of a directory's files;
 - `read(path, content, overrides)`: returns the `layout.Checkpoint`, with its tensors not read yet. `overrides` are the
   fields of `GPTConfig` that the caller gave, for what the content does not say. The tokenizer is not the format's
   business, unless it stores a name of ours (`Checkpoint.tokenizer`): the files of one are looked for here.
@@ -39,7 +42,7 @@ from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, tokenizer_in
-from jaxgpt.weights import book, huggingface, nanogpt, own
+from jaxgpt.weights import book, huggingface, llmc, nanogpt, openai, own
 from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.msgpack import open_msgpack
 from jaxgpt.weights.tensors import beginning, load_torch, open_safetensors
@@ -260,6 +263,9 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
         if reason := unfinished(path):
             raise CheckpointError(path, f"has no config.json: {reason}")
+        names = {entry.name for entry in path.iterdir() if not entry.is_dir()}
+        if openai.recognises(names):
+            return openai.read(path, names, overrides)
         raise CheckpointError(
             path,
             "expected a directory with config.json, or a training run (for a .pt or .pth, give the file itself)",
@@ -277,6 +283,8 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not path.is_file():  # opening a pipe could block forever
         raise CheckpointError(path, "is neither a file nor a directory")
     start = beginning(path)
+    if llmc.recognises(start):
+        return llmc.read(path, start, overrides)
     content: Any
     if start.startswith((b"PK\x03\x04", b"\x80")):
         content = load_torch(path)
