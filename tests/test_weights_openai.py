@@ -330,11 +330,11 @@ BAD_INDEX = {
     "a name twice": (table([block([header(), (b"a", entry(**F32))]), block([(b"a", entry(**F32))])]), "out of order"),
     "a name that is not UTF-8": (one(entry(**F32), b"\xff"), "utf-8"),
     "more of a name than there is": (table([b"\5\1\0a" + bytes(4) + b"\1\0\0\0"]), "more of the former one"),
-    "names that grow": (table([names_that_grow(300, 60_000)]), "names have more than 8,388,608 bytes"),
+    "names that grow": (table([names_that_grow(300, 60_000)]), "entries need more than 16,777,216 bytes"),
     "a name beyond the block": (table([b"\0\x7f\0a" + bytes(4) + b"\1\0\0\0"]), "ends in the middle"),
     "a value beyond the block": (table([b"\0\1\x7fa" + bytes(4) + b"\1\0\0\0"]), "ends in the middle"),
-    "2^32 starts": (table([b"\0\0\0\xff\xff\xff\xff"]), "has no header"),
-    "an empty block": (table([b""]), "has no header"),
+    "2^32 starts": (table([b"\0\0\0\xff\xff\xff\xff"]), "has 7 bytes, and claims 4,294,967,295 points to search from"),
+    "an empty block": (table([b""]), "has 0 bytes, and claims 0 points"),
     "another checksum": (one(entry(**F32)).replace(b"a", b"b", 1), "the checksum of its block at 0 is another"),
     "Snappy": (table([A_BLOCK], compression=1), "compressed with Snappy, which is not supported"),
     "zstd": (table([A_BLOCK], compression=2), "compressed with method 2"),
@@ -358,7 +358,7 @@ BAD_INDEX = {
     "a tensor in slices": (one(entry(**F32, more=field(7, b""))), "'a' is stored in slices"),
     "a slice": (one(entry(**F32), b"\0a"), "stores a tensor in slices"),
     "another data file": (one(entry(**F32 | {"shard": 1})), "'a' is in data file 1, of 1"),
-    "too long": (bytes(2**23) + one(entry(**F32)), "bytes, more than any model's"),
+    "too long": (bytes(2**24) + one(entry(**F32)), "bytes, more than any model's"),
 }  # fmt: skip
 
 
@@ -382,6 +382,15 @@ def test_a_bad_index_is_refused(case, directory):
     assert "not a readable index of a TensorFlow checkpoint" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
+
+
+def test_an_index_of_more_entries_than_any_models_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "x.index").write_bytes(table([block([header(), *((b"%d" % i, field(1, 3)) for i in range(10, 60))])]))
+    (tmp_path / "x.data-00000-of-00001").touch()
+    assert len(tensor_bundle.open_bundle(tmp_path / "x")) == 50
+    monkeypatch.setattr(tensor_bundle, "HEADER_LIMIT", 1500)
+    with pytest.raises(CheckpointError, match=r"entries need more than 1,500 bytes"):
+        tensor_bundle.open_bundle(tmp_path / "x")
 
 
 def test_the_cases_above_differ_from_a_good_index_in_one_thing(tmp_path):
@@ -439,6 +448,19 @@ def test_every_unfit_tensor_of_an_openai_directory_is_in_one_error(directory):
         "'model/h0/mlp/c_fc/w' is [8, 2] and should be [2, 8]",
         "  1 not of a floating-point type: 'model/h0/ln_2/g' is int64",
     ]
+
+
+def test_a_file_of_a_tensorflow_checkpoint_says_to_give_the_directory(directory):
+    for name in ("model.ckpt", "model.ckpt.index", DATA):
+        with pytest.raises(CheckpointError, match=rf"{name}: part of a TensorFlow checkpoint: give the directory"):
+            weights.load(directory / name)
+    for content in (b"", bytes(100)):
+        (directory / "model.ckpt.index").write_bytes(content)
+        with pytest.raises(CheckpointError, match=r"model.ckpt: no such file"):
+            weights.load(directory / "model.ckpt")
+    for name in (".index", "a" * 250):
+        with pytest.raises(CheckpointError, match=r"no such file"):
+            weights.load(directory / name)
 
 
 @pytest.mark.parametrize(

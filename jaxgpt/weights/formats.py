@@ -232,6 +232,8 @@ def _open(path_or_name: str | Path, overrides: Mapping[str, Any], with_tensors: 
         raise CheckpointError(path, f"cannot be read: {error}") from None
     if path.is_dir():
         return _read_directory(path, overrides)
+    if openai.names_a_part(path):
+        raise CheckpointError(path, "part of a TensorFlow checkpoint: give the directory that it is in")
     if is_there:
         return _read_file(path, overrides)
     if (

@@ -13,6 +13,7 @@ by side along the out axis. The output head is the token embedding.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.textfile import read_json, read_text
 from jaxgpt.weights.layout import Checkpoint, Row
-from jaxgpt.weights.tensor_bundle import open_bundle
+from jaxgpt.weights.tensor_bundle import is_index, open_bundle
 from jaxgpt.weights.tensors import Tensor
 
 ROWS = (
@@ -61,6 +62,13 @@ _MOST_TEXT = 2**20  # bytes of the file `checkpoint`
 def recognises(names: Collection[str]) -> bool:
     """Whether a directory with files of these names, and no config.json, is in this format."""
     return any(name in ("hparams.json", "checkpoint") or name.endswith(".index") for name in names)
+
+
+def names_a_part(path: Path) -> bool:
+    """Whether `path` is a file of a checkpoint, or what TensorFlow calls a checkpoint: what its files' names begin
+    with."""
+    prefix = re.sub(r"(?<=[^/])\.(index|meta|data-\d{5}-of-\d{5})$", "", str(path))
+    return (prefix != str(path) or not os.path.lexists(path)) and is_index(f"{prefix}.index")
 
 
 def read(directory: Path, names: Collection[str], overrides: Mapping[str, Any]) -> Checkpoint:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,13 +21,11 @@ import numpy as np
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import CheckpointError
 from jaxgpt.weights.crc32c import crc32c, masked
-from jaxgpt.weights.tensors import TYPES, Tensor, beginning, read_pieces
+from jaxgpt.weights.tensors import HEADER_LIMIT, TYPES, Tensor, beginning, read_pieces
 
 _SLICES = "is not supported: save the model with variables that are not partitioned"
 _FOOTER, _MAGIC = 48, (0xDB4775248B80FB57).to_bytes(8, "little")
 _TRAILER = 5  # a block is followed by a byte for its compression, and a checksum of it and that byte
-# Bytes. The deepest model that a config allows needs 2/3 of this, with Adam's slots. Parsed, it takes 40 times as much.
-_LIMIT = 2**23
 _MOST_AXES = 254  # TensorFlow's own limit
 # TensorFlow's numbers of types, by NumPy's names.
 _DTYPES = {
@@ -47,6 +46,18 @@ class _Entry(NamedTuple):
     crc: int
 
 
+def is_index(path: str) -> bool:
+    """Whether there is a file at `path` that ends as the index of a checkpoint does."""
+    if not os.path.isfile(path):  # opening a pipe could block forever
+        return False
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(_MAGIC), os.SEEK_END)
+            return file.read() == _MAGIC
+    except OSError:
+        return False
+
+
 def open_bundle(prefix: Path) -> dict[str, Tensor]:
     """Returns the tensors of the checkpoint whose files' names begin with `prefix`, by name. Reads only the index; a
     tensor's checksum is compared when it is read.
@@ -59,7 +70,7 @@ def open_bundle(prefix: Path) -> dict[str, Tensor]:
     beginning(index)
     try:
         size = index.stat().st_size
-        if size > _LIMIT:
+        if size > HEADER_LIMIT:
             raise ValueError(f"it has {size:,} bytes, more than any model's")
         count, entries = _entries(index.read_bytes())
     except (OSError, ValueError) as error:
@@ -129,9 +140,7 @@ def _entries(table: bytes) -> tuple[int, dict[str, _Entry]]:
 
 def _entry(name: str, fields: _Message) -> _Entry:
     if fields.all(7, bytes):
-        raise ValueError(
-            f"{short_repr(name)} is stored in slices, which is not supported: save the model on one device"
-        )
+        raise ValueError(f"{short_repr(name)} is stored in slices, which {_SLICES}")
     code, shape = fields.number(1), _Message(fields.content(2))
     sizes = tuple(_Message(axis).number(1) for axis in shape.all(2, bytes))
     dtype = _DTYPES.get(code, f"TensorFlow's type {code}")
@@ -253,16 +262,17 @@ class _Table:
         if compression:
             kind = "Snappy" if compression == 1 else f"method {compression}"
             raise ValueError(f"it is compressed with {kind}, which is not supported: TensorFlow itself writes none")
-        content = self.data[offset:end]
         # At the end is a list of entries whose keys are whole, and its length. It only serves to search.
-        starts = int.from_bytes(content[-4:], "little")
-        cursor, key = _Cursor(content[: max(0, size - 4 * starts - 4)]), b""
+        starts = int.from_bytes(self.data[max(offset, end - 4) : end], "little")
+        if 4 * starts + 4 > size:
+            raise ValueError(f"its block at {offset:,} has {size:,} bytes, and claims {starts:,} points to search from")
+        cursor, key = _Cursor(self.data[offset : end - 4 * starts - 4]), b""
         while cursor.left():
             shared, unshared, length = cursor.varint(), cursor.varint(), cursor.varint()
             if shared > len(key):
                 raise ValueError("it has a name that begins with more of the former one than that has")
-            self.taken += shared + unshared
-            if self.taken > _LIMIT:  # a few bytes may stand for a long name
-                raise ValueError(f"its names have more than {_LIMIT:,} bytes, as no model's have")
+            self.taken += shared + unshared + 32  # a few bytes may stand for a long name, or be one of many entries
+            if self.taken > HEADER_LIMIT:
+                raise ValueError(f"its entries need more than {HEADER_LIMIT:,} bytes, as no model's do")
             key = key[:shared] + cursor.take(unshared)
             yield key, cursor.take(length)
