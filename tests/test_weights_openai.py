@@ -503,6 +503,15 @@ def test_an_openai_directory_without_one_of_its_files_is_refused(directory):
         weights.load(directory)
 
 
+def test_a_directory_that_cannot_be_listed_is_refused(directory, monkeypatch):
+    def iterdir(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(directory), "iterdir", iterdir)
+    with pytest.raises(CheckpointError, match=r"openai: cannot be read: .*Permission denied"):
+        weights.load(directory)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "model.ckpt", 'model_checkpoint_path: ""', *(f'model_checkpoint_path: "{name}"' for name in (

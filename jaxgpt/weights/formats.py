@@ -265,12 +265,16 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
         if reason := unfinished(path):
             raise CheckpointError(path, f"has no config.json: {reason}")
-        names = {entry.name for entry in path.iterdir() if not entry.is_dir()}
+        try:
+            names = {entry.name for entry in path.iterdir() if not entry.is_dir()}
+        except OSError as error:  # no permission
+            raise CheckpointError(path, f"cannot be read: {error}") from None
         if openai.recognises(names):
             return openai.read(path, names, overrides)
         raise CheckpointError(
             path,
-            "expected a directory with config.json, or a training run (for a .pt or .pth, give the file itself)",
+            "expected a directory with config.json or OpenAI's hparams.json, or a training run (for a .pt or .pth, "
+            "give the file itself)",
         )
     fields = read_json(path / "config.json")
     for layout in FORMATS.values():
@@ -303,6 +307,6 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         found = type(content).__name__
     raise CheckpointError(
         path,
-        f"not a file of a known format ({', '.join(FILE_FORMATS)}): it holds {found}. If it belongs to a directory "
-        "with a config.json, give the directory",
+        f"not a file of a known format ({', '.join(FILE_FORMATS)}, llmc): it holds {found}. If it belongs to a "
+        "directory with a config.json, give the directory",
     )
