@@ -25,7 +25,7 @@ from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.generation import default_stop_ids, encode_prompt, generate, generate_text, stream
-from jaxgpt.tokenizer import builtin, files, get_tokenizer, registry, restored, write_tokenizer
+from jaxgpt.tokenizer import FILES, builtin, files, get_tokenizer, registry, restored, write_tokenizer
 from jaxgpt.training import Run, Tokens, load_config, open_tokens
 
 ALPHABET = list(builtin.gpt2_alphabet().values())
@@ -595,7 +595,7 @@ def test_a_directory_of_ours_whose_tokenizer_is_lost_or_another_is_refused(germa
     write_tokenizer(tmp_path / "own", other, context_length=16)
     with pytest.raises(CheckpointError, match=f"names the tokenizer bpe-.*, and beside it lies {other.name}: restore"):
         weights.load(tmp_path / "own")
-    for name in files.FILES:
+    for name in FILES:
         (tmp_path / "own" / name).unlink()
     with pytest.raises(CheckpointError, match=r"and beside it lies none: restore the tokenizer's files, or say which"):
         weights.load(tmp_path / "own")

@@ -1,4 +1,4 @@
-"""Reads a tokenizer from its files, and writes them. Nothing in a file is executed.
+"""Reads a tokenizer from its files. Nothing in a file is executed.
 
 | files | what they are |
 |---|---|
@@ -24,14 +24,11 @@ from typing import Any
 
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import DataError
-from jaxgpt.textfile import read_json, read_text, write_json
+from jaxgpt.textfile import read_json, read_text
 from jaxgpt.tokenizer import builtin, bytepairs, characters
 from jaxgpt.tokenizer.content import AddedToken, Content
-from jaxgpt.tokenizer.names import BUILTIN, NONE
-from jaxgpt.tokenizer.vocabulary import Tokenizer
-
-# What `write_tokenizer` may write.
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+from jaxgpt.tokenizer.names import BUILTIN
+from jaxgpt.tokenizer.writing import OWN_IDS
 
 # The files of each kind of tokenizer, by preference.
 _SETS = (
@@ -64,8 +61,6 @@ _LIMIT = 2**25
 _MOST_IDS = 2**24
 # A role of tokenizer_config.json is the name of the token that has it.
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# The ids at which a text starts and ends, where no config.json beside the files says so.
-_OWN_IDS = "jaxgpt_ids"
 
 
 def are_in(directory: Path) -> bool:
@@ -181,7 +176,7 @@ class _Beside:
             self.prefix = prefix
         elif str(kind).startswith("GPT2Tokenizer") or (kind is None and config.get("model_type") == "gpt2"):
             self.prefix = False  # what transformers' class does, whatever tokenizer.json says
-        self.own = options[_OWN_IDS] if isinstance(options.get(_OWN_IDS), dict) else None
+        self.own = options[OWN_IDS] if isinstance(options.get(OWN_IDS), dict) else None
         for fields in (generation, config):
             self.starts += _ids(fields.get("bos_token_id"))
             self.stops += _ids(fields.get("eos_token_id"))
@@ -393,7 +388,7 @@ def _ends(
         end, start, stops = own.get("end_of_text"), own.get("start"), own.get("stop_ids")
         known = [*(i for i in (end, start) if i is not None), *(stops if isinstance(stops, list) else [None])]
         if not isinstance(stops, list) or not all(type(i) is int and 0 <= i < vocab_size for i in known):
-            raise DataError(f"{path.parent}: {_OWN_IDS} of tokenizer_config.json is {short_repr(own)}")
+            raise DataError(f"{path.parent}: {OWN_IDS} of tokenizer_config.json is {short_repr(own)}")
         return end, start, tuple(stops)
     # config.json may still have transformers' defaults, beyond a small vocabulary.
     starts, stops = ([i for i in ids if 0 <= i < vocab_size] for ids in (beside.starts, beside.stops))
@@ -464,52 +459,3 @@ def _merges(path: Path, model: Mapping[str, Any], vocabulary: Mapping[str, int])
             )
         pairs.append((left, right))
     return pairs
-
-
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: int, own_ids: bool = False) -> None:
-    """Writes a tokenizer's files, `FILES` or some of them: tokenizer.json for current libraries, and for older ones, of
-    byte pairs, the merges and the vocabulary. Writes nothing for a model that came without a tokenizer.
-
-    Args:
-        directory: where to.
-        tokenizer: the tokenizer.
-        context_length: the model's, which other programs want to know.
-        own_ids: whether to store the ids that start and end a text, because no config.json that has them will lie
-            beside the files.
-    """
-    content = tokenizer.content
-    if content.kind == NONE:
-        return
-    description = builtin.description(content.kind) if content.kind in BUILTIN else content.description
-    byte_pairs = content.kind in (*BUILTIN, "bpe")
-    write_json(directory / "tokenizer.json", {"version": "1.0", **description})
-    if byte_pairs:
-        model = description["model"]
-        lines = ["#version: 0.2", *model["merges"], ""]
-        (directory / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-        write_json(directory / "vocab.json", model["vocab"])
-    # The class of GPT-2 would add an end-of-text token to a vocabulary that has none.
-    of_gpt2 = byte_pairs and content.end_of_text is not None
-    options: dict[str, Any] = {
-        "tokenizer_class": "GPT2Tokenizer" if of_gpt2 else "PreTrainedTokenizerFast",
-        "model_max_length": context_length,
-        "clean_up_tokenization_spaces": False,  # older versions would drop spaces from what the model wrote
-        **content.named,
-    }
-    if of_gpt2:
-        end = next((token for token, i in description["model"]["vocab"].items() if i == content.end_of_text), None)
-        options = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) | options
-    if byte_pairs:
-        options["add_prefix_space"] = description["pre_tokenizer"]["add_prefix_space"]
-    if content.added:
-        options["added_tokens_decoder"] = {
-            str(token.id): {key: value for key, value in token._asdict().items() if key != "id"}
-            for token in content.added
-        }
-    if own_ids:
-        options[_OWN_IDS] = {
-            "end_of_text": content.end_of_text,
-            "start": content.start,
-            "stop_ids": list(content.stop_ids),
-        }
-    write_json(directory / "tokenizer_config.json", options)
