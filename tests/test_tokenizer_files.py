@@ -345,6 +345,49 @@ def test_what_is_written_is_the_same_tokenizer(own_ids, tmp_path, characters):
         assert ("post_processor" in written) == (source == with_processor)  # for other programs
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "bpe", "chars", "hf"])
+def test_ids_without_a_token_get_one_for_other_programs_that_is_dropped_again(kind, tmp_path, characters):
+    rules = {"normalizer": {"type": "NFC"}}
+    tokenizer = {
+        "gpt2": lambda: get_tokenizer("gpt2"),
+        "bytes": lambda: get_tokenizer("bytes"),
+        "bpe": lambda: get_tokenizer(saved(tmp_path, described(spelling("ab"), added=ADDED))),
+        "chars": lambda: get_tokenizer(characters),
+        "hf": lambda: get_tokenizer(saved(tmp_path, {**described([], first=["<s>"], added=[("<s>", {})]), **rules})),
+    }[kind]()
+    assert tokenizer.name.startswith(kind)
+    size, out = tokenizer.vocab_size, tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(out, tokenizer, context_length=8, vocab_size=size + 3, own_ids=True)
+    vocabulary = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(size + 3))
+    assert [vocabulary[f"<|{i}|>"] for i in range(size, size + 3)] == [size, size + 1, size + 2]
+    assert get_tokenizer(out) is tokenizer
+    if kind not in ("chars", "hf"):  # these have no older files
+        assert json.loads((out / "vocab.json").read_text(encoding="utf-8")) == vocabulary
+        (out / "tokenizer.json").unlink()
+        assert get_tokenizer(out) is tokenizer
+
+
+def test_tokens_of_its_own_are_no_placeholders(tmp_path):
+    size = len(described([])["model"]["vocab"])
+    own, out = described([], added=[(f"<|{size}|>", {}), (f"<|{size + 1}|>", {})]), tmp_path / "out"
+    del own["added_tokens"][0]  # a token in the middle, not found in a text
+    tokenizer = get_tokenizer(saved(tmp_path, own))
+    assert tokenizer.vocab_size == size + 2
+    assert tokenizer.encode(f"<|{size + 1}|>") == [size + 1]
+    taken = described([], first=[f"<|{size + 1}|>"])  # the text that a placeholder would have
+    words = {**described([]), "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}  # makes it of a text
+    beside = {**described([], added=[("<new>", {})]), "normalizer": {"type": "NFC"}}
+    del beside["model"]["vocab"]["<new>"]  # its id would be another one
+    for description in (taken, words, beside):
+        tokenizer = get_tokenizer(saved(tmp_path, description))
+        out.mkdir(exist_ok=True)
+        write_tokenizer(out, tokenizer, context_length=8, vocab_size=tokenizer.vocab_size + 2)
+        written = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        assert written == description["model"]["vocab"]
+
+
 def test_a_tokenizer_carries_its_content_to_other_processes(tmp_path, monkeypatch):
     tokenizer = get_tokenizer(saved(tmp_path, GERMAN))
     assert copy.deepcopy(tokenizer) is tokenizer

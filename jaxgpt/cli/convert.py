@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxgpt.cli.options import add_force, add_tokenizer
+from jaxgpt.cli.options import add_force, add_tokenizer, tokenizer_note
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.files import new_directory
 
@@ -42,5 +42,7 @@ def run(args: argparse.Namespace) -> int:
     model, params = load(args.src, check_finite=args.check_finite, **overrides)
     save(args.dst, model, params, format=args.format)
     count = count_parameters(model.config).total
-    print(f"{args.dst}: {args.format}, {count:,} parameters, tokenizer {model.config.tokenizer}", file=sys.stderr)
+    tokenizer = model.config.tokenizer
+    note = tokenizer_note(args.dst, args.format, tokenizer)
+    print(f"{args.dst}: {args.format}, {count:,} parameters, tokenizer {tokenizer}{note}", file=sys.stderr)
     return 0

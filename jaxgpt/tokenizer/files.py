@@ -26,7 +26,7 @@ from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import DataError
 from jaxgpt.textfile import read_json, read_text
 from jaxgpt.tokenizer import builtin, bytepairs, characters
-from jaxgpt.tokenizer.content import AddedToken, Content
+from jaxgpt.tokenizer.content import AddedToken, Content, only_merges, placeholder
 from jaxgpt.tokenizer.names import BUILTIN
 from jaxgpt.tokenizer.writing import OWN_IDS
 
@@ -275,6 +275,9 @@ def _content(path: Path, description: Any, beside: _Beside) -> Content:
         raise DataError(f"{path}: expected an object 'model'")
     vocabulary = _vocabulary(path, model)
     added = _added_tokens(path, description, beside, vocabulary)
+    if only_merges(model) and (excess := _placeholders(vocabulary, added)):
+        vocabulary = {token: i for token, i in vocabulary.items() if token not in excess}
+        description = {**description, "model": {**model, "vocab": vocabulary}}
     id_of = vocabulary | {token.content: token.id for token in added}
     vocab_size, ids = len(id_of), set(id_of.values())
     if (gap := next((i for i in range(vocab_size) if i not in ids), None)) is not None:
@@ -316,6 +319,17 @@ def _vocabulary(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
     if not _encodable("".join(vocab)):
         raise DataError(f"{path}: a token holds a lone surrogate, which is no character")
     return vocab
+
+
+def _placeholders(vocabulary: Mapping[str, int], added: list[AddedToken]) -> set[str]:
+    """The tokens of the highest ids that are but placeholders, as `write_tokenizer` writes them."""
+    owner, known = {i: token for token, i in vocabulary.items()}, {token.content for token in added}
+    found: set[str] = set()
+    i = max([*owner, *(token.id for token in added)], default=-1)
+    while owner.get(i) == placeholder(i) and owner[i] not in known:
+        found.add(owner[i])
+        i -= 1
+    return found
 
 
 def _encodable(text: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxgpt.checks import first_line
 from jaxgpt.errors import DataError, MissingExtraError, require
-from jaxgpt.tokenizer.content import Content
+from jaxgpt.tokenizer.content import Content, placeholder
 from jaxgpt.tokenizer.vocabulary import IncrementalDecoder, Tokenizer
 
 
@@ -64,7 +64,7 @@ class _LibraryTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], *, placeholders: bool = False) -> str:
         known = itertools.groupby(self._checked(ids, placeholders), key=lambda i: i < self.vocab_size)
         return "".join(
-            self.known_text(list(row)) if inside else "".join(f"<|{i}|>" for i in row) for inside, row in known
+            self.known_text(list(row)) if inside else "".join(map(placeholder, row)) for inside, row in known
         )
 
     def known_text(self, ids: list[int]) -> str:
@@ -99,7 +99,7 @@ class _LibraryDecoder:
             if i < self._tokenizer.vocab_size:
                 self._ids.append(i)
             else:
-                text += f"{self.finish()}<|{i}|>"
+                text += f"{self.finish()}{placeholder(i)}"
         return text + self._new(final=False)
 
     def finish(self) -> str:

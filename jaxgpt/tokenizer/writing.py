@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxgpt.textfile import write_json
 from jaxgpt.tokenizer import builtin
+from jaxgpt.tokenizer.content import only_merges, placeholder
 from jaxgpt.tokenizer.names import BUILTIN, NONE
 from jaxgpt.tokenizer.vocabulary import Tokenizer
 
@@ -16,7 +17,9 @@ FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
 OWN_IDS = "jaxgpt_ids"
 
 
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: int, own_ids: bool = False) -> None:
+def write_tokenizer(
+    directory: Path, tokenizer: Tokenizer, *, context_length: int, vocab_size: int = 0, own_ids: bool = False
+) -> None:
     """Writes a tokenizer's files, `FILES` or some of them: tokenizer.json for current libraries, and for older ones, of
     byte pairs, the merges and the vocabulary. Writes nothing for a model that came without a tokenizer.
 
@@ -24,6 +27,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: in
         directory: where to.
         tokenizer: the tokenizer.
         context_length: the model's, which other programs want to know.
+        vocab_size: the model's. Some programs expect a token for every id: those without one get `<|50258|>`, which no
+            text becomes and `get_tokenizer` drops, unless the tokenizer could make it of a text (WordPiece, unigram).
         own_ids: whether to store the ids that start and end a text, because no config.json that has them will lie
             beside the files.
     """
@@ -31,6 +36,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: in
     if content.kind == NONE:
         return
     description = builtin.description(content.kind) if content.kind in BUILTIN else content.description
+    description = _with_placeholders(description, tokenizer.vocab_size, vocab_size)
     byte_pairs = content.kind in (*BUILTIN, "bpe")
     write_json(directory / "tokenizer.json", {"version": "1.0", **description})
     if byte_pairs:
@@ -63,3 +69,15 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: in
             "stop_ids": list(content.stop_ids),
         }
     write_json(directory / "tokenizer_config.json", options)
+
+
+def _with_placeholders(description: dict[str, Any], first: int, stop: int) -> dict[str, Any]:
+    """The description with a token for each id from `first` to `stop` - 1, if they change nothing else."""
+    model, added = description["model"], description["added_tokens"]
+    if not only_merges(model):
+        return description
+    vocabulary, more = model["vocab"], {placeholder(i): i for i in range(first, stop)}
+    # An added token that the vocabulary lacks is given the next id after it, whatever the file says.
+    if more.keys() & vocabulary.keys() or not all(token["content"] in vocabulary for token in added):
+        return description
+    return {**description, "model": {**model, "vocab": {**vocabulary, **more}}}
