@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import re
 
 import jax
 import numpy as np
@@ -115,6 +116,24 @@ def test_transformers_loads_the_export_without_a_word_and_writes_our_text(name, 
     else:
         expected = generate_text(model, params, PROMPT, new)[0]
     assert [*answer.values()] == [expected]
+
+
+@pytest.mark.parametrize("config", [BYTES, TINY], ids=["text", "ids"])
+def test_the_code_on_the_card_runs(config, tmp_path, capsys):
+    weights.save(tmp_path / "hf", *make_model(config), format="huggingface")
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    theirs, ours = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    printed = []
+    for code in (theirs, ours):
+        with silence():
+            exec(code.replace("path/of/this/directory", str(tmp_path / "hf")), {})
+        printed.append(capsys.readouterr().out)
+    if config == BYTES:
+        assert printed[1].startswith(printed[0].removesuffix("\n"))  # theirs ends with the context
+    else:
+        ids = [re.findall(r"\d+", text) for text in printed]
+        assert ids[0][:3] == ["0", "1", "2"]
+        assert ids[0] == ids[1][: len(ids[0])]
 
 
 @pytest.mark.parametrize("name", MODELS)

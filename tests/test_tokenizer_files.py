@@ -9,6 +9,9 @@ import os
 import pickle
 import random
 import sys
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -533,6 +536,22 @@ def word_piece(tmp_path, **options):
 def small(tokenizer, **fields):
     sizes = {"context_length": 16, "emb_dim": 8, "n_heads": 2, "n_layers": 1, "drop_rate": 0.0}
     return GPTConfig(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, **sizes | fields)
+
+
+def test_threads_that_differ_in_special_tokens_do_not_meet(tmp_path, monkeypatch):
+    class Library:
+        encode_special_tokens = None
+
+        def encode(self, text, add_special_tokens):
+            before = self.encode_special_tokens
+            time.sleep(0.05)  # the other thread's turn
+            return types.SimpleNamespace(ids=[before, self.encode_special_tokens])
+
+    tokenizer = get_tokenizer(word_piece(tmp_path))
+    monkeypatch.setattr(tokenizer, "_library_or_error", Library())
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda allowed: tokenizer.encode("a", allow_special=allowed), [True, False])
+    assert list(results) == [[False, False], [True, True]]
 
 
 def test_without_the_library_ids_work_and_text_is_refused(tmp_path, monkeypatch):

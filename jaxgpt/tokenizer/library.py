@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterable
 from typing import Any
 
@@ -51,6 +52,7 @@ class _LibraryTokenizer(Tokenizer):
     def __init__(self, content: Content, library: Any):
         super().__init__(content, [], lambda text: [])
         self._library_or_error = library
+        self._lock = threading.Lock()
 
     @property
     def library(self) -> Any:
@@ -80,8 +82,9 @@ class _LibraryTokenizer(Tokenizer):
 
     def _ids(self, text: str, allow_special: bool) -> list[int]:
         library = self.library
-        library.encode_special_tokens = not allow_special
-        return _calling(lambda: library.encode(text, add_special_tokens=False).ids)
+        with self._lock:  # another thread may want it otherwise
+            library.encode_special_tokens = not allow_special
+            return _calling(lambda: library.encode(text, add_special_tokens=False).ids)
 
 
 class _LibraryDecoder:

@@ -105,8 +105,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
-ids = torch.tensor([[0, 1, 2]])
-print(model.generate(ids, attention_mask=torch.ones_like(ids)))
+print(model.generate(torch.tensor([[0, 1, 2]])))
 ```
 
 With jaxgpt:
@@ -290,8 +289,7 @@ def write(directory: Path, model: GPT, params: Any) -> None:
 
 
 def has_tokenizer(config: GPTConfig) -> bool:
-    """Whether `write` writes a tokenizer's files: not if other programs could draw ids from a text with them that the
-    model lacks."""
+    """Whether `write` writes a tokenizer's files: not if a text could have ids that the model lacks."""
     return config.tokenizer != NONE and config.vocab_size >= get_tokenizer(config.tokenizer).text_ids
 
 
