@@ -26,6 +26,7 @@ import pytest
 from flax import serialization
 from helpers import TINY, make_model, to_toml
 from safetensors.numpy import save_file
+from test_sources import WRITERS
 from test_tokenizer_files import SPACE, described, saved, slow_files
 from test_weights import (
     BOOK,
@@ -43,12 +44,12 @@ from test_weights_bad_input import Canary
 
 from jaxgpt import hub
 from jaxgpt.config import GPTConfig
+from jaxgpt.data import Corpus, Source, Tokens, open_corpus, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.textfile import read_json, read_toml
 from jaxgpt.tokenizer import get_tokenizer, registry
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens, open_tokens
 from jaxgpt.training.run_directory import Run
 from jaxgpt.weights import formats as weights
 
@@ -504,18 +505,32 @@ def test_damaged_token_file(mutate, cases, tmp_path):
 
     def read():
         tokens = open_tokens(path, BYTES)
-        assert tokens.ids_N.max(initial=0) < 257
+        assert np.max(tokens.ids_N, initial=0) < 257
         tokens.split(0.1)
 
     assert fuzz(cases, path, mutate, read) > 0.5 * cases
+
+
+@pytest.mark.parametrize("program", ["llm.c", "Megatron"])
+def test_damaged_token_file_of_another_program(program, tmp_path):
+    write, name, _ = WRITERS[program]
+    write(tmp_path)
+
+    def read():
+        # What is left of a short file may be a text.
+        assert len(open_tokens(tmp_path / name, GPTConfig(), "gpt2").ids_N) <= 100
+
+    assert fuzz(300, tmp_path / name, functools.partial(any_bytes, limit=40), read) > 150
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl"])
 def test_damaged_run_directory(name, tmp_path):
     tokens = Tokens.from_text("The cat sat on the mat. " * 9, "bytes")
+    (tmp_path / "text").write_text("The cat sat on the mat. ")
+    corpus = Corpus((Source("text", tokens, 0.5, path=str(tmp_path / "text")),))
     run = Run(tmp_path)
-    run.describe(TRAIN, tokens, None)
+    run.describe(TRAIN, corpus, None)
     for step in range(1, 5):
         run.append({"step": step, "loss": 5.0 / step, "val_loss": 6.0 / step})
 
@@ -528,7 +543,8 @@ def test_damaged_run_directory(name, tmp_path):
         return b"".join(lines)
 
     def read():
-        run.check_resume(TRAIN, tokens, None)
+        run.check_resume(TRAIN, corpus, None)
+        open_corpus(run.data()[0], BYTES)
         losses = run.val_losses()
         assert min(losses.values(), default=0.0) < 1e400
         run.truncate_metrics(3)

@@ -26,10 +26,11 @@ import jaxgpt
 from jaxgpt import hub, weights
 from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
+from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.generation import default_stop_ids, encode_prompt, generate, generate_text, stream
 from jaxgpt.tokenizer import FILES, builtin, files, get_tokenizer, registry, restored, write_tokenizer
-from jaxgpt.training import Run, Tokens, load_config, open_tokens
+from jaxgpt.training import Run, load_config
 
 ALPHABET = list(builtin.gpt2_alphabet().values())
 SPACE = ALPHABET[list(builtin.gpt2_alphabet()).index(32)]

@@ -32,8 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the metrics and returns the exit code."""
+    from jaxgpt.data import open_tokens
     from jaxgpt.parallel import memory_errors
-    from jaxgpt.training import evaluate, open_tokens
+    from jaxgpt.training import evaluate
 
     local(args.data)
     model, params = load_model(args)
