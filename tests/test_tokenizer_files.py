@@ -29,7 +29,7 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.generation import default_stop_ids, encode_prompt, generate, generate_text, stream
-from jaxgpt.tokenizer import FILES, builtin, files, get_tokenizer, registry, restored, write_tokenizer
+from jaxgpt.tokenizer import FILES, builtin, get_tokenizer, parsing, registry, restored, write_tokenizer
 from jaxgpt.training import Run, load_config
 
 ALPHABET = list(builtin.gpt2_alphabet().values())
@@ -126,7 +126,7 @@ def test_byte_pairs_of_any_list_give_the_ids_of_a_plain_implementation(merges, t
 
 
 def tokenizer_of(description):
-    return restored(files._content(Path("tokenizer.json"), description, files._Beside()))
+    return restored(parsing.content_of(Path("tokenizer.json"), description, parsing.Beside()))
 
 
 def spelling(*words):
@@ -600,7 +600,7 @@ def test_byte_pairs_with_other_rules_are_the_librarys(tmp_path):
 
 
 def tokenizer_of_kind(description):
-    return files._content(Path("tokenizer.json"), description, files._Beside()).kind
+    return parsing.content_of(Path("tokenizer.json"), description, parsing.Beside()).kind
 
 
 # --- the tokenizer travels with its model
