@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from jaxgpt.cli.options import add_force, add_tokenizer
+from jaxgpt.cli.options import add_force, add_tokenizer, tokenizer_note
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import ConfigError, require
 from jaxgpt.files import new_directory, new_file
@@ -59,5 +59,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         save(args.dst, model, params, format=form)
     count = count_parameters(model.config).total
-    print(f"{args.dst}: {form}, {count:,} parameters, tokenizer {model.config.tokenizer}", file=sys.stderr)
+    tokenizer = model.config.tokenizer
+    note = tokenizer_note(args.dst, form, tokenizer)
+    print(f"{args.dst}: {form}, {count:,} parameters, tokenizer {tokenizer}{note}", file=sys.stderr)
     return 0

@@ -193,7 +193,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     words = card.read_bytes() if card.is_file() else b""
     with replacing_directory(path, last="config.json") as directory:
         FORMATS[format].write(directory, model, params)
-        if words not in (b"", huggingface.CARD_TEXT.encode()):
+        if words not in (b"", *map(str.encode, huggingface.CARDS)):
             (directory / huggingface.CARD).write_bytes(words)
 
 
