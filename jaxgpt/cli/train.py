@@ -84,8 +84,14 @@ def describe_settings(width: int) -> str:
     from jaxgpt.training import TABLES
 
     def entry(key: str, text: str) -> list[str]:
-        first = f"  {key} ".ljust(28)
-        return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * 28, break_on_hyphens=False)
+        indent = " " * 28
+        first, *more = textwrap.wrap(
+            text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+        label = f"  {key} "
+        # As argparse does: a key that is too long for its column has a line of its own.
+        start = [label.rstrip(), first] if len(label) > len(indent) else [label.ljust(len(indent)) + first.lstrip()]
+        return [*start, *more]
 
     lines = ["fields of the config, as KEY of --set KEY=VALUE:"]
     for table, config in TABLES.items():

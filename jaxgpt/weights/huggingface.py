@@ -8,7 +8,6 @@ transformers' PyTorch model, in errors too; what its Flax model wrote is renamed
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from jaxgpt.model import GPT
 from jaxgpt.textfile import read_json, write_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
+from jaxgpt.weights.config_keys import refuse_other_mathematics
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.msgpack import open_msgpack
 from jaxgpt.weights.tensors import Tensor, open_safetensors, open_torch, without_prefix, write_safetensors
@@ -134,16 +134,17 @@ _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("drop_rate_shortcut", ("resid_pdrop",), 0.1),
     ("tie_embeddings", ("tie_word_embeddings",), True),
     ("activation", ("activation_function",), "gelu_new"),
+    ("scale_attn_weights", ("scale_attn_weights",), True),
+    ("scale_attn_by_inverse_layer_idx", ("scale_attn_by_inverse_layer_idx",), False),
 )
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-
-# Switches that change the mathematics, with the only values that we support, which are transformers' defaults.
-# reorder_and_upcast_attn is not among them: on or off, the function is the same, and computed in float32 as here.
-_FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
+# transformers' names of our activations; the first of several is the one that is written. Those of a line differ only
+# in how they are computed (gelu_fast has the root of 2 / pi to ten digits, which as a float32 is the same).
+_ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "relu": "relu",
+    "tanh": "tanh",
 }
 
 
@@ -182,12 +183,14 @@ def stored_tokenizer(fields: Mapping[str, Any]) -> str | None:
 
 def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
     """Converts a config.json of model_type "gpt2" to a `GPTConfig`; raises ConfigError as `read` does."""
-    for name, value in _FIXED.items():
-        if fields.get(name, value) is not value:
-            raise ConfigError(
-                f"{source}: {name} must be {json.dumps(value)}, not {short_repr(fields[name])}: not implemented"
-            )
-    ours = {name: next((fields[key] for key in keys if key in fields), default) for name, keys, default in _FIELDS}
+    refuse_other_mathematics(fields, {key for _, keys, _ in _FIELDS for key in keys}, source)
+    ours = {}
+    for name, keys, default in _FIELDS:
+        given = {key: fields[key] for key in keys if key in fields}
+        ours[name], *others = given.values() or (default,)
+        if any(value != ours[name] for value in others):
+            values = " and ".join(map(short_repr, given.values()))
+            raise ConfigError(f"{source}: {' and '.join(given)} mean the same, and cannot be {values}")
     if ours["activation"] not in tuple(_ACTIVATIONS):
         known = ", ".join(_ACTIVATIONS)
         raise ConfigError(f"{source}: activation_function must be one of {known}, not {short_repr(ours['activation'])}")
@@ -270,8 +273,8 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     text, and a model card (of `CARDS`).
 
     transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros. CTranslate2's
-    converter reads the directory too if the tokenizer names tokens for bos, eos and unk, but takes `layer_norm_epsilon`
-    for 1e-5 and the `scale_attn_` switches for their defaults, whatever config.json says.
+    converter reads the directory too if the tokenizer names tokens for bos, eos and unk and the activation is not tanh,
+    but takes `layer_norm_epsilon` for 1e-5 and the `scale_attn_` switches for their defaults, whatever these are.
     """
     config, tokenizer = model.config, get_tokenizer(model.config.tokenizer)
     full = config.replace(bias=True, qkv_bias=True)
@@ -300,8 +303,8 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         **{keys[0]: getattr(config, name) for name, keys, _ in _FIELDS},
         "n_ctx": config.context_length,  # transformers has dropped this name, and llama.cpp's converter reads it
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
-        **{name: value for name, value in _FIXED.items() if value is not None},
+        "activation_function": next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
+        "add_cross_attention": False,
         **_special_ids(config),
         # Of others the files tell, which somebody may change.
         **({"jaxgpt_tokenizer": config.tokenizer} if config.tokenizer in (*BUILTIN, NONE) else {}),
