@@ -74,7 +74,9 @@ MODELS = {
     "added tokens": added_tokens,
     "several stop ids": several_stop_ids,
     # Not for CTranslate2, whose converter ignores the scale, has no tanh, and needs tokens as bos, eos and unk.
-    "scaled by layer": lambda tmp_path: make_model(BYTES.replace(scale_attn_by_inverse_layer_idx=True, n_layers=3)),
+    "scaled by layer": lambda tmp_path: make_model(
+        BYTES.replace(scale_attn_by_inverse_layer_idx=True, n_layers=6, tie_embeddings=False)
+    ),
     "tanh": lambda tmp_path: make_model(BYTES.replace(activation="tanh")),
     "characters": characters,
     "word pieces": lambda tmp_path: with_tokenizer(word_piece(tmp_path)),
