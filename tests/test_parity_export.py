@@ -65,6 +65,7 @@ MODELS = {
     "padded": lambda tmp_path: make_model(BYTES.replace(tokenizer="gpt2", vocab_size=50304)),
     "untied": lambda tmp_path: make_model(BYTES.replace(tie_embeddings=False)),
     "no biases": lambda tmp_path: make_model(BYTES.replace(bias=False, qkv_bias=False, activation="gelu")),
+    "silu": lambda tmp_path: make_model(BYTES.replace(activation="silu")),
     "relu": lambda tmp_path: make_model(BYTES.replace(activation="relu", ffn_dim=40)),
     "bfloat16": lambda tmp_path: make_model(BYTES, param_dtype="bfloat16"),
     "resized": lambda tmp_path: resize_embeddings(*make_model(BYTES), 264),
@@ -72,15 +73,19 @@ MODELS = {
     "ids without text": lambda tmp_path: make_model(BYTES.replace(vocab_size=1000)),
     "added tokens": added_tokens,
     "several stop ids": several_stop_ids,
+    # Not for CTranslate2, whose converter ignores the scale, has no tanh, and needs tokens as bos, eos and unk.
+    "scaled by layer": lambda tmp_path: make_model(
+        BYTES.replace(scale_attn_by_inverse_layer_idx=True, n_layers=6, tie_embeddings=False)
+    ),
+    "tanh": lambda tmp_path: make_model(BYTES.replace(activation="tanh")),
     "characters": characters,
     "word pieces": lambda tmp_path: with_tokenizer(word_piece(tmp_path)),
     "unigram": lambda tmp_path: with_tokenizer(unigram(tmp_path)),
 }
-# CTranslate2 needs tokens in the roles of bos, eos and unk, which the last three have not.
 FOR_CTRANSLATE2 = {
     "bundled": lambda tmp_path: weights.load("shakespeare"),
     "GPT-2's vocabulary": lambda tmp_path: make_model(BYTES.replace(tokenizer="gpt2", vocab_size=50257)),
-    **dict(list(MODELS.items())[:-3]),
+    **dict(list(MODELS.items())[:-5]),
 }
 
 

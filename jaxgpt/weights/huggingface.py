@@ -273,8 +273,8 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     text, and a model card (of `CARDS`).
 
     transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros. CTranslate2's
-    converter reads the directory too if the tokenizer names tokens for bos, eos and unk, but takes `layer_norm_epsilon`
-    for 1e-5 and the `scale_attn_` switches for their defaults, whatever config.json says.
+    converter reads the directory too if the tokenizer names tokens for bos, eos and unk and the activation is not tanh,
+    but takes `layer_norm_epsilon` for 1e-5 and the `scale_attn_` switches for their defaults, whatever these are.
     """
     config, tokenizer = model.config, get_tokenizer(model.config.tokenizer)
     full = config.replace(bias=True, qkv_bias=True)
