@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from jaxgpt.config import ComputeConfig
 from jaxgpt.generation import decode
 from jaxgpt.generation.decode import scan_generate
-from jaxgpt.generation.sampling import Greedy, Temperature, TopK, TopP
+from jaxgpt.generation.sampling import Greedy, MinP, Temperature, TopK, TopP
 from jaxgpt.generation.session import bucket, generate
 from jaxgpt.generation.text import generate_text, stream, text_pieces
 from jaxgpt.model import reference
@@ -194,6 +194,24 @@ def test_lengths_of_one_bucket_compile_once(caplog):
         assert first.count("prefill") == 1
         assert first.count("decode_tokens") == 1
         assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54], batch) == []
+
+
+def test_samplers_of_one_structure_compile_once_whatever_their_numbers(caplog):
+    model, params = make_model(TINY.replace(context_length=64, n_layers=1), seed=4)
+
+    def compiled(*samplers):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            for seed, sampler in enumerate(samplers):
+                generate(model, params, [[1, 2], [3]], 40, sampler=sampler, key=seed)
+        found = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
+        return found.count("prefill"), found.count("decode_tokens")
+
+    values = [(0.1, 5, 0.5, 0.1), (1, 1, 1, 0), (2.5, 97, 0.9, 1), (1e-40, 10**12, 1e-50, 0.03)]
+    chains = [Temperature(t) | TopK(k) | TopP(p) | MinP(m) for t, k, p, m in values]
+    assert compiled(chains[0]) == (1, 1)
+    assert compiled(*chains[1:]) == (0, 0)
+    assert compiled(Temperature(0), Greedy(), Temperature(0.0) | TopK(3)) == (1, 1)
 
 
 def test_buckets_double_up_to_the_largest():

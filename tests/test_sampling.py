@@ -198,6 +198,39 @@ def test_samplers_are_equal_and_hash_by_value():
     assert chain != Temperature(0.8) | TopK(6)
 
 
+@pytest.mark.parametrize("value", [0.8, 1 / 3, 1.7, 1e-40])
+def test_a_number_that_is_traced_filters_to_the_same_bits_as_a_constant(value):
+    sampler = Temperature(value) | TopK(9) | TopP(0.9) | MinP(min(value, 1) / 7)
+    logits = jnp.asarray(rows_of_logits(0, 5, 12))
+    constant = jax.jit(lambda logits: sampler.filter(logits))(logits)
+    traced = jax.jit(lambda sampler, logits: sampler.filter(logits))(sampler, logits)
+    np.testing.assert_array_equal(np.asarray(traced).view(np.int32), np.asarray(constant).view(np.int32))
+
+
+def test_samplers_are_trees_of_their_numbers():
+    chain = Temperature(0.8) | TopK(5) | TopP(1) | MinP(0)
+    leaves, structure = jax.tree.flatten(chain)
+    assert jax.tree.unflatten(structure, leaves) == chain
+    assert set(map(type, leaves)) == {float, int}
+    assert structure == jax.tree.structure(Temperature(3) | TopK(10**12) | TopP(0.1) | MinP(0.5))
+    assert structure != jax.tree.structure(TopK(5) | Temperature(0.8) | TopP(1) | MinP(0))
+    assert jax.tree.structure(Temperature(0)) != jax.tree.structure(Temperature(1))
+    assert repr(jax.tree.map(lambda leaf: "x", TopK(5))) == "TopK('x')"
+    for leaf in jax.device_put(jax.tree.leaves(Temperature(1e300) | TopK(10**300))):  # beyond 32 bits
+        assert bool(jnp.isfinite(leaf))
+
+
+def test_samplers_can_be_made_of_traced_numbers():
+    logits = jnp.asarray(LOGITS)
+
+    @jax.jit
+    def made(t, k, p, m):
+        return (Temperature(t) | TopK(k) | TopP(p) | MinP(m)).filter(logits)
+
+    expected = (Temperature(0.5) | TopK(6) | TopP(0.99) | MinP(0.001)).filter(logits)
+    np.testing.assert_array_equal(made(0.5, 6, 0.99, 0.001), expected)
+
+
 @pytest.mark.parametrize(
     ("make", "name"),
     [

@@ -47,7 +47,7 @@ class DecodeState:
     broken_B: Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "sampler", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
 def prefill(
     model: GPT,
     params: Any,
@@ -72,7 +72,7 @@ def prefill(
         key: as in `row_keys`, or None.
         stop_ids: ids that end a row, [any number].
         slots: size of the cache, at least T; static.
-        sampler: how ids are drawn; static.
+        sampler: how ids are drawn.
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
     """
     B = ids_BxT.shape[0]
@@ -94,7 +94,7 @@ def prefill(
     return _draw(model, params, state, x_Bx1xD, sampler)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk", "sampler"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
 def decode_tokens(
     model: GPT,
     params: Any,

@@ -45,11 +45,12 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
 
 
 def check_sampler(sampler: Any) -> Sampler:
-    """Returns the sampler, by default `Greedy()`; raises a TypeError for anything that is no sampler."""
+    """Returns the sampler, `Greedy()` by default and for all that draw nothing at random; raises a TypeError for what
+    is no sampler."""
     if sampler is None:
         return Greedy()
     if isinstance(sampler, Sampler):
-        return sampler
+        return sampler if sampler.draws else Greedy()
     found = f"the class {sampler.__name__} itself" if isinstance(sampler, type) else short_repr(sampler)
     raise TypeError(f"sampler must be a sampler, such as Greedy() or Temperature(0.8) | TopK(50), not {found}")
 

@@ -69,8 +69,8 @@ def generate(
     """Continues each prompt by up to `max_new_tokens` ids.
 
     Each row gets the ids it would get alone, whatever the other rows are. Compiles once per model, batch size,
-    sampler and bucket of lengths (powers of two). A model with `scan_layers` is unstacked in every call; `prepare` it
-    once to avoid that.
+    structure of the sampler (its numbers do not count) and bucket of lengths (powers of two). A model with
+    `scan_layers` is unstacked in every call; `prepare` it once to avoid that.
 
     Past the context the result is that of the reference generator: each id is drawn from the last `context_length`
     ids alone, at positions from 0. No cache can do that (see `RecentTokens` in `model/cache.py`), so from there on
@@ -203,7 +203,7 @@ class Generation:
                 state,
                 to_device(np.int32(steps), self.params),
                 chunk=CHUNK,
-                sampler=self.sampler,
+                sampler=to_device(self.sampler, self.params),
             )
             before, drawn = drawn, int(jax.device_get(state.drawn))
             yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
@@ -231,7 +231,7 @@ class Generation:
             self.params,
             *to_device(arguments, self.params),
             slots=slots,
-            sampler=self.sampler,
+            sampler=to_device(self.sampler, self.params),
             cache_dtype=self.cache_dtype,
         )
 
