@@ -23,6 +23,13 @@ from .generation import Temperature as Temperature
 from .generation import TopK as TopK
 from .generation import TopP as TopP
 from .generation import MinP as MinP
+from .generation import RepetitionPenalty as RepetitionPenalty
+from .generation import PresencePenalty as PresencePenalty
+from .generation import FrequencyPenalty as FrequencyPenalty
+from .generation import NoRepeatNgram as NoRepeatNgram
+from .generation import BadWords as BadWords
+from .generation import LogitBias as LogitBias
+from .generation import MinNewTokens as MinNewTokens
 from .tokenizer import get_tokenizer as get_tokenizer
 from .model import Cache as Cache
 from .generation import prepare as prepare

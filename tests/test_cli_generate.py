@@ -15,7 +15,7 @@ from helpers import TINY, exhaustive, make_model, make_model_that_draws
 
 from jaxgpt import prepare, weights
 from jaxgpt.cli import main
-from jaxgpt.generation.sampling import from_options
+from jaxgpt.generation.options import from_options
 from jaxgpt.generation.text import generate_text
 from jaxgpt.model.cache import Cache
 
@@ -178,7 +178,7 @@ def test_says_when_the_text_outgrows_the_context(capsys):
     [
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
-        (["--top-k", "0"], "top_k"),
+        (["--top-k", "-1"], "top_k"),
         (["--top-p", "1.5"], "top_p"),
         (["--min-p", "-0.1"], "min_p"),
         (["--max-new-tokens", "-1"], "max_new_tokens"),

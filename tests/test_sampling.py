@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, from_options
+from jaxgpt.generation.options import from_options
+from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
@@ -175,14 +176,16 @@ def test_filters_apply_from_left_to_right():
     # After sharpening, one id has 0.7 of the probability; before, two are needed.
     assert kept(Temperature(0.3) | TopP(0.7), LOGITS) == {3}
     assert kept(TopP(0.7) | Temperature(0.3), LOGITS) == {3, 7}
-    assert from_options(0.5, 5, 0.9, 0.1) == Temperature(0.5) | TopK(5) | TopP(0.9) | MinP(0.1)
+    assert from_options(temperature=0.5, top_k=5, top_p=0.9, min_p=0.1) == Temperature(0.5) | TopK(5) | TopP(
+        0.9
+    ) | MinP(0.1)
 
 
 def test_greedy_takes_the_lowest_of_equals_and_needs_no_key():
     assert Greedy()(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])).tolist() == [1, 0]
     assert Temperature(0)(jnp.array([0.0, 2.0, 2.0])).tolist() == 1
     assert not (Temperature(0) | TopK(2)).draws
-    assert from_options(0, top_k=5) == Greedy()
+    assert from_options(temperature=0, top_k=5) == Greedy()
 
 
 def test_bfloat16_logits_are_drawn_from_in_float32():

@@ -63,8 +63,8 @@ CALLS = {
     "a float as key": (lambda: generate(MODEL, PARAMS, IDS, 4, sampler=DRAW, key=0.5), "an int or a key.*not 0.5"),
     "a text as key": (lambda: generate(MODEL, PARAMS, IDS, 4, sampler=DRAW, key="0"), "an int or a key.*not '0'"),
     "another library's option": (
-        lambda: generate(MODEL, PARAMS, IDS, 4, temperature=0.5),
-        "'temperature': use sampler=Temperature",
+        lambda: generate(MODEL, PARAMS, IDS, 4, do_sample=True),
+        "'do_sample': use temperature=1.0",
     ),
     "another library's option for text": (
         lambda: generate_text(MODEL, PARAMS, "To", 4, max_length=5),

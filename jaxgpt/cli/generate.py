@@ -87,11 +87,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
 
-    from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, sampling
+    from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, from_options
     from jaxgpt.parallel import memory_errors
 
     temperature = 0.0 if args.greedy else args.temperature
-    sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
+    sampler = from_options(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
     key = as_key(args.seed) if sampler.draws else None
     model, params = load_model(args)
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]

@@ -16,6 +16,7 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.checks import brief, check_batch
+from jaxgpt.generation.history import History
 from jaxgpt.generation.keys import as_key, row_keys
 from jaxgpt.generation.prompts import check_sampler
 from jaxgpt.generation.sampling import Sampler
@@ -36,6 +37,7 @@ class DecodeState:
         drawn: ids drawn so far per row, int32.
         done_B: whether the row has drawn a stop id.
         broken_B: number of the first draw whose logits were not finite, or -1.
+        history: the text of each row, if the sampler looks at it.
     """
 
     memory: Cache | RecentTokens
@@ -45,6 +47,7 @@ class DecodeState:
     drawn: Array
     done_B: Array
     broken_B: Array
+    history: History | None = None
 
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
@@ -60,6 +63,7 @@ def prefill(
     slots: int,
     sampler: Sampler,
     cache_dtype: str | None = None,
+    history: History | None = None,
 ) -> DecodeState:
     """Reads the prompts into a new cache and draws the first id of each row.
 
@@ -74,6 +78,7 @@ def prefill(
         slots: size of the cache, at least T; static.
         sampler: how ids are drawn.
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
+        history: the prompts once more, for a sampler that looks at the text, with a column for every id to be drawn.
     """
     B = ids_BxT.shape[0]
     cache_dtype = cache_dtype or default_dtype(model.compute, jax.tree.leaves(params)[0])
@@ -90,6 +95,7 @@ def prefill(
         drawn=jnp.zeros((), jnp.int32),
         done_B=jnp.zeros(B, bool),
         broken_B=jnp.full(B, -1, jnp.int32),
+        history=history,
     )
     return _draw(model, params, state, x_Bx1xD, sampler)
 
@@ -168,20 +174,24 @@ def scan_generate(
         ids_BxN: the new ids only.
     """
     check_model("scan_generate(model, params, ids, max_new_tokens)", model, params)
-    sampler = check_sampler(sampler)
+    sampler = check_sampler(sampler, model.config.vocab_size)
     ids_BxT = jnp.asarray(ids_BxT)
     check_batch(ids_BxT, ids_BxT.shape[-1])
     model = GPT(model.config, model.compute.portable())
     C = model.config.context_length
-    ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
     B, T = ids_BxT.shape
+    history = None
+    if sampler.sees_text:
+        ids_BxS = jnp.pad(ids_BxT.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
+        history = History(ids_BxS, jnp.zeros(B, jnp.int32), jnp.int32(T), jnp.int32(T))
+    ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
+    T = ids_BxT.shape[1]
     no_stops = jnp.zeros(0, jnp.int32)
     cached = min(max_new_tokens, C - T + 1)
     lengths_B = jnp.full(B, T, jnp.int32)
     key = None if key is None else as_key(key)
-    state = prefill(
-        model, params, ids_BxT, lengths_B, jnp.int32(T), key, no_stops, slots=T + cached - 1, sampler=sampler
-    )
+    arguments = (ids_BxT, lengths_B, jnp.int32(T), key, no_stops)
+    state = prefill(model, params, *arguments, slots=T + cached - 1, sampler=sampler, history=history)
     pieces = [ids_BxT, state.token_B[:, None]]
     if cached > 1:
         state, ids = decode_tokens(model, params, state, cached - 1, chunk=cached - 1, sampler=sampler)
@@ -201,7 +211,9 @@ def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: 
     logits_BxV = logits_Bx1xV[:, 0]
     with jax.named_scope("sample"):
         keys_B = None if state.keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
-        token_B = replicate(sampler(logits_BxV, keys_B))  # every process reads them
+        history = state.history
+        seen = history and dataclasses.replace(history, stop_ids=state.stop_ids)
+        token_B = replicate(sampler(logits_BxV, keys_B, seen))  # every process reads them
         broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
         return dataclasses.replace(
             state,
@@ -209,4 +221,5 @@ def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: 
             drawn=state.drawn + 1,
             done_B=state.done_B | jnp.any(token_B[:, None] == state.stop_ids[None], axis=-1),
             broken_B=replicate(jnp.where(broken, state.drawn, state.broken_B)),
+            history=history and history.append(token_B),
         )

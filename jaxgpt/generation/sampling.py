@@ -5,6 +5,8 @@ for their structure (which ones, in which order), while their numbers are its ar
     Temperature(0.8)
     Temperature(0.8) | TopK(50) | TopP(0.95)          # applied from left to right
 
+The controls in `controls.py` may also look at the text so far. They come before all filters, wherever they are written.
+
 Sizes: B batch, V vocabulary.
 """
 
@@ -55,7 +57,8 @@ def _unflatten(cls: type[Sampler], static: tuple[Any, ...], leaves: Iterable[Any
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Sampler:
-    """Draws an id from softmax(filter(logits)). Subclasses define what `filter` does to the logits.
+    """Draws an id from softmax(filter(control(logits))). Subclasses define one of the two; only a `Control` has the
+    second.
 
     A subclass is a frozen dataclass. Its fields are the leaves of the pytree, so `filter` may find traced numbers in
     them; a field with `metadata={"static": True}` is part of the structure instead.
@@ -75,13 +78,26 @@ class Sampler:
         never removed."""
         return logits
 
-    def __call__(self, logits: Array, key: Array | None = None) -> Array:
-        """Ids [B] from logits [B, V] and one key per row, [B]; or one id from logits [V] and a key.
+    @property
+    def sees_text(self) -> bool:
+        """Whether `control` needs the text so far."""
+        return False
+
+    def control(self, logits_BxV: Array, history: Any) -> Array:
+        """The model's float32 logits, changed by the text so far, a `History`; the likeliest id may be another one."""
+        return logits_BxV
+
+    def check(self, vocab_size: int) -> None:
+        """Raises a ValueError if the sampler names an id outside the vocabulary."""
+
+    def __call__(self, logits: Array, key: Array | None = None, history: Any = None) -> Array:
+        """Ids [B] from logits [B, V] and one key per row, [B]; or one id from logits [V] and a key. A sampler that
+        `sees_text` takes rows, and their `History`.
 
         Of several equal largest logits, the arg-max is the lowest id. Row b draws what `key[b]` draws alone, whatever
         the keys' implementation.
         """
-        logits = logits.astype(jnp.float32)
+        logits = self.control(logits.astype(jnp.float32), history)
         if not self.draws:
             return jnp.argmax(logits, axis=-1).astype(jnp.int32)
         draw: Callable[..., Array] = jax.random.categorical
@@ -102,9 +118,17 @@ class Sampler:
 jax.tree_util.register_pytree_node(Sampler, _flatten, functools.partial(_unflatten, Sampler))
 
 
+class Control(Sampler):
+    """A sampler that changes the model's own logits, by the text so far unless it says otherwise."""
+
+    @property
+    def sees_text(self) -> bool:
+        return True
+
+
 @dataclasses.dataclass(frozen=True, repr=False)
 class Chain(Sampler):
-    """Filters applied from left to right; usually written with `|`."""
+    """First the controls, then the filters, each from left to right; usually written with `|`."""
 
     parts: tuple[Sampler, ...]
 
@@ -116,6 +140,19 @@ class Chain(Sampler):
         for part in self.parts:
             logits = part.filter(logits)
         return logits
+
+    @property
+    def sees_text(self) -> bool:
+        return any(part.sees_text for part in self.parts)
+
+    def control(self, logits_BxV: Array, history: Any) -> Array:
+        for part in self.parts:
+            logits_BxV = part.control(logits_BxV, history)
+        return logits_BxV
+
+    def check(self, vocab_size: int) -> None:
+        for part in self.parts:
+            part.check(vocab_size)
 
     def __repr__(self) -> str:
         return " | ".join(map(repr, self.parts))
@@ -231,21 +268,12 @@ class MinP(Sampler):
         return jnp.where(logits >= floor, logits, REMOVED)
 
 
-def from_options(
-    temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None
-) -> Sampler:
-    """Builds a sampler from options named as in transformers and applied in its order: temperature, top_k, top_p,
-    min_p. `None` skips an option; temperature 0 is greedy.
-
-    Raises:
-        ValueError: naming the option that is out of range.
-    """
-    sampler: Sampler = Temperature(temperature)
-    options: tuple[tuple[Any, Any], ...] = ((TopK, top_k), (TopP, top_p), (MinP, min_p))
-    for kind, value in options:
-        if value is not None:
-            sampler = sampler | kind(value)
-    return sampler if sampler.draws else Greedy()
+def simplest(sampler: Sampler) -> Sampler:
+    """The sampler without what does not matter: where nothing is drawn at random, no filter does."""
+    if sampler.draws:
+        return sampler
+    controls = tuple(part for part in _parts(sampler) if isinstance(part, Control))
+    return Chain((*controls, Greedy())) if controls else Greedy()
 
 
 def _parts(sampler: Sampler) -> tuple[Sampler, ...]:

@@ -13,6 +13,8 @@ import numpy as np
 from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
+from jaxgpt.generation.history import History
+from jaxgpt.generation.options import SAMPLING, chosen_sampler
 from jaxgpt.generation.preparation import prepare
 from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
 from jaxgpt.generation.sampling import Sampler
@@ -61,10 +63,11 @@ def generate(
     *,
     sampler: Sampler | None = None,
     key: jax.Array | int | None = None,
+    seed: int | None = None,
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
-    **unknown: Any,
+    **options: Any,
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
 
@@ -85,11 +88,15 @@ def generate(
         key: for a random sampler: one key, from which row b uses fold_in(key, b), or an array with one key per
             row. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will do, and an int
             is the key of that seed.
+        seed: an int, instead of `key`.
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
-        unknown: none; options that other libraries have are refused with what to use instead.
+        options: the sampler in words, instead of `sampler`: `temperature`, `top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `no_repeat_ngram_size`, `logit_bias`,
+            `bad_words_ids`, `min_new_tokens` (see `from_options`). Other libraries' options are refused, with what to
+            use instead.
 
     Raises:
         TypeError: for arguments of the wrong type, with the right call.
@@ -105,10 +112,11 @@ def generate(
         max_new_tokens,
         sampler=sampler,
         key=key,
+        seed=seed,
         stop_ids=stop_ids,
         beyond_context=beyond_context,
         cache_dtype=cache_dtype,
-        **unknown,
+        **options,
     )
     for _ in run:
         pass
@@ -130,17 +138,22 @@ class Generation:
         *,
         sampler: Sampler | None = None,
         key: jax.Array | int | None = None,
+        seed: int | None = None,
         stop_ids: Sequence[int] = (),
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
         chunk: int = CHUNK,
-        **unknown: Any,
+        **options: Any,
     ):
-        refuse_unknown(unknown)
+        sampler = chosen_sampler(sampler, {name: options.pop(name) for name in SAMPLING if name in options})
+        refuse_unknown(options)
+        if seed is not None and key is not None:
+            raise TypeError("key and seed exclude each other: seed=0 is key=jax.random.key(0)")
+        key = seed if key is None else key
         check_model("generate(model, params, prompts, max_new_tokens)", model, params)
         model, params = prepare(model, params)
         config = model.config
-        self.model, self.params, self.sampler = model, params, check_sampler(sampler)
+        self.model, self.params, self.sampler = model, params, check_sampler(sampler, config.vocab_size)
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
         self.prompts = check_prompts(prompts, config.vocab_size)
@@ -225,6 +238,10 @@ class Generation:
             prompt = prompt[-C:]
             row[longest - len(prompt) : longest] = prompt
         lengths_B = np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32)
+        history = None
+        if self.sampler.sees_text:
+            columns = max(map(len, self.prompts)) + self.max_new_tokens
+            history = History.of(self.prompts, bucket(columns, CACHE_BUCKET, 2**31))
         arguments = (ids_BxT, lengths_B, np.int32(longest), self.key, self._padded_stop_ids())
         return decode.prefill(
             self.model,
@@ -233,6 +250,7 @@ class Generation:
             slots=slots,
             sampler=to_device(self.sampler, self.params),
             cache_dtype=self.cache_dtype,
+            history=to_device(history, self.params),
         )
 
     def _recent_tokens(self) -> RecentTokens:
