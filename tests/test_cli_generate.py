@@ -15,7 +15,8 @@ from helpers import TINY, exhaustive, make_model, make_model_that_draws
 
 from jaxgpt import prepare, weights
 from jaxgpt.cli import main
-from jaxgpt.generation.options import from_options
+from jaxgpt.generation.options import SAMPLING, from_options
+from jaxgpt.generation.sampling import Greedy
 from jaxgpt.generation.text import generate_text
 from jaxgpt.model.cache import Cache
 
@@ -130,7 +131,52 @@ def test_json_is_one_object_a_line(model, capsys):
     assert [line["text"] for line in lines] == sampled(model, ["Ab", "é"])
     assert [line["prompt"] for line in lines] == ["Ab", "é"]
     assert [line["prompt_tokens"] for line in lines] == [2, 2]
-    assert all(line["stopped"] or len(line["new_tokens"]) == 8 for line in lines)
+    assert [line["prompt"] + line["completion"] for line in lines] == [line["text"] for line in lines]
+    assert [line["finish_reason"] for line in lines] == ["length", "length"]
+    assert [len(line["new_tokens"]) for line in lines] == [8, 8]
+
+
+def test_stop_strings_end_a_text_however_it_is_printed(model, capsys):
+    whole = sampled(model, ["Ab", "xyz"], 24)
+    stop = [whole[0][9:12], "never"]
+    ended = whole[0][2:].partition(stop[0])[0]
+    command = ["generate", "--prompt", "Ab", "--prompt", "xyz", "--max-new-tokens", "24"]
+    command += [word for text in stop for word in ("--stop", text)]
+    for how in ([], ["--stream"]):
+        assert main([*command, *how]) == 0
+        assert capsys.readouterr().out == f"Ab{ended}\n---\n{whole[1]}\n"
+    assert main([*command, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["completion"] for line in lines] == [ended, whole[1][3:]]
+    assert [line["finish_reason"] for line in lines] == ["stop", "length"]
+
+
+def test_every_option_of_samplers_reaches_them(model, capsys):
+    options = {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.1,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 4,
+        "temperature": 1.5,
+        "top_k": 0,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "logit_bias": {97: 2.0, 98: -1.5},
+        "bad_words_ids": [[99], [100, 101]],
+    }
+    assert set(options) == set(SAMPLING)
+    command = ["--logit-bias", "97=2", "--logit-bias", "98=-1.5", "--bad-words-ids", "99", "--bad-words-ids", "100,101"]
+    for name, value in options.items():
+        if not isinstance(value, (dict, list)):
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    samplers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "jaxgpt.generation.session.check_sampler", lambda sampler, V: samplers.append(sampler) or Greedy()
+        )
+        assert main(["generate", "--prompt", "Ab", *N, *command]) == 0
+    assert samplers == [from_options(**options)]
 
 
 def test_an_id_without_text_is_printed_as_a_placeholder(monkeypatch, capsys):
@@ -181,6 +227,12 @@ def test_says_when_the_text_outgrows_the_context(capsys):
         (["--top-k", "-1"], "top_k"),
         (["--top-p", "1.5"], "top_p"),
         (["--min-p", "-0.1"], "min_p"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["--no-repeat-ngram-size", "0"], "no_repeat_ngram_size must be an integer of 1 or more"),
+        (["--logit-bias", "5"], "--logit-bias is written like 50256=-1.5, not '5'"),
+        (["--logit-bias", "257=1"], "logit_bias has the id 257"),
+        (["--bad-words-ids", "a"], "--bad-words-ids is written like 464,3797, not 'a'"),
+        (["--stop", ""], "stop[0] is empty"),
         (["--max-new-tokens", "-1"], "max_new_tokens"),
         (["--num-return-sequences", "0"], "--num-return-sequences"),
         (["--stream", "--json"], "exclude"),

@@ -29,8 +29,8 @@ from jaxgpt.config import ComputeConfig
 from jaxgpt.generation import decode
 from jaxgpt.generation.decode import scan_generate
 from jaxgpt.generation.sampling import Greedy, MinP, Temperature, TopK, TopP
-from jaxgpt.generation.session import bucket, generate
-from jaxgpt.generation.text import generate_text, stream, text_pieces
+from jaxgpt.generation.session import Generation, bucket, generate
+from jaxgpt.generation.text import StopStrings, completions, generate_text, stream, text_pieces
 from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
@@ -370,6 +370,90 @@ def test_stream_ends_an_unfinished_character():
     assert list(text_pieces(Script())) == ["A", "\ufffd"]
 
 
+def cut(text, stop):
+    """The text before the stop string that is complete first, and of those the longest."""
+    for end in range(len(text) + 1):
+        if found := [string for string in stop if text[:end].endswith(string)]:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+few = st.text("ab", min_size=1, max_size=4)
+
+
+@given(pieces=st.lists(st.text("ab", max_size=5), max_size=8), stop=st.lists(few, max_size=3))
+@example(pieces=["abab", "c"], stop=["abc"])
+@example(pieces=["abcd"], stop=["abcd", "c", "bc"])
+def test_stop_strings_are_found_whatever_the_pieces_and_nothing_of_them_is_shown(pieces, stop):
+    whole, found = cut("".join(pieces), stop)
+    text, shown = StopStrings(stop), ""
+    for i, piece in enumerate(pieces):
+        shown += text.feed(piece)
+        assert whole.startswith(shown)
+        held = cut("".join(pieces[: i + 1]), stop)[0][len(shown) :]
+        assert not held or any(string.startswith(held) for string in stop)  # nothing waits without need
+    assert (shown + text.finish(), text.found) == (whole, found)
+
+
+def test_stop_strings_end_their_own_texts_and_change_nothing_else(bytes_model):
+    prompts, options = ["Ab", "xyz", "no"], {"temperature": 1.0, "seed": 3}
+    free = [
+        text[len(p) :] for p, text in zip(prompts, generate_text(*bytes_model, prompts, 24, **options), strict=True)
+    ]
+    for stop in ([free[0][5:8]], [free[1][9:11], free[0][-3:]], free[2][:2]):
+        ends = [cut(text, [stop] if isinstance(stop, str) else stop)[0] for text in free]
+        assert ends != free
+        got = generate_text(*bytes_model, prompts, 24, stop=stop, **options)
+        assert got == [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+        pieces = list(
+            stream(
+                *bytes_model, "Ab", 24, stop=stop, temperature=1.0, key=jax.random.fold_in(jax.random.key(3), 0)[None]
+            )
+        )
+        assert "".join(pieces) == ends[0]
+
+
+def test_a_stop_string_ends_the_ids_with_the_one_that_completes_it(bytes_model, monkeypatch):
+    model, params = bytes_model
+    ids = generate(model, params, [[65]], 24).new_tokens[0]
+    text, calls, decode_tokens = get_tokenizer("bytes").decode(ids), [], decode.decode_tokens
+    monkeypatch.setattr(
+        decode, "decode_tokens", lambda *args, **options: calls.append(1) or decode_tokens(*args, **options)
+    )
+    run = Generation(model, params, [[65]], 24, chunk=4)
+    assert completions(run, [text[2:4]]) == [cut(text, [text[2:4]])[0]]
+    new, result = run.result().new_tokens[0], run.result()
+    assert new.tolist() == ids[: len(new)].tolist()
+    assert text[2:4] in get_tokenizer("bytes").decode(new)
+    assert text[2:4] not in get_tokenizer("bytes").decode(new[:-1])
+    assert result.finish_reasons == ["stop"]
+    assert len(calls) <= 2  # nothing is drawn once every row has ended
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "message"),
+    [
+        ("", ValueError, r"stop\[0\] is empty"),
+        (["a", ""], ValueError, r"stop\[1\] is empty"),
+        ([5], TypeError, r"a text or a list of texts, not 5 \(stop_ids takes ids\)"),
+        (5, TypeError, "not 5"),
+        ([None], TypeError, "not None"),
+    ],
+)
+def test_bad_stop_strings_are_refused_before_any_compute(bytes_model, monkeypatch, stop, error, message):
+    monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
+    for text in (generate_text, stream):
+        with pytest.raises(error, match=message):
+            text(*bytes_model, "Ab", 4, stop=stop)
+
+
+def test_finish_reasons_say_what_ended_a_row(tiny):
+    free = generate(*tiny, RAGGED[:2], 9)
+    assert free.finish_reasons == ["length", "length"]
+    last = next(i for i in free.new_tokens[0] if i not in free.new_tokens[1])
+    assert generate(*tiny, RAGGED[:2], 9, stop_ids=[last]).finish_reasons == ["stop", "length"]
+
+
 def test_empty_text_starts_from_end_of_text_and_stops_at_it(bytes_model):
     model, params = bytes_model
     end = get_tokenizer("bytes").end_of_text
@@ -452,7 +536,8 @@ def test_bad_max_new_tokens_is_refused(tiny, n):
 def test_zero_new_tokens_give_the_prompts_back(tiny, monkeypatch):
     monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
     assert rows(generate(*tiny, RAGGED, 0)) == RAGGED
-    assert list(stream(*make_model(BYTES), "Ab", 0)) == []
+    assert list(stream(*make_model(BYTES), "Ab", 0, stop="b")) == []
+    assert generate_text(*make_model(BYTES), ["Ab", "c"], 0) == ["Ab", "c"]
 
 
 def test_integers_of_any_kind_are_ids(tiny):

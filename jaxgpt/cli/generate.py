@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from typing import Any
@@ -36,21 +37,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="generate at most N tokens per text (default: %(default)s)",
     )
+    number = functools.partial(parser.add_argument, type=float, metavar="X")
+    count = functools.partial(parser.add_argument, type=int, metavar="N")
+    number("--temperature", default=0.8, help="divide the logits by X; 0 is greedy (default: %(default)s)")
+    count("--top-k", default=200, help="keep the N likeliest tokens; 0 keeps all (default: %(default)s)")
+    number("--top-p", help="keep the likeliest tokens that together have probability X")
+    number("--min-p", help="keep tokens with at least X times the highest probability")
+    number("--repetition-penalty", help="divide the logits of tokens in the text by X, prompt included (1: off)")
+    number("--presence-penalty", help="subtract X, -2 to 2, from the logits of new tokens that occurred")
+    number("--frequency-penalty", help="subtract X, -2 to 2, for each time that a new token occurred")
+    count("--no-repeat-ngram-size", help="repeat no sequence of N tokens, prompt included")
+    count("--min-new-tokens", help="do not stop at end-of-text before N new tokens")
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="X",
-        help="divide the logits by X; 0 is greedy (default: %(default)s)",
+        "--logit-bias",
+        action="append",
+        metavar="ID=X",
+        help="add X to the logit of one token; may be repeated",
     )
     parser.add_argument(
-        "--top-k", type=int, default=200, metavar="N", help="keep the N likeliest tokens (default: %(default)s)"
+        "--bad-words-ids",
+        action="append",
+        metavar="ID,ID",
+        help="never generate this sequence of tokens; may be repeated (jaxgpt tokenize shows ids)",
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="X", help="keep the likeliest tokens that together have probability X"
-    )
-    parser.add_argument(
-        "--min-p", type=float, metavar="X", help="keep tokens with at least X times the highest probability"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text right before TEXT; may be repeated",
     )
     parser.add_argument(
         "--greedy", action="store_true", help="always take the likeliest token, as with --temperature 0"
@@ -87,11 +102,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
 
-    from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, from_options
+    from jaxgpt.generation import SAMPLING, as_key, check_stop, default_stop_ids, encode_prompt, from_options
     from jaxgpt.parallel import memory_errors
 
-    temperature = 0.0 if args.greedy else args.temperature
-    sampler = from_options(temperature=temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    sampling["temperature"] = 0.0 if args.greedy else args.temperature
+    sampling["logit_bias"] = None if args.logit_bias is None else dict(map(_bias, args.logit_bias))
+    sampling["bad_words_ids"] = None if args.bad_words_ids is None else list(map(_ids, args.bad_words_ids))
+    sampler = from_options(**sampling)
+    args.stop = check_stop(args.stop)
     key = as_key(args.seed) if sampler.draws else None
     model, params = load_model(args)
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]
@@ -110,6 +129,21 @@ def run(args: argparse.Namespace) -> int:
     with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
         show(args, model, params, prompts, rows, key, options)
     return 0
+
+
+def _bias(text: str) -> tuple[int, float]:
+    i, _, bias = text.partition("=")
+    try:
+        return int(i), float(bias)
+    except ValueError:
+        raise ValueError(f"--logit-bias is written like 50256=-1.5, not {text!r}") from None
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(i) for i in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--bad-words-ids is written like 464,3797, not {text!r}") from None
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -131,22 +165,25 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generation import decode_new, generate
+    from jaxgpt.generation import CHUNK, STREAM_CHUNK, Generation, completions
 
-    result = generate(model, params, rows, args.max_new_tokens, key=key, **options)
-    for i, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
-        text = prompt + decode_new(model.config, new, options["stop_ids"])
+    chunk = STREAM_CHUNK if args.stop else CHUNK
+    session = Generation(model, params, rows, args.max_new_tokens, key=key, chunk=chunk, **options)
+    texts = completions(session, args.stop)
+    result = session.result()
+    for i, (prompt, completion) in enumerate(zip(prompts, texts, strict=True)):
         if args.json:
             fields = {
                 "prompt": prompt,
-                "text": text,
+                "completion": completion,
+                "text": prompt + completion,
+                "finish_reason": result.finish_reasons[i],
                 "prompt_tokens": result.prompt_lengths[i],
-                "new_tokens": new.tolist(),
-                "stopped": bool(new.size) and int(new[-1]) in options["stop_ids"],
+                "new_tokens": result.new_tokens[i].tolist(),
             }
             print(json.dumps(fields))
         else:
-            print("---\n" * bool(i) + text)
+            print("---\n" * bool(i) + prompt + completion)
     _report([result])
 
 
@@ -161,7 +198,7 @@ def _stream(args, model, params, prompts, rows, key, options) -> None:
         row_key = None if key is None else jax.random.fold_in(key, i)[None]
         session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
         print("---\n" * bool(i) + prompt, end="", flush=True)
-        for piece in text_pieces(session):
+        for piece in text_pieces(session, args.stop):
             print(piece, end="", flush=True)
         print()
         results.append(session.result())

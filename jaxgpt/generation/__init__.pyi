@@ -21,10 +21,13 @@ from .sampling import Sampler as Sampler
 from .sampling import Temperature as Temperature
 from .sampling import TopK as TopK
 from .sampling import TopP as TopP
+from .session import CHUNK as CHUNK
 from .session import Generation as Generation
 from .session import GenerationResult as GenerationResult
 from .session import generate as generate
 from .text import STREAM_CHUNK as STREAM_CHUNK
+from .text import check_stop as check_stop
+from .text import completions as completions
 from .text import decode_new as decode_new
 from .text import default_stop_ids as default_stop_ids
 from .text import encode_prompt as encode_prompt

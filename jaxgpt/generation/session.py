@@ -42,12 +42,14 @@ class GenerationResult:
         seconds: time taken, compilation included.
         tokens_per_second: ids drawn per second over all rows, measured where nothing was compiled; `None` if the text
             is too short to measure.
+        finish_reasons: per row, "stop" if a stop id or a stop string ended it, otherwise "length".
     """
 
     tokens: list[np.ndarray]
     prompt_lengths: list[int]
     seconds: float
     tokens_per_second: float | None
+    finish_reasons: list[str]
 
     @property
     def new_tokens(self) -> list[np.ndarray]:
@@ -172,6 +174,7 @@ class Generation:
             )
         self.key = check_key(self.sampler, key, len(self.prompts)) if self.sampler.draws else None
         self.drawn: list[list[np.ndarray]] = [[] for _ in self.prompts]
+        self._told = False  # of a row's end
         self._timings: list[_Timing] = []
 
     def result(self) -> GenerationResult:
@@ -187,7 +190,14 @@ class Generation:
             prompt_lengths=[len(row) for row in self.prompts],
             seconds=sum(timing.seconds for timing in self._timings),
             tokens_per_second=len(self.prompts) * steps / seconds if steps else None,
+            finish_reasons=["stop" if self._has_ended(r) else "length" for r in range(len(self.prompts))],
         )
+
+    def end_row(self, r: int, length: int) -> None:
+        """Ends row r after its first `length` new ids, as a stop id does: for rules that ids alone do not tell."""
+        kept = np.concatenate(self.drawn[r])[:length]
+        self.drawn[r] = [kept, kept[:0]]
+        self._told = True
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         if self.max_new_tokens == 0:
@@ -201,7 +211,10 @@ class Generation:
         state = self._prefill(longest, slots)
         yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
         drawn = 1
-        while drawn < self.max_new_tokens and not np.all(jax.device_get(state.done_B)):
+        while drawn < self.max_new_tokens and not all(ended := [self._has_ended(r) for r in range(len(self.prompts))]):
+            if self._told:  # the device does not know of stop strings
+                state = dataclasses.replace(state, done_B=to_device(np.array(ended), self.params))
+                self._told = False
             started = time.perf_counter()
             if drawn == cached:
                 state = dataclasses.replace(state, memory=self._recent_tokens())
@@ -282,11 +295,17 @@ class Generation:
 
     def _until_stop(self, r: int, ids: np.ndarray) -> np.ndarray:
         """The ids that row r gains: none if it has ended, and none after a stop id."""
-        last = self.drawn[r][-1] if self.drawn[r] else None
-        if last is not None and (not last.size or last[-1] in self.stop_ids):
+        if self._has_ended(r):
             return ids[:0]
         stops = np.flatnonzero(np.isin(ids, self.stop_ids))
         return ids[: stops[0] + 1] if stops.size else ids
+
+    def _has_ended(self, r: int) -> bool:
+        """Whether a stop id, or `end_row`, has ended row r."""
+        if not self.drawn[r]:
+            return False
+        last = self.drawn[r][-1]
+        return not last.size or int(last[-1]) in self.stop_ids
 
     def _rows(self) -> list[np.ndarray]:
         return [np.concatenate([prompt, *new]) for prompt, new in zip(self.prompts, self.drawn, strict=True)]
