@@ -151,6 +151,18 @@ def test_stop_strings_end_a_text_however_it_is_printed(model, capsys):
     assert [line["finish_reason"] for line in lines] == ["stop", "length"]
 
 
+def test_json_shows_logprobs_without_infinities(model, capsys):
+    command = ["generate", "--prompt", "Ab", *N, "--top-k", "2", "--logprobs", "3"]
+    assert main([*command, "--json"]) == 0
+    line = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    for drawn, top, token in zip(line["logprobs"]["drawn"], line["logprobs"]["top"], line["new_tokens"], strict=True):
+        assert len(top) == 3
+        assert drawn in [entry["logprob"] for entry in top if entry["id"] == token]
+    assert [len(top) for top in line["sampler_logprobs"]["top"]] == [2] * 8
+    assert main(command) == 2
+    assert "--logprobs needs --json" in capsys.readouterr().err
+
+
 def test_every_option_of_samplers_reaches_them(model, capsys):
     options = {
         "repetition_penalty": 1.2,

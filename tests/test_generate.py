@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.generation import decode
+from jaxgpt.generation.controls import RepetitionPenalty
 from jaxgpt.generation.decode import scan_generate
 from jaxgpt.generation.sampling import Greedy, MinP, Temperature, TopK, TopP
 from jaxgpt.generation.session import Generation, bucket, generate
@@ -211,7 +212,6 @@ def test_samplers_of_one_structure_compile_once_whatever_their_numbers(caplog):
     chains = [Temperature(t) | TopK(k) | TopP(p) | MinP(m) for t, k, p, m in values]
     assert compiled(chains[0]) == (1, 1)
     assert compiled(*chains[1:]) == (0, 0)
-    assert compiled(Temperature(0), Greedy(), Temperature(0.0) | TopK(3)) == (1, 1)
 
 
 def test_buckets_double_up_to_the_largest():
@@ -280,6 +280,51 @@ def test_result_counts_and_times(tiny):
     assert [row.dtype for row in result.tokens] == [np.int32, np.int32]
     assert result.seconds > 0
     assert result.tokens_per_second is None  # one piece of each kind of work
+
+
+def log_softmax(logits):
+    logits = np.float64(logits)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+
+
+def test_logprobs_are_those_of_the_reference_before_and_after_the_sampler(tiny):
+    model, params = tiny
+    sampler, K = RepetitionPenalty(1.4) | Temperature(1.5) | TopK(3), 5
+    options = {"sampler": sampler, "key": KEY}
+    options, prompts = {**options, "logprobs": K}, RAGGED[:2]
+    free = generate(*tiny, prompts, 20, **options).new_tokens
+    result = generate(*tiny, prompts, 20, stop_ids=[int(free[1][14])], **options)
+    exact = to_numpy(params)
+    for r, (row, new) in enumerate(zip(result.tokens, result.new_tokens, strict=True)):
+        assert new.tolist() == free[r].tolist()[: len(new)]
+        assert result.logprobs[r].top.shape == result.sampler_logprobs[r].top_ids.shape == (len(new), K)
+        for n, token in enumerate(new):
+            text = row[: len(prompts[r]) + n]
+            logits = reference.gpt(exact, model.config, [text[-model.config.context_length :]])[0, -1]
+            shaped = logits.copy()
+            seen = np.unique(text)
+            shaped[seen] = np.where(shaped[seen] < 0, shaped[seen] * 1.4, shaped[seen] / 1.4)
+            shaped[shaped < np.sort(shaped)[-3]] = -np.inf
+            for got, expected in ((result.logprobs[r], logits), (result.sampler_logprobs[r], shaped / 1.5)):
+                expected = log_softmax(expected)
+                best = np.argsort(-expected, kind="stable")[: K if got is result.logprobs[r] else 3]
+                assert got.top_ids[n][: len(best)].tolist() == best.tolist()
+                np.testing.assert_allclose(got.top[n], np.sort(expected)[::-1][:K], atol=2e-5)
+                np.testing.assert_allclose(got.drawn[n], expected[token], atol=2e-5)
+    assert min(len(new) for new in result.new_tokens) < 20
+
+
+def test_logprobs_may_be_those_of_the_drawn_ids_alone_or_of_all(tiny):
+    none, alone, every = (generate(*tiny, RAGGED[:2], 1, logprobs=K) for K in (None, 0, 97))
+    assert none.logprobs is none.sampler_logprobs is None
+    assert rows(none) == rows(alone) == rows(every)
+    assert [row.top.shape for row in alone.logprobs] == [(1, 0), (1, 0)]
+    for few, many, new in zip(alone.logprobs, every.logprobs, alone.new_tokens, strict=True):
+        np.testing.assert_array_equal(few.drawn, many.drawn)
+        np.testing.assert_array_equal(many.top_ids[:, 0], new)  # greedily
+        np.testing.assert_allclose(np.exp(many.top).sum(-1), 1, atol=1e-5)
+    assert generate(*tiny, [[1]], 0, logprobs=2).logprobs[0].top.shape == (0, 2)
 
 
 # --- as one pure function
@@ -395,22 +440,20 @@ def test_stop_strings_are_found_whatever_the_pieces_and_nothing_of_them_is_shown
     assert (shown + text.finish(), text.found) == (whole, found)
 
 
-def test_stop_strings_end_their_own_texts_and_change_nothing_else(bytes_model):
-    prompts, options = ["Ab", "xyz", "no"], {"temperature": 1.0, "seed": 3}
-    free = [
-        text[len(p) :] for p, text in zip(prompts, generate_text(*bytes_model, prompts, 24, **options), strict=True)
-    ]
+@pytest.mark.parametrize("n", [12, exhaustive(40)])  # past the context too
+def test_stop_strings_end_their_own_texts_and_change_nothing_else(bytes_model, n):
+    prompts, run = (
+        ["Ab", "xyz", "no"],
+        functools.partial(generate_text, *bytes_model, max_new_tokens=n, temperature=1.0),
+    )
+    free = [text[len(p) :] for p, text in zip(prompts, run(prompts, seed=3), strict=True)]
     for stop in ([free[0][5:8]], [free[1][9:11], free[0][-3:]], free[2][:2]):
         ends = [cut(text, [stop] if isinstance(stop, str) else stop)[0] for text in free]
         assert ends != free
-        got = generate_text(*bytes_model, prompts, 24, stop=stop, **options)
-        assert got == [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
-        pieces = list(
-            stream(
-                *bytes_model, "Ab", 24, stop=stop, temperature=1.0, key=jax.random.fold_in(jax.random.key(3), 0)[None]
-            )
-        )
-        assert "".join(pieces) == ends[0]
+        expected = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+        assert run(prompts, stop=stop, seed=3) == expected
+        key = jax.random.fold_in(jax.random.key(3), 2)[None]
+        assert "".join(stream(*bytes_model, "no", n, stop=stop, temperature=1.0, key=key)) == ends[2]
 
 
 def test_a_stop_string_ends_the_ids_with_the_one_that_completes_it(bytes_model, monkeypatch):
@@ -551,6 +594,9 @@ def test_integers_of_any_kind_are_ids(tiny):
     [
         ({"sampler": TopK(5)}, r"TopK\(5\) draws at random and needs a key"),
         ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per prompt \(2\), not keys of shape \[3\]"),
+        ({"logprobs": -1}, "logprobs must be an integer of 0 or more, not -1"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 98}, "logprobs must be at most the vocabulary's 97 ids, not 98"),
         ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
         ({"stop_ids": 5}, "stop_ids must be a list of ids, not 5"),
         ({"stop_ids": [1.5]}, r"stop_ids\[0\] is 1.5"),

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jaxgpt.generation.controls import MinNewTokens
 from jaxgpt.generation.options import from_options
-from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP
+from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, simplest
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
@@ -221,6 +222,12 @@ def test_samplers_are_trees_of_their_numbers():
     assert repr(jax.tree.map(lambda leaf: "x", TopK(5))) == "TopK('x')"
     for leaf in jax.device_put(jax.tree.leaves(Temperature(1e300) | TopK(10**300))):  # beyond 32 bits
         assert bool(jnp.isfinite(leaf))
+
+
+def test_a_sampler_that_draws_nothing_at_random_is_greedy_to_the_compiler():
+    assert {simplest(sampler) for sampler in (Temperature(0), Greedy(), Temperature(0) | TopK(3))} == {Greedy()}
+    assert simplest(Temperature(0) | MinNewTokens(3) | TopK(2)) == MinNewTokens(3) | Greedy()
+    assert simplest(TopK(2) | MinNewTokens(3)) == TopK(2) | MinNewTokens(3)
 
 
 def test_samplers_can_be_made_of_traced_numbers():

@@ -201,7 +201,7 @@ def test_public_data_survives_pickling_and_copying(name):
 def results():
     """One of each public result that holds arrays."""
     return {
-        "generate": generate(MODEL, PARAMS, [[1], [2, 3]], 4),
+        "generate": generate(MODEL, PARAMS, [[1], [2, 3]], 4, logprobs=2),
         "look_inside": look_inside(MODEL, PARAMS, [1, 2, 3]),
         "evaluate": evaluate(MODEL, PARAMS, [1, 2, 3]),
         "tokens": Tokens.from_text("To be", "bytes"),

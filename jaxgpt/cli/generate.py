@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import sys
 from typing import Any
 
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stream", action="store_true", help="print text as it is sampled; several texts one by one")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text, one per line")
+    count("--logprobs", help="with --json: log-probabilities of each token and the N likeliest")
     parser.add_argument(
         "--cache-dtype",
         choices=DTYPES,
@@ -98,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs needs --json, which shows them")
     if args.num_return_sequences < 1:
         raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
     prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
@@ -124,6 +128,7 @@ def run(args: argparse.Namespace) -> int:
         "sampler": sampler,
         "stop_ids": default_stop_ids(model.config),
         "cache_dtype": args.cache_dtype,
+        "logprobs": args.logprobs,
     }
     show = _stream if args.stream else _print
     with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
@@ -181,10 +186,22 @@ def _print(args, model, params, prompts, rows, key, options) -> None:
                 "prompt_tokens": result.prompt_lengths[i],
                 "new_tokens": result.new_tokens[i].tolist(),
             }
+            if result.logprobs is not None and result.sampler_logprobs is not None:
+                fields["logprobs"] = _logprobs(result.logprobs[i])
+                fields["sampler_logprobs"] = _logprobs(result.sampler_logprobs[i])
             print(json.dumps(fields))
         else:
             print("---\n" * bool(i) + prompt + completion)
     _report([result])
+
+
+def _logprobs(logprobs) -> dict[str, Any]:
+    """As JSON, which has no infinities: without the ids that the sampler removed."""
+    pairs = [zip(*row, strict=True) for row in zip(logprobs.top_ids.tolist(), logprobs.top.tolist(), strict=True)]
+    return {
+        "drawn": logprobs.drawn.tolist(),
+        "top": [[{"id": i, "logprob": value} for i, value in row if value > -math.inf] for row in pairs],
+    }
 
 
 def _stream(args, model, params, prompts, rows, key, options) -> None:

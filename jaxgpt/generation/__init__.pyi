@@ -12,6 +12,7 @@ from .decode import prefill as prefill
 from .decode import scan_generate as scan_generate
 from .history import History as History
 from .keys import as_key as as_key
+from .logprobs import Logprobs as Logprobs
 from .options import SAMPLING as SAMPLING
 from .options import from_options as from_options
 from .preparation import prepare as prepare

@@ -18,6 +18,7 @@ from jax import Array, lax
 from jaxgpt.checks import brief, check_batch
 from jaxgpt.generation.history import History
 from jaxgpt.generation.keys import as_key, row_keys
+from jaxgpt.generation.logprobs import Logprobs
 from jaxgpt.generation.prompts import check_sampler
 from jaxgpt.generation.sampling import Sampler
 from jaxgpt.model import GPT, Cache, RecentTokens, check_model, default_dtype
@@ -38,6 +39,7 @@ class DecodeState:
         done_B: whether the row has drawn a stop id.
         broken_B: number of the first draw whose logits were not finite, or -1.
         history: the text of each row, if the sampler looks at it.
+        logprobs: of the last draw, by the model and by the sampler, if they are asked for.
     """
 
     memory: Cache | RecentTokens
@@ -48,9 +50,10 @@ class DecodeState:
     done_B: Array
     broken_B: Array
     history: History | None = None
+    logprobs: tuple[Logprobs, Logprobs] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype", "logprobs"))
 def prefill(
     model: GPT,
     params: Any,
@@ -64,6 +67,7 @@ def prefill(
     sampler: Sampler,
     cache_dtype: str | None = None,
     history: History | None = None,
+    logprobs: int | None = None,
 ) -> DecodeState:
     """Reads the prompts into a new cache and draws the first id of each row.
 
@@ -79,6 +83,7 @@ def prefill(
         sampler: how ids are drawn.
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
         history: the prompts once more, for a sampler that looks at the text, with a column for every id to be drawn.
+        logprobs: how many of the likeliest ids to report with each draw; None for no log-probabilities; static.
     """
     B = ids_BxT.shape[0]
     cache_dtype = cache_dtype or default_dtype(model.compute, jax.tree.leaves(params)[0])
@@ -97,7 +102,7 @@ def prefill(
         broken_B=jnp.full(B, -1, jnp.int32),
         history=history,
     )
-    return _draw(model, params, state, x_Bx1xD, sampler)
+    return _draw(model, params, state, x_Bx1xD, sampler, logprobs)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
@@ -115,6 +120,28 @@ def decode_tokens(
     Returns:
         (state, ids_BxN): N is `chunk`; only the first columns count, as many as `state.drawn` has grown by.
     """
+    state, (ids_BxN, _) = _scan(model, params, state, steps, chunk, sampler)
+    return state, ids_BxN
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
+def decode_with_logprobs(
+    model: GPT,
+    params: Any,
+    state: DecodeState,
+    steps: Array | int,
+    *,
+    chunk: int,
+    sampler: Sampler,
+) -> tuple[DecodeState, tuple[Array, Any]]:
+    """The same for a state with log-probabilities: (state, (ids_BxN, those of the ids, [B, N] and [B, N, K]))."""
+    return _scan(model, params, state, steps, chunk, sampler)
+
+
+def _scan(
+    model: GPT, params: Any, state: DecodeState, steps: Array | int, chunk: int, sampler: Sampler
+) -> tuple[DecodeState, tuple[Array, Any]]:
+    top = None if state.logprobs is None else state.logprobs[0].top.shape[-1]
 
     def step(state: DecodeState) -> DecodeState:
         if isinstance(state.memory, RecentTokens):
@@ -126,14 +153,14 @@ def decode_tokens(
             x_BxTxD, memory = model.apply(
                 {"params": params}, state.token_B[:, None], cache=state.memory, method="features"
             )
-        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler)
+        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler, top)
 
-    def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Array]:
+    def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Any]:
         state = lax.cond((i < steps) & ~jnp.all(state.done_B), step, lambda state: state, state)
-        return state, state.token_B
+        return state, (state.token_B, state.logprobs)
 
-    state, ids_NxB = lax.scan(step_if_needed, state, jnp.arange(chunk))
-    return state, ids_NxB.T
+    state, drawn = lax.scan(step_if_needed, state, jnp.arange(chunk))
+    return state, jax.tree.map(lambda x_NxB: jnp.swapaxes(x_NxB, 0, 1), drawn)
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))
@@ -205,7 +232,9 @@ def scan_generate(
     return jnp.concatenate(pieces[1:], axis=1)
 
 
-def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler) -> DecodeState:
+def _draw(
+    model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler, top: int | None
+) -> DecodeState:
     """The next id of each row, from the features of the row's last token."""
     logits_Bx1xV: Any = model.apply({"params": params}, x_Bx1xD, method="logits")
     logits_BxV = logits_Bx1xV[:, 0]
@@ -215,6 +244,10 @@ def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: 
         seen = history and dataclasses.replace(history, stop_ids=state.stop_ids)
         token_B = replicate(sampler(logits_BxV, keys_B, seen))  # every process reads them
         broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
+        logprobs = None
+        if top is not None:
+            shaped_BxV = sampler.filter(sampler.control(logits_BxV, seen))
+            logprobs = Logprobs.of(logits_BxV, token_B, top), Logprobs.of(shaped_BxV, token_B, top)
         return dataclasses.replace(
             state,
             token_B=token_B,
@@ -222,4 +255,5 @@ def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: 
             done_B=state.done_B | jnp.any(token_B[:, None] == state.stop_ids[None], axis=-1),
             broken_B=replicate(jnp.where(broken, state.drawn, state.broken_B)),
             history=history and history.append(token_B),
+            logprobs=logprobs,
         )

@@ -69,6 +69,8 @@ _OTHERS = {
     "bad_words": "bad_words_ids=[[...], ...]",
     "suppress_tokens": "bad_words_ids=[[id], ...]",
     "min_length": "min_new_tokens, which does not count the prompt",
+    "output_scores": "logprobs=k",
+    "top_logprobs": "logprobs=k",
     "min_tokens": "min_new_tokens",
     "rng": "key=rng",
     "prng_key": "key=prng_key",
@@ -98,7 +100,17 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
         raise TypeError(f"generate has no option {name!r}{hint}")
 
 
-_OPTIONS = ("max_new_tokens", "sampler", "key", "seed", "stop_ids", "beyond_context", "cache_dtype", *SAMPLING)
+_OPTIONS = (
+    "max_new_tokens",
+    "sampler",
+    "key",
+    "seed",
+    "stop_ids",
+    "beyond_context",
+    "cache_dtype",
+    "logprobs",
+    *SAMPLING,
+)
 
 
 def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:

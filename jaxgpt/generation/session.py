@@ -14,6 +14,7 @@ from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
 from jaxgpt.generation.history import History
+from jaxgpt.generation.logprobs import Logprobs
 from jaxgpt.generation.options import SAMPLING, chosen_sampler
 from jaxgpt.generation.preparation import prepare
 from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
@@ -43,6 +44,8 @@ class GenerationResult:
         tokens_per_second: ids drawn per second over all rows, measured where nothing was compiled; `None` if the text
             is too short to measure.
         finish_reasons: per row, "stop" if a stop id or a stop string ended it, otherwise "length".
+        logprobs: per row, the log-probabilities that the model gave its new ids and the likeliest ones, if asked for.
+        sampler_logprobs: the same after the sampler's controls and filters, from which the ids were drawn.
     """
 
     tokens: list[np.ndarray]
@@ -50,6 +53,8 @@ class GenerationResult:
     seconds: float
     tokens_per_second: float | None
     finish_reasons: list[str]
+    logprobs: list[Logprobs] | None = None
+    sampler_logprobs: list[Logprobs] | None = None
 
     @property
     def new_tokens(self) -> list[np.ndarray]:
@@ -69,6 +74,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
+    logprobs: int | None = None,
     **options: Any,
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
@@ -95,6 +101,8 @@ def generate(
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
+        logprobs: report the log-probability of each new id, and of so many likeliest ones, before and after the
+            sampler; None for none, which costs nothing.
         options: the sampler in words, instead of `sampler`: `temperature`, `top_k`, `top_p`, `min_p`,
             `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `no_repeat_ngram_size`, `logit_bias`,
             `bad_words_ids`, `min_new_tokens` (see `from_options`). Other libraries' options are refused, with what to
@@ -118,6 +126,7 @@ def generate(
         stop_ids=stop_ids,
         beyond_context=beyond_context,
         cache_dtype=cache_dtype,
+        logprobs=logprobs,
         **options,
     )
     for _ in run:
@@ -144,6 +153,7 @@ class Generation:
         stop_ids: Sequence[int] = (),
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
+        logprobs: int | None = None,
         chunk: int = CHUNK,
         **options: Any,
     ):
@@ -166,6 +176,9 @@ class Generation:
             raise ValueError(f'beyond_context must be "recompute" or "error", not {short_repr(beyond_context)}')
         if cache_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {short_repr(cache_dtype)}')
+        self.logprobs = None if logprobs is None else whole_number("logprobs", logprobs)
+        if self.logprobs is not None and self.logprobs > config.vocab_size:
+            raise ValueError(f"logprobs must be at most the vocabulary's {config.vocab_size} ids, not {self.logprobs}")
         longest = max(map(len, self.prompts))
         if beyond_context == "error" and longest + self.max_new_tokens > config.context_length:
             raise ValueError(
@@ -174,6 +187,7 @@ class Generation:
             )
         self.key = check_key(self.sampler, key, len(self.prompts)) if self.sampler.draws else None
         self.drawn: list[list[np.ndarray]] = [[] for _ in self.prompts]
+        self._scored: list[tuple[Logprobs, Logprobs]] = []  # [B, N] of each piece of work
         self._told = False  # of a row's end
         self._timings: list[_Timing] = []
 
@@ -191,6 +205,8 @@ class Generation:
             seconds=sum(timing.seconds for timing in self._timings),
             tokens_per_second=len(self.prompts) * steps / seconds if steps else None,
             finish_reasons=["stop" if self._has_ended(r) else "length" for r in range(len(self.prompts))],
+            logprobs=self._logprobs(0),
+            sampler_logprobs=self._logprobs(1),
         )
 
     def end_row(self, r: int, length: int) -> None:
@@ -209,7 +225,8 @@ class Generation:
         started = time.perf_counter()
         slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
         state = self._prefill(longest, slots)
-        yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
+        first = jax.tree.map(lambda x_B: x_B[:, None], (state.token_B, state.logprobs))
+        yield self._accept(state, first, _Timing("prefill", 1, started))
         drawn = 1
         while drawn < self.max_new_tokens and not all(ended := [self._has_ended(r) for r in range(len(self.prompts))]):
             if self._told:  # the device does not know of stop strings
@@ -223,16 +240,15 @@ class Generation:
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
                 state = decode.grow(state, slots)
-            state, ids_BxN = decode.decode_tokens(
-                self.model,
-                self.params,
-                state,
-                to_device(np.int32(steps), self.params),
-                chunk=CHUNK,
-                sampler=to_device(self.sampler, self.params),
-            )
+            arguments = (self.model, self.params, state, to_device(np.int32(steps), self.params))
+            sampler = to_device(self.sampler, self.params)
+            if self.logprobs is None:
+                state, ids_BxN = decode.decode_tokens(*arguments, chunk=CHUNK, sampler=sampler)
+                new = ids_BxN, None
+            else:
+                state, new = decode.decode_with_logprobs(*arguments, chunk=CHUNK, sampler=sampler)
             before, drawn = drawn, int(jax.device_get(state.drawn))
-            yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
+            yield self._accept(state, new, _Timing(f"{work} {slots}", drawn - before, started))
 
     def _slots(self, needed: int) -> int:
         """Size of a cache with at least `needed` slots, never smaller than the padded prompts."""
@@ -264,6 +280,7 @@ class Generation:
             sampler=to_device(self.sampler, self.params),
             cache_dtype=self.cache_dtype,
             history=to_device(history, self.params),
+            logprobs=self.logprobs,
         )
 
     def _recent_tokens(self) -> RecentTokens:
@@ -277,9 +294,10 @@ class Generation:
             lengths_B[r] = len(read)
         return RecentTokens(*to_device((ids_BxC, lengths_B), self.params))
 
-    def _accept(self, state: decode.DecodeState, ids_BxN: jax.Array, timing: _Timing) -> list[np.ndarray]:
-        """Brings ids to the host, keeps them, and returns those that are not past a row's end."""
-        ids_BxN, broken_B = jax.device_get((ids_BxN, state.broken_B))
+    def _accept(self, state: decode.DecodeState, drawn: tuple[Any, Any], timing: _Timing) -> list[np.ndarray]:
+        """Brings ids and their log-probabilities to the host, keeps them, and returns the ids that are not past a row's
+        end."""
+        (ids_BxN, logprobs), broken_B = jax.device_get((drawn, state.broken_B))
         timing.seconds = time.perf_counter() - timing.started
         self._timings.append(timing)
         if np.any(broken_B >= 0):
@@ -288,6 +306,8 @@ class Generation:
                 f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
                 "the parameters hold such values, or overflow"
             )
+        if logprobs is not None:
+            self._scored.append(jax.tree.map(lambda x_BxN: x_BxN[:, : timing.steps], logprobs))
         new = [self._until_stop(r, ids[: timing.steps]) for r, ids in enumerate(ids_BxN)]
         for r, ids in enumerate(new):
             self.drawn[r].append(ids)
@@ -309,6 +329,14 @@ class Generation:
 
     def _rows(self) -> list[np.ndarray]:
         return [np.concatenate([prompt, *new]) for prompt, new in zip(self.prompts, self.drawn, strict=True)]
+
+    def _logprobs(self, which: int) -> list[Logprobs] | None:
+        """Each row's log-probabilities: the model's, 0, or the sampler's, 1."""
+        if self.logprobs is None:
+            return None
+        pieces = [scored[which] for scored in self._scored]
+        lengths = [sum(map(len, new)) for new in self.drawn]
+        return [Logprobs.row(pieces, r, N, self.logprobs) for r, N in enumerate(lengths)]
 
     def _padded_stop_ids(self) -> np.ndarray:
         """The stop ids, padded to a bucket with an id that is never drawn."""
