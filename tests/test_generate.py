@@ -208,7 +208,7 @@ def test_samplers_of_one_structure_compile_once_whatever_their_numbers(caplog):
         found = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
         return found.count("prefill"), found.count("decode_tokens")
 
-    values = [(0.1, 5, 0.5, 0.1), (1, 1, 1, 0), (2.5, 97, 0.9, 1), (1e-40, 10**12, 1e-50, 0.03)]
+    values = [(0.1, 5, 0.5, 0.1), (1, 1, 0.999, 0), (2.5, 97, 0.9, 1), (1e-40, 10**12, 1e-50, 0.03)]
     chains = [Temperature(t) | TopK(k) | TopP(p) | MinP(m) for t, k, p, m in values]
     assert compiled(chains[0]) == (1, 1)
     assert compiled(*chains[1:]) == (0, 0)

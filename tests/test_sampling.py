@@ -212,13 +212,14 @@ def test_a_number_that_is_traced_filters_to_the_same_bits_as_a_constant(value):
 
 
 def test_samplers_are_trees_of_their_numbers():
-    chain = Temperature(0.8) | TopK(5) | TopP(1) | MinP(0)
+    chain = Temperature(0.8) | TopK(5) | TopP(0.9) | MinP(0)
     leaves, structure = jax.tree.flatten(chain)
     assert jax.tree.unflatten(structure, leaves) == chain
     assert set(map(type, leaves)) == {float, int}
     assert structure == jax.tree.structure(Temperature(3) | TopK(10**12) | TopP(0.1) | MinP(0.5))
-    assert structure != jax.tree.structure(TopK(5) | Temperature(0.8) | TopP(1) | MinP(0))
+    assert structure != jax.tree.structure(TopK(5) | Temperature(0.8) | TopP(0.9) | MinP(0))
     assert jax.tree.structure(Temperature(0)) != jax.tree.structure(Temperature(1))
+    assert jax.tree.structure(TopP(1)) != jax.tree.structure(TopP(0.9))  # it costs nothing
     assert repr(jax.tree.map(lambda leaf: "x", TopK(5))) == "TopK('x')"
     for leaf in jax.device_put(jax.tree.leaves(Temperature(1e300) | TopK(10**300))):  # beyond 32 bits
         assert bool(jnp.isfinite(leaf))
@@ -237,8 +238,10 @@ def test_samplers_can_be_made_of_traced_numbers():
     def made(t, k, p, m):
         return (Temperature(t) | TopK(k) | TopP(p) | MinP(m)).filter(logits)
 
-    expected = (Temperature(0.5) | TopK(6) | TopP(0.99) | MinP(0.001)).filter(logits)
-    np.testing.assert_array_equal(made(0.5, 6, 0.99, 0.001), expected)
+    for values in ((0.5, 6, 0.99, 0.001), (0.5, 9, 1.0, 0.0)):
+        t, k, p, m = values
+        expected = (Temperature(t) | TopK(k) | TopP(p) | MinP(m)).filter(logits)
+        np.testing.assert_array_equal(made(*values), expected)
 
 
 @pytest.mark.parametrize(

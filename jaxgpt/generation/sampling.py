@@ -212,10 +212,7 @@ class TopK(Sampler):
         assign(self, k=integer("top_k", self.k, 1))
 
     def filter(self, logits: Array) -> Array:
-        def enough(kept: Array) -> Array:
-            return jnp.sum(kept, axis=-1, keepdims=True) >= self.k
-
-        return _keep_likeliest(logits, enough, self.k < logits.shape[-1])
+        return _keep_likeliest(logits, functools.partial(jnp.ones_like, dtype=jnp.int32), self.k)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -230,17 +227,18 @@ class TopP(Sampler):
     """
 
     p: float
+    limits: bool = _derived(static=True)
 
     def __post_init__(self):
-        assign(self, p=number("top_p", self.p, "above 0 and at most 1", lambda p: 0 < p <= 1))
+        p = number("top_p", self.p, "above 0 and at most 1", lambda p: 0 < p <= 1)
+        assign(self, p=p, limits=isinstance(p, jax.core.Tracer) or p < 1)
 
     def filter(self, logits: Array) -> Array:
-        def enough(kept: Array) -> Array:
-            p = jnp.maximum(self.p, 1e-37)  # still above 0 in float32
-            return jnp.sum(jnp.where(kept, probabilities, 0.0), axis=-1, keepdims=True) >= p
-
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        return _keep_likeliest(logits, enough, self.p < 1)
+        if not self.limits:
+            return logits
+        # Above 0 in float32 too; and for a traced 1 more than there is, as the sum of all may be a little less or more.
+        enough = jnp.where(self.p < 1, jnp.maximum(self.p, 1e-37), 2.0)
+        return _keep_likeliest(logits, functools.partial(jax.nn.softmax, axis=-1), enough)
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -280,28 +278,26 @@ def _parts(sampler: Sampler) -> tuple[Sampler, ...]:
     return sampler.parts if isinstance(sampler, Chain) else (sampler,)
 
 
-def _keep_likeliest(logits: Array, enough: Callable[[Array], Array], limits: Array | bool) -> Array:
-    """Removes the ids below the highest threshold that keeps `enough`, a function of the mask of kept ids; none if the
-    scalar `limits` is false.
+def _keep_likeliest(logits: Array, weigh: Callable[[Array], Array], enough: Array | float) -> Array:
+    """Removes the ids below the highest threshold that keeps `enough` weight, or none if there is not as much. `weigh`
+    gives the ids' weights.
 
     The threshold is found exactly, bit by bit, in 32 passes: sorting the vocabulary takes much longer, and so does
     `lax.top_k`.
     """
+    weights = weigh(logits)
+    logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 equals 0.0 but has other bits
+    bits = lax.bitcast_convert_type(logits, jnp.int32)
+    # Floats are ordered as sign and magnitude; this orders them as unsigned integers.
+    order = lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
 
-    def cut(logits: Array) -> Array:
-        logits = jnp.where(logits == 0, 0.0, logits)  # -0.0 equals 0.0 but has other bits
-        bits = lax.bitcast_convert_type(logits, jnp.int32)
-        # Floats are ordered as sign and magnitude; this orders them as unsigned integers.
-        order = lax.bitcast_convert_type(jnp.where(bits < 0, ~bits, bits ^ jnp.int32(-(2**31))), jnp.uint32)
+    def refine(i: Array, threshold: Array) -> Array:
+        candidate = threshold | (jnp.uint32(2**31) >> i.astype(jnp.uint32))
+        kept = jnp.sum(jnp.where(order >= candidate, weights, jnp.zeros_like(weights)), axis=-1, keepdims=True)
+        return jnp.where(kept >= enough, candidate, threshold)
 
-        def refine(i: Array, threshold: Array) -> Array:
-            candidate = threshold | (jnp.uint32(2**31) >> i.astype(jnp.uint32))
-            return jnp.where(enough(order >= candidate), candidate, threshold)
-
-        threshold = lax.fori_loop(0, 32, refine, jnp.zeros_like(order[..., :1]))
-        return jnp.where(order >= threshold, logits, REMOVED)
-
-    return lax.cond(limits, cut, lambda logits: logits, logits)
+    threshold = lax.fori_loop(0, 32, refine, jnp.zeros_like(order[..., :1]))
+    return jnp.where(order >= threshold, logits, REMOVED)
 
 
 def number(name: str, value: Any, expected: str, good: Callable[[float], bool]) -> Any:
