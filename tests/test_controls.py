@@ -87,6 +87,7 @@ TEXTS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=6), 
 @example(parts=[NoRepeatNgram(3)], texts=[([0, 1, 2, 0, 1], 0), ([1, 0], 0), ([2], 0)], drawn=0, seed=0)
 @example(parts=[BadWords([[0, 1, 2], [5]])], texts=[([0, 1], 0), ([1], 0), ([0, 0, 1], 0)], drawn=0, seed=0)
 @example(parts=[MinNewTokens(3)], texts=[([0], 0), ([1], 0), ([2], 0)], drawn=2, seed=0)
+@example(parts=[MinNewTokens(2)], texts=[([0], 0), ([1], 0), ([2], 0)], drawn=2, seed=0)
 def test_every_combination_of_controls_gives_the_logits_of_its_definition(parts, texts, drawn, seed):
     rng = np.random.default_rng(seed)
     prompts = [prompt for prompt, _ in texts]

@@ -157,11 +157,12 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
 def test_generation_on_a_mesh_draws_the_same_ids(text, rows, scan_layers):
     model, params = make_model(MODEL, scan_layers=scan_layers)
     prompts = [row[: 3 + 2 * i].tolist() for i, row in enumerate(random_ids(MODEL, rows, 12))]
-    options = {"temperature": 0.7, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "seed": 1}
-    want = generate(model, params, prompts, 20, **options).tokens
-    got = generate(model, sharding.shard(params, mesh_of(text)), prompts, 20, **options).tokens
-    for mine, theirs in zip(got, want, strict=True):
+    options = {"temperature": 0.7, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "seed": 1, "logprobs": 3}
+    want = generate(model, params, prompts, 20, **options)
+    got = generate(model, sharding.shard(params, mesh_of(text)), prompts, 20, **options)
+    for mine, theirs in zip(got.tokens, want.tokens, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+    assert_close(got.sampler_logprobs, want.sampler_logprobs)
 
 
 @pytest.mark.exhaustive
