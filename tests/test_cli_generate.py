@@ -94,6 +94,8 @@ def test_several_prompts_and_sequences_are_one_batch(model, capsys):
     texts = sampled(model, ["Ab", "Ab", "xyz", "xyz"])
     assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
     assert len(set(texts)) == 4
+    assert main(["generate", "--prompt", "Ab", "--prompt", "xyz", "--num-return-sequences", "2", *N, "--stream"]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
@@ -182,7 +184,8 @@ def test_says_when_the_text_outgrows_the_context(capsys):
         (["--top-p", "1.5"], "top_p"),
         (["--min-p", "-0.1"], "min_p"),
         (["--max-new-tokens", "-1"], "max_new_tokens"),
-        (["--num-return-sequences", "0"], "--num-return-sequences"),
+        (["--num-return-sequences", "0"], "num_return_sequences"),
+        (["--num-return-sequences", "2", "--greedy", "--stream"], "num_return_sequences=2 needs a random sampler"),
         (["--stream", "--json"], "exclude"),
         (["--prompt-file", "/nonexistent/file"], "/nonexistent/file"),
     ],

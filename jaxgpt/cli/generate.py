@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--greedy", action="store_true", help="always take the likeliest token, as with --temperature 0"
     )
     parser.add_argument(
-        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: 1)"
+        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: %(default)s)"
     )
     parser.add_argument(
         "--seed",
@@ -83,15 +83,14 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
-    if args.num_return_sequences < 1:
-        raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
-    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
+    prompts = read_prompts(args)
 
-    from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, sampling
+    from jaxgpt.generation import as_key, check_num_return_sequences, default_stop_ids, encode_prompt, sampling
     from jaxgpt.parallel import memory_errors
 
     temperature = 0.0 if args.greedy else args.temperature
     sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
+    check_num_return_sequences(args.num_return_sequences, sampler)
     key = as_key(args.seed) if sampler.draws else None
     model, params = load_model(args)
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]
@@ -133,7 +132,9 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 def _print(args, model, params, prompts, rows, key, options) -> None:
     from jaxgpt.generation import decode_new, generate
 
-    result = generate(model, params, rows, args.max_new_tokens, key=key, **options)
+    copies = args.num_return_sequences
+    result = generate(model, params, rows, args.max_new_tokens, key=key, num_return_sequences=copies, **options)
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
     for i, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
         text = prompt + decode_new(model.config, new, options["stop_ids"])
         if args.json:
@@ -156,7 +157,8 @@ def _stream(args, model, params, prompts, rows, key, options) -> None:
     from jaxgpt.generation import STREAM_CHUNK, Generation, text_pieces
 
     results = []
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+    texts = [pair for pair in zip(prompts, rows, strict=True) for _ in range(args.num_return_sequences)]
+    for i, (prompt, row) in enumerate(texts):
         # The same key that this row has when all are sampled at once.
         row_key = None if key is None else jax.random.fold_in(key, i)[None]
         session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)

@@ -5,6 +5,7 @@ from .decode import prefill as prefill
 from .decode import scan_generate as scan_generate
 from .keys import as_key as as_key
 from .preparation import prepare as prepare
+from .prompts import check_num_return_sequences as check_num_return_sequences
 from .sampling import Greedy as Greedy
 from .sampling import MinP as MinP
 from .sampling import Sampler as Sampler

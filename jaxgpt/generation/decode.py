@@ -47,7 +47,7 @@ class DecodeState:
     broken_B: Array
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "sampler", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "slots", "sampler", "cache_dtype", "copies"))
 def prefill(
     model: GPT,
     params: Any,
@@ -60,6 +60,7 @@ def prefill(
     slots: int,
     sampler: Sampler,
     cache_dtype: str | None = None,
+    copies: int = 1,
 ) -> DecodeState:
     """Reads the prompts into a new cache and draws the first id of each row.
 
@@ -74,6 +75,7 @@ def prefill(
         slots: size of the cache, at least T; static.
         sampler: how ids are drawn; static.
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
+        copies: rows of the state per prompt, next to each other: each prompt is read once; static.
     """
     B = ids_BxT.shape[0]
     cache_dtype = cache_dtype or default_dtype(model.compute, jax.tree.leaves(params)[0])
@@ -82,6 +84,9 @@ def prefill(
     # Slots from `length` on hold keys of padding, which are masked until those of real tokens replace them.
     cache = dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
     x_Bx1xD = lax.dynamic_slice_in_dim(x_BxTxD, length - 1, 1, axis=1)
+    if copies > 1:
+        rows, B = jnp.repeat(jnp.arange(B), copies), B * copies
+        cache, x_Bx1xD = cache.take(rows), x_Bx1xD[rows]
     state = DecodeState(
         memory=cache,
         token_B=jnp.zeros(B, jnp.int32),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.checks import check_ids, did_you_mean, short_repr
+from jaxgpt.checks import check_ids, did_you_mean, short_repr, whole_number
 from jaxgpt.generation.keys import as_key
 from jaxgpt.generation.sampling import Greedy, Sampler
 
@@ -73,7 +73,7 @@ _OTHERS = {
     "idx": "prompts",
     "input_ids": "prompts",
     "context_size": "nothing: the model's config has context_length",
-    "num_return_sequences": "prompts * n, the prompts n times",
+    "n": "num_return_sequences",
 }
 
 
@@ -85,7 +85,22 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
         raise TypeError(f"generate has no option {name!r}{hint}")
 
 
-_OPTIONS = ("max_new_tokens", "sampler", "key", "stop_ids", "beyond_context", "cache_dtype")
+_OPTIONS = ("max_new_tokens", "sampler", "key", "stop_ids", "beyond_context", "cache_dtype", "num_return_sequences")
+
+
+def check_num_return_sequences(number: Any, sampler: Sampler) -> int:
+    """The number of rows per prompt as an int.
+
+    Raises:
+        ValueError: unless it is an integer of 1 or more, and 1 for a sampler that draws nothing at random.
+    """
+    number = whole_number("num_return_sequences", number, 1)
+    if number > 1 and not sampler.draws:
+        raise ValueError(
+            f"num_return_sequences={number} needs a random sampler or beam search: {sampler} gives the same row "
+            f"{number} times"
+        )
+    return number
 
 
 def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
@@ -99,5 +114,5 @@ def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
         raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed), or an int")
     key = as_key(key)
     if key.shape not in ((), (batch,)):
-        raise ValueError(f"key must be one key or one per prompt ({batch}), not keys of shape {list(key.shape)}")
+        raise ValueError(f"key must be one key or one per row ({batch}), not keys of shape {list(key.shape)}")
     return key

@@ -14,7 +14,13 @@ from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
 from jaxgpt.generation.preparation import prepare
-from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
+from jaxgpt.generation.prompts import (
+    check_key,
+    check_num_return_sequences,
+    check_prompts,
+    check_sampler,
+    refuse_unknown,
+)
 from jaxgpt.generation.sampling import Sampler
 from jaxgpt.model import GPT, RecentTokens, check_model
 from jaxgpt.parallel import check_bytes, sharding, to_device
@@ -64,6 +70,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
+    num_return_sequences: int = 1,
     **unknown: Any,
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
@@ -83,18 +90,21 @@ def generate(
         max_new_tokens: maximum ids to add per row; 0 returns the prompts.
         sampler: how ids are drawn (`jaxgpt.generation.sampling`); default `Greedy()`.
         key: for a random sampler: one key, from which row b uses fold_in(key, b), or an array with one key per
-            row. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will do, and an int
-            is the key of that seed.
+            row of the result. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will
+            do, and an int is the key of that seed.
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
+        num_return_sequences: rows of the result per prompt, next to each other: what the prompts would give if each
+            were repeated as often, but each is read only once.
         unknown: none; options that other libraries have are refused with what to use instead.
 
     Raises:
         TypeError: for arguments of the wrong type, with the right call.
         ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
-            empty prompt; for arguments out of range; for a random sampler without a key.
+            empty prompt; for arguments out of range; for a random sampler without a key; for several rows per prompt
+            without one.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
         OutOfMemoryError: if the key/value cache alone needs more memory than there is.
     """
@@ -108,6 +118,7 @@ def generate(
         stop_ids=stop_ids,
         beyond_context=beyond_context,
         cache_dtype=cache_dtype,
+        num_return_sequences=num_return_sequences,
         **unknown,
     )
     for _ in run:
@@ -133,6 +144,7 @@ class Generation:
         stop_ids: Sequence[int] = (),
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
+        num_return_sequences: int = 1,
         chunk: int = CHUNK,
         **unknown: Any,
     ):
@@ -143,7 +155,8 @@ class Generation:
         self.model, self.params, self.sampler = model, params, check_sampler(sampler)
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-        self.prompts = check_prompts(prompts, config.vocab_size)
+        self.copies = check_num_return_sequences(num_return_sequences, self.sampler)
+        self.prompts = [row for row in check_prompts(prompts, config.vocab_size) for _ in range(self.copies)]
         if not isinstance(stop_ids, Iterable):
             raise ValueError(f"stop_ids must be a list of ids, not {short_repr(stop_ids)}")
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
@@ -220,11 +233,12 @@ class Generation:
 
     def _prefill(self, longest: int, slots: int) -> decode.DecodeState:
         C = self.model.config.context_length
-        ids_BxT = np.zeros((len(self.prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
-        for row, prompt in zip(ids_BxT, self.prompts, strict=True):
+        prompts = self.prompts[:: self.copies]
+        ids_BxT = np.zeros((len(prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
+        for row, prompt in zip(ids_BxT, prompts, strict=True):
             prompt = prompt[-C:]
             row[longest - len(prompt) : longest] = prompt
-        lengths_B = np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32)
+        lengths_B = np.array([min(C, len(prompt)) for prompt in prompts], np.int32)
         arguments = (ids_BxT, lengths_B, np.int32(longest), self.key, self._padded_stop_ids())
         return decode.prefill(
             self.model,
@@ -233,6 +247,7 @@ class Generation:
             slots=slots,
             sampler=self.sampler,
             cache_dtype=self.cache_dtype,
+            copies=self.copies,
         )
 
     def _recent_tokens(self) -> RecentTokens:

@@ -37,8 +37,8 @@ def generate_text(
         options: passed on to `generate`.
 
     Returns:
-        Each prompt with its continuation, without the stop token. An id that the tokenizer does not have, because the
-        model's vocabulary is larger, is shown as `<|50258|>`.
+        Each prompt with its continuation, or with each of its `num_return_sequences`, without the stop token. An id
+        that the tokenizer does not have, because the model's vocabulary is larger, is shown as `<|50258|>`.
 
     Raises:
         ValueError, FloatingPointError: as `generate` does; also for a text with tokens that the model does not have.
@@ -54,6 +54,7 @@ def generate_text(
     stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
     rows = [encode_prompt(model.config, text) for text in texts]
     result = generate(model, params, rows, max_new_tokens, stop_ids=stop_ids, **options)
+    texts = [text for text in texts for _ in range(len(result.tokens) // len(rows))]
     return [text + decode_new(model.config, new, stop_ids) for text, new in zip(texts, result.new_tokens, strict=True)]
 
 
@@ -87,9 +88,10 @@ def stream(
         raise TypeError("stream continues one prompt, a text or a list of ids: call it once per text")
     ids = encode_prompt(model.config, prompt) if isinstance(prompt, str) else prompt
     stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
-    return text_pieces(
-        Generation(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options)
-    )
+    run = Generation(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options)
+    if len(run.prompts) > 1:
+        raise ValueError("num_return_sequences must be 1 for a stream, which gives one text: call it once per text")
+    return text_pieces(run)
 
 
 def text_pieces(run: Generation) -> Iterator[str]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -30,7 +31,7 @@ class Cache:
 
     Attributes:
         layers: one (k, v) pair per block, each [B, H, S, K], or [H, S, K] where B is 1; with `scan_layers` a single
-            pair with a leading axis [L, ...]. Only `remember` needs to know this layout.
+            pair with a leading axis [L, ...]. Only `remember` and `take` need to know this layout.
         start_B: first slot of each row, int32.
         length: slots in use, the same for all rows; also the next token's slot. A Python int where it is known at
             trace time, so that attention can skip keys that are certainly masked.
@@ -64,6 +65,21 @@ class Cache:
     def advance(self, layers: Any, T: int) -> Cache:
         """The cache T slots later, with the `layers` in which they are written."""
         return dataclasses.replace(self, layers=layers, length=self.length + T)
+
+    def take(self, rows: Array) -> Cache:
+        """The cache of these rows, in this order, repeated or left out.
+
+        Args:
+            rows: indices of rows, [any number]. Like all indices on a device they are not checked.
+        """
+        B, N = self.start_B.shape[0], rows.shape[0]
+
+        def pick(kept: Array) -> Array:
+            taken = jnp.take(kept if B > 1 else jnp.expand_dims(kept, -4), rows, axis=-4, mode="clip")
+            return taken if N > 1 else jnp.squeeze(taken, -4)
+
+        layers = jax.tree.map(pick, self.layers)
+        return dataclasses.replace(self, layers=layers, start_B=jnp.take(self.start_B, rows, mode="clip"))
 
     def positions_BxT(self, T: int) -> Array:
         """Positions of the next T tokens of each row; slots before a row's start count as position 0."""
