@@ -17,6 +17,8 @@ from .generation import generate_text as generate_text
 from .generation import stream as stream
 from .generation import generate as generate
 from .generation import GenerationResult as GenerationResult
+from .generation import beam_search as beam_search
+from .generation import BeamSearchResult as BeamSearchResult
 from .generation import scan_generate as scan_generate
 from .generation import Greedy as Greedy
 from .generation import Temperature as Temperature

@@ -13,7 +13,7 @@ import jax
 import pytest
 from helpers import TINY, exhaustive, make_model, make_model_that_draws
 
-from jaxgpt import prepare, weights
+from jaxgpt import beam_search, prepare, weights
 from jaxgpt.cli import main
 from jaxgpt.generation.sampling import from_options
 from jaxgpt.generation.text import generate_text
@@ -126,6 +126,27 @@ def test_stream_prints_the_same_text(model, capsys):
     assert capsys.readouterr().out == whole
 
 
+def test_beams_are_a_search(model, capsys):
+    options = ["--num-beams", "3", "--num-return-sequences", "2", "--length-penalty", "0.5"]
+    command = ["generate", "--prompt", "Ab", "--prompt", "xyz", *N, *options]
+    assert main(command) == 0
+    found = beam_search(
+        *model,
+        [list(b"Ab"), list(b"xyz")],
+        8,
+        num_beams=3,
+        num_return_sequences=2,
+        length_penalty=0.5,
+        stop_ids=[256],
+    )
+    texts = capsys.readouterr().out.removesuffix("\n").split("\n---\n")
+    assert texts == generate_text(*model, ["Ab", "xyz"], 8, num_beams=3, num_return_sequences=2, length_penalty=0.5)
+    assert main([*command, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["new_tokens"] for line in lines] == [new.tolist() for new in found.new_tokens]
+    assert [line["score"] for line in lines] == pytest.approx(found.scores)
+
+
 def test_json_is_one_object_a_line(model, capsys):
     main(["generate", "--prompt", "Ab", "--prompt", "é", *N, "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -186,6 +207,13 @@ def test_says_when_the_text_outgrows_the_context(capsys):
         (["--max-new-tokens", "-1"], "max_new_tokens"),
         (["--num-return-sequences", "0"], "num_return_sequences"),
         (["--num-return-sequences", "2", "--greedy", "--stream"], "num_return_sequences=2 needs a random sampler"),
+        (["--num-beams", "0"], "--num-beams must be an integer of 1 or more, not 0"),
+        (["--num-beams", "2", "--num-return-sequences", "3", *N], "num_return_sequences=3 must be at most num_beams=2"),
+        (["--num-beams", "2", "--max-new-tokens", "31"], "exceed context_length=32"),
+        (["--num-beams", "2", "--top-k", "200"], "--top-k and --num-beams exclude each other"),
+        (["--num-beams", "2", "--greedy"], "--greedy and --num-beams exclude each other"),
+        (["--num-beams", "2", "--stream"], "--stream and --num-beams exclude each other"),
+        (["--length-penalty", "2"], "--length-penalty needs --num-beams"),
         (["--stream", "--json"], "exclude"),
         (["--prompt-file", "/nonexistent/file"], "/nonexistent/file"),
     ],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 from typing import Any
 
+from jaxgpt.checks import whole_number
 from jaxgpt.cli.options import add_model_arguments, load_model
 from jaxgpt.config import DTYPES
 from jaxgpt.files import decode_text, local
@@ -59,6 +61,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: %(default)s)"
     )
     parser.add_argument(
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="search with N beams for the likeliest texts instead of sampling (default: %(default)s, no search)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="with --num-beams: divide log-probabilities by length ** X; above 0 favours long texts (%(default)s)",
+    )
+    parser.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -77,38 +93,56 @@ def run(args: argparse.Namespace) -> int:
     """Generates, and prints each prompt with its continuation; a line `---` separates texts.
 
     Raises:
-        ValueError: for an argument out of range; without a prompt; for --stream with --json.
+        ValueError: for an argument out of range; without a prompt; for options that exclude each other.
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model or a file cannot be read.
         FloatingPointError: if the model gives NaN or infinite logits.
     """
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
+    searches = whole_number("--num-beams", args.num_beams, 1) > 1
+    _refuse_other_mode(args, searches)
     prompts = read_prompts(args)
 
     from jaxgpt.generation import as_key, check_num_return_sequences, default_stop_ids, encode_prompt, sampling
     from jaxgpt.parallel import memory_errors
 
-    temperature = 0.0 if args.greedy else args.temperature
-    sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
-    check_num_return_sequences(args.num_return_sequences, sampler)
-    key = as_key(args.seed) if sampler.draws else None
+    key, options = None, dict[str, Any](cache_dtype=args.cache_dtype)
+    if searches:
+        options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    else:
+        temperature = 0.0 if args.greedy else args.temperature
+        sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
+        check_num_return_sequences(args.num_return_sequences, sampler)
+        key = as_key(args.seed) if sampler.draws else None
+        options["sampler"] = sampler
     model, params = load_model(args)
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]
+    options["stop_ids"] = default_stop_ids(model.config)
     context = model.config.context_length
-    if max(map(len, rows)) + args.max_new_tokens > context:
+    if max(map(len, rows)) + args.max_new_tokens > context and not searches:
         print(
             f"beyond {context} tokens, the model's context, every token takes a pass over the whole context",
             file=sys.stderr,
         )
-    options: dict[str, Any] = {
-        "sampler": sampler,
-        "stop_ids": default_stop_ids(model.config),
-        "cache_dtype": args.cache_dtype,
-    }
     show = _stream if args.stream else _print
     with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
         show(args, model, params, prompts, rows, key, options)
     return 0
+
+
+def _refuse_other_mode(args: argparse.Namespace, searches: bool) -> None:
+    """Raises a ValueError for an option of sampling beside --num-beams, or the reverse."""
+    given: set[str] = getattr(args, "given", set())
+    if not searches:
+        if "length_penalty" in given:
+            raise ValueError("--length-penalty needs --num-beams: without it nothing is searched for")
+        return
+    if args.stream:
+        raise ValueError("--stream and --num-beams exclude each other: no text is certain before the search ends")
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "greedy"):
+        if name in given or (name == "greedy" and args.greedy):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} and --num-beams exclude each other: a search draws nothing at random")
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -130,10 +164,13 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generation import decode_new, generate
+    from jaxgpt.generation import beam_search, decode_new, generate
 
     copies = args.num_return_sequences
-    result = generate(model, params, rows, args.max_new_tokens, key=key, num_return_sequences=copies, **options)
+    options["num_return_sequences"] = copies
+    searches = "num_beams" in options
+    generator = beam_search if searches else functools.partial(generate, key=key)
+    result: Any = generator(model, params, rows, args.max_new_tokens, **options)
     prompts = [prompt for prompt in prompts for _ in range(copies)]
     for i, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
         text = prompt + decode_new(model.config, new, options["stop_ids"])
@@ -145,6 +182,8 @@ def _print(args, model, params, prompts, rows, key, options) -> None:
                 "new_tokens": new.tolist(),
                 "stopped": bool(new.size) and int(new[-1]) in options["stop_ids"],
             }
+            if searches:
+                fields["score"] = float(result.scores[i])
             print(json.dumps(fields))
         else:
             print("---\n" * bool(i) + text)

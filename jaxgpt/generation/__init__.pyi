@@ -1,4 +1,6 @@
 from . import sampling as sampling
+from .beams import BeamSearchResult as BeamSearchResult
+from .beams import beam_search as beam_search
 from .decode import DecodeState as DecodeState
 from .decode import decode_tokens as decode_tokens
 from .decode import prefill as prefill

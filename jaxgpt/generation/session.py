@@ -266,12 +266,7 @@ class Generation:
         ids_BxN, broken_B = jax.device_get((ids_BxN, state.broken_B))
         timing.seconds = time.perf_counter() - timing.started
         self._timings.append(timing)
-        if np.any(broken_B >= 0):
-            row = int(np.argmax(broken_B >= 0))
-            raise FloatingPointError(
-                f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
-                "the parameters hold such values, or overflow"
-            )
+        refuse_broken(broken_B)
         new = [self._until_stop(r, ids[: timing.steps]) for r, ids in enumerate(ids_BxN)]
         for r, ids in enumerate(new):
             self.drawn[r].append(ids)
@@ -303,6 +298,17 @@ class _Timing:
     steps: int
     started: float
     seconds: float = 0.0
+
+
+def refuse_broken(broken_B: np.ndarray) -> None:
+    """Raises a FloatingPointError that names the first row whose logits were not finite: where `broken_B` is not -1 but
+    the number of a new token."""
+    if np.any(broken_B >= 0):
+        row = int(np.argmax(broken_B >= 0))
+        raise FloatingPointError(
+            f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
+            "the parameters hold such values, or overflow"
+        )
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxgpt.checks import short_repr
+from jaxgpt.checks import short_repr, whole_number
 from jaxgpt.config import GPTConfig
-from jaxgpt.generation.session import Generation, generate
+from jaxgpt.generation.beams import beam_search
+from jaxgpt.generation.session import Generation, GenerationResult, generate
 from jaxgpt.model import GPT, check_model
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
@@ -24,9 +26,10 @@ def generate_text(
     max_new_tokens: int,
     *,
     stop_ids: Sequence[int] | None = None,
+    num_beams: int = 1,
     **options: Any,
 ) -> list[str]:
-    """`generate` from text to text, with the model's tokenizer.
+    """`generate`, or `beam_search`, from text to text, with the model's tokenizer.
 
     Args:
         model: the model; `model.config.tokenizer` names the tokenizer.
@@ -34,7 +37,8 @@ def generate_text(
         prompts: one text or several. An empty one starts from end-of-text, or what the tokenizer starts from.
         max_new_tokens: maximum ids to add per text.
         stop_ids: as in `generate`; default: those of the tokenizer, as a rule end-of-text.
-        options: passed on to `generate`.
+        num_beams: above 1, `beam_search` with so many beams.
+        options: passed on to `generate`, or to `beam_search`.
 
     Returns:
         Each prompt with its continuation, or with each of its `num_return_sequences`, without the stop token. An id
@@ -53,7 +57,10 @@ def generate_text(
             )
     stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
     rows = [encode_prompt(model.config, text) for text in texts]
-    result = generate(model, params, rows, max_new_tokens, stop_ids=stop_ids, **options)
+    run: Callable[..., GenerationResult] = generate
+    if whole_number("num_beams", num_beams, 1) > 1:
+        run = functools.partial(beam_search, num_beams=num_beams)
+    result = run(model, params, rows, max_new_tokens, stop_ids=stop_ids, **options)
     texts = [text for text in texts for _ in range(len(result.tokens) // len(rows))]
     return [text + decode_new(model.config, new, stop_ids) for text, new in zip(texts, result.new_tokens, strict=True)]
 

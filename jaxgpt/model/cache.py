@@ -66,20 +66,17 @@ class Cache:
         """The cache T slots later, with the `layers` in which they are written."""
         return dataclasses.replace(self, layers=layers, length=self.length + T)
 
-    def take(self, rows: Array) -> Cache:
-        """The cache of these rows, in this order, repeated or left out.
-
-        Args:
-            rows: indices of rows, [any number]. Like all indices on a device they are not checked.
-        """
-        B, N = self.start_B.shape[0], rows.shape[0]
+    def take(self, rows_R: Array) -> Cache:
+        """The cache of these rows, in this order, repeated or left out."""
+        had_rows, has_rows = self.start_B.shape[0] > 1, rows_R.shape[0] > 1
 
         def pick(kept: Array) -> Array:
-            taken = jnp.take(kept if B > 1 else jnp.expand_dims(kept, -4), rows, axis=-4, mode="clip")
-            return taken if N > 1 else jnp.squeeze(taken, -4)
+            kept = kept if had_rows else jnp.expand_dims(kept, -4)
+            kept = kept.take(rows_R, axis=-4, mode="clip")
+            return kept if has_rows else kept.squeeze(-4)
 
         layers = jax.tree.map(pick, self.layers)
-        return dataclasses.replace(self, layers=layers, start_B=jnp.take(self.start_B, rows, mode="clip"))
+        return dataclasses.replace(self, layers=layers, start_B=self.start_B.take(rows_R, mode="clip"))
 
     def positions_BxT(self, T: int) -> Array:
         """Positions of the next T tokens of each row; slots before a row's start count as position 0."""
