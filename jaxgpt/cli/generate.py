@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
+import itertools
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from jaxgpt.checks import whole_number
@@ -22,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text to continue; may be repeated: all are continued at once",
+        help="text to continue; may be repeated: all are continued at once (default: stdin, or what is typed)",
     )
     parser.add_argument(
         "--prompt-file",
@@ -90,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates, and prints each prompt with its continuation; a line `---` separates texts.
+    """Generates, and prints each prompt with its continuation; a line `---` separates texts. On a terminal without a
+    prompt, asks for one after the other.
 
     Raises:
         ValueError: for an argument out of range; without a prompt; for options that exclude each other.
@@ -101,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
     searches = whole_number("--num-beams", args.num_beams, 1) > 1
     _refuse_other_mode(args, searches)
-    prompts = read_prompts(args)
+    asks = _is_terminal() and not (args.prompt or args.prompt_file or args.json or searches)
+    prompts = [] if asks else read_prompts(args)
 
     from jaxgpt.generation import as_key, check_num_return_sequences, default_stop_ids, encode_prompt, sampling
     from jaxgpt.parallel import memory_errors
@@ -119,12 +125,12 @@ def run(args: argparse.Namespace) -> int:
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]
     options["stop_ids"] = default_stop_ids(model.config)
     context = model.config.context_length
-    if max(map(len, rows)) + args.max_new_tokens > context and not searches:
+    if max(map(len, rows), default=0) + args.max_new_tokens > context and not searches:
         print(
             f"beyond {context} tokens, the model's context, every token takes a pass over the whole context",
             file=sys.stderr,
         )
-    show = _stream if args.stream else _print
+    show = _ask if asks else _stream if args.stream else _print
     with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
         show(args, model, params, prompts, rows, key, options)
     return 0
@@ -143,6 +149,10 @@ def _refuse_other_mode(args: argparse.Namespace, searches: bool) -> None:
         if name in given or (name == "greedy" and args.greedy):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} and --num-beams exclude each other: a search draws nothing at random")
+
+
+def _is_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -191,22 +201,67 @@ def _print(args, model, params, prompts, rows, key, options) -> None:
 
 
 def _stream(args, model, params, prompts, rows, key, options) -> None:
+    results = []
+    texts = [pair for pair in zip(prompts, rows, strict=True) for _ in range(args.num_return_sequences)]
+    for i, (prompt, row) in enumerate(texts):
+        print("---\n" * bool(i) + prompt, end="", flush=True)
+        results.append(_stream_row(args, model, params, row, i, key, options))
+    _report(results)
+
+
+def _stream_row(args, model, params, row, i, key, options) -> Any:
+    """Prints what row i gets, as it is drawn, with the key that the row has when all are sampled at once."""
     import jax
 
     from jaxgpt.generation import STREAM_CHUNK, Generation, text_pieces
 
-    results = []
-    texts = [pair for pair in zip(prompts, rows, strict=True) for _ in range(args.num_return_sequences)]
-    for i, (prompt, row) in enumerate(texts):
-        # The same key that this row has when all are sampled at once.
-        row_key = None if key is None else jax.random.fold_in(key, i)[None]
-        session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
-        print("---\n" * bool(i) + prompt, end="", flush=True)
-        for piece in text_pieces(session):
-            print(piece, end="", flush=True)
-        print()
-        results.append(session.result())
-    _report(results)
+    row_key = None if key is None else jax.random.fold_in(key, i)[None]
+    session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
+    for piece in text_pieces(session):
+        print(piece, end="", flush=True)
+    print()
+    return session.result()
+
+
+def _ask(args, model, params, prompts, rows, key, options) -> None:
+    """Asks for prompts on the terminal, and prints each one's continuations as they are drawn."""
+    from jaxgpt.generation import encode_prompt
+
+    whole_number("max_new_tokens", args.max_new_tokens)
+    numbers = itertools.count()
+    for prompt in _typed():
+        try:
+            row = encode_prompt(model.config, prompt)
+        except ValueError as error:
+            print(f"jaxgpt: error: {error}", file=sys.stderr)
+            continue
+        try:
+            for i in range(args.num_return_sequences):
+                print("---\n" * bool(i), end="")
+                _stream_row(args, model, params, row, next(numbers), key, options)
+        except KeyboardInterrupt:
+            print()
+
+
+def _typed() -> Iterator[str]:
+    """The lines that are typed on the terminal, until Ctrl-D or an empty one."""
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 - gives `input` line editing and a history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    print("Type a text to continue. Ctrl-C stops an answer; Ctrl-D or an empty line ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not line:
+            return
+        yield line
 
 
 def _report(results) -> None:
