@@ -18,6 +18,8 @@ from .generation import stream as stream
 from .generation import generate as generate
 from .generation import GenerationResult as GenerationResult
 from .generation import Logprobs as Logprobs
+from .generation import beam_search as beam_search
+from .generation import BeamSearchResult as BeamSearchResult
 from .generation import scan_generate as scan_generate
 from .generation import Greedy as Greedy
 from .generation import Temperature as Temperature

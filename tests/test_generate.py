@@ -128,6 +128,37 @@ def test_rows_may_change_places_with_their_keys(tiny):
     assert not keys.is_deleted()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "n"),
+    [
+        pytest.param(RAGGED[:2], 8, id="ragged"),
+        exhaustive(RAGGED[1:2], 8, id="one"),
+        exhaustive(RAGGED, 40, id="past the context"),
+    ],
+)
+def test_several_rows_per_prompt_are_those_of_the_prompt_repeated(tiny, prompts, n):
+    run = functools.partial(generate, *tiny, max_new_tokens=n, sampler=SAMPLER, stop_ids=[5])
+    got = run(prompts, key=KEY, num_return_sequences=3)
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    want = run(repeated, key=KEY)
+    assert rows(got) == rows(want)
+    assert got.prompt_lengths == want.prompt_lengths
+    assert len({tuple(row) for row in rows(got)}) == len(repeated)
+    keys = jax.random.split(KEY, len(repeated))
+    assert rows(run(prompts, key=keys, num_return_sequences=3)) == rows(run(repeated, key=keys))
+
+
+def test_several_rows_per_prompt_read_it_once(tiny, monkeypatch):
+    read, prefill = [], decode.prefill
+    monkeypatch.setattr(
+        decode,
+        "prefill",
+        lambda model, params, ids, *rest, **kw: read.append(ids) or prefill(model, params, ids, *rest, **kw),
+    )
+    generate(*tiny, RAGGED[:2], 2, sampler=SAMPLER, key=KEY, num_return_sequences=3)
+    assert [ids.shape for ids in read] == [(2, 16)]
+
+
 IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -394,6 +425,11 @@ def test_stream_gives_the_text_of_generate(bytes_model):
     assert "Ab" + "".join(pieces) == generate_text(model, params, "Ab", 30, **options)[0]
 
 
+def test_several_texts_per_prompt(bytes_model):
+    run = functools.partial(generate_text, *bytes_model, max_new_tokens=9, sampler=Temperature(1.0), key=KEY)
+    assert run(["Ab", "xyz"], num_return_sequences=2) == run(["Ab", "Ab", "xyz", "xyz"])
+
+
 def test_stream_never_splits_a_character():
     class Script:
         model, stop_ids = GPT(BYTES), (256,)
@@ -593,13 +629,16 @@ def test_integers_of_any_kind_are_ids(tiny):
     ("options", "message"),
     [
         ({"sampler": TopK(5)}, r"TopK\(5\) draws at random and needs a key"),
-        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per prompt \(2\), not keys of shape \[3\]"),
+        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per row \(2\), not keys of shape \[3\]"),
         ({"logprobs": -1}, "logprobs must be an integer of 0 or more, not -1"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 98}, "logprobs must be at most the vocabulary's 97 ids, not 98"),
         ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
         ({"stop_ids": 5}, "stop_ids must be a list of ids, not 5"),
         ({"stop_ids": [1.5]}, r"stop_ids\[0\] is 1.5"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be an integer of 1 or more, not 0"),
+        ({"num_return_sequences": 2.0}, "num_return_sequences must be an integer of 1 or more, not 2.0"),
+        ({"num_return_sequences": 2}, r"num_return_sequences=2 needs a random sampler.*Greedy\(\) gives the same row"),
         ({"beyond_context": "crop"}, "beyond_context"),
         ({"cache_dtype": "int8"}, "cache_dtype"),
         ({"beyond_context": "error", "max_new_tokens": 15}, "2 ids and max_new_tokens=15 exceed context_length=16"),
@@ -617,3 +656,5 @@ def test_strictness_allows_what_fits(tiny):
 def test_stream_refuses_bad_arguments_at_the_call(bytes_model):
     with pytest.raises(ValueError, match="max_new_tokens"):
         stream(*bytes_model, "a", -1)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1 for a stream"):
+        stream(*bytes_model, "a", 4, sampler=SAMPLER, key=KEY, num_return_sequences=2)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
+import io
+import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from jaxgpt.checks import whole_number
 from jaxgpt.cli.options import add_model_arguments, load_model
 from jaxgpt.config import DTYPES
 from jaxgpt.files import decode_text, local
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text to continue; may be repeated: all are continued at once",
+        help="text to continue; may be repeated: all are continued at once (default: stdin, or what is typed)",
     )
     parser.add_argument(
         "--prompt-file",
@@ -72,7 +77,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--greedy", action="store_true", help="always take the likeliest token, as with --temperature 0"
     )
     parser.add_argument(
-        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: 1)"
+        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="search with N beams for the likeliest texts instead of sampling (default: %(default)s, no search)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="with --num-beams: divide log-probabilities by length ** X; above 0 favours long texts (%(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -91,10 +110,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates, and prints each prompt with its continuation; a line `---` separates texts.
+    """Generates, and prints each prompt with its continuation; a line `---` separates texts. On a terminal without a
+    prompt, asks for one after the other.
 
     Raises:
-        ValueError: for an argument out of range; without a prompt; for --stream with --json.
+        ValueError: for an argument out of range; without a prompt; for options that exclude each other.
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model or a file cannot be read.
         FloatingPointError: if the model gives NaN or infinite logits.
     """
@@ -102,38 +122,69 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
     if args.logprobs is not None and not args.json:
         raise ValueError("--logprobs needs --json, which shows them")
-    if args.num_return_sequences < 1:
-        raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
-    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
+    searches = whole_number("--num-beams", args.num_beams, 1) > 1
+    _refuse_other_mode(args, searches)
+    asks = _is_terminal() and not (args.prompt or args.prompt_file or args.json or searches)
+    prompts = [] if asks else read_prompts(args)
 
-    from jaxgpt.generation import SAMPLING, as_key, check_stop, default_stop_ids, encode_prompt, from_options
+    from jaxgpt.generation import as_key, check_num_return_sequences, check_stop, default_stop_ids, encode_prompt
     from jaxgpt.parallel import memory_errors
+
+    args.stop = check_stop(args.stop)
+    key, options = None, dict[str, Any](cache_dtype=args.cache_dtype)
+    if searches:
+        options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    else:
+        sampler = _sampler(args)
+        check_num_return_sequences(args.num_return_sequences, sampler)
+        key = as_key(args.seed) if sampler.draws else None
+        options |= {"sampler": sampler, "logprobs": args.logprobs}
+    model, params = load_model(args)
+    rows = [encode_prompt(model.config, prompt) for prompt in prompts]
+    options["stop_ids"] = default_stop_ids(model.config)
+    context = model.config.context_length
+    if max(map(len, rows), default=0) + args.max_new_tokens > context and not searches:
+        print(
+            f"beyond {context} tokens, the model's context, every token takes a pass over the whole context",
+            file=sys.stderr,
+        )
+    show = _ask if asks else _stream if args.stream else _print
+    with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
+        show(args, model, params, prompts, rows, key, options)
+    return 0
+
+
+def _refuse_other_mode(args: argparse.Namespace, searches: bool) -> None:
+    """Raises a ValueError for an option of sampling beside --num-beams, or the reverse."""
+    given: set[str] = getattr(args, "given", set())
+    if not searches:
+        if "length_penalty" in given:
+            raise ValueError("--length-penalty needs --num-beams: without it nothing is searched for")
+        return
+    if args.stream:
+        raise ValueError("--stream and --num-beams exclude each other: no text is certain before the search ends")
+    from jaxgpt.generation import SAMPLING
+
+    for name in (*SAMPLING, "seed", "greedy", "stop", "logprobs"):
+        value = getattr(args, name)
+        if name in given or value is True or (isinstance(value, list) and value):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} and --num-beams exclude each other: a search only ranks what the model says")
+
+
+def _is_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def _sampler(args: argparse.Namespace) -> Any:
+    """The sampler that the options mean."""
+    from jaxgpt.generation import SAMPLING, from_options
 
     sampling = {name: getattr(args, name) for name in SAMPLING}
     sampling["temperature"] = 0.0 if args.greedy else args.temperature
     sampling["logit_bias"] = None if args.logit_bias is None else dict(map(_bias, args.logit_bias))
     sampling["bad_words_ids"] = None if args.bad_words_ids is None else list(map(_ids, args.bad_words_ids))
-    sampler = from_options(**sampling)
-    args.stop = check_stop(args.stop)
-    key = as_key(args.seed) if sampler.draws else None
-    model, params = load_model(args)
-    rows = [encode_prompt(model.config, prompt) for prompt in prompts]
-    context = model.config.context_length
-    if max(map(len, rows)) + args.max_new_tokens > context:
-        print(
-            f"beyond {context} tokens, the model's context, every token takes a pass over the whole context",
-            file=sys.stderr,
-        )
-    options: dict[str, Any] = {
-        "sampler": sampler,
-        "stop_ids": default_stop_ids(model.config),
-        "cache_dtype": args.cache_dtype,
-        "logprobs": args.logprobs,
-    }
-    show = _stream if args.stream else _print
-    with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
-        show(args, model, params, prompts, rows, key, options)
-    return 0
+    return from_options(**sampling)
 
 
 def _bias(text: str) -> tuple[int, float]:
@@ -170,12 +221,20 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generation import CHUNK, STREAM_CHUNK, Generation, completions
+    from jaxgpt.generation import CHUNK, STREAM_CHUNK, Generation, beam_search, completions, decode_new
 
-    chunk = STREAM_CHUNK if args.stop else CHUNK
-    session = Generation(model, params, rows, args.max_new_tokens, key=key, chunk=chunk, **options)
-    texts = completions(session, args.stop)
-    result = session.result()
+    copies = args.num_return_sequences
+    options["num_return_sequences"] = copies
+    result: Any
+    if searches := "num_beams" in options:
+        result = beam_search(model, params, rows, args.max_new_tokens, **options)
+        texts = [decode_new(model.config, new, options["stop_ids"]) for new in result.new_tokens]
+    else:
+        chunk = STREAM_CHUNK if args.stop else CHUNK
+        session = Generation(model, params, rows, args.max_new_tokens, key=key, chunk=chunk, **options)
+        texts = completions(session, args.stop)
+        result = session.result()
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
     for i, (prompt, completion) in enumerate(zip(prompts, texts, strict=True)):
         if args.json:
             fields = {
@@ -189,6 +248,8 @@ def _print(args, model, params, prompts, rows, key, options) -> None:
             if result.logprobs is not None and result.sampler_logprobs is not None:
                 fields["logprobs"] = _logprobs(result.logprobs[i])
                 fields["sampler_logprobs"] = _logprobs(result.sampler_logprobs[i])
+            if searches:
+                fields["score"] = float(result.scores[i])
             print(json.dumps(fields))
         else:
             print("---\n" * bool(i) + prompt + completion)
@@ -205,21 +266,67 @@ def _logprobs(logprobs) -> dict[str, Any]:
 
 
 def _stream(args, model, params, prompts, rows, key, options) -> None:
+    results = []
+    texts = [pair for pair in zip(prompts, rows, strict=True) for _ in range(args.num_return_sequences)]
+    for i, (prompt, row) in enumerate(texts):
+        print("---\n" * bool(i) + prompt, end="", flush=True)
+        results.append(_stream_row(args, model, params, row, i, key, options))
+    _report(results)
+
+
+def _stream_row(args, model, params, row, i, key, options) -> Any:
+    """Prints what row i gets, as it is drawn, with the key that the row has when all are sampled at once."""
     import jax
 
     from jaxgpt.generation import STREAM_CHUNK, Generation, text_pieces
 
-    results = []
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        # The same key that this row has when all are sampled at once.
-        row_key = None if key is None else jax.random.fold_in(key, i)[None]
-        session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
-        print("---\n" * bool(i) + prompt, end="", flush=True)
-        for piece in text_pieces(session, args.stop):
-            print(piece, end="", flush=True)
-        print()
-        results.append(session.result())
-    _report(results)
+    row_key = None if key is None else jax.random.fold_in(key, i)[None]
+    session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
+    for piece in text_pieces(session, args.stop):
+        print(piece, end="", flush=True)
+    print()
+    return session.result()
+
+
+def _ask(args, model, params, prompts, rows, key, options) -> None:
+    """Asks for prompts on the terminal, and prints each one's continuations as they are drawn."""
+    from jaxgpt.generation import encode_prompt
+
+    whole_number("max_new_tokens", args.max_new_tokens)
+    numbers = itertools.count()
+    for prompt in _typed():
+        try:
+            row = encode_prompt(model.config, prompt)
+        except ValueError as error:
+            print(f"jaxgpt: error: {error}", file=sys.stderr)
+            continue
+        try:
+            for i in range(args.num_return_sequences):
+                print("---\n" * bool(i), end="")
+                _stream_row(args, model, params, row, next(numbers), key, options)
+        except KeyboardInterrupt:
+            print()
+
+
+def _typed() -> Iterator[str]:
+    """The lines that are typed on the terminal, until Ctrl-D or an empty one."""
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 - gives `input` line editing and a history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    print("Type a text to continue. Ctrl-C stops an answer; Ctrl-D or an empty line ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not line:
+            return
+        yield line
 
 
 def _report(results) -> None:

@@ -1,4 +1,6 @@
 from . import sampling as sampling
+from .beams import BeamSearchResult as BeamSearchResult
+from .beams import beam_search as beam_search
 from .controls import BadWords as BadWords
 from .controls import FrequencyPenalty as FrequencyPenalty
 from .controls import LogitBias as LogitBias
@@ -16,6 +18,7 @@ from .logprobs import Logprobs as Logprobs
 from .options import SAMPLING as SAMPLING
 from .options import from_options as from_options
 from .preparation import prepare as prepare
+from .prompts import check_num_return_sequences as check_num_return_sequences
 from .sampling import Greedy as Greedy
 from .sampling import MinP as MinP
 from .sampling import Sampler as Sampler

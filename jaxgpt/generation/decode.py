@@ -53,7 +53,7 @@ class DecodeState:
     logprobs: tuple[Logprobs, Logprobs] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype", "logprobs"))
+@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype", "logprobs", "copies"))
 def prefill(
     model: GPT,
     params: Any,
@@ -68,6 +68,7 @@ def prefill(
     cache_dtype: str | None = None,
     history: History | None = None,
     logprobs: int | None = None,
+    copies: int = 1,
 ) -> DecodeState:
     """Reads the prompts into a new cache and draws the first id of each row.
 
@@ -84,6 +85,7 @@ def prefill(
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
         history: the prompts once more, for a sampler that looks at the text, with a column for every id to be drawn.
         logprobs: how many of the likeliest ids to report with each draw; None for no log-probabilities; static.
+        copies: rows of the state per prompt, next to each other: each prompt is read once; static.
     """
     B = ids_BxT.shape[0]
     cache_dtype = cache_dtype or default_dtype(model.compute, jax.tree.leaves(params)[0])
@@ -92,6 +94,9 @@ def prefill(
     # Slots from `length` on hold keys of padding, which are masked until those of real tokens replace them.
     cache = dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
     x_Bx1xD = lax.dynamic_slice_in_dim(x_BxTxD, length - 1, 1, axis=1)
+    if copies > 1:
+        rows, B = jnp.repeat(jnp.arange(B), copies), B * copies
+        cache, x_Bx1xD = cache.take(rows), x_Bx1xD[rows]
     state = DecodeState(
         memory=cache,
         token_B=jnp.zeros(B, jnp.int32),

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.checks import check_ids, did_you_mean, short_repr
+from jaxgpt.checks import check_ids, did_you_mean, short_repr, whole_number
 from jaxgpt.generation.keys import as_key
 from jaxgpt.generation.options import SAMPLING
 from jaxgpt.generation.sampling import Greedy, Sampler, simplest
@@ -75,6 +75,9 @@ _OTHERS = {
     "rng": "key=rng",
     "prng_key": "key=prng_key",
     "rngs": "key=...",
+    "num_beams": "jaxgpt.beam_search(..., num_beams=...)",
+    "length_penalty": "jaxgpt.beam_search(..., length_penalty=...)",
+    "early_stopping": "jaxgpt.beam_search(..., early_stopping=...)",
     "max_length": "max_new_tokens, which does not count the prompt",
     "max_tokens": "max_new_tokens",
     "eos_token_id": "stop_ids=[...]",
@@ -83,12 +86,12 @@ _OTHERS = {
     "idx": "prompts",
     "input_ids": "prompts",
     "context_size": "nothing: the model's config has context_length",
-    "num_return_sequences": "prompts * n, the prompts n times",
     "attention_mask": "prompts of any lengths, without padding",
     "pad_token_id": "nothing: rows end where they end",
     "bos_token_id": "prompts that begin with it",
     "logits_processor": "sampler=..., which may be a Sampler of your own",
     "generation_config": "the options themselves",
+    "n": "num_return_sequences",
 }
 
 
@@ -109,8 +112,24 @@ _OPTIONS = (
     "beyond_context",
     "cache_dtype",
     "logprobs",
+    "num_return_sequences",
     *SAMPLING,
 )
+
+
+def check_num_return_sequences(number: Any, sampler: Sampler) -> int:
+    """The number of rows per prompt as an int.
+
+    Raises:
+        ValueError: unless it is an integer of 1 or more, and 1 for a sampler that draws nothing at random.
+    """
+    number = whole_number("num_return_sequences", number, 1)
+    if number > 1 and not sampler.draws:
+        raise ValueError(
+            f"num_return_sequences={number} needs a random sampler or beam search: {sampler} gives the same row "
+            f"{number} times"
+        )
+    return number
 
 
 def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
@@ -124,5 +143,5 @@ def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
         raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed), or seed=0")
     key = as_key(key)
     if key.shape not in ((), (batch,)):
-        raise ValueError(f"key must be one key or one per prompt ({batch}), not keys of shape {list(key.shape)}")
+        raise ValueError(f"key must be one key or one per row ({batch}), not keys of shape {list(key.shape)}")
     return key

@@ -17,7 +17,13 @@ from jaxgpt.generation.history import History
 from jaxgpt.generation.logprobs import Logprobs
 from jaxgpt.generation.options import SAMPLING, chosen_sampler
 from jaxgpt.generation.preparation import prepare
-from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
+from jaxgpt.generation.prompts import (
+    check_key,
+    check_num_return_sequences,
+    check_prompts,
+    check_sampler,
+    refuse_unknown,
+)
 from jaxgpt.generation.sampling import Sampler
 from jaxgpt.model import GPT, RecentTokens, check_model
 from jaxgpt.parallel import check_bytes, sharding, to_device
@@ -74,6 +80,7 @@ def generate(
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
+    num_return_sequences: int = 1,
     logprobs: int | None = None,
     **options: Any,
 ) -> GenerationResult:
@@ -94,13 +101,15 @@ def generate(
         max_new_tokens: maximum ids to add per row; 0 returns the prompts.
         sampler: how ids are drawn (`jaxgpt.generation.sampling`); default `Greedy()`.
         key: for a random sampler: one key, from which row b uses fold_in(key, b), or an array with one key per
-            row. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will do, and an int
-            is the key of that seed.
+            row of the result. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will
+            do, and an int is the key of that seed.
         seed: an int, instead of `key`.
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
+        num_return_sequences: rows of the result per prompt, next to each other: what the prompts would give if each
+            were repeated as often, but each is read only once.
         logprobs: report the log-probability of each new id, and of so many likeliest ones, before and after the
             sampler; None for none, which costs nothing.
         options: the sampler in words, instead of `sampler`: `temperature`, `top_k`, `top_p`, `min_p`,
@@ -111,7 +120,8 @@ def generate(
     Raises:
         TypeError: for arguments of the wrong type, with the right call.
         ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
-            empty prompt; for arguments out of range; for a random sampler without a key.
+            empty prompt; for arguments out of range; for a random sampler without a key; for several rows per prompt
+            without one.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
         OutOfMemoryError: if the key/value cache alone needs more memory than there is.
     """
@@ -126,6 +136,7 @@ def generate(
         stop_ids=stop_ids,
         beyond_context=beyond_context,
         cache_dtype=cache_dtype,
+        num_return_sequences=num_return_sequences,
         logprobs=logprobs,
         **options,
     )
@@ -153,6 +164,7 @@ class Generation:
         stop_ids: Sequence[int] = (),
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
+        num_return_sequences: int = 1,
         logprobs: int | None = None,
         chunk: int = CHUNK,
         **options: Any,
@@ -168,7 +180,8 @@ class Generation:
         self.model, self.params, self.sampler = model, params, check_sampler(sampler, config.vocab_size)
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-        self.prompts = check_prompts(prompts, config.vocab_size)
+        self.copies = check_num_return_sequences(num_return_sequences, self.sampler)
+        self.prompts = [row for row in check_prompts(prompts, config.vocab_size) for _ in range(self.copies)]
         if not isinstance(stop_ids, Iterable):
             raise ValueError(f"stop_ids must be a list of ids, not {short_repr(stop_ids)}")
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
@@ -262,11 +275,12 @@ class Generation:
 
     def _prefill(self, longest: int, slots: int) -> decode.DecodeState:
         C = self.model.config.context_length
-        ids_BxT = np.zeros((len(self.prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
-        for row, prompt in zip(ids_BxT, self.prompts, strict=True):
+        prompts = self.prompts[:: self.copies]
+        ids_BxT = np.zeros((len(prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
+        for row, prompt in zip(ids_BxT, prompts, strict=True):
             prompt = prompt[-C:]
             row[longest - len(prompt) : longest] = prompt
-        lengths_B = np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32)
+        lengths_B = np.array([min(C, len(prompt)) for prompt in prompts], np.int32)
         history = None
         if self.sampler.sees_text:
             columns = max(map(len, self.prompts)) + self.max_new_tokens
@@ -281,6 +295,7 @@ class Generation:
             cache_dtype=self.cache_dtype,
             history=to_device(history, self.params),
             logprobs=self.logprobs,
+            copies=self.copies,
         )
 
     def _recent_tokens(self) -> RecentTokens:
@@ -300,12 +315,7 @@ class Generation:
         (ids_BxN, logprobs), broken_B = jax.device_get((drawn, state.broken_B))
         timing.seconds = time.perf_counter() - timing.started
         self._timings.append(timing)
-        if np.any(broken_B >= 0):
-            row = int(np.argmax(broken_B >= 0))
-            raise FloatingPointError(
-                f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
-                "the parameters hold such values, or overflow"
-            )
+        refuse_broken(broken_B)
         if logprobs is not None:
             self._scored.append(jax.tree.map(lambda x_BxN: x_BxN[:, : timing.steps], logprobs))
         new = [self._until_stop(r, ids[: timing.steps]) for r, ids in enumerate(ids_BxN)]
@@ -353,6 +363,17 @@ class _Timing:
     steps: int
     started: float
     seconds: float = 0.0
+
+
+def refuse_broken(broken_B: np.ndarray) -> None:
+    """Raises a FloatingPointError that names the first row whose logits were not finite: where `broken_B` is not -1 but
+    the number of a new token."""
+    if np.any(broken_B >= 0):
+        row = int(np.argmax(broken_B >= 0))
+        raise FloatingPointError(
+            f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
+            "the parameters hold such values, or overflow"
+        )
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:

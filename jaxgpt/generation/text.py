@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxgpt.checks import short_repr
+from jaxgpt.checks import short_repr, whole_number
 from jaxgpt.config import GPTConfig
+from jaxgpt.generation.beams import beam_search
 from jaxgpt.generation.session import CHUNK, Generation
 from jaxgpt.model import GPT, check_model
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
@@ -25,9 +26,10 @@ def generate_text(
     *,
     stop: str | Sequence[str] | None = None,
     stop_ids: Sequence[int] | None = None,
+    num_beams: int = 1,
     **options: Any,
 ) -> list[str]:
-    """`generate` from text to text, with the model's tokenizer.
+    """`generate`, or `beam_search`, from text to text, with the model's tokenizer.
 
     Args:
         model: the model; `model.config.tokenizer` names the tokenizer.
@@ -37,11 +39,13 @@ def generate_text(
         stop: one or more strings; a text ends right before the first that is complete in it. They may cross tokens, and
             the prompt does not count.
         stop_ids: as in `generate`; default: those of the tokenizer, as a rule end-of-text.
-        options: passed on to `generate`: the sampler, or the same in words (`temperature=0.8, seed=0`).
+        num_beams: above 1, `beam_search` with so many beams, which knows no stop strings.
+        options: passed on to `generate`: the sampler, or the same in words (`temperature=0.8, seed=0`); or to
+            `beam_search`.
 
     Returns:
-        Each prompt with its continuation, without the stop token or string. An id that the tokenizer does not have,
-        because the model's vocabulary is larger, is shown as `<|50258|>`.
+        Each prompt with its continuation, or with each of its `num_return_sequences`, without the stop token or string.
+        An id that the tokenizer does not have, because the model's vocabulary is larger, is shown as `<|50258|>`.
 
     Raises:
         ValueError, FloatingPointError: as `generate` does; also for a text with tokens that the model does not have.
@@ -57,9 +61,16 @@ def generate_text(
     stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
     rows = [encode_prompt(model.config, text) for text in texts]
     stop = check_stop(stop)
-    chunk = STREAM_CHUNK if stop else CHUNK  # few tokens are drawn past a stop string
-    run = Generation(model, params, rows, max_new_tokens, stop_ids=stop_ids, chunk=chunk, **options)
-    return [text + new for text, new in zip(texts, completions(run, stop), strict=True)]
+    if whole_number("num_beams", num_beams, 1) > 1:
+        if stop:
+            raise ValueError("stop and num_beams exclude each other: a search ends at stop_ids alone")
+        found = beam_search(model, params, rows, max_new_tokens, num_beams=num_beams, stop_ids=stop_ids, **options)
+        new = [decode_new(model.config, ids, stop_ids) for ids in found.new_tokens]
+    else:
+        chunk = STREAM_CHUNK if stop else CHUNK  # few tokens are drawn past a stop string
+        run = Generation(model, params, rows, max_new_tokens, stop_ids=stop_ids, chunk=chunk, **options)
+        new = completions(run, stop)
+    return [texts[i * len(texts) // len(new)] + completion for i, completion in enumerate(new)]
 
 
 def stream(
@@ -97,6 +108,8 @@ def stream(
     stop_ids = default_stop_ids(model.config) if stop_ids is None else stop_ids
     stop = check_stop(stop)
     run = Generation(model, params, [ids], max_new_tokens, stop_ids=stop_ids, chunk=STREAM_CHUNK, **options)
+    if len(run.prompts) > 1:
+        raise ValueError("num_return_sequences must be 1 for a stream, which gives one text: call it once per text")
     return text_pieces(run, stop)
 
 
