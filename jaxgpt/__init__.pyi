@@ -27,6 +27,8 @@ from .tokenizer import get_tokenizer as get_tokenizer
 from .model import Cache as Cache
 from .generation import prepare as prepare
 from .description import describe as describe
+from .scoring import score as score
+from .scoring import Score as Score
 from .interpret import look_inside as look_inside
 from .interpret import Inside as Inside
 

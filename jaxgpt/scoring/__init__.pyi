@@ -1,0 +1,2 @@
+from .likelihood import Score as Score
+from .likelihood import score as score
