@@ -121,9 +121,10 @@ def _run_tasks(args: argparse.Namespace) -> int:
             if not args.json:
                 print(f"{name}: {result.variant} ({result.examples:,} examples of {result.file})")
                 for metric, value in result.metrics.items():
-                    known = [str(figure) for figure in result.published if figure.metric == metric]
-                    note = f"   GPT-2: {'; '.join(known)}" if known else ""
-                    print(f"    {metric:<16} {value:>9.4f}{note}")
+                    print(f"    {metric:<16} {value:>9.4f}")
+                    for figure in result.published:
+                        if figure.metric == metric:
+                            print(f"        GPT-2: {figure}")
         if others:
             for name, metrics in run_harness(
                 model, params, others, limit=args.limit, batch_tokens=args.batch_tokens
