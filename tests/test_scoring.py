@@ -159,6 +159,19 @@ def test_a_call_has_few_shapes_and_little_padding(items):
     assert choose_shapes([Shape(1000, 30, 2)], 1024)[0].prompt == 1024
 
 
+def test_lengths_of_every_sort_have_few_shapes_soon(monkeypatch):
+    rng = np.random.default_rng(0)
+    sizes = [
+        Shape(*map(int, triple)) for triple in zip(*(rng.integers(1, m, 5000) for m in (900, 100, 9)), strict=True)
+    ]
+    compared = []
+    monkeypatch.setattr(np, "argmin", lambda x, argmin=np.argmin: compared.append(x.size) or argmin(x))
+    shapes = choose_shapes(sizes, 1024)
+    assert len(set(shapes)) <= buckets.MOST_SHAPES
+    assert all(np.all(np.array(shape) >= size) for shape, size in zip(shapes, sizes, strict=True))
+    assert max(compared) <= buckets.MOST_PAIRED**2
+
+
 def test_lengths_of_one_bucket_share_a_compilation(model_and_params):
     likelihood._score.clear_cache()
     for seed, lengths in enumerate(

@@ -11,6 +11,8 @@ MOST_SHAPES = 6
 # Padding that costs about as much as one more compilation, in tokens: a call of fewer tokens uses coarse shapes, which
 # other calls use too.
 TOKENS_PER_SHAPE = 2048
+# Finely rounded shapes of which every pair is compared; if there are more, they are rounded coarsely first.
+MOST_PAIRED = 300
 
 
 class Shape(NamedTuple):
@@ -39,8 +41,13 @@ def choose_shapes(sizes: list[Shape], context: int) -> list[Shape]:
     there are too many or the padding costs less than a compilation.
     """
     largest_3 = np.array([context, context, np.iinfo(np.int64).max])
-    fine_Nx3 = np.minimum(_round_up(np.array(sizes, np.int64).reshape(-1, 3)), largest_3)
-    shapes_Sx3, shape_N, counts_S = np.unique(fine_Nx3, axis=0, return_inverse=True, return_counts=True)
+    sizes_Nx3 = np.array(sizes, np.int64).reshape(-1, 3)
+    for rounded_Nx3 in (_round_up(sizes_Nx3), _powers_of_two(sizes_Nx3)):
+        shapes_Sx3, shape_N, counts_S = np.unique(
+            np.minimum(rounded_Nx3, largest_3), axis=0, return_inverse=True, return_counts=True
+        )
+        if len(shapes_Sx3) <= MOST_PAIRED:
+            break
     shape_N = shape_N.reshape(-1)
     while len(shapes_Sx3) > 1:
         union_SxSx3 = np.maximum(shapes_Sx3[:, None], shapes_Sx3[None])
@@ -57,7 +64,7 @@ def choose_shapes(sizes: list[Shape], context: int) -> list[Shape]:
     for shape_3, count in zip(shapes_Sx3, counts_S, strict=True):
         for axis in range(3):
             coarse_3 = shape_3.copy()
-            coarse_3[axis] = min(_power_of_two(int(shape_3[axis])), largest_3[axis])
+            coarse_3[axis] = np.minimum(_powers_of_two(shape_3), largest_3)[axis]
             if count * (_tokens(coarse_3) - _tokens(shape_3)) <= TOKENS_PER_SHAPE:
                 shape_3[axis] = coarse_3[axis]
     chosen = [Shape(*shape_3) for shape_3 in shapes_Sx3.tolist()]
@@ -68,11 +75,11 @@ def prompts_per_batch(shape: Shape, prompts: int, batch_tokens: int, multiple: i
     """How many of so many prompts to process at once: a multiple of `multiple`, with about `batch_tokens` slots at
     most, but at least one."""
     batches = -(-prompts * shape.slots // max(batch_tokens, shape.slots))
-    size = -(-prompts // batches)
-    coarse, tokens = _power_of_two(size), int(_tokens(np.array(shape)))
-    if batches > 1 or (coarse - size) * tokens > TOKENS_PER_SHAPE:
-        coarse = int(_round_up(np.array(size)))
-    return -(-coarse // multiple) * multiple
+    size = np.array(-(-prompts // batches))
+    rounded = _powers_of_two(size)
+    if batches > 1 or (rounded - size) * _tokens(np.array(shape)) > TOKENS_PER_SHAPE:
+        rounded = _round_up(size)
+    return -(-int(rounded) // multiple) * multiple
 
 
 def _tokens(shapes_x3: np.ndarray) -> np.ndarray:
@@ -87,5 +94,6 @@ def _round_up(sizes: np.ndarray) -> np.ndarray:
     return -(-sizes // step) * step
 
 
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length() if size > 0 else 0
+def _powers_of_two(sizes: np.ndarray) -> np.ndarray:
+    """Each size rounded up to a power of two, or 0."""
+    return np.where(sizes > 0, 1 << np.ceil(np.log2(np.maximum(sizes, 1))).astype(np.int64), 0)
