@@ -36,6 +36,7 @@ from .interpret import Inside as Inside
 # Checkpoints
 from .training import load as load
 from .weights import save as save
+from .weights import write_gguf as write_gguf
 from .model import resize_embeddings as resize_embeddings
 
 # Training

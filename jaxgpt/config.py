@@ -46,8 +46,9 @@ class GPTConfig:
     )
     activation: str = setting(
         "gelu_tanh",
-        choices=("gelu_tanh", "gelu", "relu"),
-        help="Activation of the feed-forward layer: GPT-2's tanh form of GELU, the exact form with erf, or ReLU.",
+        choices=("gelu_tanh", "gelu", "relu", "silu", "tanh"),
+        help="Activation of the feed-forward layer: GPT-2's tanh form of GELU, the exact form with erf, ReLU, SiLU "
+        "(also called swish), or tanh.",
     )
     layer_norm_eps: float = setting(1e-5, above=0, below=1, help="Added to the variance under LayerNorm's square root.")
     # __post_init__ fills in derived defaults, so readers of a config always find a number.
@@ -67,6 +68,15 @@ class GPTConfig:
         high=2**22,
         help="Positions that a query of a banded layer sees: its own and those just before it. The GPT-3 paper does "
         "not say how many; 256 is the width in GPT-Neo, its open replication (Black et al. 2021).",
+    )
+    # These two have transformers' names.
+    scale_attn_weights: bool = setting(
+        True, help="Whether attention's scores are divided by the square root of a head's width."
+    )
+    scale_attn_by_inverse_layer_idx: bool = setting(
+        False,
+        help="Whether attention's scores in layer i, counted from 0, are also divided by i + 1, as in Stanford's "
+        "GPT-2s, BioMedLM and CodeParrot.",
     )
     drop_rate_emb: float = setting(derived="drop_rate", low=0, below=1, help="Dropout after the sum of the embeddings.")
     drop_rate_attn: float = setting(derived="drop_rate", low=0, below=1, help="Dropout on the attention weights.")
@@ -110,6 +120,13 @@ class GPTConfig:
         """The layers whose attention is banded; none if the window covers the whole context."""
         banded = self.attention_pattern == "alternating" and self.attention_window < self.context_length
         return range(1, self.n_layers if banded else 0, 2)
+
+    @property
+    def attention_scales(self) -> tuple[float, ...]:
+        """What each layer multiplies its scores q k^T by, length L."""
+        scale = self.head_dim**-0.5 if self.scale_attn_weights else 1.0
+        by_depth = self.scale_attn_by_inverse_layer_idx
+        return tuple(scale / (i + 1) if by_depth else scale for i in range(self.n_layers))
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> GPTConfig:

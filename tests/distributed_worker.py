@@ -33,21 +33,24 @@ def main() -> None:
     from test_sharding import RUN, tokens
 
     from jaxgpt.parallel.mesh import MeshConfig
+    from jaxgpt.training import batches
     from jaxgpt.training import checkpoints as checkpoint
-    from jaxgpt.training import data
     from jaxgpt.training import loop as trainer
 
     config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
     deadly, read = {}, []  # step: the signal that process 1 sends itself before that step
 
-    def batch(ids_N, config, step, rows=slice(None)):
+    def batch(data, config, step, rows=slice(None)):
+        ids_BxT1 = batches.batch(data, config, step, rows)
+        read.append(len(ids_BxT1))
+        return ids_BxT1
+
+    def global_batch(loop, step, make=trainer._Loop.global_batch):
         if process == "1" and step in deadly:
             os.kill(os.getpid(), deadly.pop(step))
-        windows = data.batch(ids_N, config, step, rows)
-        read.append(len(windows))
-        return windows
+        return make(loop, step)
 
-    trainer.batch = batch
+    trainer.batch, trainer._Loop.global_batch = batch, global_batch
 
     def train(source):
         try:

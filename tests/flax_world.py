@@ -5,16 +5,23 @@ python flax_world.py DIRECTORY
 
 Each of `CASES` becomes DIRECTORY/NAME, as `save_pretrained` writes it, and DIRECTORY/NAME.npz: `ids` [B, T] and the
 model's `logits` [B, T, V] in float32. DIRECTORY/greedy.npy [B, T + 6] is what the first generates after its ids.
+DIRECTORY/facts.json is what docs/coming-from-flax.md speaks of: the `arguments` of `generate`, the `fields` of
+`GenerationConfig` that it uses, `all_fields`, and the `shapes` of the untied model's parameters.
 """
 
 from __future__ import annotations
 
+import inspect
+import json
+import re
 import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from transformers import FlaxGPT2LMHeadModel, GPT2Config
+from flax import traverse_util
+from transformers import FlaxGPT2LMHeadModel, GenerationConfig, GPT2Config
+from transformers.generation.flax_utils import FlaxGenerationMixin
 
 SIZES = {"vocab_size": 97, "n_positions": 16, "n_embd": 24, "n_head": 3, "n_layer": 3}
 # Fields of the config, and options of save_pretrained.
@@ -47,6 +54,19 @@ def main() -> None:
         if name == next(iter(CASES)):
             greedy = model.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0).sequences
             np.save(directory / "greedy.npy", greedy)
+        if name == "untied":
+            (directory / "facts.json").write_text(json.dumps(facts(model)))
+
+
+def facts(model: FlaxGPT2LMHeadModel) -> dict:
+    named = re.findall(r'generation_config(?:\.|, ")(?!json)([a-z]\w+)', inspect.getsource(FlaxGenerationMixin))
+    arguments = {*inspect.signature(model.generate).parameters, "attention_mask"} - {"kwargs"}
+    return {
+        "arguments": sorted(arguments),
+        "fields": sorted({name for name in named if not hasattr(GenerationConfig, name)}),
+        "all_fields": sorted(vars(GenerationConfig())),
+        "shapes": {name: leaf.shape for name, leaf in traverse_util.flatten_dict(model.params, sep="/").items()},
+    }
 
 
 if __name__ == "__main__":

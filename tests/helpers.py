@@ -21,6 +21,8 @@ from jaxgpt.model.gpt import GPT
 TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2, drop_rate=0.0)
 # An odd number of layers, of which the middle one is banded; the band's width divides none of the sizes.
 ALTERNATING = TINY.replace(n_layers=3, attention_pattern="alternating", attention_window=5)
+# Three layers with three scales of the scores, and a band in the middle one.
+SCALED = ALTERNATING.replace(scale_attn_by_inverse_layer_idx=True)
 
 
 def grid(strength: int, **axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:

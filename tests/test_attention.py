@@ -42,6 +42,17 @@ def test_attention_equals_the_reference_head_by_head(window, query_block):
             np.testing.assert_allclose(returned[b, h], weights, atol=1e-6)
 
 
+@pytest.mark.parametrize("scale", [0.3, jnp.float32(0.3)], ids=["number", "array"])
+def test_scores_are_multiplied_by_the_scale(scale):
+    q, k, v = attention_inputs(9, 9)
+    got, returned = attend(q, Seen(k, v, 0, None, "float32"), scale=scale, query_block=4, return_weights=True)
+    for b, h in np.ndindex(2, 3):
+        q64, k64, v64 = (np.asarray(x[b, h], np.float64) for x in (q, k, v))
+        weights = reference.attention_weights(q64, k64, divisor=1 / float(scale))
+        np.testing.assert_allclose(got[b, h], weights @ v64, atol=1e-6)
+        np.testing.assert_allclose(returned[b, h], weights, atol=1e-6)
+
+
 def plain_attention(q, k, v, kept, window):
     """The formula, for JAX to differentiate; dropout multiplies the weights by `kept`."""
     T = q.shape[2]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, grid, make_model, random_ids
+from helpers import ALTERNATING, SCALED, TINY, grid, make_model, random_ids
 
 from jaxgpt.model.cache import Cache
 from jaxgpt.model.gpt import GPT
@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 ATOL = 1e-5
 DENSE_OR_ALTERNATING = {"dense": TINY, "alternating": ALTERNATING}
+DENSE_OR_SCALED = DENSE_OR_ALTERNATING | {"scaled": SCALED}
 
 
 def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16):
@@ -45,7 +46,7 @@ def cached_logits(model, params, ids, start_B, chunks, *, traced=False, slots=16
     chunks=[(12,), (7, 1, 1, 1, 1, 1), (1,) * 12, (3, 4, 5)],
     scan_layers=[False, True],
     traced=[True, False],
-    config=DENSE_OR_ALTERNATING,
+    config=DENSE_OR_SCALED,
 )
 def test_cached_equals_uncached(chunks, scan_layers, traced, config):
     model, params = make_model(config, scan_layers=scan_layers)

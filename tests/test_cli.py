@@ -115,7 +115,8 @@ def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys
         if line.startswith("["):
             table, key = line, ""
         elif line:
-            key, text = line[:28].strip() or key, line[28:]
+            name = re.match(r"  (\S*) *", line)[1]
+            key, text = name or key, line[28:] if line[27] == " " else ""
             listed[table][key] = f"{listed[table].get(key, '')} {text}".strip()
     assert ", ".join(PRESETS) in listed["[model]"].pop("model.preset")
     for table, prefix, cls in (

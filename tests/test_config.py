@@ -53,7 +53,7 @@ GPT3_TRAINING = {
 
 INT_FIELDS = ("vocab_size", "context_length", "emb_dim", "n_heads", "n_layers", "ffn_dim", "attention_window")
 RATE_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
-BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias")
+BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 CHOICE_FIELDS = ("activation", "attention_pattern")
 # Of `ComputeConfig`.
 COMPUTE_BOOLS = ("scan_layers", "custom_derivatives", "native_kernel")
@@ -210,6 +210,15 @@ def test_every_second_layer_of_an_alternating_model_is_banded():
     assert list(config.replace(n_layers=1).banded_layers) == []
     assert list(config.replace(attention_pattern="dense").banded_layers) == []
     assert list(config.replace(attention_window=256).banded_layers) == []  # all of the context is in the band
+
+
+def test_scores_are_scaled_by_the_width_of_a_head_and_by_the_layer():
+    config = GPTConfig(n_layers=3)
+    assert config.attention_scales == (1 / 8,) * 3
+    assert config.replace(scale_attn_by_inverse_layer_idx=True).attention_scales == (1 / 8, 1 / 16, 1 / 24)
+    unscaled = config.replace(scale_attn_weights=False)
+    assert unscaled.attention_scales == (1, 1, 1)
+    assert unscaled.replace(scale_attn_by_inverse_layer_idx=True).attention_scales == (1, 1 / 2, 1 / 3)
 
 
 def test_an_unknown_key_is_told_the_nearest_field():

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import (
     ALTERNATING,
+    SCALED,
     TINY,
     exhaustive,
     grid,
@@ -65,11 +66,12 @@ def bytes_model():
     return make_model(BYTES, seed=3)
 
 
-@pytest.mark.parametrize("variant", ["as is", "scan_layers", exhaustive("untied, no biases"), "alternating"])
+@pytest.mark.parametrize("variant", ["as is", "scan_layers", exhaustive("untied, no biases"), "alternating", "scaled"])
 def test_tokens_equal_the_plain_loop_within_and_past_the_context(variant):
     others = {
         "untied, no biases": TINY.replace(tie_embeddings=False, bias=False, qkv_bias=False),
         "alternating": ALTERNATING,
+        "scaled": SCALED,
     }
     config = others.get(variant, TINY)
     model, params = make_model(config, seed=1)
@@ -268,7 +270,11 @@ def test_result_counts_and_times(tiny):
 @pytest.mark.parametrize("n", [exhaustive(1), exhaustive(9), 30])
 @pytest.mark.parametrize(
     ("config", "scan_layers"),
-    [exhaustive(TINY, False, id="dense"), pytest.param(ALTERNATING, True, id="alternating scan")],
+    [
+        exhaustive(TINY, False, id="dense"),
+        pytest.param(ALTERNATING, True, id="alternating scan"),
+        exhaustive(SCALED, True, id="scaled scan"),
+    ],
 )
 def test_scan_generate_equals_generate(config, scan_layers, n):
     model, params = make_model(config, scan_layers=scan_layers)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, exhaustive, grid, make_model, random_ids
+from helpers import SCALED, TINY, exhaustive, grid, make_model, random_ids
 
 from jaxgpt import prepare
 from jaxgpt.config import ComputeConfig, GPTConfig
@@ -86,9 +86,16 @@ def test_prepare_unstacks_converts_and_leaves_alone_what_is_in_form(scan_layers)
         prepare(model, params, "int4")
 
 
-@pytest.mark.parametrize("tie_embeddings", [False, exhaustive(True)])
-def test_an_int8_model_computes_with_its_rounded_weights(tie_embeddings):
-    model, params = make_model(TINY.replace(tie_embeddings=tie_embeddings))
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(TINY.replace(tie_embeddings=False), id="untied"),
+        exhaustive(TINY, id="tied"),
+        exhaustive(SCALED, id="scaled"),
+    ],
+)
+def test_an_int8_model_computes_with_its_rounded_weights(config):
+    model, params = make_model(config)
     small, small_params = prepare(model, params, "int8")
     types = {path[-1].key: leaf.dtype.name for path, leaf in jax.tree_util.tree_flatten_with_path(small_params)[0]}
     assert types["weight"] == "int8"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import re
@@ -18,9 +17,9 @@ from hypothesis import strategies as st
 
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.data import Shard, Tokens
 from jaxgpt.errors import DataError
 from jaxgpt.model import reference
-from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loss import IGNORE, bits_per_byte, cross_entropy, head_cross_entropy, model_loss, perplexity
 from jaxgpt.weights import save
@@ -218,7 +217,7 @@ def test_ids_without_text_leave_the_bits_per_byte_unknown(tokenizer, known):
 def test_the_command_leaves_out_the_bits_per_byte_where_they_are_unknown(tmp_path, capsys):
     save(tmp_path / "model", *make_model(BYTES.replace(vocab_size=259)))
     ids = np.array([65, 98, 258, 99], np.uint16)
-    Tokens(ids, "bytes", 259, hashlib.sha256(ids.astype("<u4")).hexdigest()).save(tmp_path / "data")
+    Tokens((Shard(ids),), "bytes", 259).save(tmp_path / "data")
     command = ["evaluate", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "data")]
     assert main(command) == 0
     assert re.fullmatch(r"loss [\d.]+ nats per token   perplexity [\d.]+   over 3 tokens\n", capsys.readouterr().out)

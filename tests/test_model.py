@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from helpers import (
     ALTERNATING,
+    SCALED,
     TINY,
     cross_entropy,
     exhaustive,
@@ -40,6 +41,11 @@ CONFIGS = {
     "only-qkv-bias": TINY.replace(bias=False),
     "exact-gelu": TINY.replace(activation="gelu"),
     "relu": TINY.replace(activation="relu"),
+    "silu": TINY.replace(activation="silu"),
+    "tanh": TINY.replace(activation="tanh"),
+    "scaled-by-layer": SCALED,
+    "unscaled": TINY.replace(scale_attn_weights=False),
+    "unscaled-but-by-layer": SCALED.replace(scale_attn_weights=False),
     "odd-sizes": TINY.replace(vocab_size=101, context_length=13, emb_dim=35, n_heads=5, n_layers=3, ffn_dim=37),
     "smallest": TINY.replace(vocab_size=2, emb_dim=3, n_heads=1, n_layers=1),
     "heads-of-width-one": TINY.replace(n_heads=24),
@@ -50,7 +56,10 @@ CONFIGS = {
 }
 
 dense_or_alternating = pytest.mark.parametrize("config", [TINY, ALTERNATING], ids=["dense", "alternating"])
-DEFAULT = ("book", "nanogpt-without-bias", "exact-gelu", "odd-sizes", "large-eps", "alternating")
+DEFAULT = (
+    *("book", "nanogpt-without-bias", "exact-gelu", "odd-sizes", "large-eps", "alternating"),
+    *("scaled-by-layer", "unscaled-but-by-layer"),
+)
 each_config = pytest.mark.parametrize(
     "config", [pytest.param(c, id=name) if name in DEFAULT else exhaustive(c, id=name) for name, c in CONFIGS.items()]
 )
@@ -76,7 +85,16 @@ def test_logits_equal_the_reference_when_attention_takes_several_query_blocks(co
     assert logits_error(*make_model(config), random_ids(config, 2, 16)) < TOLERANCE
 
 
-@pytest.mark.parametrize("config", [exhaustive(TINY, id="dense"), pytest.param(ALTERNATING, id="alternating")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        exhaustive(TINY, id="dense"),
+        pytest.param(ALTERNATING, id="alternating"),
+        pytest.param(SCALED, id="scaled"),
+        pytest.param(SCALED.replace(attention_pattern="dense"), id="scaled-dense"),
+        exhaustive(SCALED.replace(n_layers=1), id="scaled-one-layer"),
+    ],
+)
 def test_scanned_layers_give_the_same_logits(config):
     _, params = make_model(config)
     stacked = stack_blocks(params, config.n_layers)
@@ -101,6 +119,8 @@ def plain_gradient(config):
         exhaustive("nanogpt-without-bias"),
         exhaustive("exact-gelu"),
         "alternating",
+        exhaustive("scaled-by-layer"),
+        "unscaled-but-by-layer",
     ],
 )
 def test_gradient_of_the_loss_equals_finite_differences_of_the_reference(name):
@@ -119,7 +139,12 @@ def test_loss_equals_the_reference(tiny):
     )
 
 
-@grid(1, remat=["none", "block", "dots"], scan_layers=[False, True], config={"dense": TINY, "alternating": ALTERNATING})
+@grid(
+    1,
+    remat=["none", "block", "dots"],
+    scan_layers=[False, True],
+    config={"dense": TINY, "scaled": SCALED, "scaled-dense": SCALED.replace(attention_pattern="dense")},
+)
 def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(remat, scan_layers, config):
     _, params = make_model(config)
     model = GPT(config, ComputeConfig(remat=remat, scan_layers=scan_layers))
@@ -195,10 +220,11 @@ def test_each_module_alone_equals_the_reference(config):
     check(forward, reference.feed_forward(block64["ff"], config, x64))
     attended, _ = MultiHeadAttention(config).apply({"params": block["att"]}, x)
     check(attended, np.stack([reference.attention(block64["att"], config, row) for row in x64]))
-    for banded in (False, True):
-        y, _ = TransformerBlock(config).apply({"params": block}, x, banded=banded)
+    last = config.n_layers - 1
+    for banded, layer in ((False, 0), (True, last)):
+        y, _ = TransformerBlock(config).apply({"params": block}, x, banded=banded, scale=config.attention_scales[layer])
         window = config.attention_window if banded else None
-        check(y, np.stack([reference.block(block64, config, row, window) for row in x64]))
+        check(y, np.stack([reference.block(block64, config, row, window, layer) for row in x64]))
 
 
 def test_all_intermediates_are_returned_on_request(tiny):

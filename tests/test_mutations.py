@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from helpers import ALTERNATING, TINY, gradient_errors, grid, logits_error, make_model, random_ids
+from helpers import ALTERNATING, SCALED, TINY, exhaustive, gradient_errors, grid, logits_error, make_model, random_ids
 
 import jaxgpt.model.attention as attention_module
 import jaxgpt.model.gpt as model_module
@@ -107,6 +107,14 @@ def test_a_wrong_band_is_seen(wrong, scan_layers, monkeypatch):
     assert logits_error(model, params, IDS) > 20 * TOLERANCE
 
 
+@pytest.mark.parametrize("scan_layers", [False, exhaustive(True)])
+def test_a_scale_of_another_layer_is_seen(scan_layers, monkeypatch):
+    model, params = make_model(SCALED, scan_layers=scan_layers)
+    scales = GPTConfig.attention_scales.fget
+    monkeypatch.setattr(GPTConfig, "attention_scales", property(lambda config: scales(config)[::-1]))
+    assert logits_error(model, params, IDS) > 20 * TOLERANCE
+
+
 LAYER_NORM = {
     "Flax's eps": {"eps": 1e-6},
     "unbiased variance": {"unbiased": True},
@@ -166,9 +174,9 @@ class PostNormBlock(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False):
+    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False, scale=None):
         attended, layer = MultiHeadAttention(self.config, self.compute, name="att")(
-            x, cache, layer, deterministic, banded
+            x, cache, layer, deterministic, banded, scale
         )
         x = LayerNorm(self.config, self.compute, name="norm1")(x + attended)
         return LayerNorm(self.config, self.compute, name="norm2")(
@@ -181,10 +189,10 @@ class ParallelBlock(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False):
+    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False, scale=None):
         normed = LayerNorm(self.config, self.compute, name="norm1")(x)
         attended, layer = MultiHeadAttention(self.config, self.compute, name="att")(
-            normed, cache, layer, deterministic, banded
+            normed, cache, layer, deterministic, banded, scale
         )
         return x + attended + FeedForward(self.config, self.compute, name="ff")(
             LayerNorm(self.config, self.compute, name="norm2")(x)

@@ -83,7 +83,7 @@ def test_softmax_of_the_books_logits_gives_its_top_three():
     np.testing.assert_allclose(jax.nn.softmax(kept)[indices], [0.5775, 0.3610, 0.0615], atol=5e-5)
 
 
-@pytest.mark.parametrize("name", ["gelu_tanh", "gelu", "relu"])
+@pytest.mark.parametrize("name", ["gelu_tanh", "gelu", "relu", "silu", "tanh"])
 def test_activation_equals_its_formula(name):
     x = np.linspace(-6, 6, 241)
     np.testing.assert_allclose(

@@ -7,6 +7,7 @@ environment of its own, whose Python the variable JAXGPT_FLAX_PYTHON names:
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from flax import serialization
+from test_flax_page import GENERATE, WITHOUT_EFFECT, code, rows
 
 import jaxgpt
 
@@ -70,3 +72,24 @@ def test_training_code_may_save_under_params_or_without_the_head(world, tmp_path
         (tmp_path / "flax_model.msgpack").write_bytes(serialization.to_bytes(variant))
         got = jaxgpt.load(tmp_path)[1]
         assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), got, want))
+
+
+def test_the_page_has_every_option_that_generate_used(world):
+    facts = json.loads((world / "facts.json").read_text())
+    assert sorted(option for option, _ in GENERATE) == sorted(facts["arguments"] + facts["fields"])
+    assert set(WITHOUT_EFFECT) <= set(facts["all_fields"]) - set(facts["fields"])
+
+
+def test_the_page_has_the_names_and_shapes_of_the_flax_model(world):
+    shapes = json.loads((world / "facts.json").read_text())["shapes"]
+    sizes = {"V": 97, "C": 16, "D": 24, "F": 37, "3D": 72}
+    table = {
+        code(name)[0].replace("../", "") if "lm_head" in name else f"transformer/{code(name)[0]}": [
+            sizes[size] for size in shape.split(", ")
+        ]
+        for name, shape, *_ in rows("Parameters")
+    }
+    first = {
+        name: shape for name, shape in shapes.items() if not name.startswith(("transformer/h/1", "transformer/h/2"))
+    }
+    assert table == first

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, make_model, make_model_that_draws, random_ids, stack_blocks, to_numpy
+from helpers import ALTERNATING, SCALED, TINY, make_model, make_model_that_draws, random_ids, stack_blocks, to_numpy
 
 import jaxgpt
 from jaxgpt.cli import main
@@ -49,8 +49,9 @@ def inside64(params, config, ids) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         biases = p["att"]["qkv"].get("bias", np.zeros((3, config.emb_dim)))
         q, k = (normed @ p["att"]["qkv"]["weight"][j].T + biases[j] for j in range(2))
         heads = [slice(h * config.head_dim, (h + 1) * config.head_dim) for h in range(config.n_heads)]
-        attention.append([reference.attention_weights(q[:, head], k[:, head], window) for head in heads])
-        x = reference.block(p, config, x, window)
+        divisor = config.head_dim**0.5 * (i + 1 if config.scale_attn_by_inverse_layer_idx else 1)
+        attention.append([reference.attention_weights(q[:, head], k[:, head], window, divisor) for head in heads])
+        x = reference.block(p, config, x, window, i)
         residual.append(x)
     head = params["tok_emb" if config.tie_embeddings else "out_head"]["weight"]
     logits = [reference.layer_norm(params["final_norm"], x, config.layer_norm_eps) @ head.T for x in residual]
@@ -59,7 +60,7 @@ def inside64(params, config, ids) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def forms():
     plain = TINY.replace(tie_embeddings=False, qkv_bias=False, bias=False, activation="relu", n_layers=1)
-    return {"gpt2": TINY, "untied": plain, "banded": ALTERNATING, "scanned": ALTERNATING}
+    return {"gpt2": TINY, "untied": plain, "banded": ALTERNATING, "scanned": ALTERNATING, "scaled": SCALED}
 
 
 @pytest.mark.parametrize("name", forms())

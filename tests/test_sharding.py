@@ -21,12 +21,12 @@ from jax.sharding import PartitionSpec as P
 from jaxgpt import generate, prepare
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig
+from jaxgpt.data import Tokens
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.sampling import Temperature
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import BATCH, MeshConfig
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loop import train
 from jaxgpt.training.step import abstract_state, init_state, jit_step, make_step

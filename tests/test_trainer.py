@@ -26,6 +26,7 @@ from helpers import exhaustive, make_model, random_ids, to_numpy, to_toml
 import jaxgpt
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.data import Corpus, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
@@ -34,7 +35,6 @@ from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run
@@ -116,15 +116,15 @@ def assert_same_run(directory, other, config=CONFIG):
 @contextlib.contextmanager
 def stopping_after(monkeypatch, step, number=signal.SIGTERM):
     """Sends the process a signal once `step` steps have been requested."""
-    make_batch = trainer.batch
+    make_batch = trainer._Loop.global_batch
 
-    def stop(ids, config, at, *rest):
+    def stop(loop, at):
         if at == step - 1:
             os.kill(os.getpid(), number)
-        return make_batch(ids, config, at, *rest)
+        return make_batch(loop, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "batch", stop)
+        patch.setattr(trainer._Loop, "global_batch", stop)
         yield
 
 
@@ -140,7 +140,7 @@ def test_a_run_learns_and_writes_what_it_should(undisturbed, tokens):
     assert (directory / "loss.png").read_bytes()[:4] == b"\x89PNG"
     described = json.loads((directory / "run.json").read_text(encoding="utf-8"))
     assert TrainConfig.from_dict(described["config"]) == CONFIG
-    assert described["data"]["sha256"] == tokens.sha256
+    assert described["data"]["sources"][0]["identity"] == tokens.identity
     assert described["versions"]["jax"] == jax.__version__
 
 
@@ -254,15 +254,15 @@ def test_the_latest_few_and_the_best_checkpoint_stay(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, tokens, undisturbed, monkeypatch, caplog):
     """Simulates a full disk: from the fifth step on, no file may grow beyond a few kilobytes."""
-    make_batch, (soft, hard) = trainer.batch, resource.getrlimit(resource.RLIMIT_FSIZE)
+    make_batch, (soft, hard) = trainer._Loop.global_batch, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(ids, config, at, *rest):
+    def fill(loop, at):
         if at == 4:
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-        return make_batch(ids, config, at, *rest)
+        return make_batch(loop, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "batch", fill)
+        patch.setattr(trainer._Loop, "global_batch", fill)
         try:
             message = "step 6 could not be written, earlier checkpoints are untouched: .* File too large"
             with pytest.raises(CheckpointError, match=message):
@@ -366,7 +366,7 @@ def test_signals_save_and_exit_with_their_codes(tmp_path, monkeypatch, number, c
 
 
 def test_resume_with_other_data_is_refused(undisturbed):
-    with pytest.raises(ConfigError, match=r"data: sha256"):
+    with pytest.raises(ConfigError, match="data the tokens: identity"):
         train(CONFIG, Tokens.from_text(TEXT + "!", "bytes"), undisturbed[0], resume=True)
 
 
@@ -398,7 +398,7 @@ def test_a_run_resumes_from_its_directory_alone(tmp_path, undisturbed, monkeypat
     assert_same_run(tmp_path / "run", undisturbed[0], dataclasses.replace(CONFIG, sample_tokens=0))
     (tmp_path / "text.txt").write_text(TEXT + "!", encoding="utf-8")
     assert main(["train", "--resume", "../run"]) == 2
-    assert "data: sha256" in capsys.readouterr().err
+    assert "data text.txt: identity" in capsys.readouterr().err
     (tmp_path / "text.txt").rename(tmp_path / "moved.txt")
     assert main(["train", "--resume", "../run"]) == 2
     assert f"no longer at {tmp_path / 'text.txt'}: say where it is now (--data)" in capsys.readouterr().err
@@ -411,7 +411,7 @@ def test_a_run_resumes_from_its_directory_alone(tmp_path, undisturbed, monkeypat
         (["--set", "steps=4"], "train.steps: 8 before, 4 now"),  # it would cut the run short
         (["--set", "model.n_layers=3"], "model.n_layers: 1 before, 3 now"),
         (["--init-from", "shakespeare"], "init-from: None before, 'shakespeare' now"),
-        (["--data", "other.txt"], "data: sha256"),
+        (["--data", "other.txt"], "data other.txt: identity"),
     ],
 )
 def test_what_is_given_to_a_resumed_run_and_differs_is_named(
@@ -516,7 +516,7 @@ def test_tokens_of_another_tokenizer_or_vocabulary_are_refused(tmp_path, tokens)
     with pytest.raises(DataError, match=r"'bytes'.*'gpt2'"):
         train(gpt2, tokens, tmp_path)
     narrow = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=100), sample_tokens=0)
-    with pytest.raises(DataError, match="not below vocab_size=100"):
+    with pytest.raises(DataError, match="outside the vocabulary: 0 to 99"):
         train(narrow, tokens, tmp_path)
     wordless = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=256), sample_prompt="")
     with pytest.raises(
@@ -534,7 +534,7 @@ def test_a_model_with_more_or_fewer_ids_than_its_tokenizer_is_evaluated_and_samp
     monkeypatch.setattr("jaxgpt.training.progress.TrainProgress.say", lambda self, text: said.append(text))
     ids = np.where(np.arange(len(tokens.ids_N)) % 7, tokens.ids_N, vocab_size - 1).astype(np.uint16)
     config = dataclasses.replace(CONFIG, model=MODEL.replace(vocab_size=vocab_size), steps=4)
-    result = train(config, Tokens(ids, "bytes", vocab_size, ""), tmp_path / "run")
+    result = train(config, Tokens((Shard(ids),), "bytes", vocab_size), tmp_path / "run")
     assert math.isfinite(result.val_loss)
     assert any(text.startswith("The") for text in said), said
 
@@ -687,8 +687,8 @@ def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path,
     gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
     assert trainer._first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
     assert trainer._first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
-    assert list(trainer._notes(CONFIG, None)) == []
-    (note,) = trainer._notes(dataclasses.replace(CONFIG, warmup_steps=30), None)
+    assert list(trainer._notes(CONFIG, None, Corpus(()))) == []
+    (note,) = trainer._notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
     assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
 
 

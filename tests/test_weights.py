@@ -40,6 +40,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 UNTIED = TINY.replace(tie_embeddings=False)
 BOOK = TINY.replace(tie_embeddings=False, qkv_bias=False)
 INDEX = "model.safetensors.index.json"
+BY_LAYER = TINY.replace(activation="silu", scale_attn_by_inverse_layer_idx=True)
 NANOGPT_BARE = TINY.replace(bias=False, qkv_bias=False, activation="gelu")
 
 
@@ -220,7 +221,9 @@ small = st.builds(
     qkv_bias=st.booleans(),
     bias=st.booleans(),
     tie_embeddings=st.booleans(),
-    activation=st.sampled_from(["gelu_tanh", "gelu", "relu"]),
+    activation=st.sampled_from(["gelu_tanh", "gelu", "relu", "silu", "tanh"]),
+    scale_attn_weights=st.booleans(),
+    scale_attn_by_inverse_layer_idx=st.booleans(),
     tokenizer=st.sampled_from(["gpt2", "bytes"]),
     attention_pattern=st.sampled_from(["dense", "alternating"]),
     attention_window=st.integers(1, 9),
@@ -398,17 +401,29 @@ def test_untied_head_must_be_there(tmp_path):
         weights.load(tmp_path)
 
 
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+    "tanh": "tanh",
+}
+
+
 @pytest.mark.parametrize(
     ("switches", "fields"),
     [
-        ({"activation_function": "gelu_pytorch_tanh"}, {"activation": "gelu_tanh"}),
-        ({"activation_function": "gelu"}, {"activation": "gelu"}),
-        ({"activation_function": "relu"}, {"activation": "relu"}),
+        *(({"activation_function": name}, {"activation": ours}) for name, ours in ACTIVATIONS.items()),
         ({"layer_norm_epsilon": 1e-3}, {"layer_norm_eps": 1e-3}),
         ({"n_inner": 40}, {"ffn_dim": 40}),
         ({"n_inner": None}, {"ffn_dim": 96}),
         ({"reorder_and_upcast_attn": True}, {}),
         ({"scale_attn_weights": True, "add_cross_attention": False}, {}),
+        ({"scale_attn_weights": False}, {"scale_attn_weights": False}),
+        ({"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_by_inverse_layer_idx": True}),
+        ({"n_embd": 24, "hidden_size": 24}, {}),
         ({"attn_pdrop": 0.3, "embd_pdrop": 0.2}, {"drop_rate_attn": 0.3, "drop_rate_emb": 0.2, "drop_rate": 0.0}),
         ({"tie_word_embeddings": False}, {"tie_embeddings": False}),
     ],
@@ -416,6 +431,37 @@ def test_untied_head_must_be_there(tmp_path):
 def test_hugging_face_switches_are_honoured(switches, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY, **switches)))
     assert weights.load_config(tmp_path) == TINY.replace(**fields)
+
+
+# Keys that say nothing about the language model, with values other than the defaults: those that transformers 5.24 and
+# 4.57 write, old defaults of generation, and what else is in the wild; then keys that would, but are off.
+NEUTRAL = """{
+    "use_cache": false, "return_dict": false, "is_decoder": true, "tie_encoder_decoder": true, "torchscript": true,
+    "output_attentions": true, "output_hidden_states": true, "use_bfloat16": true, "tf_legacy_loss": true,
+    "bos_token_id": 3, "eos_token_id": 3, "pad_token_id": 3, "sep_token_id": 3, "decoder_start_token_id": 3,
+    "initializer_range": 0.1, "dtype": "bfloat16", "torch_dtype": "float16", "chunk_size_feed_forward": 2,
+    "summary_type": "mean", "summary_use_proj": false, "summary_activation": "tanh", "summary_first_dropout": 0.5,
+    "summary_proj_to_labels": false, "cross_attention_hidden_size": 8, "tie_last_hidden_states": true,
+    "id2label": {"0": "no", "1": "yes", "2": "?"}, "label2id": {"no": 0, "yes": 1, "?": 2}, "num_labels": 3,
+    "problem_type": "regression", "finetuning_task": "x", "task_specific_params": {"text-generation": {}},
+    "tokenizer_class": "BertTokenizer", "prefix": "Once", "n_ctx": 8, "gradient_checkpointing": true,
+    "_name_or_path": "gpt2", "_commit_hash": "0", "transformers_version": "4.57.1", "_num_labels": 1,
+
+    "do_sample": true, "max_length": 50, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "num_beams": 4,
+    "bad_words_ids": [[5]], "repetition_penalty": 1.2, "suppress_tokens": [1], "guidance_scale": 2.0,
+
+    "output_past": true, "predict_special_tokens": true, "author": "somebody", "glue_task": "sst2", "player_elo": 1500,
+    "auto_map": {"AutoTokenizer": "tokenization_x.XTokenizer"}, "attention_dropout": 0.1,
+
+    "is_encoder_decoder": false, "pruned_heads": {}, "quantization_config": null, "add_cross_attention": null,
+    "position_embedding_type": "absolute", "per_layer_config": {}, "use_rotary": false, "alibi": null,
+    "n_experts": 0, "layer_types": []
+}"""
+
+
+def test_hugging_face_keys_without_effect_are_ignored(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(TINY, **json.loads(NEUTRAL))))
+    assert weights.load_config(tmp_path) == TINY
 
 
 def test_hugging_face_aliases_of_sizes_are_honoured(tmp_path):
@@ -427,7 +473,7 @@ def test_hugging_face_aliases_of_sizes_are_honoured(tmp_path):
 
 @pytest.mark.parametrize(
     ("config", "scan_layers"),
-    [(TINY, False), (UNTIED, False), (BOOK, False), (NANOGPT_BARE, False), (TINY, True)],
+    [(TINY, False), (UNTIED, False), (BOOK, False), (NANOGPT_BARE, False), (TINY, True), (BY_LAYER, False)],
 )
 def test_hugging_face_export_is_the_same_function(config, scan_layers, tmp_path):
     model, params = make_model(config, scan_layers=scan_layers)
@@ -460,7 +506,14 @@ def test_hugging_face_export_has_the_expected_tensors(tmp_path):
 
 def test_export_keeps_the_tokenizer_and_every_other_switch(tmp_path):
     config = TINY.replace(
-        vocab_size=257, tokenizer="bytes", activation="relu", layer_norm_eps=1e-3, ffn_dim=40, drop_rate_attn=0.25
+        vocab_size=257,
+        tokenizer="bytes",
+        layer_norm_eps=1e-3,
+        ffn_dim=40,
+        drop_rate_attn=0.25,
+        activation="tanh",
+        scale_attn_weights=False,
+        scale_attn_by_inverse_layer_idx=True,
     )
     weights.save(tmp_path / "hf", *make_model(config), format="huggingface")
     assert weights.load_config(tmp_path / "hf") == config
@@ -481,7 +534,7 @@ def by_tokenizers_json(directory, text, special="<|endoftext|>"):
             parts[at : at + 2] = [one + other]
         ids += [vocabulary[part] for part in parts or [special]]
     (added,) = content["added_tokens"]
-    assert added["id"] == vocabulary[added["content"]] == max(vocabulary.values())
+    assert added["id"] == vocabulary[added["content"]]
     return ids
 
 
@@ -493,7 +546,8 @@ def test_the_export_has_the_tokenizer_whatever_ids_were_added(tokenizer, added, 
     text = "Every effort moves you\nAkwirw ier<|endoftext|>"
     assert by_tokenizers_json(tmp_path, text) == known.encode(text, allow_special=True)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    assert len(vocabulary) == known.vocab_size
+    assert sorted(vocabulary.values()) == list(range(max(known.vocab_size, config.vocab_size)))
+    assert weights.load_config(tmp_path) == config
     if tokenizer == "bytes":
         assert [vocabulary[c] for c in "Aé\u0100"] == [65, 0xE9, 0]  # U+0100 is the alphabet's byte 0
     fields = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")}
@@ -508,6 +562,10 @@ def test_the_export_has_no_tokenizer_with_tokens_that_the_model_lacks(tiny, tmp_
     assert not (tmp_path / "tokenizer.json").exists()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert "It takes and gives token ids: no tokenizer is here" in card
+    assert "Once upon a time" not in card
+    weights.save(tmp_path, *make_model(TINY.replace(tokenizer="bytes", vocab_size=257)), format="huggingface")
+    assert "Once upon a time" in (tmp_path / "README.md").read_text(encoding="utf-8")  # nobody had changed the card
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
@@ -1203,6 +1261,19 @@ def test_convert_there_and_back_is_identical(tiny, tmp_path, capsys):
     output = capsys.readouterr()
     assert output.out == ""
     assert f"{sum(leaf.size for leaf in jax.tree.leaves(tiny[1])):,} parameters" in output.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [({}, "gpt2 (left out: it has ids that the model lacks)"), ({"tokenizer": "none"}, "none"), ({"V": 257}, "bytes")],
+)
+def test_convert_says_that_the_tokenizer_stays_behind(fields, note, tmp_path, capsys):
+    config = TINY.replace(tokenizer="bytes", vocab_size=257) if "V" in fields else TINY.replace(**fields)
+    weights.save(tmp_path / "own", *make_model(config))
+    assert run_convert(tmp_path / "own", tmp_path / "hf", "--format", "huggingface") == 0
+    assert capsys.readouterr().err.endswith(f"tokenizer {note}\n")
+    assert run_convert(tmp_path / "own", tmp_path / "copy") == 0
+    assert capsys.readouterr().err.endswith(f"tokenizer {note.partition(' ')[0]}\n")
 
 
 def test_convert_passes_its_flags_on_and_overwrites_only_with_force(tmp_path):

@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_text(args: argparse.Namespace) -> int:
+    from jaxgpt.data import open_tokens
     from jaxgpt.parallel import memory_errors
-    from jaxgpt.training import evaluate, open_tokens
+    from jaxgpt.training import evaluate
 
     if args.limit is not None:
         raise ValueError("--limit belongs to --tasks: --last-fraction takes a part of a text")

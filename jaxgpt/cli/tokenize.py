@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the token file and returns the exit code."""
     new_file(args.out, args.force)
 
-    from jaxgpt.training import read_text
+    from jaxgpt.data import read_text
 
     tokens = read_text(args.text, args.tokenizer)
     tokens.save(args.out)

@@ -25,7 +25,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file with the tables [model], [compute], [mesh] and [train]; a run that is resumed has its own",
     )
     parser.add_argument(
-        "--data", metavar="FILE", help="a token file, or a UTF-8 text; a run that is resumed knows where its data is"
+        "--data",
+        action="append",
+        metavar="[NAME=]PATH[:WEIGHT]",
+        help="a text or token file (jaxgpt's, llm.c's, nanoGPT's, Megatron's .idx), a directory or a pattern of files; "
+        "given several times, a mixture: by size, or by weights. A run that is resumed knows where its data is",
+    )
+    parser.add_argument(
+        "--val-data",
+        action="append",
+        metavar="[NAME=]PATH",
+        help="what to validate on; default: the val files of a directory, or else the last val_fraction of each source",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="NAME_OR_PATH", help="what made the ids of token files that do not say, such as gpt2"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument("--out", metavar="DIR", help="start a run, whose directory this will be")
@@ -68,8 +84,14 @@ def describe_settings(width: int) -> str:
     from jaxgpt.training import TABLES
 
     def entry(key: str, text: str) -> list[str]:
-        first = f"  {key} ".ljust(28)
-        return textwrap.wrap(text, width, initial_indent=first, subsequent_indent=" " * 28, break_on_hyphens=False)
+        indent = " " * 28
+        first, *more = textwrap.wrap(
+            text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
+        label = f"  {key} "
+        # As argparse does: a key that is too long for its column has a line of its own.
+        start = [label.rstrip(), first] if len(label) > len(indent) else [label.ljust(len(indent)) + first.lstrip()]
+        return [*start, *more]
 
     lines = ["fields of the config, as KEY of --set KEY=VALUE:"]
     for table, config in TABLES.items():
@@ -92,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.errors import ConfigError
     from jaxgpt.parallel import MeshConfig
 
-    for path in filter(None, (args.config, args.data, args.out, args.resume)):
+    for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()), args.out, args.resume)):
         local(path)
     config = configure(args)
     if args.mesh is not None:
@@ -109,6 +131,9 @@ def run(args: argparse.Namespace) -> int:
         config,
         args.data,
         args.out or args.resume,
+        val_data=args.val_data,
+        tokenizer=args.tokenizer,
+        verify=args.verify,
         resume=args.resume is not None,
         force=args.force,
         init_from=args.init_from,

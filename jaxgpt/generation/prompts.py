@@ -74,6 +74,11 @@ _OTHERS = {
     "input_ids": "prompts",
     "context_size": "nothing: the model's config has context_length",
     "num_return_sequences": "prompts * n, the prompts n times",
+    "attention_mask": "prompts of any lengths, without padding",
+    "pad_token_id": "nothing: rows end where they end",
+    "bos_token_id": "prompts that begin with it",
+    "logits_processor": "sampler=..., which may be a Sampler of your own",
+    "generation_config": "the options themselves",
 }
 
 

@@ -55,10 +55,11 @@ def attend(
     *,
     window: int | None = None,
     banded: bool | Array = True,
+    scale: float | Array | None = None,
     return_weights: bool = False,
     **options: Any,
 ) -> tuple[Array, Array | None]:
-    """softmax(q k^T / sqrt(K)) v with causal masking, in float32.
+    """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
 
     Query t is at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
     with a `window`, only the last `window` of them.
@@ -68,6 +69,7 @@ def attend(
         seen: keys and values, and the slots at which queries and rows start.
         window: width of the band, at least 1: the slots that a query sees, including its own; None for no band.
         banded: whether `window` applies; an array where a scan alternates dense and banded layers.
+        scale: what the scores are multiplied by; an array where it differs between the layers of a scan.
         return_weights: whether to also return all weights, at the cost of their memory.
         options: passed on to `blocked`: dropout, block sizes, derivatives.
 
@@ -76,8 +78,8 @@ def attend(
     """
 
     def form(window: int | None) -> tuple[Array, Array | None]:
-        weights = attention_weights(q_BxHxTxK, seen, window) if return_weights else None
-        return blocked(q_BxHxTxK, seen, window=window, **options), weights
+        weights = attention_weights(q_BxHxTxK, seen, window, scale) if return_weights else None
+        return blocked(q_BxHxTxK, seen, window=window, scale=scale, **options), weights
 
     if isinstance(banded, bool):
         return form(window if banded else None)
@@ -87,12 +89,12 @@ def attend(
     return lax.cond(banded, lambda: form(window), lambda: form(None))
 
 
-def attention_weights(q_BxHxTxK: Array, seen: Seen, window: int | None) -> Array:
-    """All weights, softmax(q k^T / sqrt(K)): [B, H, T, S]."""
-    B, _, T, K = q_BxHxTxK.shape
+def attention_weights(q_BxHxTxK: Array, seen: Seen, window: int | None, scale: float | Array | None) -> Array:
+    """All weights, softmax(q k^T scale): [B, H, T, S]."""
+    B, _, T, _ = q_BxHxTxK.shape
     start_B = jnp.zeros(B, jnp.int32) if seen.start_B is None else seen.start_B
     visible = _visible(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start_B, window)
-    return jax.nn.softmax(_scores(q_BxHxTxK * K**-0.5, seen.k_BxHxSxK, visible, seen.dtype))
+    return jax.nn.softmax(_scores(_scaled(q_BxHxTxK, scale), seen.k_BxHxSxK, visible, seen.dtype))
 
 
 def blocked(
@@ -100,6 +102,7 @@ def blocked(
     seen: Seen,
     *,
     window: int | None = None,
+    scale: float | Array | None = None,
     drop_rate: float = 0.0,
     dropout_key: Array | None = None,
     query_block: int | None = None,
@@ -116,6 +119,7 @@ def blocked(
         q_BxHxTxK: queries.
         seen: keys and values, and the slots at which queries and rows start.
         window: width of the band, or None.
+        scale: as in `attend`.
         drop_rate: dropout on the attention weights.
         dropout_key: its key; None for no dropout.
         query_block: queries per block; default: a quarter of T, but at least 64 and at most 128.
@@ -126,7 +130,7 @@ def blocked(
     k_BxHxSxK, v_BxHxSxK, query_slot, start_B, dtype = seen
     B, H, T, K = q_BxHxTxK.shape
     S = k_BxHxSxK.shape[2]
-    q_BxHxTxK = q_BxHxTxK * K**-0.5
+    q_BxHxTxK = _scaled(q_BxHxTxK, scale)
     start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if window is not None and window >= S:
         window = None  # everything is in the band
@@ -161,6 +165,11 @@ def blocked(
     attend_groups = _attend if custom_derivatives else _attend_plain
     context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
     return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
+
+
+def _scaled(q_BxHxTxK: Array, scale: float | Array | None) -> Array:
+    """The queries times the scores' scale: fewer products than with the scores, in float32, before any rounding."""
+    return q_BxHxTxK * (q_BxHxTxK.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def _group(B: int, H: int, most: int) -> tuple[int, int]:

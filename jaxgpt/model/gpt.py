@@ -52,9 +52,11 @@ class MultiHeadAttention(ConfiguredModule):
         layer: Any = None,
         deterministic: bool = True,
         banded: bool | Array = False,
+        scale: float | Array | None = None,
     ) -> tuple[Array, Any]:
         """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) pair in it, returned updated.
-        `banded` says whether the config's `attention_window` applies here."""
+        `banded` says whether the config's `attention_window` applies here; `scale` is this block's of the config's
+        `attention_scales`, by default the first."""
         cfg = self.config
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear((3, D), cfg.qkv_bias, self.compute, name="qkv")(x_BxTxD)
@@ -68,6 +70,7 @@ class MultiHeadAttention(ConfiguredModule):
             seen,
             window=cfg.attention_window,
             banded=banded,
+            scale=cfg.attention_scales[0] if scale is None else scale,
             drop_rate=cfg.drop_rate_attn,
             dropout_key=dropout_key(self, cfg.drop_rate_attn, deterministic),
             return_weights=self.is_mutable_collection("intermediates"),
@@ -89,12 +92,13 @@ class TransformerBlock(ConfiguredModule):
         layer: Any = None,
         deterministic: bool = True,
         banded: bool | Array = False,
+        scale: float | Array | None = None,
     ) -> tuple[Array, Any]:
         """Returns (x_BxTxD, layer), as `MultiHeadAttention` does."""
         cfg, compute = self.config, self.compute
         drop_shortcut = Dropout(cfg.drop_rate_shortcut)
         x = LayerNorm(cfg, compute, name="norm1")(x_BxTxD)
-        x, layer = MultiHeadAttention(cfg, compute, name="att")(x, cache, layer, deterministic, banded)
+        x, layer = MultiHeadAttention(cfg, compute, name="att")(x, cache, layer, deterministic, banded, scale)
         x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
         x = LayerNorm(cfg, compute, name="norm2")(x_BxTxD)
         x = FeedForward(cfg, compute, name="ff")(x)

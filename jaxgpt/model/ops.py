@@ -139,12 +139,15 @@ def activation(name: str) -> Callable[[Array], Array]:
     """The elementwise function behind `GPTConfig.activation`.
 
     "gelu_tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form GPT-2 was trained with; "gelu" is
-    x times the standard normal CDF, computed with erf (Hendrycks & Gimpel 2016).
+    x times the standard normal CDF, computed with erf (Hendrycks & Gimpel 2016); "silu", from there too, is x times the
+    logistic sigmoid.
     """
     functions: dict[str, Callable[[Array], Array]] = {
         "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
         "gelu": functools.partial(jax.nn.gelu, approximate=False),
         "relu": jax.nn.relu,
+        "silu": jax.nn.silu,
+        "tanh": jnp.tanh,
     }
     return functions[name]
 

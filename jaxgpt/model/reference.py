@@ -16,6 +16,10 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])
 def activate(name, x):
     if name == "relu":
         return np.where(x > 0, x, 0)
+    if name == "silu":
+        return x / (1 + np.exp(-x))
+    if name == "tanh":
+        return np.tanh(x)
     if name == "gelu":
         return x * 0.5 * (1 + _erf(x / math.sqrt(2)))
     if name == "gelu_tanh":
@@ -38,10 +42,11 @@ def linear(p, x):
     return x @ p["weight"].T + p.get("bias", 0)
 
 
-def attention_weights(q, k, window=None):
-    """One head of one sequence: q and k [T, K] to weights [T, T]. Position t sees the last `window` ones up to t."""
+def attention_weights(q, k, window=None, divisor=None):
+    """One head of one sequence: q and k [T, K] to weights [T, T]. Position t sees the last `window` ones up to t.
+    Scores are divided by sqrt(K), or by `divisor`."""
     T, K = q.shape
-    scores = q @ k.T / math.sqrt(K)
+    scores = q @ k.T / (math.sqrt(K) if divisor is None else divisor)
     for t in range(T):
         scores[t, t + 1 :] = -np.inf
         if window is not None:
@@ -49,15 +54,20 @@ def attention_weights(q, k, window=None):
     return softmax(scores)
 
 
-def attention(p, config, x, window=None):
-    """One sequence [T, D] to [T, D]."""
+def attention(p, config, x, window=None, layer=0):
+    """One sequence [T, D] to [T, D]; `layer` counts from 0."""
     biases = p["qkv"].get("bias", np.zeros((3, config.emb_dim)))
     q, k, v = (x @ p["qkv"]["weight"][i].T + biases[i] for i in range(3))
     width = config.emb_dim // config.n_heads
+    divisor = 1.0
+    if config.scale_attn_weights:
+        divisor *= math.sqrt(width)
+    if config.scale_attn_by_inverse_layer_idx:
+        divisor *= layer + 1
     heads = []
     for h in range(config.n_heads):
         columns = slice(h * width, (h + 1) * width)
-        heads.append(attention_weights(q[:, columns], k[:, columns], window) @ v[:, columns])
+        heads.append(attention_weights(q[:, columns], k[:, columns], window, divisor) @ v[:, columns])
     return linear(p["out_proj"], np.concatenate(heads, axis=-1))
 
 
@@ -65,8 +75,8 @@ def feed_forward(p, config, x):
     return linear(p["fc_out"], activate(config.activation, linear(p["fc_in"], x)))
 
 
-def block(p, config, x, window=None):
-    x = x + attention(p["att"], config, layer_norm(p["norm1"], x, config.layer_norm_eps), window)
+def block(p, config, x, window=None, layer=0):
+    x = x + attention(p["att"], config, layer_norm(p["norm1"], x, config.layer_norm_eps), window, layer)
     return x + feed_forward(p["ff"], config, layer_norm(p["norm2"], x, config.layer_norm_eps))
 
 
@@ -88,7 +98,7 @@ def gpt(params, config, ids):
         x = params["tok_emb"]["weight"][row] + params["pos_emb"]["weight"][: len(row)]
         for i in range(config.n_layers):
             banded = config.attention_pattern == "alternating" and i % 2 == 1
-            x = block(block_params(params, i), config, x, config.attention_window if banded else None)
+            x = block(block_params(params, i), config, x, config.attention_window if banded else None, i)
         x = layer_norm(params["final_norm"], x, config.layer_norm_eps)
         head = params["tok_emb"] if config.tie_embeddings else params["out_head"]
         rows.append(x @ head["weight"].T)

@@ -3,10 +3,6 @@ from .config import TABLES as TABLES
 from .config import TrainConfig as TrainConfig
 from .config import check_tables as check_tables
 from .config import override as override
-from .data import Ids as Ids
-from .data import Tokens as Tokens
-from .data import open_tokens as open_tokens
-from .data import read_text as read_text
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .loop import TrainResult as TrainResult

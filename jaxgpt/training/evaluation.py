@@ -10,11 +10,11 @@ import jax
 import numpy as np
 
 from jaxgpt.checks import as_ids
+from jaxgpt.data import FileIds, Ids, Joined
 from jaxgpt.errors import DataError
 from jaxgpt.model import GPT, check_model
 from jaxgpt.parallel import check_memory, to_device
 from jaxgpt.tokenizer import get_tokenizer
-from jaxgpt.training.data import Ids
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
 
 
@@ -65,7 +65,7 @@ def evaluate(
         OutOfMemoryError: if a batch needs more memory than there is.
     """
     check_model("evaluate(model, params, ids)", model, params)
-    ids_N = as_ids(ids_N, "ids_N")
+    ids_N = ids_N if isinstance(ids_N, (FileIds, Joined)) else as_ids(ids_N, "ids_N")
     T = seq_len or model.config.context_length
     stride = stride or T
     if not 1 <= T <= model.config.context_length:
@@ -107,7 +107,7 @@ def _sequence(ids_N: Ids, start: int, first: int, T: int, vocab_size: int) -> tu
     ids = np.asarray(ids_N[start : start + T + 1])
     if (outside := np.flatnonzero((ids < 0) | (ids >= vocab_size))).size:
         where = start + int(outside[0])
-        raise ValueError(f"ids_N[{where}] is {ids_N[where]}, outside the vocabulary: 0 to {vocab_size - 1}")
+        raise ValueError(f"ids_N[{where}] is {ids[outside[0]]}, outside the vocabulary: 0 to {vocab_size - 1}")
     inputs, labels = np.zeros(T, np.int32), np.full(T, IGNORE, np.int32)
     inputs[: len(ids) - 1] = ids[:-1]
     labels[: len(ids) - 1] = ids[1:]

@@ -11,7 +11,7 @@ import os
 import shlex
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
+from jaxgpt.data import Corpus, Ids, Mixture, Source, Tokens, Verification, open_corpus
 from jaxgpt.errors import ConfigError, MissingExtraError, TrainingError
 from jaxgpt.fields import to_table
 from jaxgpt.files import local, new_directory
@@ -30,9 +31,9 @@ from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
 from jaxgpt.tokenizer import NONE
+from jaxgpt.training.batches import ReadAhead, batch, check_enough
 from jaxgpt.training.checkpoints import Checkpoints, import_orbax
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Ids, Tokens, batch, check_enough, check_tokens, open_tokens
 from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.models import load, load_config
 from jaxgpt.training.progress import TrainProgress
@@ -63,11 +64,17 @@ class TrainResult:
     stopped_by: signal.Signals | None
 
 
+Data = str | Path | Tokens | Source
+
+
 def train(
     config: TrainConfig | None,
-    data: str | Path | Tokens | None,
+    data: Data | Sequence[Data] | None,
     out: str | Path,
     *,
+    val_data: Data | Sequence[Data] | None = None,
+    tokenizer: str | Path | None = None,
+    verify: bool = False,
     resume: bool = False,
     force: bool = False,
     init_from: str | None = None,
@@ -82,8 +89,14 @@ def train(
     Args:
         config: the run's config. With `init_from`, its model is the checkpoint's; fields that were set must agree with
             it, except for the dropout rates and a shorter `context_length`.
-        data: a token file, a text file or tokens.
+        data: what to train on: a path (a token file of any program, a text, a directory or a pattern of these; also in
+            the form "NAME=PATH:WEIGHT"), `Tokens`, a `Source`, or a list of several.
         out: the run's directory.
+        val_data: what to validate on; by default the validation split that came with the data or, where none did, the
+            last `val_fraction` of each source.
+        tokenizer: what made the ids of files that do not say; by default these are refused.
+        verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
+            training, unless the data is small.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
             The run knows its config, its data and its `init_from`: None means those. Others are refused, except for
             more `steps` and for settings that do not change what is computed, such as the mesh.
@@ -98,7 +111,7 @@ def train(
     """
     if not isinstance(config, TrainConfig) and not (resume and config is None):
         raise TypeError(f"train takes a TrainConfig, such as TrainConfig.from_file(path), not {short_repr(config)}")
-    if not isinstance(data, (str, os.PathLike, Tokens)) and not (resume and data is None):
+    if not isinstance(data, (str, os.PathLike, Tokens, Source, list, tuple)) and not (resume and data is None):
         raise TypeError(
             f"train takes a path or tokens, not {short_repr(data)}: Tokens.from_ids(ids, tokenizer) makes tokens"
         )
@@ -110,30 +123,31 @@ def train(
             init_from = _absolute(init_from)
             if began is not None:
                 config = began if config is None else config.fill(began.model)
-                data = run.data() if data is None else data
+                data, val_data = run.data(data, val_data)
                 init_from = run.init_from() if init_from is None else init_from
+                tokenizer = config.model.tokenizer if tokenizer is None else tokenizer
             assert config is not None  # so mypy sees what the checks above have made sure of
-            assert data is not None
             if began is None and init_from is not None:
                 config = _fine_tuned(config, init_from)
             mesh = _mesh(config)
-            tokens = data if isinstance(data, Tokens) else open_tokens(data, config.model)
-            check_tokens(tokens, config.model, "the tokens" if isinstance(data, Tokens) else str(data))
+            corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer)
             _check_samples(config)
-            train_N, val_N = tokens.split(config.val_fraction)
-            check_enough(len(train_N), config, "training")
-            if config.val_fraction:
-                check_enough(len(val_N), config, "validation")
+            train_data, val_N = corpus.split(config.val_fraction)
+            check_enough(train_data, config, "training")
+            if len(val_N) or config.val_fraction:
+                check_enough(val_N, config, "validation")
+            part = jax.process_index(), jax.process_count()
+            verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
             if tensorboard:
                 import_tensorboard()
             held.enter_context(run.locked())
             if resume and not force:
-                run.check_resume(config, tokens, init_from)
+                run.check_resume(config, corpus, init_from)
             elif not resume:
                 run.check_new()
             run.make()
-        distributed.check_same("their arguments or their data", (config, tokens.sha256, resume, force, init_from))
+        distributed.check_same("their arguments or their data", (config, corpus.identity, resume, force, init_from))
         with distributed.fail_together(alone):
             run.check_shared()
             val_losses = run.val_losses()
@@ -148,7 +162,7 @@ def train(
             start, state = 0, init_state(config, params, mesh)
             del params  # the state holds them
         with distributed.fail_together(alone):
-            run.describe(config, tokens, init_from, None if data is tokens else os.path.abspath(local(data)))
+            run.describe(config, corpus, init_from)
             run.truncate_metrics(start)
             if tensorboard:
                 run.write_tensorboard(start)
@@ -158,11 +172,14 @@ def train(
                 f"--set steps={2 * start}"
             )
         else:
-            progress.say(_first_line(config, mesh, len(train_N), len(val_N), init_from, start))
-            for note in _notes(config, began):
+            progress.say(_first_line(config, mesh, len(train_data), len(val_N), init_from, start))
+            for note in _notes(config, began, corpus):
                 progress.say(note)
         held.enter_context(memory_errors(_LESS_MEMORY))
-        return _Loop(config, mesh, train_N, val_N, run, checkpoints, progress).train(start, state)
+        held.enter_context(verification.running())
+        loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)
+        held.callback(loop.read.close)
+        return loop.train(start, state)
 
 
 class _Loop:
@@ -172,14 +189,17 @@ class _Loop:
         self,
         config: TrainConfig,
         mesh: Mesh | None,
-        train_N: Ids,
+        train_data: Mixture,
         val_N: Ids,
         run: Run,
         checkpoints: Checkpoints,
         progress: TrainProgress,
+        verification: Verification,
     ):
-        self.config, self.mesh, self.train_N, self.val_N = config, mesh, train_N, val_N
-        self.run, self.checkpoints, self.progress = run, checkpoints, progress
+        self.config, self.mesh, self.val_N = config, mesh, val_N
+        self.run, self.checkpoints, self.progress, self.verification = run, checkpoints, progress, verification
+        self.train_data = train_data
+        self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
         self.model = GPT(config.model, config.compute.replace(remat="none"))
         self.val_losses = run.val_losses()
 
@@ -195,7 +215,6 @@ class _Loop:
         self.clock = time.perf_counter(), start
         with _signals() as received:
             while done < config.steps and not (stop := self.stop(received, done)):
-                # The batch is made while the device works on the previous step.
                 state, metrics = step_fn(state, self.global_batch(done))
                 done += 1
                 running.append((done, metrics))
@@ -238,13 +257,13 @@ class _Loop:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
         config, mesh = self.config, self.mesh
         if mesh is None:
-            return jax.device_put(batch(self.train_N, config, step))
+            return jax.device_put(self.read(step))
         layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
         shape = (config.batch_size, config.T + 1)
 
         @functools.cache  # devices along `tensor` hold the same rows
         def rows(start: int | None, stop: int | None) -> Any:
-            return batch(self.train_N, config, step, slice(start, stop))
+            return self.read(step, slice(start, stop))
 
         def part(index: Any) -> Any:
             return rows(index[0].start, index[0].stop)
@@ -275,6 +294,7 @@ class _Loop:
             )
         if not self.due(self.config.log_interval, step):
             return
+        self.verification.check()
         now = time.perf_counter()
         seconds = (now - self.clock[0]) / (step - self.clock[1])  # per step
         self.clock = now, step
@@ -287,7 +307,7 @@ class _Loop:
         """Evaluates, saves and samples, as the intervals say. None of this affects the training's random numbers."""
         config, loss, improved = self.config, None, False
         evaluating = self.due(config.eval_interval, step)
-        if evaluating and config.val_fraction:
+        if evaluating and len(self.val_N):
             evaluation = self.validate(eval_params(state), config.eval_sequences)
             loss = evaluation.loss
             improved = loss < min(self.val_losses.values(), default=math.inf)
@@ -304,7 +324,7 @@ class _Loop:
         self.clock = time.perf_counter(), step
 
     def validate(self, params: Any, sequences: int, batch_size: int = 8) -> Evaluation:
-        ids_N = self.val_N if self.config.val_fraction else self.train_N
+        ids_N = self.val_N if len(self.val_N) else self.train_data.ids[0]
         return evaluate(
             self.model, params, ids_N, seq_len=self.config.T, max_sequences=sequences, batch_size=batch_size
         )
@@ -402,7 +422,7 @@ def _own(model: GPTConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in _OWN_FIELDS}
 
 
-def _notes(config: TrainConfig, began: TrainConfig | None) -> Iterator[str]:
+def _notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:
     """What a user may not expect of this config, or of the one that a resumed run began with."""
     if began is not None and began.steps != config.steps:
         yield (
@@ -414,6 +434,10 @@ def _notes(config: TrainConfig, began: TrainConfig | None) -> Iterator[str]:
             f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "
             f"{config.warmup:,}"
         )
+    for source in corpus.sources:
+        if source.validation is not None:
+            ignored = " is not used: --val-data was given" if corpus.validation else " is what the run validates on"
+            yield f"{source.name}: its validation split ({len(source.validation.ids_N):,} tokens){ignored}"
 
 
 def _check_samples(config: TrainConfig) -> None:

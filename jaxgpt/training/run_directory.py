@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import importlib.metadata
 import json
 import math
@@ -23,13 +24,13 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import short_repr
+from jaxgpt.data import Corpus, Reference, Source
 from jaxgpt.errors import CheckpointError, ConfigError, require
 from jaxgpt.files import local, replacing_directory, unsupported, write_text
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_in, write_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.data import Tokens
 
 # These do not change what a run computes, so they may differ when it resumes; so may the mesh.
 _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
@@ -135,8 +136,8 @@ class Run:
         """The command that continues the run."""
         return f"jaxgpt train --resume {shlex.quote(str(self.directory))}"
 
-    def describe(self, config: TrainConfig, tokens: Tokens, init_from: str | None, data: str | None = None) -> None:
-        """Writes run.json. `data` is the path of the tokens, if they were read from a file."""
+    def describe(self, config: TrainConfig, corpus: Corpus, init_from: str | None) -> None:
+        """Writes run.json."""
         if not self.writes:
             return
         if config.model.tokenizer not in (*BUILTIN, NONE):
@@ -147,7 +148,10 @@ class Run:
         description = {
             "config": config.to_dict(),
             "init_from": init_from,
-            "data": {"path": data, "sha256": tokens.sha256, "tokens": len(tokens.ids_N), "tokenizer": tokens.tokenizer},
+            "data": {
+                "sources": [_described(source) for source in corpus.sources],
+                "validation": [_described(source) for source in corpus.validation],
+            },
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(),
         }
@@ -173,19 +177,31 @@ class Run:
         """What the run was fine-tuned from, if anything."""
         return self._path("init_from", self._described("init_from"))
 
-    def data(self) -> str:
-        """The path of the run's data.
+    def data(self, data: Any = None, validation: Any = None) -> tuple[Any, Any]:
+        """(data, validation) to continue with: what is given or, where nothing is, what the run was started with.
 
         Raises:
-            ConfigError: if the run does not know it, or there is no such file any more.
+            ConfigError: if the run does not know it, or something is no longer there.
         """
+        data = self._sources("sources", "--data") if data is None else data
+        return data, self._sources("validation", "--val-data") if validation is None else validation
+
+    def _sources(self, key: str, option: str) -> list[Reference]:
         described = self._described("data")
-        path = self._path("data", described.get("path") if isinstance(described, dict) else None)
-        if path is None:
-            raise ConfigError(f"{self.description} does not say where the run's data is: give it (--data)")
-        if not os.path.exists(path):
-            raise ConfigError(f"the run's data is no longer at {path}: say where it is now (--data)")
-        return path
+        sources = described.get(key) if isinstance(described, dict) else None
+        if not isinstance(sources, list) or not all(isinstance(source, dict) for source in sources):
+            raise CheckpointError(self.description, f"damaged: the {key} of its data are {short_repr(sources)}")
+        found = []
+        for source in sources:
+            path, weight = self._path("data", source.get("path")), source.get("weight")
+            if not isinstance(weight, (int, float, type(None))):
+                raise CheckpointError(self.description, f"damaged: the weight of {path} is {short_repr(weight)}")
+            if path is None:
+                raise ConfigError(f"{self.description} does not say where the run's data is: give it ({option})")
+            if not os.path.exists(path) and not glob.has_magic(path):
+                raise ConfigError(f"the run's data is no longer at {path}: say where it is now ({option})")
+            found.append(Reference(str(source.get("name")), path, weight))
+        return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
         """Raises ConfigError, naming every difference, if a config file that names a new run is not this run's."""
@@ -195,7 +211,7 @@ class Run:
                 f"{self.resume_command} continues with the run's own"
             )
 
-    def check_resume(self, config: TrainConfig, tokens: Tokens, init_from: str | None) -> None:
+    def check_resume(self, config: TrainConfig, corpus: Corpus, init_from: str | None) -> None:
         """Compares config, data and starting point with the run's own. More steps are no difference.
 
         Raises:
@@ -203,9 +219,9 @@ class Run:
         """
         longer = config.steps > self.config().steps
         differences, data = self._differences(config, {"steps"} if longer else frozenset()), self._described("data")
-        sha256 = str(data.get("sha256")) if isinstance(data, dict) else "unknown"
-        if sha256 != tokens.sha256:
-            differences.append(f"data: sha256 {short_repr(sha256[:12])} before, {short_repr(tokens.sha256[:12])} now")
+        for key, now in (("sources", corpus.sources), ("validation", corpus.validation)):
+            before = data.get(key) if isinstance(data, dict) else None
+            differences += _changed_sources(before, [_described(source) for source in now])
         if self.init_from() != init_from:
             differences.append(f"init-from: {short_repr(self.init_from())} before, {short_repr(init_from)} now")
         if differences:
@@ -292,3 +308,29 @@ class Run:
 
 def _is_metric(value: Any) -> bool:
     return value is None or isinstance(value, (int, float))
+
+
+def _described(source: Source) -> dict[str, Any]:
+    """A source in run.json."""
+    validation = {} if source.validation is None else {"validation": source.validation.identity}
+    return {
+        "name": source.name,
+        "path": source.path,
+        "weight": source.weight,
+        "tokens": len(source.tokens.ids_N),
+        "tokenizer": source.tokens.tokenizer,
+        "identity": source.tokens.identity,
+        **validation,
+    }
+
+
+def _changed_sources(before: Any, now: list[dict[str, Any]]) -> Iterator[str]:
+    """Every difference between the sources of a run and those of now; names and paths do not count."""
+    if not isinstance(before, list) or len(before) != len(now):
+        yield f"data: {len(before) if isinstance(before, list) else 'unknown'} sources before, {len(now)} now"
+        return
+    for old, new in zip(before, now, strict=True):
+        for key in ("identity", "validation", "weight"):
+            if (was := old.get(key) if isinstance(old, dict) else None) != new.get(key):
+                shown = [short_repr(value[:19] if isinstance(value, str) else value) for value in (was, new.get(key))]
+                yield f"data {new['name']}: {key} {shown[0]} before, {shown[1]} now"

@@ -8,7 +8,6 @@ transformers' PyTorch model, in errors too; what its Flax model wrote is renamed
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -25,6 +24,7 @@ from jaxgpt.model import GPT
 from jaxgpt.textfile import read_json, write_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, write_tokenizer
 from jaxgpt.tokenizer import FILES as TOKENIZER_FILES
+from jaxgpt.weights.config_keys import refuse_other_mathematics
 from jaxgpt.weights.layout import Checkpoint, Row, outside_tensors
 from jaxgpt.weights.msgpack import open_msgpack
 from jaxgpt.weights.tensors import Tensor, open_safetensors, open_torch, without_prefix, write_safetensors
@@ -62,7 +62,7 @@ ROWS = (
     Row("out_head/weight", "lm_head.weight"),
 )
 
-CARD_TEXT = """\
+_CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -76,7 +76,8 @@ tags:
 
 config.json has its sizes. What it was trained on, how good it is and under which licence it may be used are for its
 author to write here.
-
+"""
+_CARD_FOR_TEXT = """
 With transformers:
 
 ```python
@@ -94,6 +95,30 @@ model, params = jaxgpt.load("path/of/this/directory")
 print(jaxgpt.generate_text(model, params, "Once upon a time", 100)[0])
 ```
 """
+_CARD_FOR_IDS = """
+It takes and gives token ids: no tokenizer is here, because none was known, or because it has ids that the model lacks.
+
+With transformers:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
+print(model.generate(torch.tensor([[0, 1, 2]])))
+```
+
+With jaxgpt:
+
+```python
+import jaxgpt
+
+model, params = jaxgpt.load("path/of/this/directory")
+print(jaxgpt.generate(model, params, [[0, 1, 2]], 100).tokens)
+```
+"""
+# The model cards that `write` writes: with a tokenizer, and without.
+CARDS = (_CARD + _CARD_FOR_TEXT, _CARD + _CARD_FOR_IDS)
 
 # Our field, their keys (the second is transformers' alias for the first), the value if neither is given.
 _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
@@ -109,16 +134,17 @@ _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("drop_rate_shortcut", ("resid_pdrop",), 0.1),
     ("tie_embeddings", ("tie_word_embeddings",), True),
     ("activation", ("activation_function",), "gelu_new"),
+    ("scale_attn_weights", ("scale_attn_weights",), True),
+    ("scale_attn_by_inverse_layer_idx", ("scale_attn_by_inverse_layer_idx",), False),
 )
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
-
-# Switches that change the mathematics, with the only values that we support, which are transformers' defaults.
-# reorder_and_upcast_attn is not among them: on or off, the function is the same, and computed in float32 as here.
-_FIXED = {
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "add_cross_attention": False,
-    "quantization_config": None,
+# transformers' names of our activations; the first of several is the one that is written. Those of a line differ only
+# in how they are computed (gelu_fast has the root of 2 / pi to ten digits, which as a float32 is the same).
+_ACTIVATIONS = {
+    **dict.fromkeys(("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"), "gelu_tanh"),
+    **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
+    **dict.fromkeys(("silu", "swish"), "silu"),
+    "relu": "relu",
+    "tanh": "tanh",
 }
 
 
@@ -157,12 +183,14 @@ def stored_tokenizer(fields: Mapping[str, Any]) -> str | None:
 
 def read_config(fields: Mapping[str, Any], source: str) -> GPTConfig:
     """Converts a config.json of model_type "gpt2" to a `GPTConfig`; raises ConfigError as `read` does."""
-    for name, value in _FIXED.items():
-        if fields.get(name, value) is not value:
-            raise ConfigError(
-                f"{source}: {name} must be {json.dumps(value)}, not {short_repr(fields[name])}: not implemented"
-            )
-    ours = {name: next((fields[key] for key in keys if key in fields), default) for name, keys, default in _FIELDS}
+    refuse_other_mathematics(fields, {key for _, keys, _ in _FIELDS for key in keys}, source)
+    ours = {}
+    for name, keys, default in _FIELDS:
+        given = {key: fields[key] for key in keys if key in fields}
+        ours[name], *others = given.values() or (default,)
+        if any(value != ours[name] for value in others):
+            values = " and ".join(map(short_repr, given.values()))
+            raise ConfigError(f"{source}: {' and '.join(given)} mean the same, and cannot be {values}")
     if ours["activation"] not in tuple(_ACTIVATIONS):
         known = ", ".join(_ACTIVATIONS)
         raise ConfigError(f"{source}: activation_function must be one of {known}, not {short_repr(ours['activation'])}")
@@ -242,9 +270,11 @@ def refusal(model: GPT) -> str | None:
 
 def write(directory: Path, model: GPT, params: Any) -> None:
     """Writes a directory that transformers loads directly, with the tokenizer's files if the model has an id for every
-    text, and a model card (`CARD_TEXT`).
+    text, and a model card (of `CARDS`).
 
-    transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros.
+    transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros. CTranslate2's
+    converter reads the directory too if the tokenizer names tokens for bos, eos and unk and the activation is not tanh,
+    but takes `layer_norm_epsilon` for 1e-5 and the `scale_attn_` switches for their defaults, whatever these are.
     """
     config, tokenizer = model.config, get_tokenizer(model.config.tokenizer)
     full = config.replace(bias=True, qkv_bias=True)
@@ -256,9 +286,14 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     # Without a configuration of its own, transformers' pipeline samples 256 tokens, whatever the context holds.
     generation = {"do_sample": False, "max_length": config.context_length}
     write_json(directory / "generation_config.json", _special_ids(config) | generation)
-    if config.vocab_size >= tokenizer.text_ids:
-        write_tokenizer(directory, tokenizer, context_length=config.context_length)
-    (directory / CARD).write_text(CARD_TEXT, encoding="utf-8")
+    if has_tokenizer(config):
+        write_tokenizer(directory, tokenizer, context_length=config.context_length, vocab_size=config.vocab_size)
+    (directory / CARD).write_text(CARDS[not has_tokenizer(config)], encoding="utf-8")
+
+
+def has_tokenizer(config: GPTConfig) -> bool:
+    """Whether `write` writes a tokenizer's files: not if a text could have ids that the model lacks."""
+    return config.tokenizer != NONE and config.vocab_size >= get_tokenizer(config.tokenizer).text_ids
 
 
 def config_fields(config: GPTConfig) -> dict[str, Any]:
@@ -268,8 +303,8 @@ def config_fields(config: GPTConfig) -> dict[str, Any]:
         "architectures": ["GPT2LMHeadModel"],
         **{keys[0]: getattr(config, name) for name, keys, _ in _FIELDS},
         "n_ctx": config.context_length,  # transformers has dropped this name, and llama.cpp's converter reads it
-        "activation_function": {"gelu_tanh": "gelu_new"}.get(config.activation, config.activation),
-        **{name: value for name, value in _FIXED.items() if value is not None},
+        "activation_function": next(name for name, ours in _ACTIVATIONS.items() if ours == config.activation),
+        "add_cross_attention": False,
         **_special_ids(config),
         # Of others the files tell, which somebody may change.
         **({"jaxgpt_tokenizer": config.tokenizer} if config.tokenizer in (*BUILTIN, NONE) else {}),

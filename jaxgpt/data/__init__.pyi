@@ -1,0 +1,15 @@
+from .sources import Corpus as Corpus
+from .sources import Mixture as Mixture
+from .sources import Reference as Reference
+from .sources import Source as Source
+from .sources import check_tokens as check_tokens
+from .sources import open_corpus as open_corpus
+from .sources import open_tokens as open_tokens
+from .sources import read_text as read_text
+from .tokens import FileIds as FileIds
+from .tokens import Ids as Ids
+from .tokens import Joined as Joined
+from .tokens import Shard as Shard
+from .tokens import Tokens as Tokens
+from .tokens import out_of_range as out_of_range
+from .verification import Verification as Verification

@@ -1,0 +1,293 @@
+"""What a model is trained on: texts and token files, one or a mixture of several."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import hashlib
+import math
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxgpt.checks import short_repr
+from jaxgpt.config import GPTConfig
+from jaxgpt.data.token_files import open_bare, open_token_file, read_bytes
+from jaxgpt.data.tokens import Ids, Joined, Shard, Tokens
+from jaxgpt.errors import DataError
+from jaxgpt.files import decode_text, local, not_text
+
+# What a directory is searched for.
+_ENDINGS = (".txt", ".tokens", ".safetensors", ".bin", ".idx")
+# Names of files that hold a directory's validation split: nanoGPT's val.bin, llm.c's fineweb_val_000000.bin.
+_VALIDATION = re.compile(r"(.*[_.-])?val(id|idation)?([_.-].*)?", re.IGNORECASE)
+_NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<path>.+)")
+_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?[\d.]+(e[+-]?\d+)?|[+-]?nan|[+-]?inf)", re.IGNORECASE)
+
+
+class Reference(NamedTuple):
+    """Where a source is: its name, path and weight (see `Source`)."""
+
+    name: str
+    path: str
+    weight: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One source of a mixture.
+
+    Attributes:
+        name: its name in messages and in run.json.
+        tokens: its ids.
+        weight: its share of the sequences, relative to the other sources' weights; None for that of its size.
+        validation: the validation split that came with it, if one did.
+        path: where it is; None for tokens made in Python.
+    """
+
+    name: str
+    tokens: Tokens
+    weight: float | None = None
+    validation: Tokens | None = None
+    path: str | None = None
+
+    def __post_init__(self):
+        if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
+            raise DataError(f"{self.name}: a weight must be a number above 0, not {self.weight!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The sources of a run.
+
+    Attributes:
+        sources: what is trained on.
+        validation: what is validated on, if that is not the end of each source.
+    """
+
+    sources: tuple[Source, ...]
+    validation: tuple[Source, ...] = ()
+
+    @property
+    def identity(self) -> str:
+        """What tells these ids, in this mixture, from others, wherever they lie."""
+        if len(self.sources) == 1 and not self.validation and self.sources[0].validation is None:
+            return self.sources[0].tokens.identity
+        parts = [
+            (source.weight, source.tokens.identity, source.validation and source.validation.identity)
+            for source in self.sources
+        ]
+        validation = [source.tokens.identity for source in self.validation]
+        return hashlib.sha256(repr((parts, validation)).encode()).hexdigest()
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All shards, those of the validation too."""
+        tokens = [source.tokens for source in (*self.sources, *self.validation)]
+        tokens += [source.validation for source in self.sources if source.validation is not None]
+        return [shard for one in tokens for shard in one.shards]
+
+    def split(self, val_fraction: float) -> tuple[Mixture, Ids]:
+        """(what to train on, what to validate on): the latter is the validation that was given or came along or, of a
+        source that has none, the last `val_fraction` of its ids."""
+        train: list[Ids] = []
+        val: list[Ids] = [source.tokens.ids_N for source in self.validation]
+        for source in self.sources:
+            if self.validation or source.validation is not None:
+                train.append(source.tokens.ids_N)
+                val += [] if source.validation is None or self.validation else [source.validation.ids_N]
+            else:
+                first, last = source.tokens.split(val_fraction)
+                train.append(first)
+                val.append(last)
+        names = tuple(source.name for source in self.sources)
+        weights = tuple(
+            float(len(ids)) if source.weight is None else source.weight
+            for source, ids in zip(self.sources, train, strict=True)
+        )
+        return Mixture(names, tuple(train), weights), val[0] if len(val) == 1 else Joined(val)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Rows of ids to draw sequences from.
+
+    Attributes:
+        names: of the sources.
+        ids: the row of each.
+        weights: the share of each in the sequences, relative to the others'.
+    """
+
+    names: tuple[str, ...]
+    ids: tuple[Ids, ...]
+    weights: tuple[float, ...]
+
+    @classmethod
+    def of(cls, ids_N: Ids) -> Mixture:
+        """That of a single source."""
+        return cls(("the data",), (ids_N,), (1.0,))
+
+    def __len__(self) -> int:
+        return sum(map(len, self.ids))
+
+
+def open_corpus(data: Any, config: GPTConfig, *, validation: Any = None, tokenizer: str | Path | None = None) -> Corpus:
+    """Opens what a model is to be trained on.
+
+    Args:
+        data: a source or several. A source is a path, `Tokens`, or a text such as "wiki=corpus/:0.7" with a name
+            for it and its weight; a path is a file, a directory or a pattern of files.
+        config: the model's config.
+        validation: sources to validate on.
+        tokenizer: what made the ids of files that do not say; by default those are refused.
+
+    Raises:
+        DataError: if a source cannot be opened, or has another tokenizer than the model; if only some have weights.
+    """
+    sources = tuple(_open(one, config, tokenizer) for one in _listed(data))
+    given = [source.name for source in sources if source.weight is not None]
+    if given and len(given) < len(sources):
+        missing = next(source.name for source in sources if source.weight is None)
+        raise DataError(f"{given[0]} has a weight and {missing} has none: give all sources one, or none")
+    names = [source.name for source in sources]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise DataError(f"two sources have the name {min(twice)!r}: give them names, as in --data NAME=PATH")
+    apart = tuple(_open(one, config, tokenizer) for one in _listed(validation))
+    for source in apart:
+        if source.weight is not None:
+            raise DataError(f"{source.name}: data to validate on is read once, so it has no weight")
+    return Corpus(sources, apart)
+
+
+def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | None = None) -> Tokens:
+    """Opens one source, a file, a directory or a pattern of files, for a model, and verifies it; with its validation
+    split, if it has one. Text is encoded with the model's tokenizer.
+
+    Raises:
+        DataError: if it cannot be read, is damaged, was made by another tokenizer, or holds ids outside the model's
+            vocabulary.
+    """
+    source = _open(path, config, tokenizer)
+    tokens = source.tokens if source.validation is None else _join([source.tokens, source.validation])
+    for shard in tokens.shards:
+        shard.verify(config.vocab_size)
+    return tokens
+
+
+def read_text(path: str | Path, tokenizer: str | Path) -> Tokens:
+    """Encodes a text file.
+
+    Raises:
+        DataError: if it cannot be read or is not UTF-8 text; says what it looks like.
+    """
+    data = read_bytes(local(path))
+    try:
+        text = decode_text(data)
+    except ValueError as error:
+        raise DataError(f"{path}: {error}; expected UTF-8 text, or a token file from `jaxgpt tokenize`") from None
+    return Tokens.from_text(text, tokenizer)
+
+
+def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
+    """Raises DataError, naming `source`, unless the model's tokenizer made these tokens."""
+    if tokens.tokenizer != config.tokenizer:
+        raise DataError(
+            f"{source}: made by tokenizer {short_repr(tokens.tokenizer)}, but the model has {config.tokenizer!r}: "
+            "tokenize the text again with the model's"
+        )
+
+
+def _listed(data: Any) -> list[Any]:
+    several = isinstance(data, (list, tuple)) and not isinstance(data, Reference)
+    return [] if data is None else list(data) if several else [data]
+
+
+def _open(given: Any, config: GPTConfig, tokenizer: str | Path | None) -> Source:
+    if isinstance(given, Source):
+        source = given
+    elif isinstance(given, Tokens):
+        source = Source("the tokens", given)
+    elif isinstance(given, (str, os.PathLike, Reference)):
+        name, path, weight = given if isinstance(given, Reference) else parse(given)
+        train, val = _paths(path)
+        tokens = _join([_open_file(file, config, tokenizer) for file in train])
+        validation = _join([_open_file(file, config, tokenizer) for file in val]) if val else None
+        source = Source(name, tokens, weight, validation, os.path.abspath(local(path)))
+    else:
+        raise TypeError(f"data must be a path, Tokens, or a list of these, not {short_repr(given)}")
+    for tokens in filter(None, (source.tokens, source.validation)):
+        check_tokens(tokens, config, source.path or source.name)
+    return source
+
+
+def parse(given: str | os.PathLike[str]) -> Reference:
+    """A source as --data has it: PATH, NAME=PATH, PATH:WEIGHT or NAME=PATH:WEIGHT. A path that
+    exists as it is written is one."""
+    text, name, weight = os.fspath(given), None, None
+    if isinstance(given, str) and text and not os.path.exists(local(text)):
+        if found := _WEIGHTED.fullmatch(text):
+            text, weight = found["path"], float(found["weight"])
+        if not os.path.exists(local(text)) and (found := _NAMED.fullmatch(text)):
+            name, text = found["name"], found["path"]
+    return Reference(name or Path(text).name or text, text, weight)
+
+
+def _paths(path: str) -> tuple[list[Path], list[Path]]:
+    """The files of a source: those to train on, and those that are its validation split.
+
+    Raises:
+        DataError: if there are none.
+    """
+    place = local(path)
+    if os.path.isdir(place):
+        files = sorted(file for file in place.iterdir() if file.suffix in _ENDINGS and file.is_file())
+        if not files:
+            raise DataError(f"{path}: a directory without data: expected files that end in {', '.join(_ENDINGS)}")
+    elif glob.has_magic(path) and not os.path.exists(place):
+        files = sorted(Path(file) for file in glob.glob(os.fspath(place)) if os.path.isfile(file))
+        if not files:
+            raise DataError(f"{path}: no file has such a name")
+    else:
+        return [place], []
+    indexed = {file.with_suffix(".bin") for file in files if file.suffix == ".idx"}
+    files = [file for file in files if file not in indexed]
+    val = [file for file in files if _VALIDATION.fullmatch(file.stem)]
+    train = [file for file in files if file not in val]
+    return (train, val) if train else (val, [])
+
+
+def _open_file(path: Path, config: GPTConfig, tokenizer: str | Path | None) -> Tokens:
+    try:
+        odd = path.exists() and not path.is_file()  # it is read twice, and opening a pipe could block indefinitely
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    if odd:
+        raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
+    if (tokens := open_token_file(path, tokenizer)) is not None:
+        return tokens
+    bare = path.suffix == ".bin" and not_text(read_bytes(path, 2**20)) != ""
+    if not bare:
+        return read_text(path, config.tokenizer)
+    if tokenizer is None:
+        raise DataError(
+            f"{path}: has no header that says what it holds: if these are uint16 ids, as nanoGPT writes them, say "
+            "which tokenizer made them (--tokenizer NAME_OR_PATH)"
+        )
+    return open_bare(path, tokenizer)
+
+
+def _join(tokens: Sequence[Tokens]) -> Tokens:
+    """The tokens of several files, one after another.
+
+    Raises:
+        DataError: if they have different tokenizers.
+    """
+    first = tokens[0]
+    for other in tokens[1:]:
+        if other.tokenizer != first.tokenizer:
+            where = f"{first.shards[0].path or 'text'} and {other.shards[0].path or 'text'}"
+            raise DataError(f"{where} were made by different tokenizers, {first.tokenizer} and {other.tokenizer}")
+    shards = tuple(shard for one in tokens for shard in one.shards)
+    return Tokens(shards, first.tokenizer, max(one.vocab_size for one in tokens))

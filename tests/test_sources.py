@@ -1,0 +1,370 @@
+"""What a model is trained on: token files of every program, many files as one row, mixtures, and their order."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxgpt.cli import main
+from jaxgpt.config import GPTConfig
+from jaxgpt.data import Joined, Mixture, Source, Tokens, open_corpus, open_tokens, verification
+from jaxgpt.errors import ConfigError, DataError
+from jaxgpt.training import TrainConfig, load_config, train
+from jaxgpt.training.batches import BLOCK, ReadAhead, batch, check_enough, permute, shares
+
+GPT2 = GPTConfig(context_length=8, emb_dim=8, n_heads=2, n_layers=1)
+BYTES = GPT2.replace(vocab_size=257, tokenizer="bytes")
+CONFIG = TrainConfig(model=BYTES, batch_size=4, warmup_steps=0, seed=3, sequences="sliding")
+IDS = np.arange(1000, 1100)
+
+
+def write_llmc(path, ids, magic=20240520, version=1, dtype="<u2", count=None):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(ids) if count is None else count
+    path.write_bytes(header.tobytes() + np.asarray(ids).astype(dtype).tobytes())
+
+
+def write_megatron(path, ids, lengths, kind=8, dtype="<u2"):
+    """Writes PATH.idx and PATH.bin as Megatron's indexed_dataset.py does, one document per sequence."""
+    lengths = np.asarray(lengths)
+    places = (np.cumsum(lengths) - lengths) * np.dtype(dtype).itemsize
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, kind, len(lengths), len(lengths) + 1)
+    tables = lengths.astype("<i4").tobytes() + places.astype("<i8").tobytes()
+    path.with_suffix(".idx").write_bytes(head + tables + np.arange(len(lengths) + 1).astype("<i8").tobytes())
+    path.with_suffix(".bin").write_bytes(np.asarray(ids).astype(dtype).tobytes())
+
+
+# How each program's files are written, and what the user must say of them.
+WRITERS = {
+    "llm.c": (lambda path: write_llmc(path / "a.bin", IDS), "a.bin", None),
+    "llm.c, uint32": (lambda path: write_llmc(path / "a.bin", IDS, 20240801, 7, "<u4"), "a.bin", "gpt2"),
+    "nanoGPT": (lambda path: (path / "train.bin").write_bytes(IDS.astype("<u2").tobytes()), "train.bin", "gpt2"),
+    "Megatron": (lambda path: write_megatron(path / "a", IDS, [30, 0, 70]), "a.idx", "gpt2"),
+    "Megatron, int32": (lambda path: write_megatron(path / "a", IDS, [100], 4, "<i4"), "a.idx", "gpt2"),
+    "ours": (lambda path: Tokens.from_ids(IDS, "gpt2").save(path / "a.tokens"), "a.tokens", None),
+}
+
+
+@pytest.mark.parametrize("program", WRITERS)
+def test_token_files_of_other_programs_are_read(program, tmp_path):
+    write, name, tokenizer = WRITERS[program]
+    write(tmp_path)
+    tokens = open_tokens(tmp_path / name, GPT2, tokenizer)
+    np.testing.assert_array_equal(np.asarray(tokens.ids_N), IDS)
+    assert tokens.tokenizer == "gpt2"
+    if tokenizer is not None:
+        with pytest.raises(DataError, match=r"which tokenizer made (its ids|them).*--tokenizer NAME_OR_PATH"):
+            open_tokens(tmp_path / name, GPT2)
+    # Alone in a directory, they are what the directory means.
+    np.testing.assert_array_equal(np.asarray(open_tokens(tmp_path, GPT2, tokenizer).ids_N), IDS)
+
+
+def truncate(path, size):
+    os.truncate(path, path.stat().st_size + size)
+
+
+def index(path, at, form, value):
+    data = bytearray(path.read_bytes())
+    struct.pack_into(form, data, at, value)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("program", "damage", "message"),
+    [
+        ("llm.c", lambda path: truncate(path / "a.bin", -1), "header says 100 tokens, 1,224 bytes, and it has 1,223"),
+        ("llm.c", lambda path: truncate(path / "a.bin", 2), "header says 100 tokens"),
+        ("llm.c", lambda path: truncate(path / "a.bin", -300), "header of 1,024 bytes is cut short"),
+        ("llm.c", lambda path: index(path / "a.bin", 8, "<i", -1), "header says -1 tokens"),
+        ("llm.c", lambda path: index(path / "a.bin", 8, "<i", 2**31 - 1), "header says 2,147,483,647 tokens"),
+        ("llm.c", lambda path: write_llmc(path / "a.bin", []), "holds no tokens"),
+        ("llm.c", lambda path: write_llmc(path / "a.bin", [5, 50257]), "id 50257 at 1 is outside the vocabulary"),
+        ("nanoGPT", lambda path: truncate(path / "train.bin", -1), "199 bytes are not uint16 ids"),
+        ("nanoGPT", lambda path: write_llmc(path / "train.bin", IDS, 20240526), "not bare ids: .* as in a header"),
+        ("Megatron", lambda path: (path / "a.bin").unlink(), "expected it beside the index"),
+        ("Megatron", lambda path: truncate(path / "a.bin", -2), "says 100 ids of 2 bytes, and it has 198"),
+        ("Megatron", lambda path: truncate(path / "a.idx", -1), "3 sequences and 4 documents do not fit"),
+        ("Megatron", lambda path: truncate(path / "a.idx", -70), "the header is cut short"),
+        ("Megatron", lambda path: index(path / "a.idx", 9, "<Q", 2), "of version 2"),
+        ("Megatron", lambda path: index(path / "a.idx", 17, "<B", 6), "ids of type 6"),
+        ("Megatron", lambda path: index(path / "a.idx", 18, "<Q", 10**18), "do not fit"),
+        ("Megatron", lambda path: index(path / "a.idx", 34, "<i", -1), "do not follow one another"),
+        ("Megatron", lambda path: index(path / "a.idx", 46, "<q", 2), "do not follow one another"),
+        ("Megatron, int32", lambda path: index(path / "a.bin", 8, "<i", -5), "id -5 at 2 is outside the vocabulary"),
+        ("ours", lambda path: truncate(path / "a.tokens", -1), "damaged"),
+    ],
+)
+def test_damaged_files_of_other_programs_are_refused_by_name(program, damage, message, tmp_path):
+    write, name, tokenizer = WRITERS[program]
+    write(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message) as error:
+        open_tokens(tmp_path / name, GPT2, tokenizer)
+    assert str(tmp_path) in str(error.value)
+
+
+@given(st.lists(st.integers(0, 5), max_size=6), st.data())
+def test_several_rows_are_one(lengths, data):
+    ends = np.cumsum([0, *lengths])
+    whole = np.arange(ends[-1])
+    joined = Joined(np.split(whole, ends[1:-1]))
+    assert len(joined) == len(whole)
+    cut = st.one_of(st.none(), st.integers(-40, 40))
+    part = slice(data.draw(cut), data.draw(cut))
+    np.testing.assert_array_equal(np.asarray(joined[part]), whole[part])
+    inner = slice(data.draw(cut), data.draw(cut))
+    np.testing.assert_array_equal(np.asarray(joined[part][inner]), whole[part][inner])
+
+
+def test_many_shards_are_one_row_and_few_are_open_at_a_time(tmp_path):
+    for i in range(300):
+        write_llmc(tmp_path / f"fineweb_train_{i:06}.bin", np.full(10, i))
+    tokens = open_corpus(tmp_path, GPT2).sources[0].tokens
+    before = len(os.listdir("/proc/self/fd"))
+    np.testing.assert_array_equal(np.asarray(tokens.ids_N), np.repeat(np.arange(300), 10))
+    assert len(os.listdir("/proc/self/fd")) <= before + 256
+    # A sequence may begin in one file and end in another.
+    np.testing.assert_array_equal(np.asarray(tokens.ids_N[1995:2003]), [199] * 5 + [200] * 3)
+
+
+def test_a_directory_comes_with_its_validation_split(tmp_path):
+    write_llmc(tmp_path / "fineweb_val_000000.bin", IDS[:40])
+    write_llmc(tmp_path / "fineweb_train_000001.bin", IDS[:60])
+    write_llmc(tmp_path / "fineweb_train_000002.bin", IDS[60:])
+    corpus = open_corpus(tmp_path, GPT2)
+    mixture, val_N = corpus.split(0.5)
+    np.testing.assert_array_equal(np.asarray(mixture.ids[0]), IDS)
+    np.testing.assert_array_equal(np.asarray(val_N), IDS[:40])
+    # A pattern says itself what is meant.
+    train_N, val_N = open_corpus(str(tmp_path / "*_train_*.bin"), GPT2).split(0.1)
+    assert (len(train_N), len(val_N)) == (90, 10)
+    given = open_corpus(tmp_path, GPT2, validation=tmp_path / "fineweb_train_000002.bin")
+    np.testing.assert_array_equal(np.asarray(given.split(0.1)[1]), IDS[60:])
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "weight"),
+    [
+        ("{}/a.txt", "a.txt", None),
+        ("{}/a.txt:0.7", "a.txt", 0.7),
+        ("verse={}/a.txt:2e-1", "verse", 0.2),
+        ("verse={}/*.txt", "verse", None),
+        ("{}/odd=name:3", "odd=name:3", None),  # a path that exists is one
+        ("{}/odd=name:3:4", "odd=name:3", 4.0),
+    ],
+)
+def test_sources_are_written_as_name_path_and_weight(given, name, weight, tmp_path):
+    for file in ("a.txt", "odd=name:3"):
+        (tmp_path / file).write_text("To be, or not to be")
+    source = open_corpus(given.format(tmp_path), BYTES).sources[0]
+    assert (source.name, source.weight) == (name, weight)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (["a.txt:0"], "weight must be a number above 0, not 0.0"),
+        (["a.txt:-1"], "weight must be a number above 0, not -1.0"),
+        (["a.txt:nan"], "weight must be a number above 0, not nan"),
+        (["a.txt:1", "b.txt"], "a.txt has a weight and b.txt has none"),
+        (["a.txt", "a.txt"], "two sources have the name 'a.txt'"),
+        (["absent.txt"], "absent.txt: cannot be read: No such file"),
+        (["absent-*.txt"], "no file has such a name"),
+        (["empty"], "a directory without data: expected files that end in"),
+        (["mixed"], "were made by different tokenizers, (bytes and gpt2|gpt2 and bytes)"),
+        (["gpt2.tokens"], "made by tokenizer 'gpt2', but the model has 'bytes'"),
+        (["noise.bin"], "has no header that says what it holds.*--tokenizer"),
+        (["text", "noise.gz"], "looks like gzip"),
+    ],
+)
+def test_data_that_cannot_be_used_is_refused_by_name(data, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt", "text"):
+        (tmp_path / name).write_text("To be, or not to be")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "a.txt").write_text("To be")
+    for path in (tmp_path / "mixed" / "b.tokens", tmp_path / "gpt2.tokens"):
+        Tokens.from_text("To be", "gpt2").save(path)
+    (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
+    (tmp_path / "noise.gz").write_bytes(b"\x1f\x8b" + bytes(20))
+    with pytest.raises(DataError, match=message):
+        open_corpus(data, BYTES)
+
+
+def test_validation_data_has_no_weight(tmp_path):
+    (tmp_path / "a.txt").write_text("To be")
+    with pytest.raises(DataError, match="read once, so it has no weight"):
+        open_corpus(tmp_path / "a.txt", BYTES, validation=f"{tmp_path}/a.txt:2")
+
+
+@pytest.mark.parametrize("key", [(0,), (1, 2, 3)])
+def test_the_order_of_an_epoch_is_a_permutation(key):
+    for n in (*range(1, 200), 1000, 4096, 4097):
+        assert sorted(permute(np.arange(n), n, key).tolist()) == list(range(n))
+    # Any part of it, however large the whole, is the same part.
+    some = np.array([0, 1, 10**11, 3 * 10**11 - 1])
+    np.testing.assert_array_equal(permute(some, 3 * 10**11, key)[2:], permute(some[2:], 3 * 10**11, key))
+
+
+def test_the_order_looks_random():
+    """Each place is as likely as any other for the first index, and neighbours do not stay together."""
+    n, draws = 24, 4800
+    first = collections.Counter(int(permute(np.array([0]), n, (seed,))[0]) for seed in range(draws))
+    expected = draws / n
+    chi_squared = sum((first[place] - expected) ** 2 / expected for place in range(n))
+    assert chi_squared < 53  # of 23 degrees of freedom: exceeded once in 3,000 times
+    order = permute(np.arange(10_000), 10_000, (7,))
+    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.04
+    assert (np.diff(order) == 1).sum() < 10
+
+
+def test_shares_are_by_largest_remainder():
+    assert shares((1.0, 1.0, 1.0)).tolist() == [1366, 1365, 1365]
+    assert shares((0.7, 0.3)).sum() == BLOCK
+    with pytest.raises(DataError, match="source 1 of the mixture would get less than one of 4,096"):
+        shares((10**6, 1.0))
+
+
+@pytest.mark.parametrize("sequences", ["sliding", "random"])
+def test_a_mixture_takes_its_share_of_every_source(sequences):
+    # Of two sources, the ids tell which a row is from; 20 and 10 sequences per epoch.
+    mixture = Mixture(("low", "high"), (np.arange(161) % 100, 100 + np.arange(81) % 100), (3.0, 1.0))
+    config = dataclasses.replace(CONFIG, batch_size=64, sequences=sequences)
+    rows = np.concatenate([batch(mixture, config, step) for step in range(2 * BLOCK // 64)])
+    high = rows[:, 0] >= 100
+    assert high[:BLOCK].sum() == high[BLOCK:].sum() == BLOCK // 4
+    assert (rows[0 : BLOCK - 64, 0] != rows[64:BLOCK, 0]).any()
+    assert not np.array_equal(high[:BLOCK], high[BLOCK:])
+    if sequences == "sliding":  # every epoch of a source has each sequence once
+        starts = rows[high][:, 0] - 100
+        for epoch in range(len(starts) // 10):
+            assert sorted(starts[10 * epoch : 10 * epoch + 10].tolist()) == list(range(0, 80, 8))
+        assert starts[:10].tolist() != starts[10:20].tolist()
+    parts = [batch(mixture, config, 70, slice(i, i + 16)) for i in range(0, 64, 16)]
+    np.testing.assert_array_equal(np.concatenate(parts), batch(mixture, config, 70))
+
+
+def test_every_source_must_fill_a_sequence():
+    mixture = Mixture(("long", "short"), (np.arange(99), np.arange(8)), (1.0, 1.0))
+    with pytest.raises(DataError, match="the training split of short has 8 tokens; sequences of 8 need one more"):
+        check_enough(mixture, CONFIG, "training")
+
+
+def test_an_id_outside_the_vocabulary_is_found_in_the_batch_that_holds_it():
+    ids_N = np.arange(241)
+    ids_N[77] = 300
+    with pytest.raises(DataError, match=r"the data: id 300 at 77 is outside the vocabulary: 0 to 256"):
+        [batch(ids_N, CONFIG, step) for step in range(8)]
+
+
+def test_batches_read_ahead_are_those_read_at_once():
+    read, seen = [], []
+
+    def rows(step, part):
+        read.append((step, part.start))
+        return np.full(4, step)
+
+    ahead = ReadAhead(rows, steps=5)
+    for step in range(5):
+        seen.append(int(ahead(step)[0]))
+        ahead(step, slice(2, 4))
+    ahead.close()
+    assert seen == [0, 1, 2, 3, 4]
+    assert sorted(read, key=str) == sorted([(step, part) for step in range(5) for part in (None, 2)], key=str)
+
+
+RUN = dataclasses.replace(
+    CONFIG, steps=6, batch_size=2, final_learning_rate=1.0, eval_interval=3, checkpoint_interval=2, log_interval=1
+)
+
+
+@pytest.fixture
+def shards(tmp_path):
+    rng = np.random.default_rng(0)
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        for i in range(3):
+            Tokens.from_ids(rng.integers(0, 256, 50), "bytes").save(tmp_path / name / f"{i}.tokens")
+    return tmp_path
+
+
+def test_a_mixture_resumes_bit_for_bit_also_after_its_shards_moved(shards):
+    data = [f"one={shards}/one:0.75", f"two={shards}/two:0.25"]
+    whole = train(RUN, data, shards / "whole")
+    train(dataclasses.replace(RUN, steps=3), data, shards / "part")
+    (shards / "one").rename(shards / "moved")
+    with pytest.raises(ConfigError, match=r"no longer at .*one: say where it is now \(--data\)"):
+        train(RUN, None, shards / "part", resume=True)
+    with pytest.raises(ConfigError, match=r"data two: weight 0.25 before, 0.5 now"):
+        train(RUN, [f"one={shards}/moved:0.75", f"two={shards}/two:0.5"], shards / "part", resume=True)
+    with pytest.raises(ConfigError, match=r"data moved: identity .* before, .* now"):
+        train(RUN, [f"{shards}/two:0.75", f"{shards}/moved:0.25"], shards / "part", resume=True)
+    resumed = train(RUN, [f"{shards}/moved:0.75", f"{shards}/two:0.25"], shards / "part", resume=True)
+    assert resumed.val_loss == whole.val_loss
+    for a, b in zip(*([*_leaves(result.params)] for result in (whole, resumed)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _leaves(tree):
+    import jax
+
+    return map(np.asarray, jax.tree.leaves(tree))
+
+
+def test_a_corpus_is_verified_beside_the_training(shards, monkeypatch):
+    path = shards / "two" / "1.tokens"
+    data = path.read_bytes()
+    path.write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+    with pytest.raises(DataError, match=r"two/1.tokens: damaged: the ids do not have the sha256"):
+        train(RUN, [str(shards / "one"), str(shards / "two")], shards / "at-once")
+    assert not (shards / "at-once" / "run.json").exists()
+    monkeypatch.setattr(verification, "AT_ONCE", 0)
+    with pytest.raises(DataError, match=r"two/1.tokens: damaged: the ids do not have the sha256"):
+        train(dataclasses.replace(RUN, steps=10**4), [str(shards / "one"), str(shards / "two")], shards / "aside")
+    assert (shards / "aside" / "run.json").exists()
+    with pytest.raises(DataError, match="sha256"):
+        train(RUN, [str(shards / "one"), str(shards / "two")], shards / "verify", verify=True)
+    assert not (shards / "verify" / "run.json").exists()
+
+
+def test_the_command_trains_on_a_mixture_and_says_what_it_validates_on(shards, capsys):
+    rng = np.random.default_rng(1)
+    config = shards / "run.toml"
+    config.write_text(
+        "[model]\nvocab_size = 50257\ncontext_length = 8\nemb_dim = 8\nn_heads = 2\nn_layers = 1\n"
+        "[train]\nsteps = 2\nbatch_size = 2\nwarmup_steps = 0\n"
+    )
+    data = shards / "gpt2"
+    data.mkdir()
+    for name, size in (("train.bin", 200), ("val.bin", 40)):
+        (data / name).write_bytes(rng.integers(0, 50257, size).astype("<u2").tobytes())
+    write_llmc(shards / "web.bin", rng.integers(0, 50257, 300))
+    words = ["train", str(config), "--data", f"openwebtext={data}:2", "--data", f"{shards}/web.bin:1"]
+    assert main([*words, "--out", str(shards / "refused")]) == 2
+    assert "--tokenizer NAME_OR_PATH" in capsys.readouterr().err
+    assert main([*words, "--tokenizer", "gpt2", "--out", str(shards / "run")]) == 0
+    told = capsys.readouterr()
+    assert "openwebtext: its validation split (40 tokens) is what the run validates on" in told.out + told.err
+    assert "470 tokens to train on, 70 to validate" in told.out + told.err
+    # Which tokenizer made the ids is known by now.
+    assert main(["train", "--resume", str(shards / "run"), "--set", "steps=3"]) == 0
+    assert load_config(shards / "run").vocab_size == 50257
+
+
+def test_sources_made_in_python_are_named_in_errors(tmp_path):
+    tokens = Tokens.from_text("To be, or not to be, that is the question", "bytes")
+    with pytest.raises(DataError, match="verse: a weight must be a number above 0, not -1"):
+        Source("verse", tokens, -1)
+    train(
+        dataclasses.replace(RUN, steps=1), [Source("verse", tokens, 0.5), Source("more", tokens, 0.5)], tmp_path / "a"
+    )
+    with pytest.raises(ConfigError, match=r"does not say where the run's data is: give it \(--data\)"):
+        train(None, None, tmp_path / "a", resume=True)
