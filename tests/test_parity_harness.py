@@ -188,7 +188,11 @@ def test_a_task_that_the_harness_does_not_have_is_told_the_nearest():
     with pytest.raises(ConfigError, match=r"no task 'helaswag'; did you mean 'hellaswag'\?"):
         check_tasks(["helaswag"])
     with pytest.raises(ConfigError, match=r"no task 'wikitext_guid'; did you mean 'wikitext_guide'\?"):
-        check_tasks(["wikitext_guid"], ["wikitext_guide"])
+        check_tasks(["wikitext_guid"])
+    with pytest.raises(
+        ConfigError, match=r"the task .wikitext_guide. reads wiki\.test\.raw: give its place, wikitext_guide="
+    ):
+        check_tasks(["wikitext_guide"])
 
 
 def test_a_model_without_an_end_of_text_is_refused(tmp_path):

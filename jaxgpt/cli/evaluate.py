@@ -90,7 +90,7 @@ def _run_text(args: argparse.Namespace) -> int:
 
 def _run_tasks(args: argparse.Namespace) -> int:
     from jaxgpt.parallel import memory_errors
-    from jaxgpt.scoring import TASKS, check_task, check_tasks, run_harness, run_task
+    from jaxgpt.scoring import check_task, check_tasks, run_harness, run_task
 
     if args.seq_len or args.last_fraction is not None:
         raise ValueError("--seq-len and --last-fraction belong to --data")
@@ -102,7 +102,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
     for name, path in built_in.items():
         check_task(name, path)
     if others:
-        check_tasks(others, list(TASKS))
+        check_tasks(others)
     model, params = load_model(args)
     printed: dict[str, Any] = {}
     with memory_errors("lower --batch-tokens, or choose a --dtype of fewer bytes"):

@@ -14,6 +14,7 @@ from jaxgpt.generation import Generation, decode_new, default_stop_ids, sampling
 from jaxgpt.model import GPT, check_model
 from jaxgpt.scoring.likelihood import score
 from jaxgpt.scoring.pairs import rolling_windows
+from jaxgpt.scoring.tasks import TASKS
 from jaxgpt.tokenizer import get_tokenizer
 
 # Tokens to generate where a task does not say; so does the harness.
@@ -49,19 +50,21 @@ def LMEvalModel(model: GPT, params: Any, *, batch_tokens: int = 4096, batch_size
     return adapter(model, params, batch_tokens, batch_size)
 
 
-def check_tasks(names: Sequence[str], known: Sequence[str] = ()) -> None:
+def check_tasks(names: Sequence[str]) -> None:
     """Checks the names of tasks of the harness, as far as is possible without their data.
 
     Raises:
         MissingExtraError: without the extra `eval`.
-        ConfigError: for a name that it does not have, with the nearest one that it, or `known`, has.
+        ConfigError: for a name that it does not have, with the nearest one; for a built-in task, with its file.
     """
     require("lm_eval.tasks", "eval", f"the task {names[0]} without a file")
     there = _task_manager().all_tasks
     for name in names:
+        if name not in there and name in TASKS:
+            raise ConfigError(f"the task {name!r} reads {TASKS[name].file}: give its place, {name}=PATH")
         if name not in there:
             raise ConfigError(
-                f"lm-evaluation-harness has no task {name!r}{did_you_mean(name, [*known, *there])} "
+                f"lm-evaluation-harness has no task {name!r}{did_you_mean(name, [*TASKS, *there])} "
                 "(`lm-eval ls tasks` lists them)"
             )
 
