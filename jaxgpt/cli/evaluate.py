@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from jaxgpt.cli.options import add_model_arguments, load_model
@@ -120,24 +121,26 @@ def _run_tasks(args: argparse.Namespace) -> int:
                 )
             printed[name] = dataclasses.asdict(result)
             if not args.json:
-                print(f"{name}: {result.variant} ({result.examples:,} examples of {result.file})")
-                for metric, value in result.metrics.items():
-                    print(f"    {metric:<16} {value:>9.4f}")
-                    for figure in result.published:
-                        if figure.metric == metric:
-                            print(f"        GPT-2: {figure}")
+                title = f"{name}: {result.variant} ({result.examples:,} examples of {result.file})"
+                _show(title, result.metrics, result.published)
         if others:
-            for name, metrics in run_harness(
-                model, params, others, limit=args.limit, batch_tokens=args.batch_tokens
-            ).items():
+            results = run_harness(model, params, others, limit=args.limit, batch_tokens=args.batch_tokens)
+            for name, metrics in results.items():
                 printed[name] = {"variant": "lm-evaluation-harness", "metrics": metrics}
                 if not args.json:
-                    print(f"{name}: as lm-evaluation-harness defines it")
-                    for metric, value in metrics.items():
-                        print(f"    {metric:<16} {value:>9.4f}")
+                    _show(f"{name}: as lm-evaluation-harness defines it", metrics)
     if args.json:
         print(json.dumps(printed))
     return 0
+
+
+def _show(title: str, metrics: dict[str, float], published: Sequence[Any] = ()) -> None:
+    print(title)
+    for metric, value in metrics.items():
+        print(f"    {metric:<16} {value:>9.4f}")
+        for figure in published:
+            if figure.metric == metric:
+                print(f"        GPT-2: {figure}")
 
 
 def parse_tasks(entries: list[str]) -> tuple[dict[str, str], list[str]]:
