@@ -37,6 +37,9 @@ from .tokenizer import get_tokenizer as get_tokenizer
 from .model import Cache as Cache
 from .generation import prepare as prepare
 from .description import describe as describe
+from .scoring import score as score
+from .scoring import Score as Score
+from .scoring import LMEvalModel as LMEvalModel
 from .interpret import look_inside as look_inside
 from .interpret import Inside as Inside
 

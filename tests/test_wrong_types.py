@@ -204,6 +204,7 @@ def results():
         "generate": generate(MODEL, PARAMS, [[1], [2, 3]], 4, logprobs=2),
         "look_inside": look_inside(MODEL, PARAMS, [1, 2, 3]),
         "evaluate": evaluate(MODEL, PARAMS, [1, 2, 3]),
+        "score": jaxgpt.score(MODEL, PARAMS, [[1]], [[[2, 3]]])[0][0],
         "tokens": Tokens.from_text("To be", "bytes"),
         "cache": jaxgpt.Cache.empty(BYTES, ComputeConfig(), jnp.zeros(2, jnp.int32), 8),
         "train": jaxgpt.TrainResult(3, PARAMS, BYTES, ComputeConfig(), 1.5, None),
@@ -236,6 +237,7 @@ def test_results_print_shapes_and_not_numbers(results):
     assert "attention_LxHxTxT=float32[2, 3, 3, 3]" in repr(results["look_inside"])
     assert "tokens=[int32[5], int32[6]]" in repr(results["generate"])
     assert f"params=<{len(jax.tree.leaves(PARAMS))} arrays, " in repr(results["train"])
+    assert "token_logprobs=float32[2]" in repr(results["score"])
     assert repr(results["tokens"]) == "Tokens(5 tokens, tokenizer='bytes', vocab_size=257)"
 
 
