@@ -333,8 +333,8 @@ def test_a_terminal_without_a_prompt_is_asked_for_prompts(model, capsys, types, 
 def test_ctrl_c_stops_an_answer_and_asks_on(model, capsys, types, monkeypatch):
     pieces = generation.text_pieces
 
-    def interrupted(session):
-        yield next(pieces(session))
+    def interrupted(session, stop):
+        yield next(pieces(session, stop))
         monkeypatch.setattr(generation, "text_pieces", pieces)
         raise KeyboardInterrupt
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxgpt.checks import did_you_mean
 from jaxgpt.errors import ConfigError, require
-from jaxgpt.generation import Generation, decode_new, default_stop_ids, sampling
+from jaxgpt.generation import STREAM_CHUNK, Generation, completions, default_stop_ids, from_options
 from jaxgpt.model import GPT, check_model
 from jaxgpt.scoring.likelihood import score
 from jaxgpt.scoring.pairs import rolling_windows
@@ -210,8 +210,7 @@ def _generate(model: GPT, params: Any, prompts: list[list[int]], options: dict[s
     until = options.get("until") or []
     until = [text for text in ([until] if isinstance(until, str) else until) if text]
     temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
-    sampler = sampling.from_options(temperature, options.get("top_k"), options.get("top_p"), None)
-    stop_ids = default_stop_ids(model.config)
+    sampler = from_options(temperature=temperature, top_k=options.get("top_k"), top_p=options.get("top_p"))
     run = Generation(
         model,
         params,
@@ -219,18 +218,7 @@ def _generate(model: GPT, params: Any, prompts: list[list[int]], options: dict[s
         new_tokens,
         sampler=sampler,
         key=0 if sampler.draws else None,
-        stop_ids=stop_ids,
+        stop_ids=default_stop_ids(model.config),
+        chunk=STREAM_CHUNK,  # few tokens are drawn past a stop string
     )
-    texts: list[str] = []
-    for _ in run:
-        texts = [decode_new(model.config, new, stop_ids) for new in run.result().new_tokens]
-        if all(any(stop in text for stop in until) for text in texts):
-            break
-    return [_before(text, until) for text in texts]
-
-
-def _before(text: str, stops: list[str]) -> str:
-    """The text before the first of these that occurs in it."""
-    for stop in stops:
-        text = text.partition(stop)[0]
-    return text
+    return completions(run, until)
