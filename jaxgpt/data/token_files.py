@@ -60,13 +60,16 @@ def open_bare(path: Path, tokenizer: str | Path) -> Tokens:
     """Opens uint16 ids without a header, as nanoGPT writes them.
 
     Raises:
-        DataError: if the file is empty, of an odd size, or begins as a file with a header does.
+        DataError: if the file is empty, of an odd size, or begins as a file with a header or with wider ids does.
     """
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise DataError(f"{path}: {size:,} bytes are not uint16 ids")
-    if (zeros := read_bytes(path, _LLMC_HEADER).count(0)) > 0.9 * _LLMC_HEADER:
+    start = read_bytes(path, _LLMC_HEADER)
+    if (zeros := start.count(0)) > 0.9 * _LLMC_HEADER:
         raise DataError(f"{path}: not bare ids: {zeros:,} of the first {_LLMC_HEADER:,} bytes are 0, as in a header")
+    if len(start) >= 64 and not any(start[2::4] + start[3::4]):
+        raise DataError(f"{path}: not uint16 ids: every second one would be 0, so these are 32-bit or 64-bit numbers")
     return _tokens(path, FileIds(path, "<u2", 0, size // 2), tokenizer)
 
 
