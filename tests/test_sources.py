@@ -124,13 +124,19 @@ def test_several_rows_are_one(lengths, data):
     np.testing.assert_array_equal(np.asarray(joined[part][inner]), whole[part][inner])
 
 
-def test_many_shards_are_one_row_and_few_are_open_at_a_time(tmp_path):
+def test_many_shards_are_one_row_and_few_are_open_at_a_time(tmp_path, monkeypatch):
     for i in range(300):
         write_llmc(tmp_path / f"fineweb_train_{i:06}.bin", np.full(10, i))
     tokens = open_corpus(tmp_path, GPT2).sources[0].tokens
     before = len(os.listdir("/proc/self/fd"))
     np.testing.assert_array_equal(np.asarray(tokens.ids_N), np.repeat(np.arange(300), 10))
     assert len(os.listdir("/proc/self/fd")) <= before + 128
+    # A file that has been read from stays open.
+    opened, usual = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args) or usual(*args))
+    for i in range(10):
+        np.asarray(tokens.ids_N[10 + i : 15 + i])
+    assert len(opened) == 2
     # A sequence may begin in one file and end in another.
     np.testing.assert_array_equal(np.asarray(tokens.ids_N[1995:2003]), [199] * 5 + [200] * 3)
 
@@ -193,6 +199,41 @@ def test_wider_ids_without_a_header_are_refused(dtype, tmp_path):
     (tmp_path / "a.bin").write_bytes(IDS.astype(dtype).tobytes())
     with pytest.raises(DataError, match=r"a.bin: not uint16 ids: every second one would be 0"):
         open_tokens(tmp_path / "a.bin", GPT2, "gpt2")
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path, monkeypatch):
+    Tokens.from_ids(IDS, "gpt2").save(tmp_path / "a.tokens")
+    ids_N = open_tokens(tmp_path / "a.tokens", GPT2).ids_N
+    usual = os.pread
+    with monkeypatch.context() as patch:  # a system may give less than was asked for
+        patch.setattr(os, "pread", lambda descriptor, size, offset: usual(descriptor, min(size, 3), offset))
+        np.testing.assert_array_equal(np.asarray(ids_N[10:]), IDS[10:])
+    truncate(tmp_path / "a.tokens", -2)
+    with pytest.raises(DataError, match=r"a.tokens: has become shorter since it was opened"):
+        np.asarray(ids_N)
+
+
+def test_what_tells_a_corpus_from_others(tmp_path):
+    def identity(ids, **given):
+        write_llmc(tmp_path / "a.bin", ids)
+        return open_corpus(tmp_path / "a.bin", GPT2, **given).identity
+
+    whole = np.arange(9000)
+    identities = {identity(whole), identity(whole[:-1])}
+    for place in (0, 999, 4500, 8000, 8999):  # without a stated hash, not every id counts
+        identities.add(identity(np.where(whole == place, 7777, whole)))
+    Tokens.from_ids(whole, "gpt2").save(tmp_path / "val.tokens")
+    identities.add(identity(whole, validation=tmp_path / "val.tokens"))
+    identities.add(identity(whole, validation=tmp_path / "a.bin"))
+    a, b = Tokens.from_ids([1, 2, 3], "gpt2"), Tokens.from_ids([4, 5], "gpt2")
+    for sources in ((a, None), (b, None)), ((b, None), (a, None)), ((a, 1), (b, 2)), ((a, 2), (b, 1)):
+        made = [Source(str(i), tokens, weight) for i, (tokens, weight) in enumerate(sources)]
+        identities.add(open_corpus(made, GPT2).identity)
+    for validation in (a, b):
+        identities.add(open_corpus([Source("a", a, validation=validation)], GPT2).identity)
+    assert len(identities) == 15
+    write_llmc(tmp_path / "b.bin", whole)  # elsewhere, they are the same
+    assert identity(whole) == open_corpus(tmp_path / "b.bin", GPT2).identity
 
 
 def test_ids_in_files_are_taken_as_slices(tmp_path):

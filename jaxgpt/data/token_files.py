@@ -153,11 +153,11 @@ def _open_megatron(path: Path, tokenizer: str | Path | None) -> Tokens:
             f"{path}: damaged: {sequences:,} sequences and {documents:,} documents do not fit {size:,} bytes"
         )
     width = np.dtype(_MEGATRON_TYPES[kind]).itemsize
-    columns = ("<i4", 34), ("<i8", 34 + 4 * sequences)
+    columns = FileIds(path, "<i4", 34, sequences), FileIds(path, "<i8", 34 + 4 * sequences, sequences)
     total = 0
     for start in range(0, sequences, 2**20):
         part = slice(start, start + 2**20)
-        lengths, places = (_column(path, dtype, at, sequences)[part].astype(np.int64) for dtype, at in columns)
+        lengths, places = (np.asarray(column[part], np.int64) for column in columns)
         if lengths.min() < 0 or (places != width * (total + np.cumsum(lengths) - lengths)).any():
             raise DataError(f"{path}: damaged: its sequences do not follow one another in {data.name}")
         total += int(lengths.sum())
@@ -165,7 +165,3 @@ def _open_megatron(path: Path, tokenizer: str | Path | None) -> Tokens:
     if total * width != end:
         raise DataError(f"{data}: damaged: the index says {total:,} ids of {width} bytes, and it has {end:,} bytes")
     return _tokens(data, FileIds(data, _MEGATRON_TYPES[kind], 0, total), tokenizer, "Megatron's format")
-
-
-def _column(path: Path, dtype: str, offset: int, count: int) -> np.memmap:
-    return np.memmap(path, dtype, "r", offset=offset, shape=(count,))
