@@ -98,6 +98,7 @@ def index(path, at, form, value):
         ("Megatron", lambda path: index(path / "a.idx", 18, "<Q", 10**18), "do not fit"),
         ("Megatron", lambda path: index(path / "a.idx", 34, "<i", -1), "do not follow one another"),
         ("Megatron", lambda path: index(path / "a.idx", 46, "<q", 2), "do not follow one another"),
+        ("Megatron", lambda path: write_megatron(path / "a", IDS, [70, -30, 60]), "do not follow one another"),
         ("Megatron, int32", lambda path: index(path / "a.bin", 8, "<i", -5), "id -5 at 2 is outside the vocabulary"),
         ("ours", lambda path: truncate(path / "a.tokens", -1), "damaged"),
     ],
@@ -192,6 +193,23 @@ def test_megatrons_ids_are_read_as_their_index_says_also_by_their_own_name(kind,
     for name in ("a.bin", "*.bin"):
         tokens = open_tokens(str(tmp_path / name), GPT2, "gpt2")
         np.testing.assert_array_equal(np.asarray(tokens.ids_N), IDS)
+
+
+def test_megatrons_index_may_be_long_and_tell_the_mode_of_each_sequence(tmp_path):
+    count = 2**20 + 5
+    write_megatron(tmp_path / "a", np.arange(count) % 500, np.ones(count, int))
+    with (tmp_path / "a.idx").open("ab") as file:
+        file.write(bytes(count))
+    tokens = open_corpus(tmp_path / "a.idx", GPT2, tokenizer="gpt2").sources[0].tokens
+    np.testing.assert_array_equal(np.asarray(tokens.ids_N[-9:]), np.arange(count - 9, count) % 500)
+
+
+def test_the_tokenizer_can_be_said_where_a_file_does_not_state_it(tmp_path):
+    write_llmc(tmp_path / "a.bin", IDS % 256)  # by custom GPT-2's
+    assert open_tokens(tmp_path / "a.bin", BYTES, "bytes").tokenizer == "bytes"
+    Tokens.from_ids(IDS, "gpt2").save(tmp_path / "a.tokens")
+    with pytest.raises(DataError, match=r"a.tokens: made by tokenizer 'gpt2', not by 'bytes'"):
+        open_tokens(tmp_path / "a.tokens", GPT2, "bytes")
 
 
 @pytest.mark.parametrize("dtype", ["<u4", "<i8"])
@@ -455,6 +473,8 @@ def test_the_end_of_a_run_ends_its_verification(shards, monkeypatch):
     long, asked = Shard(np.zeros(3 * 2**20, np.uint16)), []
     assert not long.verify(257, lambda: asked.append(True) or len(asked) > 2)
     assert len(asked) == 3
+    with pytest.raises(DataError, match="the tokens: id 300 at 1048579 is outside"):
+        Shard(np.append(np.zeros(2**20 + 3, np.uint16), np.uint16(300))).verify(257)
 
 
 def test_the_command_trains_on_a_mixture_and_says_what_it_validates_on(shards, capsys):
