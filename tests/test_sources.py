@@ -149,6 +149,7 @@ def test_a_directory_comes_with_its_validation_split(tmp_path):
     corpus = open_corpus(tmp_path, GPT2)
     mixture, val_N = corpus.split(0.5)
     np.testing.assert_array_equal(np.asarray(mixture.ids[0]), IDS)
+    assert [len(shard.ids_N) for shard in corpus.shards] == [60, 40, 40]  # the last are validated on
     np.testing.assert_array_equal(np.asarray(val_N), IDS[:40])
     # A pattern says itself what is meant.
     train_N, val_N = open_corpus(str(tmp_path / "*_train_*.bin"), GPT2).split(0.1)
@@ -205,7 +206,7 @@ def test_megatrons_index_may_be_long_and_tell_the_mode_of_each_sequence(tmp_path
 
 
 def test_the_tokenizer_can_be_said_where_a_file_does_not_state_it(tmp_path):
-    write_llmc(tmp_path / "a.bin", IDS % 256)  # by custom GPT-2's
+    write_llmc(tmp_path / "a.bin", IDS % 256)  # llm.c has one tokenizer; forks of it have others
     assert open_tokens(tmp_path / "a.bin", BYTES, "bytes").tokenizer == "bytes"
     Tokens.from_ids(IDS, "gpt2").save(tmp_path / "a.tokens")
     with pytest.raises(DataError, match=r"a.tokens: made by tokenizer 'gpt2', not by 'bytes'"):
@@ -373,6 +374,12 @@ def test_a_mixture_takes_its_share_of_every_source(sequences):
         assert starts[:10].tolist() != starts[10:20].tolist()
     parts = [batch(mixture, config, 70, slice(i, i + 16)) for i in range(0, 64, 16)]
     np.testing.assert_array_equal(np.concatenate(parts), batch(mixture, config, 70))
+
+
+def test_without_weights_a_mixture_is_by_size():
+    large, small = Tokens.from_ids(IDS, "gpt2"), Tokens.from_ids(IDS[:50], "gpt2")
+    mixture, val_N = open_corpus([Source("large", large), Source("small", small)], GPT2).split(0.2)
+    assert (mixture.weights, len(val_N)) == ((80.0, 40.0), 30)
 
 
 def test_every_source_must_fill_a_sequence():
