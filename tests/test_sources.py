@@ -320,6 +320,16 @@ def test_data_that_cannot_be_used_is_refused_by_name(data, message, tmp_path, mo
         open_corpus(data, BYTES)
 
 
+def test_a_validation_split_has_the_models_tokenizer_too_and_paths_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    Tokens.from_text("To be", "bytes").save("corpus/train.tokens")
+    assert open_corpus("corpus", BYTES).sources[0].path == str(tmp_path / "corpus")
+    Tokens.from_text("To be", "gpt2").save("corpus/val.tokens")
+    with pytest.raises(DataError, match="corpus: made by tokenizer 'gpt2', but the model has 'bytes'"):
+        open_corpus("corpus", BYTES)
+
+
 def test_validation_data_has_no_weight(tmp_path):
     (tmp_path / "a.txt").write_text("To be")
     with pytest.raises(DataError, match="read once, so it has no weight"):
