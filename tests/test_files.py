@@ -61,6 +61,7 @@ COMMANDS = {
     "tokenize to": ("tokenize", "a.txt", "URL"),
     "evaluate": ("evaluate", "--model", "URL", "--data", "a.txt"),
     "evaluate on": ("evaluate", "--data", "URL"),
+    "evaluate a task on": ("evaluate", "--tasks", "wikitext=URL"),
     "generate": ("generate", "--model", "URL", "--prompt", "a"),
     "generate from": ("generate", "--prompt-file", "URL"),
     "inspect": ("inspect", "URL"),
