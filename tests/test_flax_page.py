@@ -131,7 +131,7 @@ def test_the_file_of_settings_is_one_and_says_what_the_table_says():
 
 def test_commands_on_the_page_are_understood():
     commands = re.findall(r"^    (jaxgpt .*)$|`(jaxgpt \w+ [^`]+)`", PAGE, re.MULTILINE)
-    assert len(commands) == 6
+    assert len(commands) == 5
     for command in map("".join, commands):
         _, name, *arguments = shlex.split(command)
         parser(name).parse_args(arguments)

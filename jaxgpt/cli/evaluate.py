@@ -72,7 +72,7 @@ def _run_text(args: argparse.Namespace) -> int:
         raise ValueError("--limit belongs to --tasks: --last-fraction takes a part of a text")
     local(args.data)
     model, params = load_model(args)
-    tokens = open_tokens(args.data, model.config)
+    tokens = open_tokens(args.data, model.config, args.tokenizer)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
     ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
