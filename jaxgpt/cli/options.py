@@ -23,6 +23,15 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_text_key(parser: argparse.ArgumentParser) -> None:
+    """Declares --text-key."""
+    parser.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="where records have their text: a key of JSON lines, a column of Parquet (text)",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares --model, --tokenizer, --dtype and --mesh."""
     parser.add_argument(
