@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gzip
+import io
 import itertools
 import json
 import multiprocessing
@@ -19,11 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_tokenizer_files import described, saved
 
 from jaxgpt.cli import main
+from jaxgpt.cli.progress import BytesProgress
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import open_corpus, open_tokens, read_index, tokenize
+from jaxgpt.data import Report, open_corpus, open_tokens, read_index, tokenize
 from jaxgpt.data.documents import open_documents
 from jaxgpt.data.encoding import Encoder, encode
 from jaxgpt.data.tokenization import PROGRESS
@@ -438,7 +441,7 @@ def test_a_damaged_finished_shard_is_noticed_before_the_work_goes_on(small, sour
     with pytest.raises(Stop):
         tokenize(sources, out, **OPTIONS, report=stopping(20))
     (out / "shard-000001.tokens").unlink()
-    with pytest.raises(DataError, match=r"shard-000001\.tokens: missing"):
+    with pytest.raises(DataError, match=r"shard-000001\.tokens: missing: progress\.json lists it"):
         tokenize(sources, out, **OPTIONS)
     (out / PROGRESS).write_text("{}")
     with pytest.raises(DataError, match="damaged: --force starts again"):
@@ -526,6 +529,30 @@ def test_the_command_tells_what_it_wrote_and_what_it_left_out(sources, tmp_path,
     assert "16 empty documents were left out" in err
     assert "3 records without a text were left out, the first: " in err
     assert "--allow-special makes it the token" in err
+
+
+def test_ctrl_c_tells_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("jaxgpt.data.tokenization.encode", interrupt)
+    assert main(["tokenize", str(sources[0]), "--out", str(tmp_path / "out")]) == 130
+    assert "interrupted: the same command again goes on with" in capsys.readouterr().err
+
+
+def test_progress_is_a_line_now_and_then_or_a_bar(monkeypatch):
+    for terminal in (False, True):
+        output, seconds = io.StringIO(), itertools.count(0, 8)
+        monkeypatch.setattr("time.monotonic", lambda seconds=seconds: next(seconds))
+        with BytesProgress(Console(file=output, force_terminal=terminal, width=100)) as progress:
+            for read in range(100, 1100, 100):
+                progress.update(Report(read * 10**6, 2000 * 10**6, read * 2 * 10**6, read * 400_000))
+        shown = output.getvalue()
+        if terminal:
+            assert "1,000 of 2,000 MB" in shown
+        else:
+            assert shown.splitlines()[-1] == "1,000 of 2,000 MB  400,000,000 tokens  25.0 MB/s  89 s left"
+            assert len(shown.splitlines()) == 5
 
 
 @pytest.mark.exhaustive

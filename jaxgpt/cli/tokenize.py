@@ -61,19 +61,23 @@ def run(args: argparse.Namespace) -> int:
         local(path)
     from jaxgpt.cli.progress import BytesProgress
 
-    with BytesProgress() as progress:
-        result = tokenize(
-            args.sources,
-            args.out,
-            args.tokenizer,
-            workers=args.workers,
-            shard_tokens=args.shard_tokens,
-            text_key=args.text_key or TEXT_KEY,
-            allow_special=args.allow_special,
-            skip_bad=args.skip_bad,
-            force=args.force,
-            report=progress.update,
-        )
+    try:
+        with BytesProgress() as progress:
+            result = tokenize(
+                args.sources,
+                args.out,
+                args.tokenizer,
+                workers=args.workers,
+                shard_tokens=args.shard_tokens,
+                text_key=args.text_key or TEXT_KEY,
+                allow_special=args.allow_special,
+                skip_bad=args.skip_bad,
+                force=args.force,
+                report=progress.update,
+            )
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command again goes on with {args.out}", file=sys.stderr)
+        raise
     index, counts = result.index, result.counts
     shards = f"{len(index.shards):,} file{'s' * (len(index.shards) > 1)}"
     kept = f", {result.kept:,} of them from before" if result.kept else ""

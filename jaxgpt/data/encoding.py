@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -70,7 +71,8 @@ class Encoder:
                 ids.append(end_of_text)
         marked = 0 if mark is None else sum(mark in text for text in texts)
         size = sum(len(text) if text.isascii() else len(text.encode(errors="replace")) for text in texts)
-        return np.array(ids, id_type(self.tokenizer.vocab_size)), marked, size
+        ids_N = np.frombuffer(array.array("I", ids), np.uint32)  # faster than np.array(ids)
+        return ids_N.astype(id_type(self.tokenizer.vocab_size)), marked, size
 
     def _mark(self) -> str | None:
         """The text of end-of-text."""

@@ -136,22 +136,22 @@ def read_entries(given: Any, path: Path) -> tuple[ShardEntry, ...]:
     return tuple(ShardEntry(**shard) for shard in given)
 
 
-def open_shard(directory: Path, shard: ShardEntry, tokenizer: str) -> Tokens:
+def open_shard(directory: Path, shard: ShardEntry, tokenizer: str, listed_in: str = INDEX) -> Tokens:
     """Opens a shard without reading it.
 
     Raises:
-        DataError: if it is missing, damaged, or another one than the index says.
+        DataError: if it is missing, damaged, or another one than the file says that lists it.
     """
     path = directory / shard.file
     if not path.is_file():
-        raise DataError(f"{path}: missing: {INDEX} lists it, with {shard.tokens:,} tokens")
+        raise DataError(f"{path}: missing: {listed_in} lists it, with {shard.tokens:,} tokens")
     tokens = open_token_file(path)
     if tokens is None:
         raise DataError(f"{path}: damaged: not a token file")
     held = tokens.tokenizer, len(tokens.ids_N), tokens.shards[0].sha256
     if held != (tokenizer, shard.tokens, shard.sha256):
         raise DataError(
-            f"{path}: not the shard that {INDEX} lists: {held[1]:,} tokens of {short_repr(held[0])} with sha256 "
+            f"{path}: not the shard that {listed_in} lists: {held[1]:,} tokens of {short_repr(held[0])} with sha256 "
             f"{short_repr(held[2])}, not {shard.tokens:,} of {short_repr(tokenizer)} with {short_repr(shard.sha256)}"
         )
     return tokens

@@ -144,7 +144,8 @@ def tokenize(
             pass
     job = _Job(directory, encoder.tokenizer, files, settings)
     if workers is None:
-        workers = max(1, min(len(os.sched_getaffinity(0)), job.total // _WORTH_A_PROCESS))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = max(1, min(cores, job.total // _WORTH_A_PROCESS))
     with _locked(directory):
         kept = job.begin(force)
         pieces = job.pieces(text_key, skip_bad)
@@ -297,7 +298,7 @@ class _Job:
             )
         self.shards = list(read_entries(content["shards"], path)) if content.get("shards") else []
         for shard in self.shards:
-            open_shard(self.directory, shard, self.tokenizer.name)
+            open_shard(self.directory, shard, self.tokenizer.name, PROGRESS)
         if content["position"][0] not in self.files:
             raise DataError(f"{path}: damaged: --force starts again")
         self.position = tuple(content["position"])
