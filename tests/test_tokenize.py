@@ -32,6 +32,7 @@ from jaxgpt.data.encoding import Encoder, encode
 from jaxgpt.data.tokenization import PROGRESS
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.tokenizer import get_tokenizer
+from jaxgpt.training import Run, TrainConfig
 
 BYTES = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=2, n_layers=1, tokenizer="bytes")
 TEXTS = ["To be, or not to be", "that is\n\nthe question:  é北\U0001f600", "", "Whether 'tis nobler"]
@@ -388,15 +389,15 @@ def test_interrupted_work_goes_on_to_the_same_result(small, sources, tmp_path):
         out, kept = tmp_path / f"out{after}", [-1]
         while kept[-1:] != kept[-2:-1]:  # until it does not come as far as the next shard
             with contextlib.suppress(Stop):
-                tokenize(sources, out, **OPTIONS, report=stopping(after))
-            if (out / "index.json").exists():
+                result = tokenize(sources, out, **OPTIONS, report=stopping(after))
                 break
             kept.append(len([*out.glob("shard-*")]))
+            assert len(kept) < 50
             (out / ".shard-000000.tokens.1234.partial").write_text("from a killed process")
         else:
             result = tokenize(sources, out, **OPTIONS)
-            assert (result.kept, result.counts) == (kept[-1], want.counts)
         assert len(kept) > 2
+        assert (result.kept, result.counts) == (kept[-1], want.counts)
         assert content(out) == content(tmp_path / "want")
 
 
@@ -514,6 +515,20 @@ def test_shards_that_are_not_those_of_the_index_are_refused_at_open(damage, mess
     damage(tmp_path / "out")
     with pytest.raises(DataError, match=message):
         open_corpus(tmp_path / "out", BYTES)
+
+
+def test_a_run_reads_records_and_knows_under_which_key(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of([{"body": "To be", "text": "no"}, {"body": "or not"}]))
+    corpus = open_corpus(tmp_path / "a.jsonl", BYTES, text_key="body")
+    want = ids_of(["To be", "or not"])
+    assert np.asarray(corpus.sources[0].tokens.ids_N).tolist() == want
+    run = Run(tmp_path / "run")
+    run.directory.mkdir()
+    run.describe(TrainConfig(model=BYTES), corpus, None)
+    again = open_corpus(run.data()[0], BYTES)
+    assert np.asarray(again.sources[0].tokens.ids_N).tolist() == want
+    with pytest.raises(DataError, match="line 2: no key 'text'"):
+        open_corpus(run.data()[0], BYTES, text_key="text")
 
 
 # --- the command

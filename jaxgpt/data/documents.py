@@ -300,7 +300,7 @@ def _checked(text: Any, key: str) -> Iterable[str]:
         raise _BadRecordError(f"expected a text under {key!r}, not {short_repr(text)}")
     if len(text) > LIMIT:
         raise _BadRecordError(f"longer than {LIMIT:,} characters, the most that a record may have")
-    return [text[i : i + _BLOCK] for i in range(0, len(text), _BLOCK)]
+    return (text[i : i + _BLOCK] for i in range(0, len(text), _BLOCK))
 
 
 def _is_json_lines(name: str, head: bytes) -> bool:
