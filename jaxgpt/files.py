@@ -25,7 +25,22 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
 # Names with these endings are files', so a directory is hardly what was meant.
 _FILE_ENDINGS = {
     *(".pt", ".pth", ".safetensors", ".bin", ".ckpt", ".gguf", ".msgpack", ".npy", ".npz", ".onnx", ".h5", ".pkl"),
-    *(".json", ".jsonl", ".toml", ".txt", ".md", ".html", ".png", ".svg", ".pdf", ".zip", ".tar", ".gz"),
+    *(
+        ".json",
+        ".jsonl",
+        ".parquet",
+        ".toml",
+        ".tokens",
+        ".txt",
+        ".md",
+        ".html",
+        ".png",
+        ".svg",
+        ".pdf",
+        ".zip",
+        ".tar",
+        ".gz",
+    ),
 }
 
 # What files begin with that are not text. Where that is a word, a text may begin with it too, so one more byte counts.

@@ -35,7 +35,18 @@ SCRIPT_COMMANDS = {
     "tokenize_text": "tokenize",
     "train": "train",
 }
-HEAVY = ("jax", "flax", "optax", "torch", "orbax", "matplotlib", "huggingface_hub", "tensorboardX", "transformers")
+HEAVY = (
+    "jax",
+    "flax",
+    "optax",
+    "torch",
+    "orbax",
+    "matplotlib",
+    "huggingface_hub",
+    "tensorboardX",
+    "transformers",
+    "pyarrow",
+)
 
 
 def python(*args: str, **options) -> subprocess.CompletedProcess[str]:

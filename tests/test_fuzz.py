@@ -46,7 +46,7 @@ from test_weights_openai import SMALL, block, bundle, openai_tensors, table, wri
 
 from jaxgpt import hub
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Corpus, Source, Tokens, open_corpus, open_tokens
+from jaxgpt.data import Corpus, Source, Tokens, open_corpus, open_tokens, tokenize
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.textfile import read_json, read_toml
 from jaxgpt.tokenizer import get_tokenizer, registry
@@ -572,6 +572,38 @@ def test_damaged_token_file(mutate, cases, tmp_path):
         tokens.split(0.1)
 
     assert fuzz(cases, path, mutate, read) > 0.5 * cases
+
+
+@pytest.mark.parametrize("name", ["index.json", "progress.json"])
+def test_damaged_index_or_progress_of_token_shards(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxgpt.data.encoding.PIECE", 50)
+    out = tmp_path / "out"
+    (tmp_path / "a.jsonl").write_text('{"text": "The cat sat on the mat. "}\n' * 9)
+    write, calls = functools.partial(tokenize, [tmp_path / "a.jsonl"], out, "bytes", shard_tokens=60), iter(range(9))
+
+    def stop(_):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    with contextlib.suppress(KeyboardInterrupt):
+        write(report=stop if name == "progress.json" else lambda _: None)
+    good = {file.name: file.read_bytes() for file in out.iterdir()}
+    assert (len(good), name in good) == (4, True)
+
+    def read():
+        if name == "index.json":
+            assert len(open_tokens(out, BYTES).ids_N) <= 9 * 25
+            return
+        try:
+            write()
+        finally:
+            damaged = (out / name).read_bytes() if (out / name).exists() else b""
+            for file in out.iterdir():
+                file.unlink()
+            for kept, data in good.items():
+                (out / kept).write_bytes(data if kept != name else damaged)
+
+    assert fuzz(300, out / name, json_file, read) > 150
 
 
 @pytest.mark.parametrize("program", ["llm.c", "Megatron"])

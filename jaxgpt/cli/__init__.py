@@ -27,7 +27,7 @@ COMMANDS = {
     "generate": ("jaxgpt.cli.generate", "continue a text"),
     "inspect": ("jaxgpt.cli.inspect", "show a model's size and cost, and how it reads a text"),
     "convert": ("jaxgpt.cli.convert", "write a checkpoint in another layout"),
-    "tokenize": ("jaxgpt.cli.tokenize", "turn text into a token file to train on"),
+    "tokenize": ("jaxgpt.cli.tokenize", "turn texts into token files to train on"),
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
     "plot": ("jaxgpt.cli.plot", "draw the training curves of one or more runs"),
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text, or its results in benchmarks"),

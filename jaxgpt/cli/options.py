@@ -32,6 +32,15 @@ def tokenizer_note(out: str, format: str, tokenizer: str) -> str:
     return " (left out: it has ids that the model lacks)"
 
 
+def add_text_key(parser: argparse.ArgumentParser) -> None:
+    """Declares --text-key."""
+    parser.add_argument(
+        "--text-key",
+        metavar="KEY",
+        help="where records have their text: a key of JSON lines, a column of Parquet (text)",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares --model, --tokenizer, --dtype and --mesh."""
     parser.add_argument(

@@ -1,33 +1,97 @@
-"""`jaxgpt tokenize`: turns text into a token file to train on."""
+"""`jaxgpt tokenize`: turns texts into token files to train on."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 
-from jaxgpt.cli.options import add_force
-from jaxgpt.files import new_file
+from jaxgpt.cli.options import add_force, add_text_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
-    parser.add_argument("text", metavar="TEXT", help="a UTF-8 text file")
-    parser.add_argument("out", metavar="OUT", help="the token file to write")
-    add_force(parser, "replace OUT if it exists")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="a file with documents (text, JSON lines, both also as .gz or .zst, or Parquet), a directory or a pattern "
+        "of such files",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="the directory to write; where an interrupted command has written, the same again goes on",
+    )
+    add_force(parser, "replace the token files in DIR")
     parser.add_argument(
         "--tokenizer",
         default="gpt2",
         metavar="NAME_OR_PATH",
         help="gpt2 (the default), bytes, or a directory, file or hub name with a tokenizer, such as the model's own",
     )
+    add_text_key(parser)
+    parser.add_argument(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that encode; default: one per core, if there is enough to do",
+    )
+    parser.add_argument(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens after which a token file is closed and the next begun (%(default)s)",
+    )
+    parser.add_argument(
+        "--allow-special", action="store_true", help="special tokens in texts, such as <|endoftext|>, are tokens"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count records without a text instead of stopping"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the token file and returns the exit code."""
-    new_file(args.out, args.force)
+    """Writes the token files, shows how far it is, and returns the exit code."""
+    from jaxgpt.data import TEXT_KEY, tokenize
+    from jaxgpt.files import local
 
-    from jaxgpt.data import read_text
+    for path in (*args.sources, args.out):
+        local(path)
+    from jaxgpt.cli.progress import BytesProgress
 
-    tokens = read_text(args.text, args.tokenizer)
-    tokens.save(args.out)
-    print(f"{args.out}: {len(tokens.ids_N):,} tokens (tokenizer {tokens.tokenizer}, vocabulary {tokens.vocab_size:,})")
+    try:
+        with BytesProgress() as progress:
+            result = tokenize(
+                args.sources,
+                args.out,
+                args.tokenizer,
+                workers=args.workers,
+                shard_tokens=args.shard_tokens,
+                text_key=args.text_key or TEXT_KEY,
+                allow_special=args.allow_special,
+                skip_bad=args.skip_bad,
+                force=args.force,
+                report=progress.update,
+            )
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command again goes on with {args.out}", file=sys.stderr)
+        raise
+    index, counts = result.index, result.counts
+    shards = f"{len(index.shards):,} file{'s' * (len(index.shards) > 1)}"
+    kept = f", {result.kept:,} of them from before" if result.kept else ""
+    between = (
+        "end-of-text after each" if index.end_of_text is not None else "nothing between them: it has no end-of-text"
+    )
+    print(
+        f"{args.out}: {index.tokens:,} tokens of {index.documents:,} document{'s' * (index.documents != 1)} in {shards}"
+        f"{kept} (tokenizer {index.tokenizer}, vocabulary {index.vocab_size:,}; {between})"
+    )
+    if counts.empty:
+        print(f"{counts.empty:,} empty documents were left out", file=sys.stderr)
+    if counts.bad:
+        print(f"{counts.bad:,} records without a text were left out, the first: {counts.first_bad}", file=sys.stderr)
+    if counts.marked:
+        print("note: texts hold end-of-text as ordinary text; --allow-special makes it the token", file=sys.stderr)
     return 0

@@ -8,6 +8,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
+from jaxgpt.cli.options import add_text_key
 from jaxgpt.files import local
 
 if TYPE_CHECKING:
@@ -28,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="[NAME=]PATH[:WEIGHT]",
-        help="a text or token file (jaxgpt's, llm.c's, nanoGPT's, Megatron's .idx), a directory or a pattern of files; "
+        help="a file of texts (plain, JSON lines, Parquet) or of tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's "
+        ".idx), a directory, such as `jaxgpt tokenize` writes, or a pattern of files; "
         "given several times, a mixture: by size, or by weights. A run that is resumed knows where its data is",
     )
     parser.add_argument(
@@ -40,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokenizer", metavar="NAME_OR_PATH", help="what made the ids of token files that do not say, such as gpt2"
     )
+    add_text_key(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         args.out or args.resume,
         val_data=args.val_data,
         tokenizer=args.tokenizer,
+        text_key=args.text_key,
         verify=args.verify,
         resume=args.resume is not None,
         force=args.force,

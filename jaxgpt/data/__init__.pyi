@@ -1,3 +1,6 @@
+from .documents import TEXT_KEY as TEXT_KEY
+from .shards import ShardIndex as ShardIndex
+from .shards import read_index as read_index
 from .sources import Corpus as Corpus
 from .sources import Mixture as Mixture
 from .sources import Reference as Reference
@@ -6,6 +9,8 @@ from .sources import check_tokens as check_tokens
 from .sources import open_corpus as open_corpus
 from .sources import open_tokens as open_tokens
 from .sources import read_text as read_text
+from .tokenization import Report as Report
+from .tokenization import tokenize as tokenize
 from .tokens import FileIds as FileIds
 from .tokens import Ids as Ids
 from .tokens import Joined as Joined

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import math
 import os
@@ -12,16 +11,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
+from jaxgpt.data.documents import TEXT_ENDINGS, TEXT_KEY, find_files, open_documents
+from jaxgpt.data.encoding import Encoder, encode
+from jaxgpt.data.shards import open_shard, read_index
 from jaxgpt.data.token_files import open_bare, open_token_file, read_bytes
-from jaxgpt.data.tokens import Ids, Joined, Shard, Tokens
+from jaxgpt.data.tokens import Ids, Joined, Shard, Tokens, id_type, sha256
 from jaxgpt.errors import DataError
-from jaxgpt.files import decode_text, local, not_text
+from jaxgpt.files import local, not_text
+from jaxgpt.tokenizer import get_tokenizer
 
 # What a directory is searched for.
-_TEXT_ENDINGS = (".txt",)
-_ENDINGS = (*_TEXT_ENDINGS, ".tokens", ".safetensors", ".bin", ".idx")
+_ENDINGS = (*TEXT_ENDINGS, ".tokens", ".safetensors", ".bin", ".idx")
 # Names of files that hold a split: nanoGPT's val.bin, llm.c's fineweb_val_000000.bin, WikiText's wiki.test.tokens.
 _VALIDATION = re.compile(r"(.*[_.-])?val(id|idation)?([_.-].*)?", re.IGNORECASE)
 _TEST = re.compile(r"(.*[_.-])?test([_.-].*)?", re.IGNORECASE)
@@ -30,11 +34,12 @@ _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d
 
 
 class Reference(NamedTuple):
-    """Where a source is: its name, path and weight (see `Source`)."""
+    """Where a source is: its name, path, weight and text key (see `Source`)."""
 
     name: str
     path: str
     weight: float | None
+    text_key: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Source:
         validation: the validation split that came with it, if one did.
         path: where it is; None for tokens made in Python.
         left_out: names of files in its directory that are not used, each with the reason.
+        text_key: where a record of JSON lines or Parquet has its text.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Source:
     validation: Tokens | None = None
     path: str | None = None
     left_out: tuple[str, ...] = ()
+    text_key: str = TEXT_KEY
 
     def __post_init__(self):
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
@@ -137,7 +144,14 @@ class Mixture:
         return sum(map(len, self.ids))
 
 
-def open_corpus(data: Any, config: GPTConfig, *, validation: Any = None, tokenizer: str | Path | None = None) -> Corpus:
+def open_corpus(
+    data: Any,
+    config: GPTConfig,
+    *,
+    validation: Any = None,
+    tokenizer: str | Path | None = None,
+    text_key: str | None = None,
+) -> Corpus:
     """Opens what a model is to be trained on.
 
     Args:
@@ -146,12 +160,13 @@ def open_corpus(data: Any, config: GPTConfig, *, validation: Any = None, tokeniz
         config: the model's config.
         validation: sources to validate on; of one that has a validation split, that is meant.
         tokenizer: what made the ids of files that do not say; by default those are refused.
+        text_key: where a record of JSON lines or Parquet has its text; by default under "text".
 
     Raises:
         DataError: if there is no source, or one cannot be opened or has another tokenizer than the model; if only some
             have weights.
     """
-    sources = tuple(_open(one, config, tokenizer) for one in _listed(data))
+    sources = tuple(_open(one, config, tokenizer, text_key) for one in _listed(data))
     if not sources:
         raise DataError("there is no data to train on: expected at least one source")
     given = [source.name for source in sources if source.weight is not None]
@@ -165,7 +180,7 @@ def open_corpus(data: Any, config: GPTConfig, *, validation: Any = None, tokeniz
         )
     apart = []
     for one in _listed(validation):
-        source = _open(one, config, tokenizer)
+        source = _open(one, config, tokenizer, text_key)
         if source.weight is not None:
             raise DataError(f"{source.name}: data to validate on is read once, so it has no weight")
         if source.validation is not None:
@@ -182,7 +197,7 @@ def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | Non
         DataError: if it cannot be read, is damaged, was made by another tokenizer, or holds ids outside the model's
             vocabulary.
     """
-    source = _open(path, config, tokenizer)
+    source = _open(path, config, tokenizer, None)
     if source.weight is not None:
         raise DataError(f"{source.name}: a weight is for one of several sources to train on")
     tokens = source.tokens if source.validation is None else _join([source.tokens, source.validation])
@@ -191,18 +206,26 @@ def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | Non
     return tokens
 
 
-def read_text(path: str | Path, tokenizer: str | Path) -> Tokens:
-    """Encodes a text file.
+def read_text(
+    path: str | Path, tokenizer: str | Path, text_key: str = TEXT_KEY, *, separate: bool | None = None
+) -> Tokens:
+    """Encodes the documents of a file.
+
+    Args:
+        path: the file: text, JSON lines or Parquet.
+        tokenizer: anything that `get_tokenizer` takes.
+        text_key: where a record has its text.
+        separate: whether end-of-text follows each document; by default if these are records.
 
     Raises:
-        DataError: if it cannot be read or is not UTF-8 text; says what it looks like.
+        DataError: if it cannot be read or is not UTF-8 text; says what it looks like. For a record without a text.
     """
-    data = read_bytes(local(path))
-    try:
-        text = decode_text(data)
-    except ValueError as error:
-        raise DataError(f"{path}: {error}; expected UTF-8 text, or a token file from `jaxgpt tokenize`") from None
-    return Tokens.from_text(text, tokenizer)
+    made_by = get_tokenizer(tokenizer)
+    with open_documents(path, text_key) as documents:
+        encoder = Encoder(made_by, documents.records if separate is None else separate)
+        rows = [batch.ids_N for batch in encode(documents.pieces(made_by.find_cut), encoder)]
+    ids_N = np.concatenate([np.zeros(0, id_type(made_by.vocab_size)), *rows])
+    return Tokens((Shard(ids_N, sha256(ids_N)),), made_by.name, made_by.vocab_size)
 
 
 def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
@@ -219,17 +242,22 @@ def _listed(data: Any) -> list[Any]:
     return [] if data is None else list(data) if several else [data]
 
 
-def _open(given: Any, config: GPTConfig, tokenizer: str | Path | None) -> Source:
+def _open(given: Any, config: GPTConfig, tokenizer: str | Path | None, text_key: str | None) -> Source:
     if isinstance(given, Source):
         source = given
     elif isinstance(given, Tokens):
         source = Source("the tokens", given)
     elif isinstance(given, (str, os.PathLike, Reference)):
-        name, path, weight = given if isinstance(given, Reference) else parse(given)
-        train, val, left_out = _paths(path)
-        tokens = _join([_open_file(file, config, tokenizer) for file in train])
-        validation = _join([_open_file(file, config, tokenizer) for file in val]) if val else None
-        source = Source(name, tokens, weight, validation, os.path.abspath(local(path)), left_out)
+        name, path, weight, key = given if isinstance(given, Reference) else parse(given)
+        place, key = local(path), text_key or key or TEXT_KEY
+        validation, left_out = None, tuple[str, ...]()
+        if os.path.isdir(place) and (index := read_index(place)) is not None:
+            tokens = _join([open_shard(place, shard, index.tokenizer) for shard in index.shards])
+        else:
+            train, val, left_out = _paths(path)
+            tokens = _join(_open_files(train, config, tokenizer, key))
+            validation = _join(_open_files(val, config, tokenizer, key)) if val else None
+        source = Source(name, tokens, weight, validation, os.path.abspath(place), left_out, key)
     else:
         raise TypeError(f"data must be a path, Tokens, or a list of these, not {short_repr(given)}")
     for tokens in filter(None, (source.tokens, source.validation)):
@@ -255,25 +283,12 @@ def _paths(path: str) -> tuple[list[Path], list[Path], tuple[str, ...]]:
     Raises:
         DataError: if there are none.
     """
-    place = local(path)
-    if os.path.isdir(place):
-        try:
-            found = [file for file in place.iterdir() if file.suffix.lower() in _ENDINGS and file.name[0] != "."]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        missing = f"a directory without data: expected files that end in {', '.join(_ENDINGS)}"
-    elif glob.has_magic(path) and not os.path.exists(place):
-        found = [Path(file) for file in glob.glob(os.fspath(place), recursive=True)]
-        missing = "no file has such a name"
-    else:
-        return [place], [], ()
-    # A link to nothing is kept: opening it tells that a file is missing.
-    files = sorted(file for file in found if not file.is_dir())
-    if not files:
-        raise DataError(f"{path}: {missing}")
+    files = find_files(path, _ENDINGS)
+    if files == [local(path)]:
+        return files, [], ()
     indexed = {file.with_suffix(".bin") for file in files if file.suffix == ".idx"}
     files = [file for file in files if file not in indexed]
-    texts = [file for file in files if file.suffix.lower() in _TEXT_ENDINGS]
+    texts = [file for file in files if file.name.lower().endswith(TEXT_ENDINGS)]
     left_out = []
     if len(texts) < len(files):  # such as input.txt, from which nanoGPT's prepare.py has made train.bin and val.bin
         left_out += [f"{file.name} (a text beside token files)" for file in texts]
@@ -286,7 +301,14 @@ def _paths(path: str) -> tuple[list[Path], list[Path], tuple[str, ...]]:
     return train, val, (*left_out, *(f"{file.name} (a test split)" for file in test))
 
 
-def _open_file(path: Path, config: GPTConfig, tokenizer: str | Path | None) -> Tokens:
+def _open_files(paths: list[Path], config: GPTConfig, tokenizer: str | Path | None, text_key: str) -> list[Tokens]:
+    separate = True if len(paths) > 1 else None  # between the texts of two files is the end of a document
+    return [_open_file(path, config, tokenizer, text_key, separate) for path in paths]
+
+
+def _open_file(
+    path: Path, config: GPTConfig, tokenizer: str | Path | None, text_key: str, separate: bool | None
+) -> Tokens:
     try:
         odd = path.exists() and not path.is_file()  # it is read twice, and opening a pipe could block indefinitely
     except (OSError, ValueError) as error:  # a name that no file can have
@@ -297,7 +319,7 @@ def _open_file(path: Path, config: GPTConfig, tokenizer: str | Path | None) -> T
         return tokens
     bare = path.suffix.lower() == ".bin" and not_text(read_bytes(path, 2**20)) != ""
     if not bare:
-        return read_text(path, config.tokenizer)
+        return read_text(path, config.tokenizer, text_key, separate=separate)
     index = path.with_suffix(".idx")
     if index.is_file() and (tokens := open_token_file(index, tokenizer)) is not None:
         return tokens

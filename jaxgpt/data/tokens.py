@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from jaxgpt.checks import as_ids, check_ids
 from jaxgpt.errors import DataError
@@ -238,29 +238,81 @@ class Tokens:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes a token file: safetensors with one tensor, "ids", and the other attributes as metadata.
+        """Writes a token file: see `writing`.
 
         Raises:
             DataError: if it cannot be written.
         """
-        ids_N = np.ascontiguousarray(np.asarray(self.ids_N))
-        metadata = {
-            "format": FORMAT,
-            "tokenizer": self.tokenizer,
-            "vocab_size": str(self.vocab_size),
-            "count": str(len(ids_N)),
-            "sha256": sha256(ids_N),
-        }
-        try:
-            with replacing_file(local(path)) as partial:
-                save_file({"ids": ids_N}, partial, metadata)
-        except (SafetensorError, OSError) as error:
-            raise DataError(f"{path}: cannot be written: {error}") from None
+        with writing(path, self.tokenizer, self.vocab_size) as writer:
+            for piece in pieces(self.ids_N):
+                writer.write(piece)
 
     def split(self, val_fraction: float) -> tuple[Ids, Ids]:
         """(train, validation): the validation split is the last `val_fraction` of the tokens."""
         boundary = int(len(self.ids_N) * (1 - val_fraction))
         return self.ids_N[:boundary], self.ids_N[boundary:]
+
+
+class TokenWriter:
+    """Writes the ids of a token file one after another; made by `writing`.
+
+    Attributes:
+        count: how many ids have been written.
+        sha256: their hash, after `finish`.
+    """
+
+    def __init__(self, file: BinaryIO, tokenizer: str, vocab_size: int):
+        self.count, self.sha256 = 0, ""
+        self._file, self._tokenizer, self._vocab_size = file, tokenizer, vocab_size
+        self._type = np.dtype(id_type(vocab_size)).newbyteorder("<")
+        self._digest = hashlib.sha256()
+        file.write(self._header())
+
+    def write(self, ids_N: NDArray[np.integer]) -> None:
+        """Appends ids."""
+        self._digest.update(ids_N.astype("<u4").tobytes())
+        self._file.write(ids_N.astype(self._type).tobytes())
+        self.count += len(ids_N)
+
+    def finish(self) -> None:
+        """Writes the header."""
+        self.sha256 = self._digest.hexdigest()
+        self._file.seek(0)
+        self._file.write(self._header())
+
+    def _header(self) -> bytes:
+        """The header of what has been written so far: always of one size, since it is written first and last."""
+        metadata = {
+            "format": FORMAT,
+            "tokenizer": self._tokenizer,
+            "vocab_size": str(self._vocab_size),
+            "count": str(self.count),
+            "sha256": self.sha256,
+        }
+        ids = {
+            "dtype": f"U{8 * self._type.itemsize}",
+            "shape": [self.count],
+            "data_offsets": [0, self.count * self._type.itemsize],
+        }
+        header = json.dumps({"__metadata__": metadata, "ids": ids}).encode().ljust(512 + 16 * len(self._tokenizer))
+        return len(header).to_bytes(8, "little") + header
+
+
+@contextlib.contextmanager
+def writing(path: str | Path, tokenizer: str, vocab_size: int) -> Iterator[TokenWriter]:
+    """Writes a token file, a safetensors file with one tensor, "ids", and the rest as metadata. It is there once the
+    block ends without an error.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    try:
+        with replacing_file(local(path)) as partial, partial.open("wb") as file:
+            writer = TokenWriter(file, tokenizer, vocab_size)
+            yield writer
+            writer.finish()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written: {error}") from None
 
 
 def id_type(vocab_size: int) -> type[np.unsignedinteger]:

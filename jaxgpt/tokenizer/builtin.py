@@ -23,6 +23,8 @@ _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726ad
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 _LONG_SPACE_LENGTH = 10_000
+_LONG_SPACE_SAMPLE = 1000
+_LONG_SPACE_SAMPLED = re.compile(f"[{SPACES}]{{{_LONG_SPACE_LENGTH // _LONG_SPACE_SAMPLE}}}")
 _LONG_SPACE = re.compile(f"[{SPACES}](?<![{SPACES}][{SPACES}])[{SPACES}]{{{_LONG_SPACE_LENGTH - 1},}}+")
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -149,7 +151,8 @@ def _cut_long_spaces(text: str) -> list[str]:
     The ids do not change. To find that split, `\s+(?!\S)` would need one stack frame per character, and a megabyte of
     spaces overflows the stack of tiktoken's regular expression engine.
     """
-    if len(text) < _LONG_SPACE_LENGTH:
+    # Looking at every character takes a tenth of the time that encoding does.
+    if not _LONG_SPACE_SAMPLED.search(text[::_LONG_SPACE_SAMPLE]):
         return [text]
     cuts = [match.end() - 1 for match in _LONG_SPACE.finditer(text) if match.end() < len(text)]
     return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]

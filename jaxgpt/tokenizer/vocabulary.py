@@ -16,6 +16,9 @@ from jaxgpt.tokenizer.content import AddedToken, Content, placeholder
 # What \s means to tiktoken and to Hugging Face's tokenizers (in Python's `re` it matches four more control characters).
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
 
+# Where a piece ends under GPT-2's pattern, whatever else the text holds: see `Tokenizer.find_cut`.
+_CUT = re.compile(f"[^{SPACES}](?=[ \n])")
+
 
 class Tokenizer:
     """A vocabulary of byte strings, and the rule that splits text into them.
@@ -43,6 +46,10 @@ class Tokenizer:
         self._tokens = tokens
         self._encode_text = encode_text
         self._added = AddedTokens(content.added)
+        self._divisible = content.kind in ("gpt2", "bytes", "chars", "bpe") and not (
+            (content.kind == "bpe" and content.description["pre_tokenizer"]["add_prefix_space"])
+            or any(token.rstrip or set(token.content) & set(SPACES) for token in content.added)
+        )
 
     def __repr__(self) -> str:
         return f"get_tokenizer({self.name!r})"
@@ -95,6 +102,18 @@ class Tokenizer:
         row = self._checked(ids, placeholders=True)
         known = all(i < self.vocab_size and self._tokens[i] is not None for i in set(row))
         return len(self.decode_bytes(row)) if known else None
+
+    def find_cut(self, text: str, start: int) -> int | None:
+        """The first place from `start` on where a text may be cut: the ids of the two parts, encoded one by one, are
+        those of the whole. None if there is none, or if the tokenizer's rules do not say.
+
+        That is a place before a space or a line end, and after anything but whitespace. No alternative of GPT-2's
+        pattern goes on from other characters to whitespace, so one piece ends there and another begins. The first part
+        has the same pieces up to there, because only `\\s++$` and `\\s+(?!\\S)` look at what follows, after whitespace,
+        and the first part does not end in any; the second, because the pattern does not look back.
+        """
+        match = _CUT.search(text, max(0, start - 1)) if self._divisible else None
+        return None if match is None else match.end()
 
     @property
     def text_ids(self) -> int:

@@ -74,6 +74,7 @@ def train(
     *,
     val_data: Data | Sequence[Data] | None = None,
     tokenizer: str | Path | None = None,
+    text_key: str | None = None,
     verify: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -95,6 +96,7 @@ def train(
         val_data: what to validate on (of a source that has a validation split, that); by default the validation split
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
+        text_key: where records of JSON lines or Parquet have their text; by default under "text".
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
             training, unless the data is small.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
@@ -130,7 +132,7 @@ def train(
             if began is None and init_from is not None:
                 config = _fine_tuned(config, init_from)
             mesh = _mesh(config)
-            corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer)
+            corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer, text_key=text_key)
             _check_samples(config)
             train_data, val_N = corpus.split(config.val_fraction)
             check_enough(train_data, config, "training")

@@ -175,7 +175,7 @@ class Run:
 
     def init_from(self) -> str | None:
         """What the run was fine-tuned from, if anything."""
-        return self._path("init_from", self._described("init_from"))
+        return self._text("the path of init_from", self._described("init_from"))
 
     def data(self, data: Any = None, validation: Any = None) -> tuple[Any, Any]:
         """(data, validation) to continue with: what is given or, where nothing is, what the run was started with.
@@ -193,14 +193,15 @@ class Run:
             raise CheckpointError(self.description, f"damaged: the {key} of its data are {short_repr(sources)}")
         found = []
         for source in sources:
-            path, weight = self._path("data", source.get("path")), source.get("weight")
+            path, weight = self._text("the path of data", source.get("path")), source.get("weight")
             if not isinstance(weight, (int, float, type(None))):
                 raise CheckpointError(self.description, f"damaged: the weight of {path} is {short_repr(weight)}")
             if path is None:
                 raise ConfigError(f"{self.description} does not say where the run's data is: give it ({option})")
             if not os.path.exists(path) and not glob.has_magic(path):
                 raise ConfigError(f"the run's data is no longer at {path}: say where it is now ({option})")
-            found.append(Reference(str(source.get("name")), path, weight))
+            text_key = self._text("the text key of data", source.get("text_key"))
+            found.append(Reference(str(source.get("name")), path, weight, text_key))
         return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
@@ -292,9 +293,9 @@ class Run:
                         lines.append(line)
         return lines
 
-    def _path(self, key: str, value: Any) -> str | None:
+    def _text(self, key: str, value: Any) -> str | None:
         if not isinstance(value, (str, type(None))):
-            raise CheckpointError(self.description, f"damaged: the path of {key} is {short_repr(value)}")
+            raise CheckpointError(self.description, f"damaged: {key} is {short_repr(value)}")
         return value
 
     def _described(self, key: str) -> Any:
@@ -317,6 +318,7 @@ def _described(source: Source) -> dict[str, Any]:
         "name": source.name,
         "path": source.path,
         "weight": source.weight,
+        "text_key": source.text_key,
         "tokens": len(source.tokens.ids_N),
         "tokenizer": source.tokens.tokenizer,
         "identity": source.tokens.identity,

@@ -1,0 +1,365 @@
+"""Documents: the texts in a file, read a piece at a time.
+
+| a file with | recognised by | documents |
+|---|---|---|
+| plain text | UTF-8 | one, the whole file |
+| JSON lines | an object in the first line, or a name in `.jsonl` | one per line, under a key |
+| Parquet | its first bytes | one per row, in a column (extra `[data]`) |
+
+Text and JSON lines may be compressed with gzip or zstd (extra `[data]`, before Python 3.14).
+"""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import glob
+import gzip
+import io
+import json
+import os
+import re
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from jaxgpt.checks import first_line, short_repr
+from jaxgpt.errors import DataError, require
+from jaxgpt.files import local, not_text
+
+# What a directory is searched for.
+TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+
+# Where a record has its text, if nothing else is said.
+TEXT_KEY = "text"
+# Characters after which a document is cut, and bytes that a record, or a piece that cannot be cut, may have.
+PIECE, LIMIT = 2**19, 2**25
+
+_JSON_LINES = re.compile(r".*\.(jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
+_BUFFER, _BLOCK = 2**16, 2**20
+_EXPECTED = "expected UTF-8 text, or a token file from `jaxgpt tokenize`"
+
+# From a text and a place in it, the first place from there on where the text may be cut, if there is one: the parts
+# then have the ids of the whole. See `Tokenizer.find_cut`.
+FindCut = Callable[[str, int], int | None]
+
+
+class Piece(NamedTuple):
+    """A document, or a part of one.
+
+    Attributes:
+        source: the file that it is from.
+        document: the number of the document in the file, from 0: of a record, that of its line or row.
+        part: the number of this part of it, from 0.
+        text: the text of the part.
+        last: whether it is the last part.
+        read: how many bytes of the file have been read.
+        error: why a record is left out; it has no text then.
+    """
+
+    source: Documents
+    document: int
+    part: int
+    text: str
+    last: bool
+    read: int
+    error: str = ""
+
+    @property
+    def where(self) -> str:
+        """Its place, for messages."""
+        return self.source.where(self.document)
+
+
+class _BadRecordError(DataError):
+    """A record that is left out if that was asked."""
+
+
+@contextlib.contextmanager
+def open_documents(path: str | Path, text_key: str = TEXT_KEY) -> Iterator[Documents]:
+    """Opens a file, or a pipe, for its documents.
+
+    Args:
+        path: the file.
+        text_key: where a record has its text: the key in a JSON object, the column in a table.
+
+    Raises:
+        DataError: if it cannot be read, or is none of the formats of this module.
+        MissingExtraError: if it needs the extra [data].
+    """
+    with contextlib.ExitStack() as stack:
+        with _readable(path):
+            documents = _recognise(path, text_key, stack)
+        yield documents
+
+
+def _recognise(path: str | Path, text_key: str, stack: contextlib.ExitStack) -> Documents:
+    raw: Any = stack.enter_context(local(path).open("rb", buffering=_BUFFER))
+    if raw.peek(5).startswith(b"PAR1\x15"):
+        return _Table(path, raw, text_key)
+    file = _unpacked(path, raw, stack)
+    head = file.peek(_BUFFER)
+    if _is_json_lines(os.path.basename(path), head):
+        return _Lines(path, raw, file, text_key)
+    if reason := not_text(head):
+        raise DataError(f"{path}: {reason}; {_EXPECTED}")
+    return _Text(path, raw, file)
+
+
+class Documents:
+    """The documents of an open file.
+
+    Attributes:
+        path: the file.
+        records: whether it holds records, and is not one text.
+    """
+
+    records = True
+
+    def __init__(self, path: str | Path, raw: BinaryIO):
+        self.path, self._raw = path, raw
+
+    def pieces(self, find_cut: FindCut, *, skip_bad: bool = False, start: tuple[int, int] = (0, 0)) -> Iterator[Piece]:
+        """Yields the documents, cut where that does not change their ids.
+
+        Args:
+            find_cut: of the tokenizer, which says where that is.
+            skip_bad: whether to leave out records without a text instead of raising.
+            start: the document and the part of it to start with.
+
+        Raises:
+            DataError: for a record without a text, with its line or row; if the file is damaged, or has more than
+                `LIMIT` bytes without a place to cut.
+        """
+        with _readable(self.path):
+            for number, document in self._documents(start[0]):
+                try:
+                    parts = _cut(document(), find_cut)
+                    for part, (text, last) in enumerate(parts):
+                        if (number, part) >= start:
+                            yield Piece(self, number, part, text, last, self._read())
+                except _BadRecordError as error:
+                    reason = f"{self.where(number)}: {error}"
+                    if not skip_bad:
+                        raise DataError(f"{reason} (--skip-bad leaves such records out)") from None
+                    yield Piece(self, number, 0, "", True, self._read(), reason)
+                except DataError as error:
+                    raise DataError(f"{self.where(number)}: {error}") from None
+
+    def where(self, document: int) -> str:
+        """The place of a document, for messages."""
+        return f"{self.path}, line {document + 1}"
+
+    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        """From number `start` on, the number of each document, and what gives its text, in blocks."""
+        raise NotImplementedError
+
+    def _read(self) -> int:
+        return self._raw.tell() if self._raw.seekable() else 0
+
+
+class _Text(Documents):
+    records = False
+
+    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO):
+        super().__init__(path, raw)
+        self._file = file
+
+    def where(self, document: int) -> str:
+        return str(self.path)
+
+    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        if start == 0:
+            yield 0, self._blocks
+
+    def _blocks(self) -> Iterator[str]:
+        decoder, done, block = codecs.getincrementaldecoder("utf-8-sig")(), 0, b" "
+        while block:
+            block = self._file.read(_BLOCK)
+            pending = len(decoder.getstate()[0])
+            try:
+                yield decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                wrong = done - pending + error.start
+                raise DataError(f"not UTF-8 text (byte {wrong}); {_EXPECTED}") from None
+            done += len(block)
+
+
+class _Lines(Documents):
+    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, key: str):
+        super().__init__(path, raw)
+        self._file, self._key = file, key
+
+    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        number = 0
+        while line := self._file.readline(LIMIT):
+            whole, end = len(line) < LIMIT or line.endswith(b"\n"), line
+            while not whole and end and not end.endswith(b"\n"):
+                end = self._file.readline(_BLOCK)
+            if number >= start and not line.isspace():
+                yield number, lambda line=line, whole=whole: self._text(line, whole)  # type: ignore[misc]
+            number += 1
+
+    def _text(self, line: bytes, whole: bool) -> Iterable[str]:
+        if not whole:
+            raise _BadRecordError(f"longer than {LIMIT:,} bytes, the most that a record may have")
+        try:
+            record = json.loads(line.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise _BadRecordError(f"not JSON: {first_line(error)}") from None
+        if not isinstance(record, dict):
+            raise _BadRecordError(f"expected a JSON object, not {short_repr(record)}")
+        if self._key not in record:
+            keys = ", ".join(short_repr(key) for key in list(record)[:10])
+            raise _BadRecordError(
+                f"no key {self._key!r} (--text-key says where the text is; there are {keys or 'none'})"
+            )
+        return _checked(record[self._key], self._key)
+
+
+class _Table(Documents):
+    def __init__(self, path: str | Path, raw: BinaryIO, column: str):
+        super().__init__(path, raw)
+        if not raw.seekable():
+            raise DataError(f"{path}: Parquet cannot be read from a pipe: give the file")
+        self._column = column
+        parquet = require("pyarrow.parquet", "data", f"{path}, a Parquet file,")
+        with _arrow(path):
+            self._file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BLOCK)
+            names = self._file.schema_arrow.names
+        if column not in names:
+            known = ", ".join(short_repr(name) for name in names[:10])
+            raise DataError(f"{path}: no column {column!r} (--text-key says where the text is; there are {known})")
+
+    def where(self, document: int) -> str:
+        return f"{self.path}, row {document + 1}"
+
+    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        with _arrow(self.path):
+            number, groups = 0, list(range(self._file.num_row_groups))
+            while groups and number + (rows := self._file.metadata.row_group(groups[0]).num_rows) <= start:
+                number += rows
+                groups.pop(0)
+            for batch in self._file.iter_batches(64, groups, [self._column], use_threads=False):
+                for value in batch.column(0):
+                    if number >= start:
+                        yield number, lambda value=value: self._text(value)  # type: ignore[misc]
+                    number += 1
+
+    def _text(self, value: Any) -> Iterable[str]:
+        try:
+            return _checked(value.as_py(), self._column)
+        except UnicodeDecodeError as error:
+            raise _BadRecordError(f"not UTF-8 text (byte {error.start} of {self._column!r})") from None
+
+
+def find_files(path: str | Path, endings: tuple[str, ...]) -> list[Path]:
+    """The files that a path stands for: the file itself; those in a directory, by name; or those that match a pattern.
+
+    Args:
+        path: of a file or a directory, or a pattern of files, such as `corpus/**/*.jsonl`.
+        endings: what names of files in a directory end in.
+
+    Raises:
+        DataError: if there are none in the directory, or none that match.
+    """
+    place = local(path)
+    if os.path.isdir(place):
+        try:
+            found = [file for file in place.iterdir() if file.name.lower().endswith(endings) and file.name[0] != "."]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        missing = f"a directory without data: expected files that end in {', '.join(endings)}"
+    elif glob.has_magic(os.fspath(path)) and not os.path.exists(place):
+        found = [Path(file) for file in glob.glob(os.fspath(place), recursive=True)]
+        missing = "no file has such a name"
+    else:
+        return [place]
+    # A link to nothing is kept: opening it tells that a file is missing.
+    files = sorted(file for file in found if not file.is_dir())
+    if not files:
+        raise DataError(f"{path}: {missing}")
+    return files
+
+
+def _cut(blocks: Iterable[str], find_cut: FindCut) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is the last) of pieces of `PIECE` characters or, if it cannot be cut there, a little more."""
+    pending, searched = "", PIECE
+    for block in blocks:
+        pending += block
+        while len(pending) > PIECE and (place := find_cut(pending, max(searched, PIECE))) is not None:
+            yield pending[:place], False
+            pending, searched = pending[place:], PIECE
+        searched = len(pending)
+        if len(pending) > LIMIT:
+            raise DataError(
+                f"a text of more than {LIMIT:,} characters, without a place where this tokenizer allows to cut it"
+            )
+    yield pending, True
+
+
+def _checked(text: Any, key: str) -> Iterable[str]:
+    if not isinstance(text, str):
+        raise _BadRecordError(f"expected a text under {key!r}, not {short_repr(text)}")
+    if len(text) > LIMIT:
+        raise _BadRecordError(f"longer than {LIMIT:,} characters, the most that a record may have")
+    return (text[i : i + _BLOCK] for i in range(0, len(text), _BLOCK))
+
+
+def _is_json_lines(name: str, head: bytes) -> bool:
+    head = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not head.startswith(b"{"):
+        return _JSON_LINES.fullmatch(name) is not None and not not_text(head)
+    if _JSON_LINES.fullmatch(name):
+        return True
+    line, end, _ = head.partition(b"\n")
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return not end and re.match(rb'\{\s*"', line) is not None  # a first record longer than what was looked at
+
+
+def _unpacked(path: str | Path, raw: Any, stack: contextlib.ExitStack) -> Any:
+    """The file, or what it unpacks to if it is compressed."""
+    head = raw.peek(4)
+    if head.startswith(b"\x1f\x8b"):
+        return stack.enter_context(gzip.GzipFile(fileobj=raw))
+    if head.startswith(b"\x28\xb5\x2f\xfd"):
+        if sys.version_info >= (3, 14):
+            from compression import zstd
+
+            return stack.enter_context(zstd.ZstdFile(raw))
+        zstandard = require("zstandard", "data", f"{path}, which is compressed with zstd,")
+        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
+        return io.BufferedReader(stack.enter_context(reader), _BUFFER)
+    return raw
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """Raises what goes wrong while a file is read or unpacked as a DataError."""
+    try:
+        yield
+    except (DataError, ImportError):
+        raise
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged: gzip cannot unpack it: {first_line(error)}") from None
+    except (OSError, ValueError) as error:  # the latter for a name that no file can have
+        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
+    except Exception as error:
+        if type(error).__name__ != "ZstdError":
+            raise
+        raise DataError(f"{path}: damaged: zstd cannot unpack it: {first_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _arrow(path: str | Path) -> Iterator[None]:
+    """Raises what pyarrow says about a damaged file as a DataError."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: damaged: {first_line(error)}") from None
