@@ -17,7 +17,7 @@ from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, settings
 from jaxgpt.parallel.mesh import MeshConfig
-from jaxgpt.training.config import TABLES, TrainConfig
+from jaxgpt.training.config import TABLES, LoraConfig, TrainConfig
 from jaxgpt.training.optimizer import schedule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -170,9 +170,9 @@ def test_a_value_out_of_range_is_told_what_is_allowed(cls, field, value, message
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
+@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig, LoraConfig])
 def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
-    tables = {"model", "compute", "mesh", "model_defaults"} if cls is TrainConfig else set()
+    tables = {"model", "compute", "mesh", "lora", "model_defaults"} if cls is TrainConfig else set()
     assert {field.name for field in dataclasses.fields(cls)} - tables == {declared.name for declared in settings(cls)}
     for declared in settings(cls):
         step = 1 if declared.type == "int" else 1e-9
@@ -193,7 +193,7 @@ def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
                     declared.check(value, prefix="here.")
 
 
-@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
+@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig, LoraConfig])
 def test_the_docstring_tells_every_fields_meaning(cls):
     told = cls.__doc__.partition("\nAttributes:\n")[2].replace("\n        ", " ")
     assert told.split("\n") == [f"    {declared.name}: {declared}" for declared in settings(cls)]
@@ -406,8 +406,8 @@ def test_any_values_make_a_valid_compute_config_or_a_config_error(fields):
         assert all(getattr(config, name) == value for name, value in fields.items())
 
 
-names = st.one_of(st.sampled_from(["model", "compute", "train", "mesh"]), st.text(max_size=5), st.none())
-tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, MeshConfig)), ODD)
+names = st.one_of(st.sampled_from(["model", "compute", "train", "mesh", "lora"]), st.text(max_size=5), st.none())
+tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, MeshConfig, LoraConfig)), ODD)
 
 
 @given(st.dictionaries(names, tables, max_size=3))
@@ -463,6 +463,11 @@ train_configs = st.builds(
     sample_prompt=st.text(st.characters(exclude_categories=["C"]), max_size=20),
 )
 
+loras = st.builds(LoraConfig, rank=st.integers(1, 2**16), alpha=st.floats(0, 1e9), matrices=st.just("att, *head"))
+adapter_configs = st.builds(
+    lambda config, lora: dataclasses.replace(config, optimizer="adamw", lora=lora), train_configs, loras
+)
+
 
 @given(config=configs)
 def test_every_config_comes_back_from_a_dict_from_json_and_from_toml(config, tmp_path):
@@ -481,7 +486,7 @@ def test_every_compute_config_comes_back_from_a_dict_and_from_json(compute):
     assert compute.portable() == compute.replace(native_kernel=False)
 
 
-@given(config=train_configs)
+@given(config=st.one_of(train_configs, adapter_configs))
 def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_path):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert MeshConfig.parse(str(config.mesh)) == config.mesh
@@ -507,7 +512,7 @@ def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_
         ("lr=1e-4", "unknown key 'lr'; did you mean 'learning_rate'"),
         ("max_iters=5", "unknown key 'max_iters'; did you mean 'steps'"),
         ("model.n_embd=5", "unknown key 'n_embd'; did you mean 'emb_dim'"),
-        ("steps.n=3", "the tables are model, compute, mesh, train"),
+        ("steps.n=3", "the tables are model, compute, mesh, lora, train"),
     ],
 )
 def test_a_field_in_the_wrong_table_is_told_its_own(override, message, tmp_path):

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "config",
         nargs="?",
         metavar="CONFIG.toml",
-        help="a file with the tables [model], [compute], [mesh] and [train]; a run that is resumed has its own",
+        help="a file with the tables [model], [compute], [mesh], [lora] and [train]; a run that is resumed has its own",
     )
     parser.add_argument(
         "--data",

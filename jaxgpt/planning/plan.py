@@ -175,6 +175,8 @@ def resolve(
         rows = data * fsdp * tables["train"].get("grad_accumulation", 1)
         chosen["batch_size"] = tables["train"]["batch_size"] = rows
     config = TrainConfig.from_dict(tables, source)
+    if config.lora.rank or config.freeze:
+        raise ConfigError(f"{source}: a plan is for the training of whole models, without lora and freeze")
     check(config)
     if "loss_chunk" not in tables["train"]:
         # As many positions as have float32 logits of one GiB per chip. More chunks would mean more communication.

@@ -31,14 +31,24 @@ from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
 from jaxgpt.tokenizer import NONE
+from jaxgpt.training import trainable
 from jaxgpt.training.batches import ReadAhead, batch, check_enough
-from jaxgpt.training.checkpoints import Checkpoints, import_orbax
+from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.evaluation import Evaluation, evaluate
-from jaxgpt.training.models import load, load_config
+from jaxgpt.training.models import OWN_FIELDS, base_params, initial_params, load_config
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run, import_tensorboard
-from jaxgpt.training.step import SAMPLE, TrainState, abstract_state, eval_params, init_state, jit_step, stream_key
+from jaxgpt.training.step import (
+    SAMPLE,
+    TrainState,
+    abstract_state,
+    eval_params,
+    init_state,
+    jit_step,
+    saved_state,
+    stream_key,
+)
 from jaxgpt.weights import BUNDLED
 
 
@@ -129,6 +139,9 @@ def train(
             assert config is not None  # so mypy sees what the checks above have made sure of
             if began is None and init_from is not None:
                 config = _fine_tuned(config, init_from)
+            trainable.check(config)
+            if config.lora.rank and init_from is None:
+                raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
             mesh = _mesh(config)
             corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer)
             _check_samples(config)
@@ -154,15 +167,25 @@ def train(
         checkpoints = held.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.keep, val_losses)))
         progress = held.enter_context(TrainProgress(config.steps, quiet=not run.writes))
         distributed.check_same("the checkpoints that they see", checkpoints.steps())
-        if resume and checkpoints.steps():
-            start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
-        else:
-            with distributed.fail_together(alone):
-                params = None if init_from is None else _initial_params(config, init_from, mesh)
-            start, state = 0, init_state(config, params, mesh)
-            del params  # the state holds them
+        continued = resume and bool(checkpoints.steps())
+        params = base = None
         with distributed.fail_together(alone):
-            run.describe(config, corpus, init_from)
+            if config.lora.rank and began is not None and began.lora.rank:
+                params = base_params(run, config, init_from, mesh)
+            elif init_from is not None and not continued:
+                params = initial_params(config, init_from, mesh)
+            if config.lora.rank:
+                base = fingerprint(params)
+        if continued:
+            expected = saved_state(config, abstract_state(config, mesh))
+            start, state = checkpoints.restore_latest(expected, progress.say)
+            if params is not None:
+                state["frozen"] = params if mesh is None else sharding.shard(params, mesh)
+        else:
+            start, state = 0, init_state(config, params, mesh)
+        del params  # the state holds them
+        with distributed.fail_together(alone):
+            run.describe(config, corpus, init_from, base)
             run.truncate_metrics(start)
             if tensorboard:
                 run.write_tensorboard(start)
@@ -228,7 +251,7 @@ class _Loop:
                 self.record(*running.popleft())
             if stop:
                 if done not in self.checkpoints.steps() and self.healthy(state):
-                    self.checkpoints.save(done, state)
+                    self.checkpoints.save(done, saved_state(self.config, state))
                 self.progress.say(f"stopped by {stop.name} at step {done}: {self.run.resume_command} continues")
             else:
                 self.progress.say(self.last_line(done))
@@ -237,7 +260,7 @@ class _Loop:
         except Exception as error:  # a missing picture must not fail a finished run
             self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
-        return TrainResult(done, eval_params(state), config.model, config.compute, last_val_loss, stop)
+        return TrainResult(done, eval_params(self.config, state), config.model, config.compute, last_val_loss, stop)
 
     def last_line(self, step: int) -> str:
         """Says which checkpoint is best, where it is, and what to do with it."""
@@ -308,7 +331,7 @@ class _Loop:
         config, loss, improved = self.config, None, False
         evaluating = self.due(config.eval_interval, step)
         if evaluating and len(self.val_N):
-            evaluation = self.validate(eval_params(state), config.eval_sequences)
+            evaluation = self.validate(eval_params(self.config, state), config.eval_sequences)
             loss = evaluation.loss
             improved = loss < min(self.val_losses.values(), default=math.inf)
             self.run.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
@@ -318,9 +341,9 @@ class _Loop:
         # Processes that read the run's earlier losses at different times must not save at different steps.
         improved = bool(distributed.highest(improved))
         if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
-            self.checkpoints.save(step, state, loss)
+            self.checkpoints.save(step, saved_state(config, state), loss)
         if evaluating and config.sample_tokens and self.healthy(state):
-            self.progress.say(self.sample(step, eval_params(state)))
+            self.progress.say(self.sample(step, eval_params(self.config, state)))
         self.clock = time.perf_counter(), step
 
     def validate(self, params: Any, sequences: int, batch_size: int = 8) -> Evaluation:
@@ -332,7 +355,9 @@ class _Loop:
     def healthy(self, state: TrainState) -> bool:
         """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
         it does not show when the last update has ruined them."""
-        return math.isfinite(self.validate(state["params"], sequences=1, batch_size=1).loss)
+        return math.isfinite(
+            self.validate(eval_params(self.config, state, average=False), sequences=1, batch_size=1).loss
+        )
 
     def sample(self, step: int, params: Any) -> str:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
@@ -350,9 +375,6 @@ def _mesh(config: TrainConfig) -> Mesh | None:
 
 
 _LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
-
-# What a run that starts from a checkpoint decides itself; the rest, the architecture, comes from the checkpoint.
-_OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
 
 def _absolute(source: str | None) -> str | None:
@@ -378,7 +400,7 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
         for name in stored
         if config.is_set(name)
         and wanted[name] != stored[name]
-        and name not in _OWN_FIELDS
+        and name not in OWN_FIELDS
         and (longer or name != "context_length")
     ]
     if differing:
@@ -391,14 +413,7 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
             + "; its context can be cut, not extended" * ("context_length" in differing)
             + ": leave out what the checkpoint decides, or start from another"
         )
-    return config.fill(checkpoint, keep=_OWN_FIELDS)
-
-
-def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
-    own = {**_own(config.model), "context_length": config.model.context_length}
-    # Parameters that will be spread over a mesh must not fill one device first.
-    with contextlib.nullcontext() if mesh is None else sharding.on_host():
-        return load(source, compute=config.compute, **own)[1]
+    return config.fill(checkpoint, keep=OWN_FIELDS)
 
 
 def _first_line(
@@ -412,14 +427,22 @@ def _first_line(
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
     return (
         f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
-        f"{count:,} parameters, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, {val_tokens:,} to "
-        f"validate; {devices}; {config.batch_size * config.T:,} tokens per step"
+        f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
+        f"{val_tokens:,} to validate; {devices}; {config.batch_size * config.T:,} tokens per step"
     )
 
 
+def _trained(config: TrainConfig) -> str:
+    """How many of the parameters are trained, unless all are."""
+    if not config.lora.rank and not config.freeze:
+        return ""
+    adapters = ", of LoRA adapters" * bool(config.lora.rank)
+    return f" ({trainable.count(config):,} trained{adapters})"
+
+
 def _own(model: GPTConfig) -> dict[str, Any]:
-    """The values of `_OWN_FIELDS`."""
-    return {name: getattr(model, name) for name in _OWN_FIELDS}
+    """The values of `OWN_FIELDS`."""
+    return {name: getattr(model, name) for name in OWN_FIELDS}
 
 
 def _notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:

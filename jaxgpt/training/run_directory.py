@@ -136,8 +136,8 @@ class Run:
         """The command that continues the run."""
         return f"jaxgpt train --resume {shlex.quote(str(self.directory))}"
 
-    def describe(self, config: TrainConfig, corpus: Corpus, init_from: str | None) -> None:
-        """Writes run.json."""
+    def describe(self, config: TrainConfig, corpus: Corpus, init_from: str | None, base: str | None = None) -> None:
+        """Writes run.json; `base` is the fingerprint of the parameters that adapters belong to."""
         if not self.writes:
             return
         if config.model.tokenizer not in (*BUILTIN, NONE):
@@ -148,6 +148,7 @@ class Run:
         description = {
             "config": config.to_dict(),
             "init_from": init_from,
+            **({} if base is None else {"base": base}),
             "data": {
                 "sources": [_described(source) for source in corpus.sources],
                 "validation": [_described(source) for source in corpus.validation],
@@ -176,6 +177,14 @@ class Run:
     def init_from(self) -> str | None:
         """What the run was fine-tuned from, if anything."""
         return self._path("init_from", self._described("init_from"))
+
+    def check_base(self, base: str, source: str | None) -> None:
+        """Raises CheckpointError, naming `source`, unless this is the fingerprint of the parameters that the run's
+        adapters belong to."""
+        if self._described("base") != base:
+            raise CheckpointError(
+                self.directory, f"its adapters belong to other parameters than those of {source}: has it changed since?"
+            )
 
     def data(self, data: Any = None, validation: Any = None) -> tuple[Any, Any]:
         """(data, validation) to continue with: what is given or, where nothing is, what the run was started with.
@@ -222,7 +231,8 @@ class Run:
         for key, now in (("sources", corpus.sources), ("validation", corpus.validation)):
             before = data.get(key) if isinstance(data, dict) else None
             differences += _changed_sources(before, [_described(source) for source in now])
-        if self.init_from() != init_from:
+        # What adapters belong to is known by its content, so it may have moved.
+        if self.init_from() != init_from and not config.lora.rank:
             differences.append(f"init-from: {short_repr(self.init_from())} before, {short_repr(init_from)} now")
         if differences:
             raise ConfigError(
@@ -238,7 +248,7 @@ class Run:
         was, now = own.to_dict(), config.fill(own.model).to_dict()
         return [
             f"{table}.{name}: {short_repr(was[table].get(name))} before, {short_repr(value)} now"
-            for table in ("model", "compute", "train")
+            for table in ("model", "compute", "lora", "train")
             for name, value in now[table].items()
             if was[table].get(name) != value and name not in (*_FREE_FIELDS, *free)
         ]
