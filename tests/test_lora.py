@@ -27,6 +27,7 @@ from jaxgpt.training.config import LoraConfig, TrainConfig
 from jaxgpt.training.loop import train
 from jaxgpt.training.loss import model_loss
 from jaxgpt.training.models import load_run
+from jaxgpt.training.optimizer import is_matrix
 from jaxgpt.training.run_directory import Run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -143,6 +144,7 @@ def test_a_step_trains_adapters_without_gradients_of_whole_matrices():
     assert products(config, f"{F}x{D}") == 0
     assert products(config, f"5x{D}") > 0
     state = train_step.abstract_state(config)
+    assert all(jax.tree.leaves(is_matrix(state["params"])))  # weight decay acts on them
     held = {name: sum(leaf.size for leaf in jax.tree.leaves(state[name])) for name in ("params", "opt_state")}
     assert held["params"] == trainable.count(config)
     assert held["opt_state"] < 2 * held["params"] + 10

@@ -712,6 +712,38 @@ def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers,
         assert part in first
 
 
+def test_a_run_out_of_patience_stops_where_it_does_after_a_resume_too(tmp_path, tokens, capsys):
+    # Without a learning rate no evaluation is better than the first.
+    config = dataclasses.replace(CONFIG, learning_rate=0.0, eval_interval=1, patience=2, sample_tokens=0)
+    run = Run(tmp_path / "run")
+    assert train(config, tokens, run.directory).step == 3
+    assert f"stopped at step 3: no better validation loss in 2 evaluations ({run.resume_command}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    before = metrics(run.directory)
+    assert [line["step"] for line in before if "val_loss" in line] == [1, 2, 3]
+    shutil.rmtree(run.checkpoints / "3")  # as if killed before
+    for _ in range(2):
+        assert train(None, tokens, run.directory, resume=True).step == 3
+        assert metrics(run.directory) == before
+    assert train(run.config(["patience=0"]), tokens, run.directory, resume=True).step == config.steps
+    with pytest.raises(ConfigError, match="patience needs something to validate on"):
+        train(dataclasses.replace(config, val_fraction=0.0), tokens, tmp_path / "other")
+
+
+def test_patience_counts_evaluations_since_the_best_and_those_that_are_not_finite(tmp_path, tokens, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 1.0, 1.5, math.nan, 0.5])
+
+    def validate(loop, params, sequences, batch_size=8):
+        loss = 1.0 if batch_size == 1 else next(losses)  # 1 asks whether the parameters are healthy
+        return evaluation.Evaluation(loss, math.exp(loss), None, 10)
+
+    monkeypatch.setattr(trainer._Loop, "validate", validate)
+    config = dataclasses.replace(CONFIG, eval_interval=1, patience=2, sample_tokens=0)
+    assert train(config, tokens, tmp_path / "run").step == 6
+    assert Run(tmp_path / "run").step("best") == 4
+
+
 @pytest.mark.exhaustive
 def test_a_resumed_fine_tuning_remembers_what_it_started_from(tmp_path, tokens):
     model, params = make_model(MODEL.replace(emb_dim=24, drop_rate=0.0))

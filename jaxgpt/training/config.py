@@ -128,6 +128,13 @@ class TrainConfig:
     eval_sequences: int = setting(
         0, low=0, help="Validation sequences per evaluation; 0 means the whole validation split."
     )
+    patience: int = setting(
+        0,
+        low=0,
+        high=10**6,
+        help="The run stops early after this many evaluations in a row without a new lowest validation loss; 0 means "
+        "never.",
+    )
     sample_tokens: int = setting(0, low=0, help="Tokens of text sampled at each evaluation; 0 means none.")
     sample_prompt: str = setting("", help="Text that the sample starts with.")
     checkpoint_interval: int = setting(

@@ -149,6 +149,8 @@ def train(
             check_enough(train_data, config, "training")
             if len(val_N) or config.val_fraction:
                 check_enough(val_N, config, "validation")
+            elif config.patience:
+                raise ConfigError("patience needs something to validate on: --val-data, or a val_fraction above 0")
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
@@ -224,7 +226,8 @@ class _Loop:
         self.train_data = train_data
         self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
         self.model = GPT(config.model, config.compute.replace(remat="none"))
-        self.val_losses = run.val_losses()
+        self.val_losses, self.evaluated = run.val_losses(), run.evaluated()
+        self.exhausted = self.out_of_patience()
 
     def train(self, start: int, state: TrainState) -> TrainResult:
         config, done = self.config, start
@@ -237,7 +240,7 @@ class _Loop:
         running: collections.deque = collections.deque()  # (step, metrics) still on the device
         self.clock = time.perf_counter(), start
         with _signals() as received:
-            while done < config.steps and not (stop := self.stop(received, done)):
+            while done < config.steps and not self.exhausted and not (stop := self.stop(received, done)):
                 state, metrics = step_fn(state, self.global_batch(done))
                 done += 1
                 running.append((done, metrics))
@@ -249,9 +252,9 @@ class _Loop:
                     self.pause(done, state)
             while running:
                 self.record(*running.popleft())
+            if (stop or self.exhausted) and done not in self.checkpoints.steps() and self.healthy(state):
+                self.checkpoints.save(done, saved_state(config, state))
             if stop:
-                if done not in self.checkpoints.steps() and self.healthy(state):
-                    self.checkpoints.save(done, saved_state(self.config, state))
                 self.progress.say(f"stopped by {stop.name} at step {done}: {self.run.resume_command} continues")
             else:
                 self.progress.say(self.last_line(done))
@@ -265,6 +268,12 @@ class _Loop:
     def last_line(self, step: int) -> str:
         """Says which checkpoint is best, where it is, and what to do with it."""
         best = self.checkpoints.best_step()
+        ended = "done"
+        if self.exhausted and step < self.config.steps:
+            ended = (
+                f"stopped at step {step:,}: no better validation loss in {self.config.patience} evaluations "
+                f"({self.run.resume_command} --set patience=0 continues)"
+            )
         which = (
             f"the last step, {step:,}"
             if best is None
@@ -272,7 +281,7 @@ class _Loop:
         )
         directory, prompt = str(self.run.directory), self.config.sample_prompt or "The"
         return (
-            f"done. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(directory)} "
+            f"{ended}. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(directory)} "
             f"--prompt {shlex.quote(prompt)}"
         )
 
@@ -338,6 +347,8 @@ class _Loop:
             self.progress.say(f"step {step}  validation loss {loss:.4f}  ({evaluation.tokens:,} tokens)")
             if math.isfinite(loss):
                 self.val_losses[step] = loss
+            self.evaluated.append(step)
+            self.exhausted = self.out_of_patience()
         # Processes that read the run's earlier losses at different times must not save at different steps.
         improved = bool(distributed.highest(improved))
         if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
@@ -345,6 +356,14 @@ class _Loop:
         if evaluating and config.sample_tokens and self.healthy(state):
             self.progress.say(self.sample(step, eval_params(self.config, state)))
         self.clock = time.perf_counter(), step
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations have all been no better than one before them. Known from the run's
+        metrics, so a resumed run stops where the undisturbed one does."""
+        best = min(self.val_losses, key=self.val_losses.__getitem__, default=0)
+        without = sum(step > best for step in self.evaluated)
+        # Processes may see the shared metrics at different times, and must stop together.
+        return bool(distributed.highest(0 < self.config.patience <= without))
 
     def validate(self, params: Any, sequences: int, batch_size: int = 8) -> Evaluation:
         ids_N = self.val_N if len(self.val_N) else self.train_data.ids[0]

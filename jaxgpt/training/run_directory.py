@@ -32,8 +32,8 @@ from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_i
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
 
-# These do not change what a run computes, so they may differ when it resumes; so may the mesh.
-_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
+# These do not change what a step computes, so they may differ when a run resumes; so may the mesh.
+_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "patience", "sample_tokens", "sample_prompt")
 
 
 def import_tensorboard() -> Any:
@@ -286,6 +286,10 @@ class Run:
     def val_losses(self) -> dict[int, float]:
         """The validation losses so far, by step."""
         return {line["step"]: line["val_loss"] for line in self.read_metrics() if line.get("val_loss") is not None}
+
+    def evaluated(self) -> list[int]:
+        """The steps that were evaluated so far, those without a finite validation loss too."""
+        return [line["step"] for line in self.read_metrics() if "val_loss" in line]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl."""
