@@ -685,10 +685,10 @@ def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_check
 
 def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path, tokens, capsys):
     gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
-    assert trainer._first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
-    assert trainer._first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
-    assert list(trainer._notes(CONFIG, None, Corpus(()))) == []
-    (note,) = trainer._notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
+    assert trainer.first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
+    assert trainer.first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
+    assert list(trainer.notes(CONFIG, None, Corpus(()))) == []
+    (note,) = trainer.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
     assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
 
 
@@ -710,6 +710,49 @@ def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers,
         "32 tokens per step",
     ):
         assert part in first
+
+
+def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    Path("run.toml").write_text("[lora]\nrank = 4\n[train]\nsteps = 6\nbatch_size = 4\n", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["train", "run.toml", "--data", "text.txt", "--out", "run", "--init-from", two_layers]
+    assert main([*arguments, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert err == ""
+    # What it prints of the config is a config file, of the same run.
+    text = out[: out.index("\nfine-tuning ")]
+    Path("printed.toml").write_text(text, encoding="utf-8")
+    config = TrainConfig.from_file("printed.toml")
+    assert (config.lora.rank, config.steps, config.model.emb_dim) == (4, 6, 24)
+    corpus = Tokens.from_text(TEXT, "bytes")
+    train_N, val_N = corpus.split(0.1)
+    row = trainer.batch(train_N, config, 0)[0]
+    for part in (
+        f"{len(train_N):,} tokens to train on, {len(val_N):,} to validate",
+        f"tokens: 64 per step, 384 in 6 steps, which is {384 / len(train_N):.3g} times the training data",
+        "the first batch begins (2 of 4 rows):\n  " + repr(bytes(row.tolist()).decode()),
+        "memory: trained parameters ",
+        "frozen parameters ",
+        "a step adds ",
+        "nothing was written",
+    ):
+        assert part in out
+    # It refuses what the run would, and what does not fit.
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "capacity", lambda device: 1000)
+        assert main([*arguments, "--dry-run"]) == 2
+    assert "are needed at once, and there are" in capsys.readouterr().err
+    for wrong, message in (
+        (["--set", "seq_len=99"], "seq_len 99"),
+        (["--set", "lora.matrices=x"], "matches no matrix"),
+    ):
+        assert main([*arguments, "--dry-run", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", "--resume", "run", "--dry-run"]) == 2
+    assert not Path("run").exists()
 
 
 def test_a_run_out_of_patience_stops_where_it_does_after_a_resume_too(tmp_path, tokens, capsys):

@@ -58,6 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a field of the config; all are listed below",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the config, the tokens, the first batch and the memory of a step, which is compiled; write nothing",
+    )
     parser.add_argument("--force", action="store_true", help="resume even if the config or the data differ")
     parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all the others")
@@ -125,6 +130,17 @@ def run(args: argparse.Namespace) -> int:
         distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
     elif (args.coordinator, args.processes, args.process) != (None, None, None):
         raise ConfigError("--coordinator, --processes and --process belong to --distributed")
+    if args.dry_run:
+        from jaxgpt.training import dry_run
+
+        if args.resume is not None or args.distributed:
+            raise ConfigError("--dry-run is for a new run, in one process: give --out, and not --distributed")
+        paragraphs = dry_run(
+            config, args.data, val_data=args.val_data, tokenizer=args.tokenizer, init_from=args.init_from
+        )
+        for paragraph in paragraphs:
+            print(paragraph, flush=True)
+        return 0
     from jaxgpt.training import train
 
     result = train(

@@ -137,20 +137,9 @@ def train(
                 init_from = run.init_from() if init_from is None else init_from
                 tokenizer = config.model.tokenizer if tokenizer is None else tokenizer
             assert config is not None  # so mypy sees what the checks above have made sure of
-            if began is None and init_from is not None:
-                config = _fine_tuned(config, init_from)
-            trainable.check(config)
-            if config.lora.rank and init_from is None:
-                raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
-            mesh = _mesh(config)
-            corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer)
-            _check_samples(config)
-            train_data, val_N = corpus.split(config.val_fraction)
-            check_enough(train_data, config, "training")
-            if len(val_N) or config.val_fraction:
-                check_enough(val_N, config, "validation")
-            elif config.patience:
-                raise ConfigError("patience needs something to validate on: --val-data, or a val_fraction above 0")
+            config, mesh, corpus, train_data, val_N = prepare(
+                config, data, val_data, tokenizer, init_from, resume=began is not None
+            )
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
@@ -197,14 +186,40 @@ def train(
                 f"--set steps={2 * start}"
             )
         else:
-            progress.say(_first_line(config, mesh, len(train_data), len(val_N), init_from, start))
-            for note in _notes(config, began, corpus):
+            progress.say(first_line(config, mesh, len(train_data), len(val_N), init_from, start))
+            for note in notes(config, began, corpus):
                 progress.say(note)
-        held.enter_context(memory_errors(_LESS_MEMORY))
+        held.enter_context(memory_errors(LESS_MEMORY))
         held.enter_context(verification.running())
         loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)
         held.callback(loop.read.close)
         return loop.train(start, state)
+
+
+def prepare(
+    config: TrainConfig, data: Any, val_data: Any, tokenizer: Any, init_from: str | None, resume: bool = False
+) -> tuple[TrainConfig, Mesh | None, Corpus, Mixture, Ids]:
+    """What `train` and `dry_run` need before anything is written: (config, mesh, corpus, training data, validation
+    ids). The config's model is that of `init_from`; a run that is resumed knows it already.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for input that cannot be used.
+    """
+    if not resume and init_from is not None:
+        config = _fine_tuned(config, init_from)
+    trainable.check(config)
+    if config.lora.rank and init_from is None:
+        raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
+    mesh = _mesh(config)
+    corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer)
+    _check_samples(config)
+    train_data, val_N = corpus.split(config.val_fraction)
+    check_enough(train_data, config, "training")
+    if len(val_N) or config.val_fraction:
+        check_enough(val_N, config, "validation")
+    elif config.patience:
+        raise ConfigError("patience needs something to validate on: --val-data, or a val_fraction above 0")
+    return config, mesh, corpus, train_data, val_N
 
 
 class _Loop:
@@ -236,7 +251,7 @@ class _Loop:
             # From the batch's shape alone: the batch itself may be too large to make.
             ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32)
             step_fn = step_fn.lower(state, ids_BxT1).compile()
-            check_memory(step_fn, _LESS_MEMORY)
+            check_memory(step_fn, LESS_MEMORY)
         running: collections.deque = collections.deque()  # (step, metrics) still on the device
         self.clock = time.perf_counter(), start
         with _signals() as received:
@@ -393,7 +408,7 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     return mesh
 
 
-_LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
+LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
 
 
 def _absolute(source: str | None) -> str | None:
@@ -435,7 +450,7 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
     return config.fill(checkpoint, keep=OWN_FIELDS)
 
 
-def _first_line(
+def first_line(
     config: TrainConfig, mesh: Mesh | None, train_tokens: int, val_tokens: int, init_from: str | None, start: int
 ) -> str:
     """Says what is trained, on what, and where."""
@@ -464,7 +479,7 @@ def _own(model: GPTConfig) -> dict[str, Any]:
     return {name: getattr(model, name) for name in OWN_FIELDS}
 
 
-def _notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:
+def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:
     """What a user may not expect of this config, or of the one that a resumed run began with."""
     if began is not None and began.steps != config.steps:
         yield (
