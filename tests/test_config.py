@@ -17,6 +17,7 @@ from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, settings
 from jaxgpt.parallel.mesh import MeshConfig
+from jaxgpt.training import config as training_config
 from jaxgpt.training.config import TABLES, LoraConfig, TrainConfig
 from jaxgpt.training.optimizer import schedule
 
@@ -296,6 +297,38 @@ def test_gpt3_files_hold_the_published_training(name, published):
 
 def test_gpt3_files_are_all_there():
     assert set(GPT3_TRAINING) == {name for name in PRESETS if name.startswith("gpt3-")}
+
+
+def test_recipes_are_taken_by_name_from_a_checkout_and_from_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {path.stem for path in CONFIGS.glob("*.toml")}
+    assert {"finetune-gpt2", "lora-gpt2", "gpt2", "gpt3-1.3b", "the-verdict"} <= names
+    for name in names:
+        assert TrainConfig.from_file(name, ["seed=3"]) == TrainConfig.from_file(CONFIGS / f"{name}.toml", ["seed=3"])
+    with pytest.raises(ConfigError, match=r"lora-gtp2: no such file or recipe; did you mean 'lora-gpt2'\? \(recipes: "):
+        TrainConfig.from_file("lora-gtp2")
+    for path in ("lora-gpt2.toml", "./lora-gpt2", tmp_path / "lora-gpt2"):  # these are files, not names
+        with pytest.raises(ConfigError, match=r"cannot be read as TOML: .*No such file"):
+            TrainConfig.from_file(path)
+    write(tmp_path / "lora-gpt2", "[train]\nsteps = 7\n")
+    assert TrainConfig.from_file("lora-gpt2").steps == 7
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    checkout, wheel = training_config._RECIPES
+    assert checkout == CONFIGS
+    assert [CONFIGS.parent / inside for inside in included.values()] == [wheel]
+
+
+def test_recipes_for_fine_tuning_have_the_rates_that_people_use():
+    whole, adapters = (TrainConfig.from_file(f"{name}-gpt2") for name in ("finetune", "lora"))
+    assert 1e-5 <= whole.learning_rate <= 5e-5
+    assert 1e-4 <= adapters.learning_rate <= 1e-3
+    assert (whole.lora.rank, adapters.lora.rank) == (0, 16)
+    for config in (whole, adapters):
+        assert config.init_from == "gpt2"
+        assert config.compute.dtype == "bfloat16"
+        assert config.patience
+        assert not any(config.is_set(name) for name in config.model.to_dict())  # the model is the checkpoint's
 
 
 def write(path: Path, text: str) -> Path:

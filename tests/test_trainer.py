@@ -432,8 +432,8 @@ def test_what_is_given_to_a_resumed_run_and_differs_is_named(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--out", "run"], "a new run needs CONFIG.toml and --data FILE"),
-        (["config.toml", "--out", "run"], "a new run needs CONFIG.toml and --data FILE"),
+        (["--out", "run"], "a new run needs CONFIG and --data FILE"),
+        (["config.toml", "--out", "run"], "a new run needs CONFIG and --data FILE"),
         (["--resume", "run"], "holds no run"),
     ],
 )
@@ -667,6 +667,19 @@ def test_fields_that_the_user_set_and_the_checkpoint_contradicts_are_named(
     with pytest.raises(ConfigError, match=message):
         train(config, tokens, tmp_path / "run", init_from=two_layers)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_config_may_say_what_a_run_starts_from_and_the_option_overrides_it(two_layers, tmp_path, tokens):
+    config = fine_tuning({"drop_rate": 0.0}, steps=1, learning_rate=0.0, init_from=two_layers)
+    result = train(config, tokens, tmp_path / "run")
+    np.testing.assert_array_equal(result.params["pos_emb"]["weight"], jaxgpt.load(two_layers)[1]["pos_emb"]["weight"])
+    assert Run(tmp_path / "run").init_from() == two_layers
+    assert train(None, tokens, tmp_path / "run", resume=True).step == 1
+    other, params = make_model(MODEL.replace(emb_dim=8, drop_rate=0.0))
+    jaxgpt.save(tmp_path / "other", other, params)
+    result = train(config, tokens, tmp_path / "second", init_from=str(tmp_path / "other"))
+    assert result.config.emb_dim == 8
+    assert train(None, tokens, tmp_path / "second", resume=True).config.emb_dim == 8
 
 
 @pytest.mark.exhaustive

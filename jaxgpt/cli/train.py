@@ -21,8 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         nargs="?",
-        metavar="CONFIG.toml",
-        help="a file with the tables [model], [compute], [mesh], [lora] and [train]; a run that is resumed has its own",
+        metavar="CONFIG",
+        help="a recipe's name, such as finetune-gpt2, or a file with the tables [model], [compute], [mesh], [lora] and "
+        "[train]; a run that is resumed has its own",
     )
     parser.add_argument(
         "--data",
@@ -171,5 +172,5 @@ def configure(args: argparse.Namespace) -> TrainConfig:
             run.check_config(TrainConfig.from_file(args.config), args.config)
         return run.config(args.set)
     if args.config is None or (args.data is None and args.resume is None):
-        raise ConfigError("a new run needs CONFIG.toml and --data FILE; --resume RUN continues one")
+        raise ConfigError("a new run needs CONFIG and --data FILE; --resume RUN continues one")
     return TrainConfig.from_file(args.config, args.set)

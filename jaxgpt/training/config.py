@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, check, check_keys, documented, from_table, setting, settings, to_table
+from jaxgpt.files import local
 from jaxgpt.parallel import MeshConfig
 from jaxgpt.textfile import parse_value, read_toml
 
@@ -68,6 +70,9 @@ class TrainConfig:
         low=1,
         high=10**6,
         help="Micro-batches per batch, to save memory; must divide batch_size. The result is that of the whole batch.",
+    )
+    init_from: str = setting(
+        "", help="Model to start from: anything that jaxgpt.load takes, which --init-from overrides; empty: a new one."
     )
     seq_len: int = setting(0, low=0, help="Tokens per sequence; 0 means the model's context_length.")
     sequences: str = setting(
@@ -235,17 +240,38 @@ class TrainConfig:
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads the tables of a TOML file, and applies `overrides` as `from_dict` does.
+        """Reads the tables of a TOML file, or of a recipe by its name (those of configs/), and applies `overrides` as
+        `from_dict` does.
 
         Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        return cls.from_dict(read_toml(path), str(path), overrides)
+        return cls.from_dict(read_toml(_recipe(path)), str(path), overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
         others = {name: to_table(getattr(self, name)) for name in TABLES if name != "train"}
         return {**others, "train": to_table(self)}
+
+
+# The configs that come with the package: in a checkout, and in a wheel.
+_RECIPES = Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"
+
+
+def _recipe(path: str | Path) -> str | Path:
+    """The file of a recipe, if `path` is the name of one; a file of that name takes precedence.
+
+    Raises:
+        ConfigError: for a bare name that is neither; names the nearest recipe.
+    """
+    if not isinstance(path, str) or not re.fullmatch(r"[\w-]+(\.\d[\w-]*)*", path) or local(path).exists():
+        return path
+    recipes = {file.stem: file for folder in _RECIPES for file in sorted(folder.glob("*.toml"))}
+    if path not in recipes:
+        raise ConfigError(
+            f"{path}: no such file or recipe{did_you_mean(path, recipes)} (recipes: {', '.join(recipes)})"
+        )
+    return recipes[path]
 
 
 # The tables of a config file, and the class that declares the fields of each.

@@ -111,7 +111,8 @@ def train(
             The run knows its config, its data and its `init_from`: None means those. Others are refused, except for
             more `steps` and for settings that do not change what is computed, such as the mesh.
         force: resume even though config or data differ from the run's.
-        init_from: the model to fine-tune: anything `jaxgpt.load` takes. A resumed run remembers it.
+        init_from: the model to fine-tune: anything `jaxgpt.load` takes; by default the config's. A resumed run
+            remembers it.
         tensorboard: write the metrics for TensorBoard too.
 
     Raises:
@@ -130,7 +131,7 @@ def train(
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):
             began = run.config() if resume else None
-            init_from = _absolute(init_from)
+            init_from = starting_point(config, init_from) if began is None else _absolute(init_from)
             if began is not None:
                 config = began if config is None else config.fill(began.model)
                 data, val_data = run.data(data, val_data)
@@ -409,6 +410,11 @@ def _mesh(config: TrainConfig) -> Mesh | None:
 
 
 LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
+
+
+def starting_point(config: TrainConfig | None, init_from: str | None) -> str | None:
+    """What a new run starts from: what is given, or else what the config says."""
+    return _absolute(init_from or (config.init_from if config is not None else "") or None)
 
 
 def _absolute(source: str | None) -> str | None:

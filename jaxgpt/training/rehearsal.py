@@ -43,6 +43,7 @@ def dry_run(
         ConfigError, DataError, CheckpointError: for what `train` would refuse before its first step.
         OutOfMemoryError: at the end, if a step needs more memory than there is.
     """
+    init_from = loop.starting_point(config, init_from)
     config, mesh, corpus, train_data, val_N = loop.prepare(config, data, val_data, tokenizer, init_from)
     yield _toml(config)
     yield loop.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)
