@@ -19,6 +19,19 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 MIB = 1024**2
 GIB = 1024**3
 
+# Peak of matrix products in bfloat16, in operations per second, by the name that JAX gives a device (`device_kind`).
+# TPUs: https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e). GPUs: NVIDIA's data sheets, without sparsity.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
 Shapes = dict[str, tuple[int, ...]]
 
 

@@ -313,7 +313,7 @@ def test_recipes_are_taken_by_name_from_a_checkout_and_from_a_wheel(tmp_path, mo
     write(tmp_path / "lora-gpt2", "[train]\nsteps = 7\n")
     assert TrainConfig.from_file("lora-gpt2").steps == 7
     project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text(encoding="utf-8"))
-    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]
     checkout, wheel = training_config._RECIPES
     assert checkout == CONFIGS
     assert [CONFIGS.parent / inside for inside in included.values()] == [wheel]

@@ -24,17 +24,18 @@ import pytest
 from helpers import exhaustive, make_model, random_ids, to_numpy, to_toml
 
 import jaxgpt
+from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.data import Corpus, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation
+from jaxgpt.training import evaluation, progress
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
-from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.config import LoraConfig, TrainConfig
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run
@@ -766,6 +767,34 @@ def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tm
         assert message in capsys.readouterr().err
     assert main(["train", "--resume", "run", "--dry-run"]) == 2
     assert not Path("run").exists()
+
+
+def test_tokens_seen_and_the_share_of_the_peak_are_logged(tmp_path, tokens, capsys, monkeypatch):
+    config = dataclasses.replace(CONFIG, steps=3, compute=ComputeConfig(dtype="bfloat16"), sample_tokens=0)
+    monkeypatch.setitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    train(config, tokens, tmp_path / "run")
+    lines = [line for line in Run(tmp_path / "run").read_metrics() if "loss" in line]
+    assert [line["tokens"] for line in lines] == [64, 128, 192]
+    flops = 3 * accounting.forward_flops(MODEL, 1, 16).total / 16  # per token
+    for line in lines:
+        assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 1e9, rel=0.01, abs=1e-4)
+    assert re.search(r"step 3/3  loss \S+  192 tokens  [\d,]+ tokens/s  MFU [\d.]+%  0 s left", capsys.readouterr().err)
+    mesh = SimpleNamespace(devices=np.array(jax.devices()[:2]), size=2)
+    assert trainer._peak(config, mesh) == 2e9
+    for other in (
+        CONFIG,
+        dataclasses.replace(config, lora=LoraConfig(rank=2)),
+        dataclasses.replace(config, freeze="a"),
+    ):
+        assert trainer._peak(other, None) is None
+    monkeypatch.delitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind)
+    assert trainer._peak(config, None) is None  # a CPU's peak is not known
+    assert [progress._short(n) for n in (999_999, 10**6, 314_572_800, 3 * 10**11)] == [
+        "999,999",
+        "1.0M",
+        "315M",
+        "300B",
+    ]
 
 
 def test_a_run_out_of_patience_stops_where_it_does_after_a_resume_too(tmp_path, tokens, capsys):

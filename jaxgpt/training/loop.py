@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.accounting import count_parameters
+from jaxgpt.accounting import PEAK_FLOPS, count_parameters, forward_flops
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.data import Corpus, Ids, Mixture, Source, Tokens, Verification, open_corpus
@@ -242,6 +242,10 @@ class _Loop:
         self.train_data = train_data
         self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
         self.model = GPT(config.model, config.compute.replace(remat="none"))
+        # By convention, utilisation counts three forward passes, whatever is recomputed (Chowdhery et al. 2022,
+        # appendix B).
+        self.flops = 3 * forward_flops(config.model, config.batch_size, config.T).total
+        self.peak = _peak(config, mesh)
         self.val_losses, self.evaluated = run.val_losses(), run.evaluated()
         self.exhausted = self.out_of_patience()
 
@@ -347,9 +351,12 @@ class _Loop:
         seconds = (now - self.clock[0]) / (step - self.clock[1])  # per step
         self.clock = now, step
         speed = self.config.batch_size * self.config.T / seconds
-        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-        self.run.append({**line, "tokens_per_second": round(speed, 1)})
-        self.progress.update(step, loss, speed, seconds * (self.config.steps - step))
+        tokens = step * self.config.batch_size * self.config.T
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "tokens": tokens}
+        share = None if self.peak is None else self.flops / seconds / self.peak
+        shares = {} if share is None else {"mfu": round(share, 4)}
+        self.run.append({**line, "tokens_per_second": round(speed, 1), **shares})
+        self.progress.update(step, loss, tokens, speed, seconds * (self.config.steps - step), share)
 
     def pause(self, step: int, state: TrainState) -> None:
         """Evaluates, saves and samples, as the intervals say. None of this affects the training's random numbers."""
@@ -398,6 +405,16 @@ class _Loop:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
         prompt, length = config.sample_prompt, config.sample_tokens
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
+
+
+def _peak(config: TrainConfig, mesh: Mesh | None) -> float | None:
+    """Operations per second that the devices can do, for the utilisation (MFU); None where the peak is not known, and
+    for products in float32. A run that trains only a part of a model has none, as its step does less."""
+    if config.compute.dtype != "bfloat16" or config.lora.rank or config.freeze:
+        return None
+    device = sharding.default_device() if mesh is None else mesh.devices.flat[0]
+    peak = PEAK_FLOPS.get(device.device_kind)
+    return None if peak is None else peak * (1 if mesh is None else mesh.size)
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:
