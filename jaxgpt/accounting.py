@@ -6,8 +6,11 @@ Needs no arrays and no JAX: a 175-billion-parameter model is counted as quickly 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import math
+from collections.abc import Iterable
 
+from jaxgpt.checks import did_you_mean
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import ConfigError
 
@@ -15,6 +18,19 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 MIB = 1024**2
 GIB = 1024**3
+
+# Peak of matrix products in bfloat16, in operations per second, by the name that JAX gives a device (`device_kind`).
+# TPUs: https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e). GPUs: NVIDIA's data sheets, without sparsity.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -101,6 +117,65 @@ def parameter_shapes(config: GPTConfig) -> Shapes:
     return shapes
 
 
+# The pattern of all linear layers of the blocks, for `select`.
+LINEAR_LAYERS = "att, ff"
+
+
+def select(patterns: str, paths: Iterable[str], what: str = "parameter") -> list[str]:
+    """The paths that match one of several patterns, separated by commas, in the order of `paths`.
+
+    A pattern is a path, or consecutive parts of one; * stands for any text. So "tok_emb", "trf_blocks_0", "att/qkv" and
+    "trf_blocks_1*/ff" all match parameters.
+
+    Args:
+        patterns: the patterns.
+        paths: paths such as "trf_blocks_0/att/qkv/weight".
+        what: what the paths are of, for the error.
+
+    Raises:
+        ConfigError: if there is no pattern, or for one that matches nothing; names the nearest that does.
+    """
+    paths, found = list(paths), set()
+    wanted = [pattern for text in patterns.split(",") if (pattern := text.strip())]
+    if not wanted:
+        raise ConfigError(f"expected patterns of paths such as {LINEAR_LAYERS!r}, not {patterns!r}")
+    for pattern in wanted:
+        matching = [path for path in paths if any(fnmatch.fnmatchcase(part, pattern) for part in _stretches(path))]
+        if not matching:
+            known = dict.fromkeys(part for path in paths for part in _stretches(path))
+            blocks = next((part for part in known if part.startswith("trf_blocks")), "")
+            hint = (
+                did_you_mean(pattern, known) or f" (such as {', '.join(filter(None, ['tok_emb', blocks, 'att/qkv']))})"
+            )
+            raise ConfigError(f"{pattern!r} matches no {what}{hint}")
+        found.update(matching)
+    return [path for path in paths if path in found]
+
+
+def _stretches(path: str) -> list[str]:
+    """All consecutive parts of a path, the path included."""
+    parts = path.split("/")
+    return ["/".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+
+
+def select_matrices(patterns: str, paths: Iterable[str]) -> list[str]:
+    """`select` among the matrices, whose paths end in "/weight"."""
+    return select(patterns, (path for path in paths if path.endswith("/weight")), "matrix")
+
+
+def count_adapters(config: GPTConfig, rank: int, matrices: str = LINEAR_LAYERS) -> int:
+    """Parameters of LoRA adapters (`jaxgpt.lora`): r (out + in) for each matrix, and query, key and value are three.
+
+    Raises:
+        ConfigError: as `select`.
+    """
+    shapes = parameter_shapes(config)
+    return sum(
+        math.prod(shape[:-2]) * rank * (shape[-2] + shape[-1])
+        for shape in (shapes[path] for path in select_matrices(matrices, shapes))
+    )
+
+
 def count_parameters(config: GPTConfig) -> Counts:
     """Counts parameters by component; an array that is used twice (a tied head) counts once."""
     counts = dict.fromkeys((field.name for field in dataclasses.fields(Counts)), 0)
@@ -132,6 +207,19 @@ def parameter_bytes(config: GPTConfig, dtype: str = "float32") -> int:
         math.prod(shape) + 4 * math.prod(shape[:-1]) if path.endswith("/weight") else 4 * math.prod(shape)
         for path, shape in shapes
     )
+
+
+def training_bytes(config: GPTConfig, trained: int | None = None, added: int = 0) -> int:
+    """Bytes of parameters, gradients and AdamW's two moments, all float32, without activations: 16 per parameter that
+    is trained, and 4 per frozen one.
+
+    Args:
+        config: the model.
+        trained: how many parameters are trained; by default all.
+        added: how many of these the model itself does not have, such as adapters.
+    """
+    total = count_parameters(config).total
+    return 4 * (total + added) + 12 * (total if trained is None else trained)
 
 
 def format_bytes(size: float) -> str:

@@ -22,7 +22,7 @@ from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraE
 from jaxgpt.fields import settings
 from jaxgpt.parallel.mesh import MeshConfig
 from jaxgpt.textfile import parse_value
-from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.config import LoraConfig, TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -121,7 +121,7 @@ def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys
         main(["train", "--help"])
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) < columns
-    listed = {table: {} for table in ("[model]", "[compute]", "[mesh]", "[train]")}
+    listed = {table: {} for table in ("[model]", "[compute]", "[mesh]", "[lora]", "[train]")}
     for line in lines[lines.index("[model]") :]:
         if line.startswith("["):
             table, key = line, ""
@@ -135,6 +135,7 @@ def test_train_help_lists_every_field_of_the_config(columns, monkeypatch, capsys
         ("[compute]", "compute.", ComputeConfig),
         ("[train]", "", TrainConfig),
         ("[mesh]", "mesh.", MeshConfig),
+        ("[lora]", "lora.", LoraConfig),
     ):
         fields = {field.name: field for field in dataclasses.fields(cls) if "setting" in field.metadata}
         assert list(listed[table]) == [prefix + name for name in fields]
@@ -157,6 +158,7 @@ def test_what_the_help_of_train_lists_can_be_set(tmp_path):
         ("compute.", ComputeConfig),
         ("", TrainConfig),
         ("mesh.", MeshConfig),
+        ("lora.", LoraConfig),
     ):
         overrides = [f"{prefix}{d.name}={d.default_text}" for d in settings(cls) if not d.derived]
         assert TrainConfig.from_file(tmp_path / "run.toml", overrides).model == GPTConfig()
@@ -294,7 +296,8 @@ def test_inspect_prints_sizes_in_the_unit_that_it_names(capsys):
     assert report["parameter_bytes"]["float32"] == 497_759_232
     assert re.search(r"parameters in float32 +474\.70 MiB", out)
     printed = [float(size.replace(",", "")) for size in re.findall(r"([\d,.]+) MiB\n", out)]
-    exact = [*report["parameter_bytes"].values(), *report["cache_bytes"].values()]
+    kinds = ("parameter_bytes", "training_bytes", "cache_bytes")
+    exact = [size for kind in kinds for size in report[kind].values()]
     assert printed == [round(size / 2**20, 2) for size in exact]
     book = inspect(capsys, "book-124m")
     assert "621.83 MiB" in book
@@ -315,6 +318,9 @@ def test_inspect_json_holds_the_numbers(capsys):
     assert (report["batch"], report["length"]) == (2, 1024)
     assert report["forward_flops"]["linear"] == 505_987_203_072
     assert report["training_flops"]["linear"] == 3 * 505_987_203_072
+    # Parameters, gradients and two moments; with LoRA only of the adapters, in the blocks' linear layers.
+    adapters = 16 * 12 * (4 * (768 + 768) + 2 * (768 + 3072))
+    assert report["training_bytes"] == {"whole": 16 * 163_009_536, "lora_rank_16": 4 * 163_009_536 + 16 * adapters}
     assert report["cache_bytes"]["float32"] == 2 * 12 * 2 * 1024 * 768 * 4
     assert report["tree"][2] == {"path": "trf_blocks_0/norm1/scale", "shape": [768], "parameters": 768}
     assert sum(leaf["parameters"] for leaf in report["tree"]) == report["parameters"]["total"]

@@ -17,7 +17,8 @@ from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, settings
 from jaxgpt.parallel.mesh import MeshConfig
-from jaxgpt.training.config import TABLES, TrainConfig
+from jaxgpt.training import config as training_config
+from jaxgpt.training.config import TABLES, LoraConfig, TrainConfig
 from jaxgpt.training.optimizer import schedule
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -170,9 +171,9 @@ def test_a_value_out_of_range_is_told_what_is_allowed(cls, field, value, message
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
+@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig, LoraConfig])
 def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
-    tables = {"model", "compute", "mesh", "model_defaults"} if cls is TrainConfig else set()
+    tables = {"model", "compute", "mesh", "lora", "model_defaults"} if cls is TrainConfig else set()
     assert {field.name for field in dataclasses.fields(cls)} - tables == {declared.name for declared in settings(cls)}
     for declared in settings(cls):
         step = 1 if declared.type == "int" else 1e-9
@@ -193,7 +194,7 @@ def test_every_field_is_declared_with_a_range_that_holds_to_its_ends(cls):
                     declared.check(value, prefix="here.")
 
 
-@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig])
+@pytest.mark.parametrize("cls", [GPTConfig, ComputeConfig, TrainConfig, MeshConfig, LoraConfig])
 def test_the_docstring_tells_every_fields_meaning(cls):
     told = cls.__doc__.partition("\nAttributes:\n")[2].replace("\n        ", " ")
     assert told.split("\n") == [f"    {declared.name}: {declared}" for declared in settings(cls)]
@@ -296,6 +297,38 @@ def test_gpt3_files_hold_the_published_training(name, published):
 
 def test_gpt3_files_are_all_there():
     assert set(GPT3_TRAINING) == {name for name in PRESETS if name.startswith("gpt3-")}
+
+
+def test_recipes_are_taken_by_name_from_a_checkout_and_from_a_wheel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {path.stem for path in CONFIGS.glob("*.toml")}
+    assert {"finetune-gpt2", "lora-gpt2", "gpt2", "gpt3-1.3b", "the-verdict"} <= names
+    for name in names:
+        assert TrainConfig.from_file(name, ["seed=3"]) == TrainConfig.from_file(CONFIGS / f"{name}.toml", ["seed=3"])
+    with pytest.raises(ConfigError, match=r"lora-gtp2: no such file or recipe; did you mean 'lora-gpt2'\? \(recipes: "):
+        TrainConfig.from_file("lora-gtp2")
+    for path in ("lora-gpt2.toml", "./lora-gpt2", tmp_path / "lora-gpt2"):  # these are files, not names
+        with pytest.raises(ConfigError, match=r"cannot be read as TOML: .*No such file"):
+            TrainConfig.from_file(path)
+    write(tmp_path / "lora-gpt2", "[train]\nsteps = 7\n")
+    assert TrainConfig.from_file("lora-gpt2").steps == 7
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["sources"]
+    checkout, wheel = training_config._RECIPES
+    assert checkout == CONFIGS
+    assert [CONFIGS.parent / inside for inside in included.values()] == [wheel]
+
+
+def test_recipes_for_fine_tuning_have_the_rates_that_people_use():
+    whole, adapters = (TrainConfig.from_file(f"{name}-gpt2") for name in ("finetune", "lora"))
+    assert 1e-5 <= whole.learning_rate <= 5e-5
+    assert 1e-4 <= adapters.learning_rate <= 1e-3
+    assert (whole.lora.rank, adapters.lora.rank) == (0, 16)
+    for config in (whole, adapters):
+        assert config.init_from == "gpt2"
+        assert config.compute.dtype == "bfloat16"
+        assert config.patience
+        assert not any(config.is_set(name) for name in config.model.to_dict())  # the model is the checkpoint's
 
 
 def write(path: Path, text: str) -> Path:
@@ -406,8 +439,8 @@ def test_any_values_make_a_valid_compute_config_or_a_config_error(fields):
         assert all(getattr(config, name) == value for name, value in fields.items())
 
 
-names = st.one_of(st.sampled_from(["model", "compute", "train", "mesh"]), st.text(max_size=5), st.none())
-tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, MeshConfig)), ODD)
+names = st.one_of(st.sampled_from(["model", "compute", "train", "mesh", "lora"]), st.text(max_size=5), st.none())
+tables = st.one_of(*map(odd_fields, (GPTConfig, ComputeConfig, TrainConfig, MeshConfig, LoraConfig)), ODD)
 
 
 @given(st.dictionaries(names, tables, max_size=3))
@@ -463,6 +496,11 @@ train_configs = st.builds(
     sample_prompt=st.text(st.characters(exclude_categories=["C"]), max_size=20),
 )
 
+loras = st.builds(LoraConfig, rank=st.integers(1, 2**16), alpha=st.floats(0, 1e9), matrices=st.just("att, *head"))
+adapter_configs = st.builds(
+    lambda config, lora: dataclasses.replace(config, optimizer="adamw", lora=lora), train_configs, loras
+)
+
 
 @given(config=configs)
 def test_every_config_comes_back_from_a_dict_from_json_and_from_toml(config, tmp_path):
@@ -481,7 +519,7 @@ def test_every_compute_config_comes_back_from_a_dict_and_from_json(compute):
     assert compute.portable() == compute.replace(native_kernel=False)
 
 
-@given(config=train_configs)
+@given(config=st.one_of(train_configs, adapter_configs))
 def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_path):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     assert MeshConfig.parse(str(config.mesh)) == config.mesh
@@ -507,7 +545,7 @@ def test_every_training_config_comes_back_from_a_dict_and_from_toml(config, tmp_
         ("lr=1e-4", "unknown key 'lr'; did you mean 'learning_rate'"),
         ("max_iters=5", "unknown key 'max_iters'; did you mean 'steps'"),
         ("model.n_embd=5", "unknown key 'n_embd'; did you mean 'emb_dim'"),
-        ("steps.n=3", "the tables are model, compute, mesh, train"),
+        ("steps.n=3", "the tables are model, compute, mesh, lora, train"),
     ],
 )
 def test_a_field_in_the_wrong_table_is_told_its_own(override, message, tmp_path):

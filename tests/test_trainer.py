@@ -24,17 +24,18 @@ import pytest
 from helpers import exhaustive, make_model, random_ids, to_numpy, to_toml
 
 import jaxgpt
+from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.data import Corpus, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation
+from jaxgpt.training import evaluation, progress
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
-from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.config import LoraConfig, TrainConfig
 from jaxgpt.training.evaluation import evaluate
 from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run
@@ -432,8 +433,8 @@ def test_what_is_given_to_a_resumed_run_and_differs_is_named(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--out", "run"], "a new run needs CONFIG.toml and --data FILE"),
-        (["config.toml", "--out", "run"], "a new run needs CONFIG.toml and --data FILE"),
+        (["--out", "run"], "a new run needs CONFIG and --data FILE"),
+        (["config.toml", "--out", "run"], "a new run needs CONFIG and --data FILE"),
         (["--resume", "run"], "holds no run"),
     ],
 )
@@ -669,6 +670,19 @@ def test_fields_that_the_user_set_and_the_checkpoint_contradicts_are_named(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_config_may_say_what_a_run_starts_from_and_the_option_overrides_it(two_layers, tmp_path, tokens):
+    config = fine_tuning({"drop_rate": 0.0}, steps=1, learning_rate=0.0, init_from=two_layers)
+    result = train(config, tokens, tmp_path / "run")
+    np.testing.assert_array_equal(result.params["pos_emb"]["weight"], jaxgpt.load(two_layers)[1]["pos_emb"]["weight"])
+    assert Run(tmp_path / "run").init_from() == two_layers
+    assert train(None, tokens, tmp_path / "run", resume=True).step == 1
+    other, params = make_model(MODEL.replace(emb_dim=8, drop_rate=0.0))
+    jaxgpt.save(tmp_path / "other", other, params)
+    result = train(config, tokens, tmp_path / "second", init_from=str(tmp_path / "other"))
+    assert result.config.emb_dim == 8
+    assert train(None, tokens, tmp_path / "second", resume=True).config.emb_dim == 8
+
+
 @pytest.mark.exhaustive
 def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_checkpoints(two_layers, tmp_path, tokens):
     left_out = TrainConfig(steps=1, batch_size=4)
@@ -685,10 +699,10 @@ def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_check
 
 def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path, tokens, capsys):
     gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
-    assert trainer._first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
-    assert trainer._first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
-    assert list(trainer._notes(CONFIG, None, Corpus(()))) == []
-    (note,) = trainer._notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
+    assert trainer.first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
+    assert trainer.first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
+    assert list(trainer.notes(CONFIG, None, Corpus(()))) == []
+    (note,) = trainer.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
     assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
 
 
@@ -710,6 +724,109 @@ def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers,
         "32 tokens per step",
     ):
         assert part in first
+
+
+def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT, encoding="utf-8")
+    Path("run.toml").write_text("[lora]\nrank = 4\n[train]\nsteps = 6\nbatch_size = 4\n", encoding="utf-8")
+    before = sorted(tmp_path.rglob("*"))
+    arguments = ["train", "run.toml", "--data", "text.txt", "--out", "run", "--init-from", two_layers]
+    assert main([*arguments, "--dry-run"]) == 0
+    out, err = capsys.readouterr()
+    assert sorted(tmp_path.rglob("*")) == before
+    assert err == ""
+    # What it prints of the config is a config file, of the same run.
+    text = out[: out.index("\nfine-tuning ")]
+    Path("printed.toml").write_text(text, encoding="utf-8")
+    config = TrainConfig.from_file("printed.toml")
+    assert (config.lora.rank, config.steps, config.model.emb_dim) == (4, 6, 24)
+    corpus = Tokens.from_text(TEXT, "bytes")
+    train_N, val_N = corpus.split(0.1)
+    row = trainer.batch(train_N, config, 0)[0]
+    for part in (
+        f"{len(train_N):,} tokens to train on, {len(val_N):,} to validate",
+        f"tokens: 64 per step, 384 in 6 steps, which is {384 / len(train_N):.3g} times the training data",
+        "the first batch begins (2 of 4 rows):\n  " + repr(bytes(row.tolist()).decode()),
+        "memory: trained parameters ",
+        "frozen parameters ",
+        "a step adds ",
+        "nothing was written",
+    ):
+        assert part in out
+    # It refuses what the run would, and what does not fit.
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "capacity", lambda device: 1000)
+        assert main([*arguments, "--dry-run"]) == 2
+    assert "are needed at once, and there are" in capsys.readouterr().err
+    for wrong, message in (
+        (["--set", "seq_len=99"], "seq_len 99"),
+        (["--set", "lora.matrices=x"], "matches no matrix"),
+    ):
+        assert main([*arguments, "--dry-run", *wrong]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["train", "--resume", "run", "--dry-run"]) == 2
+    assert not Path("run").exists()
+
+
+def test_tokens_seen_and_the_share_of_the_peak_are_logged(tmp_path, tokens, capsys, monkeypatch):
+    config = dataclasses.replace(CONFIG, steps=3, compute=ComputeConfig(dtype="bfloat16"), sample_tokens=0)
+    monkeypatch.setitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    train(config, tokens, tmp_path / "run")
+    lines = [line for line in Run(tmp_path / "run").read_metrics() if "loss" in line]
+    assert [line["tokens"] for line in lines] == [64, 128, 192]
+    flops = 3 * accounting.forward_flops(MODEL, 1, 16).total / 16  # per token
+    for line in lines:
+        assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 1e9, rel=0.01, abs=1e-4)
+    assert re.search(r"step 3/3  loss \S+  192 tokens  [\d,]+ tokens/s  MFU [\d.]+%  0 s left", capsys.readouterr().err)
+    mesh = SimpleNamespace(devices=np.array(jax.devices()[:2]), size=2)
+    assert trainer._peak(config, mesh) == 2e9
+    for other in (
+        CONFIG,
+        dataclasses.replace(config, lora=LoraConfig(rank=2)),
+        dataclasses.replace(config, freeze="a"),
+    ):
+        assert trainer._peak(other, None) is None
+    monkeypatch.delitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind)
+    assert trainer._peak(config, None) is None  # a CPU's peak is not known
+    assert [progress._short(n) for n in (999_999, 10**6, 314_572_800, 3 * 10**11)] == [
+        "999,999",
+        "1.0M",
+        "315M",
+        "300B",
+    ]
+
+
+def test_a_run_out_of_patience_stops_where_it_does_after_a_resume_too(tmp_path, tokens, capsys):
+    # Without a learning rate no evaluation is better than the first.
+    config = dataclasses.replace(CONFIG, learning_rate=0.0, eval_interval=1, patience=2, sample_tokens=0)
+    run = Run(tmp_path / "run")
+    assert train(config, tokens, run.directory).step == 3
+    assert f"stopped at step 3: no better validation loss in 2 evaluations ({run.resume_command}" in (
+        " ".join(capsys.readouterr().err.split())
+    )
+    before = metrics(run.directory)
+    assert [line["step"] for line in before if "val_loss" in line] == [1, 2, 3]
+    shutil.rmtree(run.checkpoints / "3")  # as if killed before
+    for _ in range(2):
+        assert train(None, tokens, run.directory, resume=True).step == 3
+        assert metrics(run.directory) == before
+    assert train(run.config(["patience=0"]), tokens, run.directory, resume=True).step == config.steps
+    with pytest.raises(ConfigError, match="patience needs something to validate on"):
+        train(dataclasses.replace(config, val_fraction=0.0), tokens, tmp_path / "other")
+
+
+def test_patience_counts_evaluations_since_the_best_and_those_that_are_not_finite(tmp_path, tokens, monkeypatch):
+    losses = iter([3.0, 2.0, 2.5, 1.0, 1.5, math.nan, 0.5])
+
+    def validate(loop, params, sequences, batch_size=8):
+        loss = 1.0 if batch_size == 1 else next(losses)  # 1 asks whether the parameters are healthy
+        return evaluation.Evaluation(loss, math.exp(loss), None, 10)
+
+    monkeypatch.setattr(trainer._Loop, "validate", validate)
+    config = dataclasses.replace(CONFIG, eval_interval=1, patience=2, sample_tokens=0)
+    assert train(config, tokens, tmp_path / "run").step == 6
+    assert Run(tmp_path / "run").step("best") == 4
 
 
 @pytest.mark.exhaustive

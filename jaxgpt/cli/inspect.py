@@ -20,6 +20,9 @@ from jaxgpt.files import new_directory
 # Table 2 of Radford et al. 2019, by (n_layers, emb_dim).
 _PAPER_NAMES = {(12, 768): "117M", (24, 1024): "345M", (36, 1280): "762M", (48, 1600): "1542M"}
 
+# Of the LoRA adapters whose memory is shown.
+_RANK = 16
+
 # Wide enough for every row of the largest preset, for output that does not go to a terminal.
 _PIPED_WIDTH = 120
 
@@ -149,6 +152,7 @@ def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
     counts = accounting.count_parameters(config)
     forward = accounting.forward_flops(config, batch, length)
     training = accounting.training_flops(config, batch, length)
+    adapters = accounting.count_adapters(config, _RANK)
     return {
         "config": config.to_dict(),
         "parameters": {
@@ -161,6 +165,10 @@ def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
         "length": length,
         "forward_flops": {**vars(forward), "total": forward.total},
         "training_flops": {**vars(training), "total": training.total},
+        "training_bytes": {
+            "whole": accounting.training_bytes(config),
+            f"lora_rank_{_RANK}": accounting.training_bytes(config, adapters, adapters),
+        },
         "cache_bytes": {dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in DTYPES},
         "tree": [
             {"path": path, "shape": list(shape), "parameters": math.prod(shape)}
@@ -253,6 +261,12 @@ def _totals_table(report: dict[str, Any]) -> Any:
     grid.add_row("all but embeddings and head", f"{report['parameters']['without_embeddings']:,}")
     for dtype, size in report["parameter_bytes"].items():
         grid.add_row(f"parameters in {dtype}", f"{size / MIB:,.2f} MiB")
+    for title, size in zip(
+        ("training, without activations", f"the same with LoRA of rank {_RANK}"),
+        report["training_bytes"].values(),
+        strict=True,
+    ):
+        grid.add_row(title, f"{size / MIB:,.2f} MiB")
     rows = f"{report['batch']} x {report['length']:,}"
     for title, key in (("forward pass", "forward_flops"), ("training step without remat", "training_flops")):
         flops = report[key]

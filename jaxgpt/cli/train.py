@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "config",
         nargs="?",
-        metavar="CONFIG.toml",
-        help="a file with the tables [model], [compute], [mesh] and [train]; a run that is resumed has its own",
+        metavar="CONFIG",
+        help="a recipe's name, such as finetune-gpt2, or a file with the tables [model], [compute], [mesh], [lora] and "
+        "[train]; a run that is resumed has its own",
     )
     parser.add_argument(
         "--data",
@@ -60,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="KEY=VALUE",
         help="override a field of the config; all are listed below",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the config, the tokens, the first batch and the memory of a step, which is compiled; write nothing",
     )
     parser.add_argument("--force", action="store_true", help="resume even if the config or the data differ")
     parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
@@ -128,6 +134,22 @@ def run(args: argparse.Namespace) -> int:
         distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
     elif (args.coordinator, args.processes, args.process) != (None, None, None):
         raise ConfigError("--coordinator, --processes and --process belong to --distributed")
+    if args.dry_run:
+        from jaxgpt.training import dry_run
+
+        if args.resume is not None or args.distributed:
+            raise ConfigError("--dry-run is for a new run, in one process: give --out, and not --distributed")
+        paragraphs = dry_run(
+            config,
+            args.data,
+            val_data=args.val_data,
+            tokenizer=args.tokenizer,
+            text_key=args.text_key,
+            init_from=args.init_from,
+        )
+        for paragraph in paragraphs:
+            print(paragraph, flush=True)
+        return 0
     from jaxgpt.training import train
 
     result = train(
@@ -159,5 +181,5 @@ def configure(args: argparse.Namespace) -> TrainConfig:
             run.check_config(TrainConfig.from_file(args.config), args.config)
         return run.config(args.set)
     if args.config is None or (args.data is None and args.resume is None):
-        raise ConfigError("a new run needs CONFIG.toml and --data FILE; --resume RUN continues one")
+        raise ConfigError("a new run needs CONFIG and --data FILE; --resume RUN continues one")
     return TrainConfig.from_file(args.config, args.set)

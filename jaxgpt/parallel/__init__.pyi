@@ -1,5 +1,6 @@
 from . import distributed as distributed
 from . import sharding as sharding
+from .memory import capacity as capacity
 from .memory import check_bytes as check_bytes
 from .memory import check_memory as check_memory
 from .memory import memory_errors as memory_errors

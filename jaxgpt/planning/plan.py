@@ -57,14 +57,15 @@ class Chip:
 
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Operations, memory and slices: https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e). Links: the table in "How to
+# Memory and slices: https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e). Links: the table in "How to
 # Scale Your Model", part 2, https://jax-ml.github.io/scaling-book/tpus, which agrees with the two-way totals of
 # Google's pages for v5e (400 GB/s), v5p (1,200) and v6e (800).
+PEAK = accounting.PEAK_FLOPS
 CHIPS = {
-    "v4": Chip(275e12, 32 * GIB, 1.2e12, 4.5e10, 4, 4096, _DEEP),
-    "v5e": Chip(197e12, 16 * GIB, 0.819e12, 5e10, 16, 256, _FLAT),
-    "v5p": Chip(459e12, 95 * GIB, 2.765e12, 1e11, 4, 6144, _DEEP),
-    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 1e11, 16, 256, _FLAT),
+    "v4": Chip(PEAK["TPU v4"], 32 * GIB, 1.2e12, 4.5e10, 4, 4096, _DEEP),
+    "v5e": Chip(PEAK["TPU v5 lite"], 16 * GIB, 0.819e12, 5e10, 16, 256, _FLAT),
+    "v5p": Chip(PEAK["TPU v5"], 95 * GIB, 2.765e12, 1e11, 4, 6144, _DEEP),
+    "v6e": Chip(PEAK["TPU v6 lite"], 32 * GIB, 1.64e12, 1e11, 16, 256, _FLAT),
 }
 
 
@@ -175,6 +176,8 @@ def resolve(
         rows = data * fsdp * tables["train"].get("grad_accumulation", 1)
         chosen["batch_size"] = tables["train"]["batch_size"] = rows
     config = TrainConfig.from_dict(tables, source)
+    if config.lora.rank or config.freeze:
+        raise ConfigError(f"{source}: a plan is for the training of whole models, without lora and freeze")
     check(config)
     if "loss_chunk" not in tables["train"]:
         # As many positions as have float32 logits of one GiB per chip. More chunks would mean more communication.

@@ -14,6 +14,7 @@ from .loss import negative_log_likelihood as negative_log_likelihood
 from .models import load as load
 from .models import load_config as load_config
 from .models import load_run as load_run
+from .rehearsal import dry_run as dry_run
 from .run_directory import Run as Run
 from .step import abstract_state as abstract_state
 from .step import init_state as init_state

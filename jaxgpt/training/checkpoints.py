@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import logging
 import math
 import os
@@ -229,6 +231,11 @@ def _on_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     """The leaf with a layout: its own, or else the default device."""
     layout = leaf.sharding or jax.sharding.SingleDeviceSharding(sharding.default_device())
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout)
+
+
+def fingerprint(params: Any) -> str:
+    """A short text that changes with any value, shape, type or name of a tree of arrays."""
+    return "sha256:" + hashlib.sha256(json.dumps(_manifest(params), sort_keys=True).encode()).hexdigest()
 
 
 def _manifest(state: Any) -> dict[str, list]:

@@ -3,30 +3,63 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.accounting import LINEAR_LAYERS
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, check, check_keys, documented, from_table, setting, settings, to_table
+from jaxgpt.files import local
 from jaxgpt.parallel import MeshConfig
 from jaxgpt.textfile import parse_value, read_toml
 
 
 @documented
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """A training run: the `model`, how to `compute` it, the `mesh` of devices it runs on, and the settings below.
+class LoraConfig:
+    """Low-rank adapters, which are trained in place of the model that a run starts from (`jaxgpt.lora`)."""
 
-    In a config file, `model`, `compute` and `mesh` are separate tables beside `[train]`. A run that starts from a
-    checkpoint needs no `model`; the fields of one that is given, or set in a file, must agree with the checkpoint's.
+    rank: int = setting(
+        0, low=0, high=2**16, help="Rank of the adapters, such as 8 or 16; 0 trains the parameters themselves."
+    )
+    alpha: float = setting(
+        0.0, low=0, help="The product of an adapter's two matrices counts alpha / rank times; 0 means once."
+    )
+    matrices: str = setting(
+        LINEAR_LAYERS,
+        help="Which matrices get an adapter: patterns of paths, separated by commas, where * stands for any text. By "
+        "default all linear layers of the blocks; out_head, tok_emb and pos_emb can be added.",
+    )
+
+    def __post_init__(self):
+        check(self, prefix="lora.")
+        if not self.rank and (self.alpha or self.matrices != LINEAR_LAYERS):
+            raise ConfigError("the other fields of lora need a lora.rank, such as 8 or 16")
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any], source: str) -> LoraConfig:
+        """Builds one from plain values; unknown keys are errors that name `source`."""
+        return from_table(cls, fields, source)
+
+
+@documented
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run: the `model`, how to `compute` it, the `mesh` of devices it runs on, `lora` adapters, and the
+    settings below.
+
+    In a config file, `model`, `compute`, `mesh` and `lora` are separate tables beside `[train]`. A run that starts from
+    a checkpoint needs no `model`; the fields of one that is given, or set in a file, must agree with the checkpoint's.
     """
 
     model: GPTConfig = None  # type: ignore[assignment]  # __post_init__ fills it in
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
+    lora: LoraConfig = LoraConfig()
     # The fields of `model` that nobody set, with their values. A checkpoint to start from decides them; it must not
     # contradict the others.
     model_defaults: frozenset[tuple[str, Any]] = dataclasses.field(default=frozenset(), compare=False, repr=False)
@@ -37,6 +70,9 @@ class TrainConfig:
         low=1,
         high=10**6,
         help="Micro-batches per batch, to save memory; must divide batch_size. The result is that of the whole batch.",
+    )
+    init_from: str = setting(
+        "", help="Model to start from: anything that jaxgpt.load takes, which --init-from overrides; empty: a new one."
     )
     seq_len: int = setting(0, low=0, help="Tokens per sequence; 0 means the model's context_length.")
     sequences: str = setting(
@@ -58,6 +94,11 @@ class TrainConfig:
         "adamw",
         choices=("adamw", "muon"),
         help="With muon, Muon updates the blocks' matrices, and AdamW the rest.",
+    )
+    freeze: str = setting(
+        "",
+        help="Which parameters stay as they are, without gradients and optimizer state: patterns of paths, separated "
+        "by commas, where * stands for any text, such as 'tok_emb, pos_emb, trf_blocks_0'.",
     )
     learning_rate: float = setting(6e-4, low=0, help="Peak learning rate of AdamW.")
     matrix_learning_rate: float = setting(
@@ -92,6 +133,13 @@ class TrainConfig:
     eval_sequences: int = setting(
         0, low=0, help="Validation sequences per evaluation, spread evenly over the split; 0 means all of it."
     )
+    patience: int = setting(
+        0,
+        low=0,
+        high=10**6,
+        help="The run stops early after this many evaluations in a row without a new lowest validation loss; 0 means "
+        "never.",
+    )
     sample_tokens: int = setting(0, low=0, help="Tokens of text sampled at each evaluation; 0 means none.")
     sample_prompt: str = setting("", help="Text that the sample starts with.")
     checkpoint_interval: int = setting(
@@ -115,7 +163,12 @@ class TrainConfig:
         if self.model is None:
             object.__setattr__(self, "model", GPTConfig())
             object.__setattr__(self, "model_defaults", frozenset(self.model.to_dict().items()))
-        for name, kind in (("model", GPTConfig), ("compute", ComputeConfig), ("mesh", MeshConfig)):
+        for name, kind in (
+            ("model", GPTConfig),
+            ("compute", ComputeConfig),
+            ("mesh", MeshConfig),
+            ("lora", LoraConfig),
+        ):
             if not isinstance(value := getattr(self, name), kind):
                 preset = ", such as GPTConfig.preset('gpt2')" if kind is GPTConfig else ""
                 raise ConfigError(f"{name} must be a {kind.__name__}{preset}, not {short_repr(value)}")
@@ -130,6 +183,10 @@ class TrainConfig:
             raise ConfigError(
                 "compute.param_dtype must be float32 to train: in a shorter type, small updates are lost to rounding"
             )
+        if self.lora.rank and self.freeze:
+            raise ConfigError("freeze is not for lora, which trains nothing but adapters: lora.matrices says of what")
+        if self.lora.rank and self.optimizer != "adamw":
+            raise ConfigError(f"optimizer must be adamw for lora, not {self.optimizer}, which is for whole matrices")
 
     @property
     def warmup(self) -> int:
@@ -153,13 +210,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, tables: Mapping[str, Any], source: str = "config", overrides: Sequence[str] = ()) -> TrainConfig:
-        """Builds a config from `{"model": {...}, "compute": {...}, "mesh": {...}, "train": {...}}`.
+        """Builds a config from tables by name: "model", "compute", "mesh", "lora" and "train".
 
         Args:
             tables: the tables.
             source: where they are from, for errors.
             overrides: "key=value" strings, as given to `--set`; keys of the other tables are written "model.key",
-                "compute.key" and "mesh.key".
+                "compute.key", "mesh.key" and "lora.key".
 
         Raises:
             ConfigError: naming the unknown key or the invalid field, and `source` or the override at fault.
@@ -177,18 +234,19 @@ class TrainConfig:
         defaults = frozenset((name, value) for name, value in model.to_dict().items() if name not in given)
         compute = ComputeConfig.from_dict(tables.get("compute", {}), source=f"{source} [compute]")
         mesh = MeshConfig.from_dict(tables.get("mesh", {}), source=f"{source} [mesh]")
-        others = {"model": model, "model_defaults": defaults, "compute": compute, "mesh": mesh}
+        lora = LoraConfig.from_dict(tables.get("lora", {}), source=f"{source} [lora]")
+        others = {"model": model, "model_defaults": defaults, "compute": compute, "mesh": mesh, "lora": lora}
         return from_table(cls, tables.get("train", {}), f"{source} [train]", **others)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
-        """Reads the `[model]`, `[compute]`, `[mesh]` and `[train]` tables of a TOML file, and applies `overrides` as
+        """Reads the tables of a TOML file, or of a recipe by its name (those of configs/), and applies `overrides` as
         `from_dict` does.
 
         Raises:
             ConfigError: if the file or an override cannot be used.
         """
-        return cls.from_dict(read_toml(path), str(path), overrides)
+        return cls.from_dict(read_toml(_recipe(path)), str(path), overrides)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, in the form that `from_dict` takes."""
@@ -196,8 +254,34 @@ class TrainConfig:
         return {**others, "train": to_table(self)}
 
 
+# The configs that come with the package: in a checkout, and in a wheel.
+_RECIPES = Path(__file__).parents[2] / "configs", Path(__file__).parents[1] / "configs"
+
+
+def _recipe(path: str | Path) -> str | Path:
+    """The file of a recipe, if `path` is the name of one; a file of that name takes precedence.
+
+    Raises:
+        ConfigError: for a bare name that is neither; names the nearest recipe.
+    """
+    if not isinstance(path, str) or not re.fullmatch(r"[\w-]+(\.\d[\w-]*)*", path) or local(path).exists():
+        return path
+    recipes = {file.stem: file for folder in _RECIPES for file in sorted(folder.glob("*.toml"))}
+    if path not in recipes:
+        raise ConfigError(
+            f"{path}: no such file or recipe{did_you_mean(path, recipes)} (recipes: {', '.join(recipes)})"
+        )
+    return recipes[path]
+
+
 # The tables of a config file, and the class that declares the fields of each.
-TABLES = {"model": GPTConfig, "compute": ComputeConfig, "mesh": MeshConfig, "train": TrainConfig}
+TABLES: dict[str, type] = {
+    "model": GPTConfig,
+    "compute": ComputeConfig,
+    "mesh": MeshConfig,
+    "lora": LoraConfig,
+    "train": TrainConfig,
+}
 
 
 def check_tables(tables: Any, source: str) -> None:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.accounting import count_parameters
+from jaxgpt.accounting import PEAK_FLOPS, count_parameters, forward_flops
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
 from jaxgpt.data import Corpus, Ids, Mixture, Source, Tokens, Verification, open_corpus
@@ -31,14 +31,24 @@ from jaxgpt.generation import Temperature, encode_prompt, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
 from jaxgpt.tokenizer import NONE
+from jaxgpt.training import trainable
 from jaxgpt.training.batches import ReadAhead, batch, check_enough
-from jaxgpt.training.checkpoints import Checkpoints, import_orbax
+from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.evaluation import Evaluation, evaluate
-from jaxgpt.training.models import load, load_config
+from jaxgpt.training.models import OWN_FIELDS, base_params, initial_params, load_config
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run, import_tensorboard
-from jaxgpt.training.step import SAMPLE, TrainState, abstract_state, eval_params, init_state, jit_step, stream_key
+from jaxgpt.training.step import (
+    SAMPLE,
+    TrainState,
+    abstract_state,
+    eval_params,
+    init_state,
+    jit_step,
+    saved_state,
+    stream_key,
+)
 from jaxgpt.weights import BUNDLED
 
 
@@ -103,7 +113,8 @@ def train(
             The run knows its config, its data and its `init_from`: None means those. Others are refused, except for
             more `steps` and for settings that do not change what is computed, such as the mesh.
         force: resume even though config or data differ from the run's.
-        init_from: the model to fine-tune: anything `jaxgpt.load` takes. A resumed run remembers it.
+        init_from: the model to fine-tune: anything `jaxgpt.load` takes; by default the config's. A resumed run
+            remembers it.
         tensorboard: write the metrics for TensorBoard too.
 
     Raises:
@@ -122,22 +133,16 @@ def train(
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):
             began = run.config() if resume else None
-            init_from = _absolute(init_from)
+            init_from = starting_point(config, init_from) if began is None else _absolute(init_from)
             if began is not None:
                 config = began if config is None else config.fill(began.model)
                 data, val_data = run.data(data, val_data)
                 init_from = run.init_from() if init_from is None else init_from
                 tokenizer = config.model.tokenizer if tokenizer is None else tokenizer
             assert config is not None  # so mypy sees what the checks above have made sure of
-            if began is None and init_from is not None:
-                config = _fine_tuned(config, init_from)
-            mesh = _mesh(config)
-            corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer, text_key=text_key)
-            _check_samples(config)
-            train_data, val_N = corpus.split(config.val_fraction)
-            check_enough(train_data, config, "training")
-            if len(val_N) or config.val_fraction:
-                check_enough(val_N, config, "validation")
+            config, mesh, corpus, train_data, val_N = prepare(
+                config, data, val_data, tokenizer, text_key, init_from, resume=began is not None
+            )
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
@@ -156,15 +161,25 @@ def train(
         checkpoints = held.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.keep, val_losses)))
         progress = held.enter_context(TrainProgress(config.steps, quiet=not run.writes))
         distributed.check_same("the checkpoints that they see", checkpoints.steps())
-        if resume and checkpoints.steps():
-            start, state = checkpoints.restore_latest(abstract_state(config, mesh), progress.say)
-        else:
-            with distributed.fail_together(alone):
-                params = None if init_from is None else _initial_params(config, init_from, mesh)
-            start, state = 0, init_state(config, params, mesh)
-            del params  # the state holds them
+        continued = resume and bool(checkpoints.steps())
+        params = base = None
         with distributed.fail_together(alone):
-            run.describe(config, corpus, init_from)
+            if config.lora.rank and began is not None and began.lora.rank:
+                params = base_params(run, config, init_from, mesh)
+            elif init_from is not None and not continued:
+                params = initial_params(config, init_from, mesh)
+            if config.lora.rank:
+                base = fingerprint(params)
+        if continued:
+            expected = saved_state(config, abstract_state(config, mesh))
+            start, state = checkpoints.restore_latest(expected, progress.say)
+            if params is not None:
+                state["frozen"] = params if mesh is None else sharding.shard(params, mesh)
+        else:
+            start, state = 0, init_state(config, params, mesh)
+        del params  # the state holds them
+        with distributed.fail_together(alone):
+            run.describe(config, corpus, init_from, base)
             run.truncate_metrics(start)
             if tensorboard:
                 run.write_tensorboard(start)
@@ -174,14 +189,46 @@ def train(
                 f"--set steps={2 * start}"
             )
         else:
-            progress.say(_first_line(config, mesh, len(train_data), len(val_N), init_from, start))
-            for note in _notes(config, began, corpus):
+            progress.say(first_line(config, mesh, len(train_data), len(val_N), init_from, start))
+            for note in notes(config, began, corpus):
                 progress.say(note)
-        held.enter_context(memory_errors(_LESS_MEMORY))
+        held.enter_context(memory_errors(LESS_MEMORY))
         held.enter_context(verification.running())
         loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)
         held.callback(loop.read.close)
         return loop.train(start, state)
+
+
+def prepare(
+    config: TrainConfig,
+    data: Any,
+    val_data: Any,
+    tokenizer: Any,
+    text_key: str | None,
+    init_from: str | None,
+    resume: bool = False,
+) -> tuple[TrainConfig, Mesh | None, Corpus, Mixture, Ids]:
+    """What `train` and `dry_run` need before anything is written: (config, mesh, corpus, training data, validation
+    ids). The config's model is that of `init_from`; a run that is resumed knows it already.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for input that cannot be used.
+    """
+    if not resume and init_from is not None:
+        config = _fine_tuned(config, init_from)
+    trainable.check(config)
+    if config.lora.rank and init_from is None:
+        raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
+    mesh = _mesh(config)
+    corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer, text_key=text_key)
+    _check_samples(config)
+    train_data, val_N = corpus.split(config.val_fraction)
+    check_enough(train_data, config, "training")
+    if len(val_N) or config.val_fraction:
+        check_enough(val_N, config, "validation")
+    elif config.patience:
+        raise ConfigError("patience needs something to validate on: --val-data, or a val_fraction above 0")
+    return config, mesh, corpus, train_data, val_N
 
 
 class _Loop:
@@ -203,7 +250,12 @@ class _Loop:
         self.train_data = train_data
         self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
         self.model = GPT(config.model, config.compute.replace(remat="none"))
-        self.val_losses = run.val_losses()
+        # By convention, utilisation counts three forward passes, whatever is recomputed (Chowdhery et al. 2022,
+        # appendix B).
+        self.flops = 3 * forward_flops(config.model, config.batch_size, config.T).total
+        self.peak = _peak(config, mesh)
+        self.val_losses, self.evaluated = run.val_losses(), run.evaluated()
+        self.exhausted = self.out_of_patience()
 
     def train(self, start: int, state: TrainState) -> TrainResult:
         config, done = self.config, start
@@ -212,11 +264,11 @@ class _Loop:
             # From the batch's shape alone: the batch itself may be too large to make.
             ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32)
             step_fn = step_fn.lower(state, ids_BxT1).compile()
-            check_memory(step_fn, _LESS_MEMORY)
+            check_memory(step_fn, LESS_MEMORY)
         running: collections.deque = collections.deque()  # (step, metrics) still on the device
         self.clock = time.perf_counter(), start
         with _signals() as received:
-            while done < config.steps and not (stop := self.stop(received, done)):
+            while done < config.steps and not self.exhausted and not (stop := self.stop(received, done)):
                 state, metrics = step_fn(state, self.global_batch(done))
                 done += 1
                 running.append((done, metrics))
@@ -228,11 +280,11 @@ class _Loop:
                     self.pause(done, state)
             while running:
                 self.record(*running.popleft())
+            if (stop or self.exhausted) and done not in self.checkpoints.steps() and self.healthy(state):
+                self.checkpoints.save(done, saved_state(config, state))
             if unread := self.verification.unread:
                 self.progress.say(f"verified while training: all shards but {unread:,}; --verify reads them all first")
             if stop:
-                if done not in self.checkpoints.steps() and self.healthy(state):
-                    self.checkpoints.save(done, state)
                 self.progress.say(f"stopped by {stop.name} at step {done}: {self.run.resume_command} continues")
             else:
                 self.progress.say(self.last_line(done))
@@ -241,11 +293,17 @@ class _Loop:
         except Exception as error:  # a missing picture must not fail a finished run
             self.progress.say(f"the losses could not be drawn: {error}")
         last_val_loss = self.val_losses[max(self.val_losses)] if self.val_losses else None
-        return TrainResult(done, eval_params(state), config.model, config.compute, last_val_loss, stop)
+        return TrainResult(done, eval_params(self.config, state), config.model, config.compute, last_val_loss, stop)
 
     def last_line(self, step: int) -> str:
         """Says which checkpoint is best, where it is, and what to do with it."""
         best = self.checkpoints.best_step()
+        ended = "done"
+        if self.exhausted and step < self.config.steps:
+            ended = (
+                f"stopped at step {step:,}: no better validation loss in {self.config.patience} evaluations "
+                f"({self.run.resume_command} --set patience=0 continues)"
+            )
         which = (
             f"the last step, {step:,}"
             if best is None
@@ -253,7 +311,7 @@ class _Loop:
         )
         directory, prompt = str(self.run.directory), self.config.sample_prompt or "The"
         return (
-            f"done. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(directory)} "
+            f"{ended}. Best: {which}, in {directory}. To try it: jaxgpt generate --model {shlex.quote(directory)} "
             f"--prompt {shlex.quote(prompt)}"
         )
 
@@ -303,29 +361,42 @@ class _Loop:
         seconds = (now - self.clock[0]) / (step - self.clock[1])  # per step
         self.clock = now, step
         speed = self.config.batch_size * self.config.T / seconds
-        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate}
-        self.run.append({**line, "tokens_per_second": round(speed, 1)})
-        self.progress.update(step, loss, speed, seconds * (self.config.steps - step))
+        tokens = step * self.config.batch_size * self.config.T
+        line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "tokens": tokens}
+        share = None if self.peak is None else self.flops / seconds / self.peak
+        shares = {} if share is None else {"mfu": round(share, 4)}
+        self.run.append({**line, "tokens_per_second": round(speed, 1), **shares})
+        self.progress.update(step, loss, tokens, speed, seconds * (self.config.steps - step), share)
 
     def pause(self, step: int, state: TrainState) -> None:
         """Evaluates, saves and samples, as the intervals say. None of this affects the training's random numbers."""
         config, loss, improved = self.config, None, False
         evaluating = self.due(config.eval_interval, step)
         if evaluating and len(self.val_N):
-            evaluation = self.validate(eval_params(state), config.eval_sequences)
+            evaluation = self.validate(eval_params(self.config, state), config.eval_sequences)
             loss = evaluation.loss
             improved = loss < min(self.val_losses.values(), default=math.inf)
             self.run.append({"step": step, "val_loss": loss, "val_tokens": evaluation.tokens})
             self.progress.say(f"step {step}  validation loss {loss:.4f}  ({evaluation.tokens:,} tokens)")
             if math.isfinite(loss):
                 self.val_losses[step] = loss
+            self.evaluated.append(step)
+            self.exhausted = self.out_of_patience()
         # Processes that read the run's earlier losses at different times must not save at different steps.
         improved = bool(distributed.highest(improved))
         if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
-            self.checkpoints.save(step, state, loss)
+            self.checkpoints.save(step, saved_state(config, state), loss)
         if evaluating and config.sample_tokens and self.healthy(state):
-            self.progress.say(self.sample(step, eval_params(state)))
+            self.progress.say(self.sample(step, eval_params(self.config, state)))
         self.clock = time.perf_counter(), step
+
+    def out_of_patience(self) -> bool:
+        """Whether the last `patience` evaluations have all been no better than one before them. Known from the run's
+        metrics, so a resumed run stops where the undisturbed one does."""
+        best = min(self.val_losses, key=self.val_losses.__getitem__, default=0)
+        without = sum(step > best for step in self.evaluated)
+        # Processes may see the shared metrics at different times, and must stop together.
+        return bool(distributed.highest(0 < self.config.patience <= without))
 
     def validate(self, params: Any, sequences: int, batch_size: int = 8) -> Evaluation:
         ids_N = self.val_N if len(self.val_N) else self.train_data.ids[0]
@@ -336,12 +407,24 @@ class _Loop:
     def healthy(self, state: TrainState) -> bool:
         """Whether the parameters give a finite loss. The training loss is that of the parameters before its step, so
         it does not show when the last update has ruined them."""
-        return math.isfinite(self.validate(state["params"], sequences=1, batch_size=1).loss)
+        return math.isfinite(
+            self.validate(eval_params(self.config, state, average=False), sequences=1, batch_size=1).loss
+        )
 
     def sample(self, step: int, params: Any) -> str:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
         prompt, length = config.sample_prompt, config.sample_tokens
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
+
+
+def _peak(config: TrainConfig, mesh: Mesh | None) -> float | None:
+    """Operations per second that the devices can do, for the utilisation (MFU); None where the peak is not known, and
+    for products in float32. A run that trains only a part of a model has none, as its step does less."""
+    if config.compute.dtype != "bfloat16" or config.lora.rank or config.freeze:
+        return None
+    device = sharding.default_device() if mesh is None else mesh.devices.flat[0]
+    peak = PEAK_FLOPS.get(device.device_kind)
+    return None if peak is None else peak * (1 if mesh is None else mesh.size)
 
 
 def _mesh(config: TrainConfig) -> Mesh | None:
@@ -353,10 +436,12 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     return mesh
 
 
-_LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
+LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
 
-# What a run that starts from a checkpoint decides itself; the rest, the architecture, comes from the checkpoint.
-_OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
+
+def starting_point(config: TrainConfig | None, init_from: str | None) -> str | None:
+    """What a new run starts from: what is given, or else what the config says."""
+    return _absolute(init_from or (config.init_from if config is not None else "") or None)
 
 
 def _absolute(source: str | None) -> str | None:
@@ -382,7 +467,7 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
         for name in stored
         if config.is_set(name)
         and wanted[name] != stored[name]
-        and name not in _OWN_FIELDS
+        and name not in OWN_FIELDS
         and (longer or name != "context_length")
     ]
     if differing:
@@ -395,17 +480,10 @@ def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
             + "; its context can be cut, not extended" * ("context_length" in differing)
             + ": leave out what the checkpoint decides, or start from another"
         )
-    return config.fill(checkpoint, keep=_OWN_FIELDS)
+    return config.fill(checkpoint, keep=OWN_FIELDS)
 
 
-def _initial_params(config: TrainConfig, source: str, mesh: Mesh | None) -> Any:
-    own = {**_own(config.model), "context_length": config.model.context_length}
-    # Parameters that will be spread over a mesh must not fill one device first.
-    with contextlib.nullcontext() if mesh is None else sharding.on_host():
-        return load(source, compute=config.compute, **own)[1]
-
-
-def _first_line(
+def first_line(
     config: TrainConfig, mesh: Mesh | None, train_tokens: int, val_tokens: int, init_from: str | None, start: int
 ) -> str:
     """Says what is trained, on what, and where."""
@@ -416,17 +494,25 @@ def _first_line(
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
     return (
         f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
-        f"{count:,} parameters, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, {val_tokens:,} to "
-        f"validate; {devices}; {config.batch_size * config.T:,} tokens per step"
+        f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
+        f"{val_tokens:,} to validate; {devices}; {config.batch_size * config.T:,} tokens per step"
     )
 
 
+def _trained(config: TrainConfig) -> str:
+    """How many of the parameters are trained, unless all are."""
+    if not config.lora.rank and not config.freeze:
+        return ""
+    adapters = ", of LoRA adapters" * bool(config.lora.rank)
+    return f" ({trainable.count(config):,} trained{adapters})"
+
+
 def _own(model: GPTConfig) -> dict[str, Any]:
-    """The values of `_OWN_FIELDS`."""
-    return {name: getattr(model, name) for name in _OWN_FIELDS}
+    """The values of `OWN_FIELDS`."""
+    return {name: getattr(model, name) for name in OWN_FIELDS}
 
 
-def _notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:
+def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:
     """What a user may not expect of this config, or of the one that a resumed run began with."""
     if began is not None and began.steps != config.steps:
         yield (

@@ -10,12 +10,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxgpt import weights
 from jaxgpt.config import GPTConfig
+from jaxgpt.errors import CheckpointError
 from jaxgpt.files import local
 from jaxgpt.model import GPT, leaves, unstack_layers
 from jaxgpt.parallel import sharding
+from jaxgpt.training.checkpoints import fingerprint
+from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.run_directory import Run
 
 
@@ -46,6 +50,51 @@ def load_run(directory: str | Path, step: int | str = "best", *, param_dtype: st
     return chosen, *weights.load(_checkpoint(run, chosen), param_dtype=param_dtype)
 
 
+# What a run that starts from a checkpoint decides itself; the rest, the architecture, comes from the checkpoint.
+OWN_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
+
+
+def initial_params(config: TrainConfig, source: str, mesh: Mesh | None = None) -> Any:
+    """The parameters of the model to start a run from, as the run's config has them.
+
+    Args:
+        config: the run's config.
+        source: what `load` takes.
+        mesh: what the parameters will be spread over; they are made in the host's memory then.
+
+    Raises:
+        CheckpointError, ConfigError, MissingExtraError: as from `load`.
+    """
+    own = {name: getattr(config.model, name) for name in (*OWN_FIELDS, "context_length")}
+    # Parameters that will be spread over a mesh must not fill one device first.
+    with contextlib.nullcontext() if mesh is None else sharding.on_host():
+        return load(source, compute=config.compute, **own)[1]
+
+
+def base_params(run: Run, config: TrainConfig, source: str | None, mesh: Mesh | None = None) -> Any:
+    """The parameters that a run's adapters belong to.
+
+    Args:
+        run: the run.
+        config: its config.
+        source: where they are now.
+        mesh: as for `initial_params`.
+
+    Raises:
+        CheckpointError: if they are not there, or not those with which the run began.
+    """
+    try:
+        params = initial_params(config, str(source), mesh)
+    except CheckpointError as error:
+        raise CheckpointError(
+            run.directory,
+            f"holds only adapters, and the model that they belong to cannot be read: {error}; {run.resume_command} "
+            "--init-from MODEL says where it is now",
+        ) from None
+    run.check_base(fingerprint(params), source)
+    return params
+
+
 def _opened(path_or_name: Any) -> Any:
     """A run's directory as an open checkpoint; anything else as it is."""
     if not isinstance(path_or_name, (str, os.PathLike)) or path_or_name in weights.BUNDLED:
@@ -70,12 +119,15 @@ def _checkpoint(run: Run, step: int | str) -> weights.Checkpoint:
 
 def _tensors(run: Run, step: int | str) -> dict[str, weights.Tensor]:
     # Here, because optax takes long to import, and most models are not runs.
-    from jaxgpt.training.step import abstract_state, eval_params
+    from jaxgpt.training.step import abstract_state, eval_params, saved_state
 
     config = run.config()
     with run.reading() as checkpoints, sharding.on_host():  # with the optimizer's state, it may not fit on one device
-        params = eval_params(checkpoints.restore(run.step(step), abstract_state(config)))
-        params = jax.tree.map(np.asarray, params)
+        abstract = saved_state(config, abstract_state(config))
+        state = checkpoints.restore(run.step(step), abstract)
+        if config.lora.rank:
+            state["frozen"] = base_params(run, config, run.init_from())
+        params = jax.tree.map(np.asarray, eval_params(config, state))
     arrays = leaves(unstack_layers(params) if config.compute.scan_layers else params)
     return {
         name: weights.Tensor(array.shape, array.dtype.name, functools.partial(np.copy, array))

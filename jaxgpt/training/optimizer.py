@@ -10,6 +10,7 @@ import jax
 import optax
 from optax import contrib
 
+from jaxgpt import lora
 from jaxgpt.training.config import TrainConfig
 
 
@@ -62,7 +63,8 @@ def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_matrix(params: Any) -> Any:
     """A tree of bools: which leaves weight decay acts on. By name, because stacked biases have two axes too."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "weight", params)
+    matrices = ("weight", lora.A, lora.B)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in matrices, params)
 
 
 def _optimizer_labels(params: Any) -> Any:

@@ -20,11 +20,11 @@ class TrainProgress:
                 TextColumn("step"),
                 MofNCompleteColumn(),
                 BarColumn(),
-                TextColumn("loss {task.fields[loss]}  {task.fields[rate]} tokens/s"),
+                TextColumn("loss {task.fields[loss]}  {task.fields[seen]}  {task.fields[rate]}"),
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("train", total=steps, loss="?", rate="?")
+            self._task = self._bar.add_task("train", total=steps, loss="?", seen="", rate="")
 
     def __enter__(self) -> TrainProgress:
         if self._bar:
@@ -35,16 +35,43 @@ class TrainProgress:
         if self._bar:
             self._bar.stop()
 
-    def update(self, step: int, loss: float, tokens_per_second: float, seconds_left: float) -> None:
-        """Shows that `step` steps are done."""
+    def update(
+        self,
+        step: int,
+        loss: float,
+        tokens: int,
+        tokens_per_second: float,
+        seconds_left: float,
+        utilisation: float | None = None,
+    ) -> None:
+        """Shows that `step` steps are done.
+
+        Args:
+            step: how many.
+            loss: the last one's.
+            tokens: seen so far.
+            tokens_per_second: speed since the last call.
+            seconds_left: until the last step, at that speed.
+            utilisation: the share of the devices' peak (MFU), where it is known.
+        """
+        share = "" if utilisation is None else f"  MFU {utilisation:.1%}"
+        seen, rate = f"{_short(tokens)} tokens", f"{tokens_per_second:,.0f} tokens/s{share}"
         if self._bar:
-            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", rate=f"{tokens_per_second:,.0f}")
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", seen=seen, rate=rate)
         else:
             left = f"{seconds_left / 60:.0f} min" if seconds_left >= 120 else f"{seconds_left:.0f} s"
-            self.say(f"step {step}/{self._steps}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {left} left")
+            self.say(f"step {step}/{self._steps}  loss {loss:.4f}  {seen}  {rate}  {left} left")
 
     def say(self, text: str) -> None:
         """Prints a text, above the bar if there is one. Control characters, which an untrained model also writes, are
         replaced rather than sent to the terminal."""
         visible = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
         self._console.print(visible, markup=False, soft_wrap=True)
+
+
+def _short(count: int) -> str:
+    """A count in three or four digits, such as 12.3M."""
+    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6)):
+        if count >= size:
+            return f"{count / size:.{1 if count < 100 * size else 0}f}{unit}"
+    return f"{count:,}"

@@ -32,8 +32,8 @@ from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_i
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
 
-# These do not change what a run computes, so they may differ when it resumes; so may the mesh.
-_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "sample_tokens", "sample_prompt")
+# These do not change what a step computes, so they may differ when a run resumes; so may the mesh.
+_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "patience", "sample_tokens", "sample_prompt")
 
 
 def import_tensorboard() -> Any:
@@ -136,8 +136,8 @@ class Run:
         """The command that continues the run."""
         return f"jaxgpt train --resume {shlex.quote(str(self.directory))}"
 
-    def describe(self, config: TrainConfig, corpus: Corpus, init_from: str | None) -> None:
-        """Writes run.json."""
+    def describe(self, config: TrainConfig, corpus: Corpus, init_from: str | None, base: str | None = None) -> None:
+        """Writes run.json; `base` is the fingerprint of the parameters that adapters belong to."""
         if not self.writes:
             return
         if config.model.tokenizer not in (*BUILTIN, NONE):
@@ -148,6 +148,7 @@ class Run:
         description = {
             "config": config.to_dict(),
             "init_from": init_from,
+            **({} if base is None else {"base": base}),
             "data": {
                 "sources": [_described(source) for source in corpus.sources],
                 "validation": [_described(source) for source in corpus.validation],
@@ -176,6 +177,14 @@ class Run:
     def init_from(self) -> str | None:
         """What the run was fine-tuned from, if anything."""
         return self._text("the path of init_from", self._described("init_from"))
+
+    def check_base(self, base: str, source: str | None) -> None:
+        """Raises CheckpointError, naming `source`, unless this is the fingerprint of the parameters that the run's
+        adapters belong to."""
+        if self._described("base") != base:
+            raise CheckpointError(
+                self.directory, f"its adapters belong to other parameters than those of {source}: has it changed since?"
+            )
 
     def data(self, data: Any = None, validation: Any = None) -> tuple[Any, Any]:
         """(data, validation) to continue with: what is given or, where nothing is, what the run was started with.
@@ -223,7 +232,8 @@ class Run:
         for key, now in (("sources", corpus.sources), ("validation", corpus.validation)):
             before = data.get(key) if isinstance(data, dict) else None
             differences += _changed_sources(before, [_described(source) for source in now])
-        if self.init_from() != init_from:
+        # What adapters belong to is known by its content, so it may have moved.
+        if self.init_from() != init_from and not config.lora.rank:
             differences.append(f"init-from: {short_repr(self.init_from())} before, {short_repr(init_from)} now")
         if differences:
             raise ConfigError(
@@ -239,7 +249,7 @@ class Run:
         was, now = own.to_dict(), config.fill(own.model).to_dict()
         return [
             f"{table}.{name}: {short_repr(was[table].get(name))} before, {short_repr(value)} now"
-            for table in ("model", "compute", "train")
+            for table in ("model", "compute", "lora", "train")
             for name, value in now[table].items()
             if was[table].get(name) != value and name not in (*_FREE_FIELDS, *free)
         ]
@@ -277,6 +287,10 @@ class Run:
     def val_losses(self) -> dict[int, float]:
         """The validation losses so far, by step."""
         return {line["step"]: line["val_loss"] for line in self.read_metrics() if line.get("val_loss") is not None}
+
+    def evaluated(self) -> list[int]:
+        """The steps that were evaluated so far, those without a finite validation loss too."""
+        return [line["step"] for line in self.read_metrics() if "val_loss" in line]
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The complete lines of metrics.jsonl."""

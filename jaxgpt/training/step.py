@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.generation import as_key
 from jaxgpt.model import GPT
 from jaxgpt.parallel import sharding
+from jaxgpt.training import trainable
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import model_loss
 from jaxgpt.training.optimizer import make_optimizer, schedule
@@ -22,19 +23,20 @@ from jaxgpt.training.optimizer import make_optimizer, schedule
 TrainState = dict[str, Any]
 
 # Streams of random numbers that must not overlap, whatever the seed.
-INIT, DROPOUT, SAMPLE = range(3)
+INIT, DROPOUT, SAMPLE, ADAPTERS = range(4)
 
 
 def stream_key(config: TrainConfig, stream: int) -> Array:
-    """The key of one of the run's streams of random numbers: `INIT`, `DROPOUT` or `SAMPLE`."""
+    """The key of one of the run's streams of random numbers: `INIT`, `DROPOUT`, `SAMPLE` or `ADAPTERS`."""
     return jax.random.fold_in(as_key(config.seed), stream)
 
 
 def init_state(config: TrainConfig, params: Any = None, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step:
 
-        params, opt_state   the parameters and the optimizer's state
-        ema_params          the moving average of the parameters, if the config asks for one
+        params, opt_state   the parameters that are trained (of LoRA, the adapters), and the optimizer's state
+        ema_params          the moving average of these parameters, if the config asks for one
+        frozen              the other parameters, if there are any (of LoRA, all that the model has)
         step                steps taken, int32
         updates             how many of them changed the parameters
         bad                 how many of the latest in a row did not
@@ -55,9 +57,12 @@ def _initial(config: TrainConfig, params: Any = None) -> TrainState:
         params = GPT(config.model, config.compute).init(stream_key(config, INIT), jnp.zeros((1, 1), jnp.int32))[
             "params"
         ]
-    state = {"params": params, "opt_state": make_optimizer(config).init(params)}
+    trained, frozen = trainable.split(config, params, stream_key(config, ADAPTERS))
+    state = {"params": trained, "opt_state": make_optimizer(config).init(trained)}
     if config.ema_decay:
-        state["ema_params"] = params
+        state["ema_params"] = trained
+    if frozen:
+        state["frozen"] = frozen
     return state | {name: jnp.int32(0) for name in ("step", "updates", "bad")}
 
 
@@ -67,9 +72,32 @@ def abstract_state(config: TrainConfig, mesh: Mesh | None = None) -> TrainState:
     return state if mesh is None else sharding.abstract(state, sharding.shardings(mesh, state))
 
 
-def eval_params(state: TrainState) -> Any:
-    """The parameters to evaluate, sample from and export: the moving average if there is one."""
-    return state.get("ema_params", state["params"])
+def saved_state(config: TrainConfig, state: TrainState) -> TrainState:
+    """The part of a state that a checkpoint holds: with LoRA, the frozen model stays where the run started from."""
+    return {name: part for name, part in state.items() if not (config.lora.rank and name == "frozen")}
+
+
+def eval_params(config: TrainConfig, state: TrainState, average: bool = True) -> Any:
+    """The parameters of the model to evaluate, sample from and export: those trained, as their moving average if there
+    is one, together with the frozen ones; adapters are merged.
+
+    Args:
+        config: the run's config.
+        state: its state.
+        average: whether to use the moving average.
+    """
+    trained, frozen = state["params"], state.get("frozen", {})
+    if average:
+        trained = state.get("ema_params", trained)
+    if not config.lora.rank:
+        return trainable.whole(config, trained, frozen)
+    return _jit_whole(config, sharding.mesh_of(frozen))(trained, frozen)
+
+
+@functools.lru_cache(maxsize=4)  # what is compiled for one evaluation serves the next
+def _jit_whole(config: TrainConfig, mesh: Mesh | None) -> Any:
+    layout = None if mesh is None else sharding.shardings(mesh, abstract_state(config)["frozen"])
+    return jax.jit(functools.partial(trainable.whole, config), out_shardings=layout)
 
 
 def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
@@ -83,32 +111,35 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
     model, tx = GPT(config.model, config.compute), make_optimizer(config)
     rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
 
-    def losses_and_grads(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
-        def losses(params):
+    def losses_and_grads(trained: Any, frozen: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
+        def losses(trained):
             dropout_key = key if any(rates) else None
             inputs_BxT, labels_BxT = ids_BxT1[:, :-1], ids_BxT1[:, 1:]
-            return model_loss(model, params, inputs_BxT, labels_BxT, chunk=config.loss_chunk, dropout_key=dropout_key)
+            with trainable.applied(config, trained, frozen) as params:
+                return model_loss(
+                    model, params, inputs_BxT, labels_BxT, chunk=config.loss_chunk, dropout_key=dropout_key
+                )
 
-        (total, count), grads = jax.value_and_grad(losses, has_aux=True)(params)
+        (total, count), grads = jax.value_and_grad(losses, has_aux=True)(trained)
         return total, count, grads
 
-    def accumulated(params: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
+    def accumulated(trained: Any, frozen: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
         if config.grad_accumulation == 1:
-            return losses_and_grads(params, ids_BxT1, key)
+            return losses_and_grads(trained, frozen, ids_BxT1, key)
 
         def add(total, micro):
-            return jax.tree.map(jnp.add, total, losses_and_grads(params, *micro)), None
+            return jax.tree.map(jnp.add, total, losses_and_grads(trained, frozen, *micro)), None
 
         # Rows are taken with a stride, so that a micro-batch has rows on every device.
         micro_ids = ids_BxT1.reshape(-1, config.grad_accumulation, ids_BxT1.shape[1]).swapaxes(0, 1)
         micro_keys = jax.random.split(key, config.grad_accumulation)
-        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+        zero = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
         return lax.scan(add, zero, (micro_ids, micro_keys))[0]
 
     def step(state: TrainState, ids_BxT1: Array) -> tuple[TrainState, dict[str, Array]]:
-        params = state["params"]
+        params, frozen = state["params"], state.get("frozen", {})
         key = jax.random.fold_in(stream_key(config, DROPOUT), state["step"])
-        total, count, grads = accumulated(params, ids_BxT1, key)
+        total, count, grads = accumulated(params, frozen, ids_BxT1, key)
         loss = total / count
         grads = jax.tree.map(lambda g: g / count, grads)
         grad_norm = optax.tree.norm(grads)
@@ -124,6 +155,8 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
         bad = jnp.where(finite, 0, state["bad"] + 1)
         counters = {"step": state["step"] + 1, "updates": state["updates"] + finite.astype(jnp.int32), "bad": bad}
         learning_rate = schedule(config, config.learning_rate)(state["updates"])
+        if frozen:
+            new["frozen"] = frozen
         return new | counters, {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate, "bad": bad}
 
     return step

@@ -1,0 +1,109 @@
+"""`dry_run`: everything that comes before a run's first step, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxgpt.accounting import format_bytes
+from jaxgpt.parallel import BATCH, capacity, check_memory
+from jaxgpt.parallel.sharding import default_device
+from jaxgpt.tokenizer import NONE, get_tokenizer
+from jaxgpt.training import loop
+from jaxgpt.training.batches import batch
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.step import abstract_state, jit_step
+
+# Of the first batch: rows, and characters of each.
+_ROWS, _CHARACTERS = 2, 300
+
+
+def dry_run(
+    config: TrainConfig,
+    data: Any,
+    *,
+    val_data: Any = None,
+    tokenizer: str | Path | None = None,
+    text_key: str | None = None,
+    init_from: str | None = None,
+) -> Iterator[str]:
+    """Prepares a run as `train` does, with the same arguments, up to the compiled step, and yields what it would be, a
+    paragraph at a time: its config, its size, its tokens, the first batch as text, and the memory that a step needs.
+
+    Neither parameters nor a directory are made, and the weights of `init_from` are not read.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for what `train` would refuse before its first step.
+        OutOfMemoryError: at the end, if a step needs more memory than there is.
+    """
+    init_from = loop.starting_point(config, init_from)
+    config, mesh, corpus, train_data, val_N = loop.prepare(config, data, val_data, tokenizer, text_key, init_from)
+    yield _toml(config)
+    yield loop.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)
+    yield from loop.notes(config, None, corpus)
+    per_step = config.batch_size * config.T
+    yield (
+        f"tokens: {per_step:,} per step, {config.steps * per_step:,} in {config.steps:,} steps, which is "
+        f"{config.steps * per_step / len(train_data):.3g} times the training data"
+    )
+    yield _first_batch(config, train_data)
+    state = abstract_state(config, mesh)
+    sizes = {name: sum(_bytes(leaf) for leaf in jax.tree.leaves(state.get(name, ()))) for name in _PARTS}
+    parts = ", ".join(f"{_PARTS[name]} {format_bytes(size)}" for name, size in sizes.items() if size)
+    layout = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH, None))
+    ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32, sharding=layout)
+    began = time.perf_counter()
+    step = jit_step(config, mesh).lower(state, ids_BxT1).compile()
+    seconds, size = time.perf_counter() - began, step.memory_analysis()
+    per_device = "" if mesh is None else " per device"
+    needed = "" if size is None else f"; a step adds {format_bytes(size.temp_size_in_bytes)}"
+    yield (
+        f"memory{per_device}: {parts}{needed}; there are {format_bytes(capacity(default_device()))}. The step took "
+        f"{seconds:.0f} s to compile"
+    )
+    check_memory(step, loop.LESS_MEMORY)
+    yield "nothing was written: without --dry-run, the run starts"
+
+
+# What takes memory in a state, in words.
+_PARTS = {
+    "params": "trained parameters",
+    "frozen": "frozen parameters",
+    "ema_params": "their average",
+    "opt_state": "optimizer state",
+}
+
+
+def _bytes(leaf: Any) -> int:
+    """Bytes of an array on one device."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def _toml(config: TrainConfig) -> str:
+    """The config as the text of a config file."""
+    lines = []
+    for name, table in config.to_dict().items():
+        # TOML writes such values as JSON does.
+        lines += [f"[{name}]", *(f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in table.items())]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _first_batch(config: TrainConfig, train_data: Any) -> str:
+    """The first rows of the first batch, as text where there is a tokenizer."""
+    rows = []
+    for ids_T1 in batch(train_data, config, 0, slice(0, min(_ROWS, config.batch_size))):
+        ids = ids_T1.tolist()
+        known = config.model.tokenizer != NONE
+        text = repr(get_tokenizer(config.model.tokenizer).decode(ids, placeholders=True)) if known else str(ids)
+        rows.append(f"  {text}" if len(text) <= _CHARACTERS else f"  {text[:_CHARACTERS]}...")
+    return "\n".join([f"the first batch begins ({len(rows)} of {config.batch_size} rows):", *rows])
