@@ -102,7 +102,8 @@ def tokenize(
     """Encodes documents into a directory of shards. End-of-text follows each document, if the tokenizer has it.
 
     What is written depends on neither `workers` nor on how often the work was interrupted: called again with the same
-    arguments, it goes on after the last whole shard. Memory does not grow with the files.
+    arguments, it goes on after the last whole shard. Memory does not grow with the files; but a tokenizer whose
+    `find_cut` finds nothing (as a rule, one that is not byte-level BPE) encodes each document whole.
 
     Args:
         sources: files of the formats of `jaxgpt.data.documents`, directories and patterns of such files.
