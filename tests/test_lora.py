@@ -71,7 +71,8 @@ def test_new_adapters_change_nothing_and_merged_ones_are_the_papers_formula(stac
     if stacked:
         params = stack_blocks(params, TINY.n_layers)
     adapters = lora.init(jax.random.key(0), params, 4, EVERYTHING)
-    equal(lora.merge(params, adapters), params)
+    merge = jax.jit(lora.merge, static_argnums=2)
+    equal(merge(params, adapters), params)
     assert {path.rpartition("/")[0] for path in leaves(adapters)} == {
         path.removesuffix("/weight") for path in leaves(params) if path.endswith("/weight")
     }
@@ -83,22 +84,21 @@ def test_new_adapters_change_nothing_and_merged_ones_are_the_papers_formula(stac
             for row in np.asarray(leaf).reshape(-1, leaf.shape[-1])]  # fmt: skip
     assert len(set(rows)) == len(rows)  # no matrix shares its draw with another
     adapters = trained(adapters)
-    merged, own, before = leaves(lora.merge(params, adapters, alpha=6)), leaves(adapters), leaves(params)
+    merged, own, before = leaves(merge(params, adapters, 6)), leaves(adapters), leaves(params)
     for path, leaf in merged.items():
         want = np.asarray(before[path], np.float64)
         if path.endswith("/weight"):
             a, b = (np.asarray(own[path.removesuffix("weight") + name], np.float64) for name in ("lora_a", "lora_b"))
             want = want + 6 / 4 * np.einsum("...or,...ri->...oi", b, a)
         np.testing.assert_allclose(leaf, want, atol=2e-6, err_msg=path)
-    once = lora.merge(params, adapters)
-    equal(once, lora.merge(params, adapters, alpha=4))  # alpha / r is 1 by default
+    equal(merge(params, adapters), merge(params, adapters, 4))  # alpha / r is 1 by default
 
 
 @pytest.mark.parametrize(
     "compute",
     [
         {},
-        {"scan_layers": True, "remat": "block"},
+        exhaustive({"scan_layers": True, "remat": "block"}),
         exhaustive({"remat": "dots"}),
         exhaustive({"scan_layers": True}),
         exhaustive({"custom_derivatives": False}),
@@ -349,6 +349,20 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(mesh):
     layouts = sharding.shardings(devices, merged[1])
     for leaf, layout in zip(jax.tree.leaves(merged[1]), jax.tree.leaves(layouts), strict=True):
         assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
+
+
+@pytest.mark.exhaustive
+def test_a_run_on_a_mesh_resumes_on_one_device(tmp_path, tokens, base, undisturbed):
+    config = Run(undisturbed[0]).config()
+    config = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2))
+    train(dataclasses.replace(config, steps=4), tokens, tmp_path / "run", init_from=base)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "4")
+    shutil.copytree(tmp_path / "run", tmp_path / "alone")
+    for run, mesh in (("run", config.mesh), ("alone", MeshConfig())):
+        result = train(dataclasses.replace(config, mesh=mesh), tokens, tmp_path / run, resume=True)
+        for mine, its in zip(jax.tree.leaves(result.params), jax.tree.leaves(undisturbed[1].params), strict=True):
+            np.testing.assert_allclose(mine, its, atol=2e-3)
+    assert jaxgpt.load(tmp_path / "run")[0].config == MODEL.replace(drop_rate=0.1)
 
 
 @pytest.mark.parametrize(

@@ -484,8 +484,14 @@ def test_gpt3_on_four_chips_does_not_fit():
     assert "RESOURCE_EXHAUSTED" in report["training"]["compiled"]["does_not_fit"]
 
 
-@pytest.mark.parametrize("table", ["model", "compute", "mesh", "train"])
+@pytest.mark.parametrize("table", ["model", "compute", "mesh", "lora", "train"])
 def test_a_table_that_is_none_is_refused_by_name(table, tmp_path):
     (tmp_path / "run.toml").write_text(f"{table} = 3\n")
     with pytest.raises(ConfigError, match=f"'{table}' must be a table, not 3"):
         planner.resolve(str(tmp_path / "run.toml"), planner.Topology.parse("v5e:2x2"))
+
+
+@pytest.mark.parametrize("override", ["lora.rank=16", "freeze=tok_emb"])
+def test_a_plan_of_a_part_of_a_model_is_refused(override):
+    with pytest.raises(ConfigError, match="a plan is for the training of whole models, without lora and freeze"):
+        planner.resolve("gpt2", planner.Topology.parse("v5e:2x2"), overrides=[override])

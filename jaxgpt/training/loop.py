@@ -436,7 +436,10 @@ def _mesh(config: TrainConfig) -> Mesh | None:
     return mesh
 
 
-LESS_MEMORY = "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, or lower batch_size"
+LESS_MEMORY = (
+    "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, lower batch_size, or train only "
+    "adapters (lora.rank=16)"
+)
 
 
 def starting_point(config: TrainConfig | None, init_from: str | None) -> str | None:
