@@ -269,7 +269,7 @@ def test_a_token_file_is_not_tokenized_again(here, capsys):
 
 
 def test_text_of_another_encoding_is_told_on_stdin_and_in_configs_too(here, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode("utf-16"))))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(TEXT.encode("utf-16")), isatty=lambda: False))
     assert main(["generate", "--prompt-file", "-"]) == 2
     assert "stdin: not text: it looks like UTF-16: convert it first" in capsys.readouterr().err
     (here / "a.toml").write_bytes("[model]\n".encode("utf-16"))
