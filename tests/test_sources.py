@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import struct
@@ -386,6 +387,21 @@ def test_a_mixture_takes_its_share_of_every_source(sequences):
     np.testing.assert_array_equal(np.concatenate(parts), batch(mixture, config, 70))
 
 
+@pytest.mark.parametrize("sequences", ["sliding", "random"])
+def test_sources_and_seeds_have_orders_of_their_own(sequences):
+    """Each row tells its source and place: of equal sources, places differ, and of other seeds, the sources too."""
+    mixture = Mixture(("low", "high"), (np.arange(100), 100 + np.arange(100)), (1.0, 1.0))
+    orders = []
+    for seed in (0, 1):
+        config = dataclasses.replace(CONFIG, sequences=sequences, seed=seed)
+        first_B = np.concatenate([batch(mixture, config, step)[:, 0] for step in range(8)])
+        orders.append((first_B[first_B < 100][:8].tolist(), (first_B[first_B >= 100] - 100)[:8].tolist()))
+        orders.append((first_B >= 100).tolist())
+    assert orders[0][0] != orders[0][1]
+    assert orders[0] != orders[2]
+    assert orders[1] != orders[3]
+
+
 def test_without_weights_a_mixture_is_by_size():
     large, small = Tokens.from_ids(IDS, "gpt2"), Tokens.from_ids(IDS[:50], "gpt2")
     mixture, val_N = open_corpus([Source("large", large), Source("small", small)], GPT2).split(0.2)
@@ -416,9 +432,23 @@ def test_batches_read_ahead_are_those_read_at_once():
     for step in range(5):
         seen.append(int(ahead(step)[0]))
         ahead(step, slice(2, 4))
+        # Of either part, the next two steps are being read; none beyond the last.
+        assert sorted(waiting[0] for waiting in ahead._waiting) == sorted(2 * [*range(step + 1, min(step + 3, 5))])
     ahead.close()
     assert seen == [0, 1, 2, 3, 4]
     assert sorted(read, key=str) == sorted([(step, part) for step in range(5) for part in (None, 2)], key=str)
+
+
+def test_an_error_in_reading_ahead_is_raised_at_its_step():
+    def rows(step, part):
+        if step == 2:
+            raise DataError("has become shorter")
+        return np.full(4, step)
+
+    with contextlib.closing(ReadAhead(rows, steps=5)) as ahead:
+        assert [int(ahead(step)[0]) for step in (0, 1)] == [0, 1]
+        with pytest.raises(DataError, match="has become shorter"):
+            ahead(2)
 
 
 RUN = dataclasses.replace(
