@@ -419,6 +419,9 @@ def test_an_id_outside_the_vocabulary_is_found_in_the_batch_that_holds_it():
     ids_N[77] = 300
     with pytest.raises(DataError, match=r"the data: id 300 at 77 is outside the vocabulary: 0 to 256"):
         [batch(ids_N, CONFIG, step) for step in range(8)]
+    mixture = Mixture(("good", "bad"), (ids_N[:70], ids_N[70:]), (1.0, 1.0))
+    with pytest.raises(DataError, match=r"bad: id 300 at 7 is outside the vocabulary: 0 to 256"):
+        [batch(mixture, CONFIG, step) for step in range(30)]
 
 
 def test_batches_read_ahead_are_those_read_at_once():
@@ -508,6 +511,7 @@ def test_a_corpus_is_verified_beside_the_training(shards, monkeypatch):
 def test_the_end_of_a_run_ends_its_verification(shards, monkeypatch):
     monkeypatch.setattr(verification, "AT_ONCE", 0)
     corpus = open_corpus([str(shards / "one"), str(shards / "two")], BYTES)
+    assert verification.Verification(corpus, 257, at_once=True).unread == 0
     read, asked = verification.Verification(corpus, 257), []
     assert read.unread == 6
     monkeypatch.setattr(read._stop, "is_set", lambda: asked.append(True) or len(asked) > 2)
@@ -516,6 +520,10 @@ def test_the_end_of_a_run_ends_its_verification(shards, monkeypatch):
     assert read.unread == 4
     assert not any(thread.name == "verification" for thread in threading.enumerate())
     assert [verification.Verification(corpus, 257, part=(i, 4)).unread for i in range(4)] == [2, 2, 1, 1]
+    small = verification.Verification(corpus, 5)
+    small._read_aside()
+    with pytest.raises(DataError, match="outside the vocabulary: 0 to 4"):
+        small.check()
     # A long shard is not read to its end first.
     long, asked = Shard(np.zeros(3 * 2**20, np.uint16)), []
     assert not long.verify(257, lambda: asked.append(True) or len(asked) > 2)
