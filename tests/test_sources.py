@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import os
 import struct
@@ -387,6 +388,21 @@ def test_a_mixture_takes_its_share_of_every_source(sequences):
     np.testing.assert_array_equal(np.concatenate(parts), batch(mixture, config, 70))
 
 
+@pytest.mark.parametrize("sequences", ["sliding", "random"])
+def test_sources_and_seeds_have_orders_of_their_own(sequences):
+    """Each row tells its source and place: of equal sources, places differ, and of other seeds, the sources too."""
+    mixture = Mixture(("low", "high"), (np.arange(100), 100 + np.arange(100)), (1.0, 1.0))
+    orders = []
+    for seed in (0, 1):
+        config = dataclasses.replace(CONFIG, sequences=sequences, seed=seed)
+        first_B = np.concatenate([batch(mixture, config, step)[:, 0] for step in range(8)])
+        orders.append((first_B[first_B < 100][:8].tolist(), (first_B[first_B >= 100] - 100)[:8].tolist()))
+        orders.append((first_B >= 100).tolist())
+    assert orders[0][0] != orders[0][1]
+    assert orders[0] != orders[2]
+    assert orders[1] != orders[3]
+
+
 def test_without_weights_a_mixture_is_by_size():
     large, small = Tokens.from_ids(IDS, "gpt2"), Tokens.from_ids(IDS[:50], "gpt2")
     mixture, val_N = open_corpus([Source("large", large), Source("small", small)], GPT2).split(0.2)
@@ -404,6 +420,9 @@ def test_an_id_outside_the_vocabulary_is_found_in_the_batch_that_holds_it():
     ids_N[77] = 300
     with pytest.raises(DataError, match=r"the data: id 300 at 77 is outside the vocabulary: 0 to 256"):
         [batch(ids_N, CONFIG, step) for step in range(8)]
+    mixture = Mixture(("good", "bad"), (ids_N[:70], ids_N[70:]), (1.0, 1.0))
+    with pytest.raises(DataError, match=r"bad: id 300 at 7 is outside the vocabulary: 0 to 256"):
+        [batch(mixture, CONFIG, step) for step in range(30)]
 
 
 def test_batches_read_ahead_are_those_read_at_once():
@@ -417,9 +436,23 @@ def test_batches_read_ahead_are_those_read_at_once():
     for step in range(5):
         seen.append(int(ahead(step)[0]))
         ahead(step, slice(2, 4))
+        # Of either part, the next two steps are being read; none beyond the last.
+        assert sorted(waiting[0] for waiting in ahead._waiting) == sorted(2 * [*range(step + 1, min(step + 3, 5))])
     ahead.close()
     assert seen == [0, 1, 2, 3, 4]
     assert sorted(read, key=str) == sorted([(step, part) for step in range(5) for part in (None, 2)], key=str)
+
+
+def test_an_error_in_reading_ahead_is_raised_at_its_step():
+    def rows(step, part):
+        if step == 2:
+            raise DataError("has become shorter")
+        return np.full(4, step)
+
+    with contextlib.closing(ReadAhead(rows, steps=5)) as ahead:
+        assert [int(ahead(step)[0]) for step in (0, 1)] == [0, 1]
+        with pytest.raises(DataError, match="has become shorter"):
+            ahead(2)
 
 
 RUN = dataclasses.replace(
@@ -479,6 +512,7 @@ def test_a_corpus_is_verified_beside_the_training(shards, monkeypatch):
 def test_the_end_of_a_run_ends_its_verification(shards, monkeypatch):
     monkeypatch.setattr(verification, "AT_ONCE", 0)
     corpus = open_corpus([str(shards / "one"), str(shards / "two")], BYTES)
+    assert verification.Verification(corpus, 257, at_once=True).unread == 0
     read, asked = verification.Verification(corpus, 257), []
     assert read.unread == 6
     monkeypatch.setattr(read._stop, "is_set", lambda: asked.append(True) or len(asked) > 2)
@@ -487,6 +521,10 @@ def test_the_end_of_a_run_ends_its_verification(shards, monkeypatch):
     assert read.unread == 4
     assert not any(thread.name == "verification" for thread in threading.enumerate())
     assert [verification.Verification(corpus, 257, part=(i, 4)).unread for i in range(4)] == [2, 2, 1, 1]
+    small = verification.Verification(corpus, 5)
+    small._read_aside()
+    with pytest.raises(DataError, match="outside the vocabulary: 0 to 4"):
+        small.check()
     # A long shard is not read to its end first.
     long, asked = Shard(np.zeros(3 * 2**20, np.uint16)), []
     assert not long.verify(257, lambda: asked.append(True) or len(asked) > 2)

@@ -48,8 +48,7 @@ def batch(data: Mixture | Ids, config: TrainConfig, step: int, rows: slice = sli
         mine = source_B == i
         if config.sequences == "random":
             # Of the whole batch, so that a process that reads only some rows draws the same for them.
-            key, counter = [config.seed, step], [0, 0, 0, i]
-            generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+            generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
             start_B[mine] = generator.integers(0, len(ids_N) - T, config.batch_size)[rows][mine]
         else:
             start_B[mine] = _sliding(len(ids_N), config, i, turn_B[mine])
