@@ -37,6 +37,8 @@ python_use_unqualified_type_names = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+# A class is described where it is and, once more, where its package exports it: a link may go to either.
+suppress_warnings = ["ref.python"]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 myst_heading_anchors = 4

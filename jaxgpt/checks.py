@@ -107,16 +107,16 @@ def as_ids(ids: Any, name: str) -> np.ndarray:
     return array
 
 
-def whole_number(name: str, value: Any) -> int:
-    """Returns the value as an int; raises a ValueError unless it is an integer of 0 or more."""
+def whole_number(name: str, value: Any, least: int = 0) -> int:
+    """Returns the value as an int; raises a ValueError unless it is an integer of `least` (0 or 1) or more."""
     import numpy as np
 
     try:
         number = -1 if isinstance(value, (bool, np.bool_)) else operator.index(value)
     except TypeError:
         number = -1
-    if number < 0:
-        raise ValueError(f"{name} must be an integer of 0 or more, not {short_repr(value)}")
+    if number < least:
+        raise ValueError(f"{name} must be an integer of {least} or more, not {short_repr(value)}")
     return number
 
 

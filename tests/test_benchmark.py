@@ -33,6 +33,17 @@ def test_the_limit_of_the_rest_is_the_matrix_products():
     assert rate == pytest.approx(4096 * 1e12 / (3 * (linear + attention)))
 
 
+def test_the_limit_of_scoring_reads_a_prompt_once():
+    work = Workload("score", "gpt2", "float32", 5)
+    prompts, continuations = benchmark.questions(work)
+    assert work.tokens == sum(
+        4 * len(p) + sum(map(len, group)) for p, group in zip(prompts, continuations, strict=True)
+    )
+    scored = sum(len(ids) for group in continuations for ids in group)
+    needed = 2 * (sum(map(len, prompts)) + scored) * 12 * 12 * 768**2 + 2 * scored * 50257 * 768
+    assert benchmark.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(work.tokens * 1e11 / needed)
+
+
 def test_banded_attention_has_no_peers_and_needs_less():
     assert benchmark_peers.available(Workload("forward", "gpt3-125m")) == []
     rates = [
@@ -120,7 +131,11 @@ def test_the_whole_benchmark_covers_every_row(canned, capsys, tmp_path):
     report = json.loads(capsys.readouterr().out)
     rows = [row["work"] for row in report["rows"]]
     decode = [f"decode-{batch}-{dtype}" for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")]
-    rest = [f"{work}-{dtype}" for work in ("forward-4x1024", "train-2x512") for dtype in ("float32", "bfloat16")]
+    rest = [
+        f"{work}-{dtype}"
+        for work in ("forward-4x1024", "score-100", "train-2x512")
+        for dtype in ("float32", "bfloat16")
+    ]
     assert rows == [*decode, *rest, "character-train-32x256-float32", "character-train-32x256-bfloat16"]
     assert report["start_seconds"] == {"cold": 3.0, "compiled": 2.0}
     assert report["rows"][0]["costliest"] == [["dot x 2", 1.5]]

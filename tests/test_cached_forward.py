@@ -97,3 +97,25 @@ def test_a_bfloat16_cache_costs_less_than_three_percent():
     want = np.asarray(jax.jit(model.apply)({"params": params}, ids))
     got = cached_logits(model, params, ids, [0, 0], (6,) + (1,) * 6)
     assert np.abs(got - want).max() < 0.03 * np.abs(want).max()
+
+
+@grid(2, scan_layers=[False, True], rows=[(2, 0, 0), (1,)], batch=[3, 1])
+def test_rows_of_a_cache_go_on_as_those_rows(scan_layers, rows, batch):
+    model, params = make_model(scan_layers=scan_layers)
+    rows = np.minimum(rows, batch - 1)
+    before, after = random_ids(TINY, batch, 9), random_ids(TINY, len(rows), 3, seed=1)
+    starts = np.array([0, 3, 5], np.int32)[:batch]
+
+    @jax.jit
+    def run(params):
+        cache = Cache.empty(model.config, model.compute, jnp.asarray(starts), 16)
+        _, cache = model.apply({"params": params}, before, cache=cache, method=GPT.features)
+        x, cache = model.apply({"params": params}, after, cache=cache.take(jnp.asarray(rows)), method=GPT.features)
+        empty = Cache.empty(model.config, model.compute, jnp.asarray(starts[rows]), 16)
+        assert jax.tree.map(jnp.shape, cache.layers) == jax.tree.map(jnp.shape, empty.layers)
+        return model.apply({"params": params}, x, method=GPT.logits)
+
+    got = run(params)
+    for r, row in enumerate(rows):
+        ids = np.concatenate([before[row, starts[row] :], after[r]])[None]
+        np.testing.assert_allclose(got[r], jax.jit(model.apply)({"params": params}, ids)[0, -3:], atol=ATOL)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax
 import pytest
 from helpers import TINY, exhaustive, make_model, make_model_that_draws
 
-from jaxgpt import prepare, weights
+from jaxgpt import beam_search, generation, prepare, weights
 from jaxgpt.cli import main
-from jaxgpt.generation.sampling import from_options
+from jaxgpt.generation.options import SAMPLING, from_options
+from jaxgpt.generation.sampling import Greedy
 from jaxgpt.generation.text import generate_text
 from jaxgpt.model.cache import Cache
 
@@ -94,6 +97,8 @@ def test_several_prompts_and_sequences_are_one_batch(model, capsys):
     texts = sampled(model, ["Ab", "Ab", "xyz", "xyz"])
     assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
     assert len(set(texts)) == 4
+    assert main(["generate", "--prompt", "Ab", "--prompt", "xyz", "--num-return-sequences", "2", *N, "--stream"]) == 0
+    assert capsys.readouterr().out == "\n---\n".join(texts) + "\n"
 
 
 @pytest.mark.parametrize("implementation", ["rbg", "unsafe_rbg"])
@@ -124,13 +129,91 @@ def test_stream_prints_the_same_text(model, capsys):
     assert capsys.readouterr().out == whole
 
 
+def test_beams_are_a_search(model, capsys):
+    options = ["--num-beams", "3", "--num-return-sequences", "2", "--length-penalty", "0.5"]
+    command = ["generate", "--prompt", "Ab", "--prompt", "xyz", *N, *options]
+    assert main(command) == 0
+    found = beam_search(
+        *model,
+        [list(b"Ab"), list(b"xyz")],
+        8,
+        num_beams=3,
+        num_return_sequences=2,
+        length_penalty=0.5,
+        stop_ids=[256],
+    )
+    texts = capsys.readouterr().out.removesuffix("\n").split("\n---\n")
+    assert texts == generate_text(*model, ["Ab", "xyz"], 8, num_beams=3, num_return_sequences=2, length_penalty=0.5)
+    assert main([*command, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["new_tokens"] for line in lines] == [new.tolist() for new in found.new_tokens]
+    assert [line["score"] for line in lines] == pytest.approx(found.scores)
+
+
 def test_json_is_one_object_a_line(model, capsys):
     main(["generate", "--prompt", "Ab", "--prompt", "é", *N, "--json"])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["text"] for line in lines] == sampled(model, ["Ab", "é"])
     assert [line["prompt"] for line in lines] == ["Ab", "é"]
     assert [line["prompt_tokens"] for line in lines] == [2, 2]
-    assert all(line["stopped"] or len(line["new_tokens"]) == 8 for line in lines)
+    assert [line["prompt"] + line["completion"] for line in lines] == [line["text"] for line in lines]
+    assert [line["finish_reason"] for line in lines] == ["length", "length"]
+    assert [len(line["new_tokens"]) for line in lines] == [8, 8]
+
+
+def test_stop_strings_end_a_text_however_it_is_printed(model, capsys):
+    whole = sampled(model, ["Ab", "xyz"], 24)
+    stop = [whole[0][9:12], "never"]
+    ended = whole[0][2:].partition(stop[0])[0]
+    command = ["generate", "--prompt", "Ab", "--prompt", "xyz", "--max-new-tokens", "24"]
+    command += [word for text in stop for word in ("--stop", text)]
+    for how in ([], ["--stream"]):
+        assert main([*command, *how]) == 0
+        assert capsys.readouterr().out == f"Ab{ended}\n---\n{whole[1]}\n"
+    assert main([*command, "--json"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["completion"] for line in lines] == [ended, whole[1][3:]]
+    assert [line["finish_reason"] for line in lines] == ["stop", "length"]
+
+
+def test_json_shows_logprobs_without_infinities(model, capsys):
+    command = ["generate", "--prompt", "Ab", *N, "--top-k", "2", "--logprobs", "3"]
+    assert main([*command, "--json"]) == 0
+    line = json.loads(capsys.readouterr().out, parse_constant=lambda name: pytest.fail(name))
+    for drawn, top, token in zip(line["logprobs"]["drawn"], line["logprobs"]["top"], line["new_tokens"], strict=True):
+        assert len(top) == 3
+        assert drawn in [entry["logprob"] for entry in top if entry["id"] == token]
+    assert [len(top) for top in line["sampler_logprobs"]["top"]] == [2] * 8
+    assert main(command) == 2
+    assert "--logprobs needs --json" in capsys.readouterr().err
+
+
+def test_every_option_of_samplers_reaches_them(model, capsys):
+    options = {
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.1,
+        "no_repeat_ngram_size": 2,
+        "min_new_tokens": 4,
+        "temperature": 1.5,
+        "top_k": 0,
+        "top_p": 0.9,
+        "min_p": 0.01,
+        "logit_bias": {97: 2.0, 98: -1.5},
+        "bad_words_ids": [[99], [100, 101]],
+    }
+    assert set(options) == set(SAMPLING)
+    command = ["--logit-bias", "97=2", "--logit-bias", "98=-1.5", "--bad-words-ids", "99", "--bad-words-ids", "100,101"]
+    for name, value in options.items():
+        if not isinstance(value, (dict, list)):
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    samplers = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "jaxgpt.generation.session.check_sampler", lambda sampler, V: samplers.append(sampler) or Greedy()
+        )
+        assert main(["generate", "--prompt", "Ab", *N, *command]) == 0
+    assert samplers == [from_options(**options)]
 
 
 def test_an_id_without_text_is_printed_as_a_placeholder(monkeypatch, capsys):
@@ -178,11 +261,25 @@ def test_says_when_the_text_outgrows_the_context(capsys):
     [
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
-        (["--top-k", "0"], "top_k"),
+        (["--top-k", "-1"], "top_k"),
         (["--top-p", "1.5"], "top_p"),
         (["--min-p", "-0.1"], "min_p"),
+        (["--repetition-penalty", "0"], "repetition_penalty must be above 0"),
+        (["--no-repeat-ngram-size", "0"], "no_repeat_ngram_size must be an integer of 1 or more"),
+        (["--logit-bias", "5"], "--logit-bias is written like 50256=-1.5, not '5'"),
+        (["--logit-bias", "257=1"], "logit_bias has the id 257"),
+        (["--bad-words-ids", "a"], "--bad-words-ids is written like 464,3797, not 'a'"),
+        (["--stop", ""], "stop[0] is empty"),
         (["--max-new-tokens", "-1"], "max_new_tokens"),
-        (["--num-return-sequences", "0"], "--num-return-sequences"),
+        (["--num-return-sequences", "0"], "num_return_sequences"),
+        (["--num-return-sequences", "2", "--greedy", "--stream"], "num_return_sequences=2 needs a random sampler"),
+        (["--num-beams", "0"], "--num-beams must be an integer of 1 or more, not 0"),
+        (["--num-beams", "2", "--num-return-sequences", "3", *N], "num_return_sequences=3 must be at most num_beams=2"),
+        (["--num-beams", "2", "--max-new-tokens", "31"], "exceed context_length=32"),
+        (["--num-beams", "2", "--top-k", "200"], "--top-k and --num-beams exclude each other"),
+        (["--num-beams", "2", "--greedy"], "--greedy and --num-beams exclude each other"),
+        (["--num-beams", "2", "--stream"], "--stream and --num-beams exclude each other"),
+        (["--length-penalty", "2"], "--length-penalty needs --num-beams"),
         (["--stream", "--json"], "exclude"),
         (["--prompt-file", "/nonexistent/file"], "/nonexistent/file"),
     ],
@@ -198,6 +295,109 @@ def test_a_terminal_without_a_prompt_is_told_what_to_give(capsys, monkeypatch):
     set_stdin(monkeypatch, b"", terminal=True)
     assert main(["generate"]) == 2
     assert "--prompt" in capsys.readouterr().err
+
+
+@pytest.fixture
+def types(monkeypatch):
+    """Sets what is typed on a terminal: lines, and exceptions for Ctrl-C; after these Ctrl-D."""
+
+    def types(*lines):
+        script = iter([*lines, EOFError()])
+
+        def read(prompt):
+            line = next(script)
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        set_stdin(monkeypatch, b"", terminal=True)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        monkeypatch.setattr("builtins.input", read)
+
+    return types
+
+
+def test_a_terminal_without_a_prompt_is_asked_for_prompts(model, capsys, types, loaded):
+    types("Ab", KeyboardInterrupt(), "xyz")
+    assert main(["generate", *N]) == 0
+    out, err = capsys.readouterr()
+    want = sampled(model, ["Ab", "xyz"])  # the n-th answer is the n-th row of a batch
+    assert out == f"{want[0][2:]}\n\n{want[1][3:]}\n\n"
+    assert "Ctrl-D or an empty line ends" in err
+    assert len(loaded) == 1
+    types("Ab", "", "xyz")
+    assert main(["generate", *N]) == 0
+    assert capsys.readouterr().out == f"{want[0][2:]}\n"
+
+
+def test_ctrl_c_stops_an_answer_and_asks_on(model, capsys, types, monkeypatch):
+    pieces = generation.text_pieces
+
+    def interrupted(session, stop):
+        yield next(pieces(session, stop))
+        monkeypatch.setattr(generation, "text_pieces", pieces)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generation, "text_pieces", interrupted)
+    types("Ab", "xyz")
+    assert main(["generate", *N]) == 0
+    first, second = sampled(model, ["Ab", "xyz"])
+    stopped, answered = capsys.readouterr().out.removesuffix("\n\n").split("\n")
+    assert stopped
+    assert stopped != first[2:]
+    assert first[2:].startswith(stopped)
+    assert answered == second[3:]
+
+
+def test_a_typed_text_that_the_model_cannot_read_is_told_so_and_asked_again(monkeypatch, capsys, types):
+    smaller = make_model_that_draws(33, CONFIG.replace(vocab_size=100))
+    monkeypatch.setattr(weights, "load", lambda name: smaller)
+    types("xyz", "Ab")
+    assert main(["generate", "--max-new-tokens", "2", "--num-return-sequences", "2"]) == 0
+    out, err = capsys.readouterr()
+    assert "but the model's ids end at 99" in err
+    assert out == "!!\n---\n!!\n\n"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_prompts_and_ctrl_c_on_a_real_terminal():
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "jaxgpt", "generate", "--max-new-tokens", "100000"]
+    process = subprocess.Popen(
+        command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env={**os.environ, "TERM": "dumb"}
+    )
+    watchdog = threading.Timer(300, process.kill)  # then the terminal ends, and so do the reads
+    watchdog.start()
+    os.close(theirs)
+
+    def read_until(ending):
+        seen = b""
+        while not seen.endswith(ending):
+            seen += os.read(ours, 1)
+        return seen
+
+    read_until(b"> ")
+    for _ in range(2):
+        os.write(ours, b"ROMEO:\n")
+        read_until(b"ROMEO:\r\n")  # the terminal's echo
+        for _ in range(40):
+            assert os.read(ours, 1)
+        process.send_signal(signal.SIGINT)
+        read_until(b"\r\n> ")
+    os.write(ours, b"\x04")
+    assert process.wait() == 0
+    watchdog.cancel()
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    os.close(ours)
+
+
+@pytest.mark.parametrize("option", [["--json"], ["--num-beams", "2"]])
+def test_what_cannot_be_streamed_needs_a_prompt(option, capsys, types):
+    types("Ab")
+    assert main(["generate", *option]) == 2
+    assert "no prompt: give --prompt" in capsys.readouterr().err
 
 
 def test_a_missing_model_is_one_line(capsys, monkeypatch):

@@ -61,6 +61,7 @@ COMMANDS = {
     "tokenize to": ("tokenize", "a.txt", "URL"),
     "evaluate": ("evaluate", "--model", "URL", "--data", "a.txt"),
     "evaluate on": ("evaluate", "--data", "URL"),
+    "evaluate a task on": ("evaluate", "--tasks", "wikitext=URL"),
     "generate": ("generate", "--model", "URL", "--prompt", "a"),
     "generate from": ("generate", "--prompt-file", "URL"),
     "inspect": ("inspect", "URL"),
@@ -197,7 +198,7 @@ def test_a_key_given_twice_is_an_error(here):
         read_json("a.json")
 
 
-@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.gguf", "run.json", "x.png"])
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "model.onnx", "run.json", "x.png"])
 def test_a_directory_is_not_written_under_the_name_of_a_file(name, tiny, here, capsys):
     for words in (
         ("convert", "shakespeare", name),

@@ -41,6 +41,8 @@ from test_weights import (
     write_shards,
 )
 from test_weights_bad_input import Canary
+from test_weights_llmc import llmc_file
+from test_weights_openai import SMALL, block, bundle, openai_tensors, table, write_openai
 
 from jaxgpt import hub
 from jaxgpt.config import GPTConfig
@@ -359,6 +361,67 @@ def test_a_flax_msgpack_truncated_at_any_byte(params, tmp_path):
             assert refused(loads(tmp_path), length), length
 
 
+def index_entries(items, rng):
+    """An index with the right checksums, in which names, values, a block or the block of places have been edited."""
+    items, blocks = list(items), []
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(items))
+        name, value = items[at]
+        kind = rng.randrange(4)
+        if kind == 0:
+            items[at] = any_bytes(name or b"a", rng), value
+        elif kind == 1:
+            items[at] = name, any_bytes(value, rng)
+        elif kind == 2:
+            items.insert(rng.randrange(len(items)), items[at])
+        else:
+            del items[at]
+    size = rng.choice([3, 1000])
+    blocks = [block(items[i : i + size]) for i in range(0, len(items), size)]
+    if rng.random() < 0.3:
+        at = rng.randrange(len(blocks))
+        blocks[at] = any_bytes(blocks[at], rng)
+    return table(blocks)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("entries", "cases"), [(False, 400), (True, 1500)])
+def test_damaged_tensorflow_index(entries, cases, tmp_path):
+    small = make_model(SMALL)[1]
+    write_openai(tmp_path, SMALL, small)
+    items = bundle(tmp_path / "model.ckpt", openai_tensors(small))
+
+    def mutate(good, rng):
+        return index_entries(items, rng) if entries else any_bytes(good, rng)
+
+    assert fuzz(cases, tmp_path / "model.ckpt.index", mutate, loads(tmp_path, small)) > 0.9 * cases
+
+
+def test_a_tensorflow_index_truncated_at_any_byte(tmp_path):
+    path = write_openai(tmp_path, SMALL, make_model(SMALL)[1]) / "model.ckpt.index"
+    good = path.read_bytes()
+    with watched(path.name):
+        for length in [*range(0, len(good), 13), *range(len(good) - 50, len(good))]:
+            path.write_bytes(good[:length])
+            assert refused(loads(tmp_path), length), length
+
+
+@pytest.mark.parametrize("name", ["hparams.json", "checkpoint"])
+def test_damaged_files_beside_a_tensorflow_checkpoint(name, tmp_path):
+    write_openai(tmp_path, SMALL, make_model(SMALL)[1])
+    mutate = json_file if name == "hparams.json" else any_bytes
+    read = functools.partial(weights.load_config, tmp_path)
+    assert fuzz(200, tmp_path / name, mutate, read) > (100 if name == "hparams.json" else 25)
+
+
+@pytest.mark.exhaustive
+def test_damaged_llmc_header(tmp_path):
+    small = make_model(SMALL)[1]
+    (tmp_path / "gpt2.bin").write_bytes(llmc_file(SMALL, small))
+    mutate = functools.partial(any_bytes, limit=32)
+    assert fuzz(1000, tmp_path / "gpt2.bin", mutate, loads(tmp_path / "gpt2.bin", small)) > 900
+
+
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before-1.6"])
 @pytest.mark.filterwarnings("ignore")  # torch's warnings about damaged files
 def test_damaged_pytorch_bin(old, params, tmp_path):
@@ -634,6 +697,18 @@ def test_what_is_not_a_file_is_refused_and_not_waited_for(kind, params, tmp_path
     for part in ("config.json", "model.safetensors", INDEX, "flax_model.msgpack", "pytorch_model.bin"):
         directory = write_shards_or_not(part, tmp_path / part.replace(".", "_"), params)
         (directory / part).unlink(missing_ok=True)
+        place(kind, directory / part)
+        with watched(part):
+            assert refused(lambda directory=directory: weights.load(directory), f"{kind} {part}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_a_file_is_refused_in_an_openai_directory(kind, tmp_path):
+    for part in ("hparams.json", "checkpoint", "model.ckpt.index", "model.ckpt.data-00000-of-00001"):
+        if (part, kind) == ("checkpoint", "directory"):
+            continue  # another program's, and the only checkpoint is read
+        directory = write_openai(tmp_path / part, SMALL, make_model(SMALL)[1])
+        (directory / part).unlink()
         place(kind, directory / part)
         with watched(part):
             assert refused(lambda directory=directory: weights.load(directory), f"{kind} {part}")

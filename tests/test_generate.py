@@ -27,10 +27,11 @@ from hypothesis import strategies as st
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.generation import decode
+from jaxgpt.generation.controls import RepetitionPenalty
 from jaxgpt.generation.decode import scan_generate
-from jaxgpt.generation.sampling import Greedy, Temperature, TopK, TopP
-from jaxgpt.generation.session import bucket, generate
-from jaxgpt.generation.text import generate_text, stream, text_pieces
+from jaxgpt.generation.sampling import Greedy, MinP, Temperature, TopK, TopP
+from jaxgpt.generation.session import Generation, bucket, generate
+from jaxgpt.generation.text import StopStrings, completions, generate_text, stream, text_pieces
 from jaxgpt.model import reference
 from jaxgpt.model.gpt import GPT
 from jaxgpt.tokenizer import get_tokenizer
@@ -127,6 +128,37 @@ def test_rows_may_change_places_with_their_keys(tiny):
     assert not keys.is_deleted()
 
 
+@pytest.mark.parametrize(
+    ("prompts", "n"),
+    [
+        pytest.param(RAGGED[:2], 8, id="ragged"),
+        exhaustive(RAGGED[1:2], 8, id="one"),
+        exhaustive(RAGGED, 40, id="past the context"),
+    ],
+)
+def test_several_rows_per_prompt_are_those_of_the_prompt_repeated(tiny, prompts, n):
+    run = functools.partial(generate, *tiny, max_new_tokens=n, sampler=SAMPLER, stop_ids=[5])
+    got = run(prompts, key=KEY, num_return_sequences=3)
+    repeated = [prompt for prompt in prompts for _ in range(3)]
+    want = run(repeated, key=KEY)
+    assert rows(got) == rows(want)
+    assert got.prompt_lengths == want.prompt_lengths
+    assert len({tuple(row) for row in rows(got)}) == len(repeated)
+    keys = jax.random.split(KEY, len(repeated))
+    assert rows(run(prompts, key=keys, num_return_sequences=3)) == rows(run(repeated, key=keys))
+
+
+def test_several_rows_per_prompt_read_it_once(tiny, monkeypatch):
+    read, prefill = [], decode.prefill
+    monkeypatch.setattr(
+        decode,
+        "prefill",
+        lambda model, params, ids, *rest, **kw: read.append(ids) or prefill(model, params, ids, *rest, **kw),
+    )
+    generate(*tiny, RAGGED[:2], 2, sampler=SAMPLER, key=KEY, num_return_sequences=3)
+    assert [ids.shape for ids in read] == [(2, 16)]
+
+
 IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
 
 
@@ -194,6 +226,23 @@ def test_lengths_of_one_bucket_compile_once(caplog):
         assert first.count("prefill") == 1
         assert first.count("decode_tokens") == 1
         assert compiled(range(1, 11), [1, 2, 31, 32, 33, 34, 20, 50, 7, 54], batch) == []
+
+
+def test_samplers_of_one_structure_compile_once_whatever_their_numbers(caplog):
+    model, params = make_model(TINY.replace(context_length=64, n_layers=1), seed=4)
+
+    def compiled(*samplers):
+        caplog.clear()
+        with jax.log_compiles(), caplog.at_level(logging.WARNING):
+            for seed, sampler in enumerate(samplers):
+                generate(model, params, [[1, 2], [3]], 40, sampler=sampler, key=seed)
+        found = re.findall(r"Compiling jit\((\w+)\)", caplog.text)
+        return found.count("prefill"), found.count("decode_tokens")
+
+    values = [(0.1, 5, 0.5, 0.1), (1, 1, 0.999, 0), (2.5, 97, 0.9, 1), (1e-40, 10**12, 1e-50, 0.03)]
+    chains = [Temperature(t) | TopK(k) | TopP(p) | MinP(m) for t, k, p, m in values]
+    assert compiled(chains[0]) == (1, 1)
+    assert compiled(*chains[1:]) == (0, 0)
 
 
 def test_buckets_double_up_to_the_largest():
@@ -264,6 +313,51 @@ def test_result_counts_and_times(tiny):
     assert result.tokens_per_second is None  # one piece of each kind of work
 
 
+def log_softmax(logits):
+    logits = np.float64(logits)
+    with np.errstate(divide="ignore"):
+        return np.log(np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum())
+
+
+def test_logprobs_are_those_of_the_reference_before_and_after_the_sampler(tiny):
+    model, params = tiny
+    sampler, K = RepetitionPenalty(1.4) | Temperature(1.5) | TopK(3), 5
+    options = {"sampler": sampler, "key": KEY}
+    options, prompts = {**options, "logprobs": K}, RAGGED[:2]
+    free = generate(*tiny, prompts, 20, **options).new_tokens
+    result = generate(*tiny, prompts, 20, stop_ids=[int(free[1][14])], **options)
+    exact = to_numpy(params)
+    for r, (row, new) in enumerate(zip(result.tokens, result.new_tokens, strict=True)):
+        assert new.tolist() == free[r].tolist()[: len(new)]
+        assert result.logprobs[r].top.shape == result.sampler_logprobs[r].top_ids.shape == (len(new), K)
+        for n, token in enumerate(new):
+            text = row[: len(prompts[r]) + n]
+            logits = reference.gpt(exact, model.config, [text[-model.config.context_length :]])[0, -1]
+            shaped = logits.copy()
+            seen = np.unique(text)
+            shaped[seen] = np.where(shaped[seen] < 0, shaped[seen] * 1.4, shaped[seen] / 1.4)
+            shaped[shaped < np.sort(shaped)[-3]] = -np.inf
+            for got, expected in ((result.logprobs[r], logits), (result.sampler_logprobs[r], shaped / 1.5)):
+                expected = log_softmax(expected)
+                best = np.argsort(-expected, kind="stable")[: K if got is result.logprobs[r] else 3]
+                assert got.top_ids[n][: len(best)].tolist() == best.tolist()
+                np.testing.assert_allclose(got.top[n], np.sort(expected)[::-1][:K], atol=2e-5)
+                np.testing.assert_allclose(got.drawn[n], expected[token], atol=2e-5)
+    assert min(len(new) for new in result.new_tokens) < 20
+
+
+def test_logprobs_may_be_those_of_the_drawn_ids_alone_or_of_all(tiny):
+    none, alone, every = (generate(*tiny, RAGGED[:2], 1, logprobs=K) for K in (None, 0, 97))
+    assert none.logprobs is none.sampler_logprobs is None
+    assert rows(none) == rows(alone) == rows(every)
+    assert [row.top.shape for row in alone.logprobs] == [(1, 0), (1, 0)]
+    for few, many, new in zip(alone.logprobs, every.logprobs, alone.new_tokens, strict=True):
+        np.testing.assert_array_equal(few.drawn, many.drawn)
+        np.testing.assert_array_equal(many.top_ids[:, 0], new)  # greedily
+        np.testing.assert_allclose(np.exp(many.top).sum(-1), 1, atol=1e-5)
+    assert generate(*tiny, [[1]], 0, logprobs=2).logprobs[0].top.shape == (0, 2)
+
+
 # --- as one pure function
 
 
@@ -331,6 +425,11 @@ def test_stream_gives_the_text_of_generate(bytes_model):
     assert "Ab" + "".join(pieces) == generate_text(model, params, "Ab", 30, **options)[0]
 
 
+def test_several_texts_per_prompt(bytes_model):
+    run = functools.partial(generate_text, *bytes_model, max_new_tokens=9, sampler=Temperature(1.0), key=KEY)
+    assert run(["Ab", "xyz"], num_return_sequences=2) == run(["Ab", "Ab", "xyz", "xyz"])
+
+
 def test_stream_never_splits_a_character():
     class Script:
         model, stop_ids = GPT(BYTES), (256,)
@@ -350,6 +449,88 @@ def test_stream_ends_an_unfinished_character():
             yield [np.array([0x41, 0xE2, 0x82])]
 
     assert list(text_pieces(Script())) == ["A", "\ufffd"]
+
+
+def cut(text, stop):
+    """The text before the stop string that is complete first, and of those the longest."""
+    for end in range(len(text) + 1):
+        if found := [string for string in stop if text[:end].endswith(string)]:
+            return text[: end - max(map(len, found))], True
+    return text, False
+
+
+few = st.text("ab", min_size=1, max_size=4)
+
+
+@given(pieces=st.lists(st.text("ab", max_size=5), max_size=8), stop=st.lists(few, max_size=3))
+@example(pieces=["abab", "c"], stop=["abc"])
+@example(pieces=["abcd"], stop=["abcd", "c", "bc"])
+def test_stop_strings_are_found_whatever_the_pieces_and_nothing_of_them_is_shown(pieces, stop):
+    whole, found = cut("".join(pieces), stop)
+    text, shown = StopStrings(stop), ""
+    for i, piece in enumerate(pieces):
+        shown += text.feed(piece)
+        assert whole.startswith(shown)
+        held = cut("".join(pieces[: i + 1]), stop)[0][len(shown) :]
+        assert not held or any(string.startswith(held) for string in stop)  # nothing waits without need
+    assert (shown + text.finish(), text.found) == (whole, found)
+
+
+@pytest.mark.parametrize("n", [12, exhaustive(40)])  # past the context too
+def test_stop_strings_end_their_own_texts_and_change_nothing_else(bytes_model, n):
+    prompts, run = (
+        ["Ab", "xyz", "no"],
+        functools.partial(generate_text, *bytes_model, max_new_tokens=n, temperature=1.0),
+    )
+    free = [text[len(p) :] for p, text in zip(prompts, run(prompts, seed=3), strict=True)]
+    for stop in ([free[0][5:8]], [free[1][9:11], free[0][-3:]], free[2][:2]):
+        ends = [cut(text, [stop] if isinstance(stop, str) else stop)[0] for text in free]
+        assert ends != free
+        expected = [prompt + end for prompt, end in zip(prompts, ends, strict=True)]
+        assert run(prompts, stop=stop, seed=3) == expected
+        key = jax.random.fold_in(jax.random.key(3), 2)[None]
+        assert "".join(stream(*bytes_model, "no", n, stop=stop, temperature=1.0, key=key)) == ends[2]
+
+
+def test_a_stop_string_ends_the_ids_with_the_one_that_completes_it(bytes_model, monkeypatch):
+    model, params = bytes_model
+    ids = generate(model, params, [[65]], 24).new_tokens[0]
+    text, calls, decode_tokens = get_tokenizer("bytes").decode(ids), [], decode.decode_tokens
+    monkeypatch.setattr(
+        decode, "decode_tokens", lambda *args, **options: calls.append(1) or decode_tokens(*args, **options)
+    )
+    run = Generation(model, params, [[65]], 24, chunk=4)
+    assert completions(run, [text[2:4]]) == [cut(text, [text[2:4]])[0]]
+    new, result = run.result().new_tokens[0], run.result()
+    assert new.tolist() == ids[: len(new)].tolist()
+    assert text[2:4] in get_tokenizer("bytes").decode(new)
+    assert text[2:4] not in get_tokenizer("bytes").decode(new[:-1])
+    assert result.finish_reasons == ["stop"]
+    assert len(calls) <= 2  # nothing is drawn once every row has ended
+
+
+@pytest.mark.parametrize(
+    ("stop", "error", "message"),
+    [
+        ("", ValueError, r"stop\[0\] is empty"),
+        (["a", ""], ValueError, r"stop\[1\] is empty"),
+        ([5], TypeError, r"a text or a list of texts, not 5 \(stop_ids takes ids\)"),
+        (5, TypeError, "not 5"),
+        ([None], TypeError, "not None"),
+    ],
+)
+def test_bad_stop_strings_are_refused_before_any_compute(bytes_model, monkeypatch, stop, error, message):
+    monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
+    for text in (generate_text, stream):
+        with pytest.raises(error, match=message):
+            text(*bytes_model, "Ab", 4, stop=stop)
+
+
+def test_finish_reasons_say_what_ended_a_row(tiny):
+    free = generate(*tiny, RAGGED[:2], 9)
+    assert free.finish_reasons == ["length", "length"]
+    last = next(i for i in free.new_tokens[0] if i not in free.new_tokens[1])
+    assert generate(*tiny, RAGGED[:2], 9, stop_ids=[last]).finish_reasons == ["stop", "length"]
 
 
 def test_empty_text_starts_from_end_of_text_and_stops_at_it(bytes_model):
@@ -434,7 +615,8 @@ def test_bad_max_new_tokens_is_refused(tiny, n):
 def test_zero_new_tokens_give_the_prompts_back(tiny, monkeypatch):
     monkeypatch.setattr(decode, "prefill", lambda *args, **kwargs: pytest.fail("computed"))
     assert rows(generate(*tiny, RAGGED, 0)) == RAGGED
-    assert list(stream(*make_model(BYTES), "Ab", 0)) == []
+    assert list(stream(*make_model(BYTES), "Ab", 0, stop="b")) == []
+    assert generate_text(*make_model(BYTES), ["Ab", "c"], 0) == ["Ab", "c"]
 
 
 def test_integers_of_any_kind_are_ids(tiny):
@@ -447,10 +629,16 @@ def test_integers_of_any_kind_are_ids(tiny):
     ("options", "message"),
     [
         ({"sampler": TopK(5)}, r"TopK\(5\) draws at random and needs a key"),
-        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per prompt \(2\), not keys of shape \[3\]"),
+        ({"sampler": TopK(5), "key": jax.random.split(KEY, 3)}, r"one per row \(2\), not keys of shape \[3\]"),
+        ({"logprobs": -1}, "logprobs must be an integer of 0 or more, not -1"),
+        ({"logprobs": True}, "logprobs"),
+        ({"logprobs": 98}, "logprobs must be at most the vocabulary's 97 ids, not 98"),
         ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
         ({"stop_ids": 5}, "stop_ids must be a list of ids, not 5"),
         ({"stop_ids": [1.5]}, r"stop_ids\[0\] is 1.5"),
+        ({"num_return_sequences": 0}, "num_return_sequences must be an integer of 1 or more, not 0"),
+        ({"num_return_sequences": 2.0}, "num_return_sequences must be an integer of 1 or more, not 2.0"),
+        ({"num_return_sequences": 2}, r"num_return_sequences=2 needs a random sampler.*Greedy\(\) gives the same row"),
         ({"beyond_context": "crop"}, "beyond_context"),
         ({"cache_dtype": "int8"}, "cache_dtype"),
         ({"beyond_context": "error", "max_new_tokens": 15}, "2 ids and max_new_tokens=15 exceed context_length=16"),
@@ -468,3 +656,5 @@ def test_strictness_allows_what_fits(tiny):
 def test_stream_refuses_bad_arguments_at_the_call(bytes_model):
     with pytest.raises(ValueError, match="max_new_tokens"):
         stream(*bytes_model, "a", -1)
+    with pytest.raises(ValueError, match="num_return_sequences must be 1 for a stream"):
+        stream(*bytes_model, "a", 4, sampler=SAMPLER, key=KEY, num_return_sequences=2)

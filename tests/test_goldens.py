@@ -1,4 +1,4 @@
-"""Checkpoints and logits that other code wrote and computed: see goldens/make_goldens.py."""
+"""Checkpoints and logits that other code wrote and computed: see goldens/make_goldens.py and make_openai.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jaxgpt
 from jaxgpt.model import reference
 
 GOLDENS = Path(__file__).parent / "goldens"
-FILES = {"huggingface": "huggingface", "book": "book.safetensors", "nanogpt": "nanogpt.pt"}
+FILES = {"huggingface": "huggingface", "book": "book.safetensors", "nanogpt": "nanogpt.pt", "openai": "openai"}
 
 
 @pytest.fixture(params=FILES)
@@ -24,7 +24,7 @@ def golden(request):
         pytest.importorskip("torch")  # the only reader of .pt files
     overrides = {"n_heads": 2} if request.param == "book" else {}  # the book's files do not hold it
     model, params = jaxgpt.load(GOLDENS / FILES[request.param], **overrides)
-    with np.load(GOLDENS / "expected.npz") as expected:
+    with np.load(GOLDENS / ("openai.npz" if request.param == "openai" else "expected.npz")) as expected:
         return model, params, expected["ids"], expected[request.param]
 
 

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, from_options
+from jaxgpt.generation.controls import MinNewTokens
+from jaxgpt.generation.options import from_options
+from jaxgpt.generation.sampling import REMOVED, Greedy, MinP, Temperature, TopK, TopP, simplest
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
@@ -175,14 +177,16 @@ def test_filters_apply_from_left_to_right():
     # After sharpening, one id has 0.7 of the probability; before, two are needed.
     assert kept(Temperature(0.3) | TopP(0.7), LOGITS) == {3}
     assert kept(TopP(0.7) | Temperature(0.3), LOGITS) == {3, 7}
-    assert from_options(0.5, 5, 0.9, 0.1) == Temperature(0.5) | TopK(5) | TopP(0.9) | MinP(0.1)
+    assert from_options(temperature=0.5, top_k=5, top_p=0.9, min_p=0.1) == Temperature(0.5) | TopK(5) | TopP(
+        0.9
+    ) | MinP(0.1)
 
 
 def test_greedy_takes_the_lowest_of_equals_and_needs_no_key():
     assert Greedy()(jnp.array([[0.0, 2.0, 2.0], [1.0, 0.0, -1.0]])).tolist() == [1, 0]
     assert Temperature(0)(jnp.array([0.0, 2.0, 2.0])).tolist() == 1
     assert not (Temperature(0) | TopK(2)).draws
-    assert from_options(0, top_k=5) == Greedy()
+    assert from_options(temperature=0, top_k=5) == Greedy()
 
 
 def test_bfloat16_logits_are_drawn_from_in_float32():
@@ -196,6 +200,48 @@ def test_samplers_are_equal_and_hash_by_value():
     assert chain == again
     assert hash(chain) == hash(again)
     assert chain != Temperature(0.8) | TopK(6)
+
+
+@pytest.mark.parametrize("value", [0.8, 1 / 3, 1.7, 1e-40])
+def test_a_number_that_is_traced_filters_to_the_same_bits_as_a_constant(value):
+    sampler = Temperature(value) | TopK(9) | TopP(0.9) | MinP(min(value, 1) / 7)
+    logits = jnp.asarray(rows_of_logits(0, 5, 12))
+    constant = jax.jit(lambda logits: sampler.filter(logits))(logits)
+    traced = jax.jit(lambda sampler, logits: sampler.filter(logits))(sampler, logits)
+    np.testing.assert_array_equal(np.asarray(traced).view(np.int32), np.asarray(constant).view(np.int32))
+
+
+def test_samplers_are_trees_of_their_numbers():
+    chain = Temperature(0.8) | TopK(5) | TopP(0.9) | MinP(0)
+    leaves, structure = jax.tree.flatten(chain)
+    assert jax.tree.unflatten(structure, leaves) == chain
+    assert set(map(type, leaves)) == {float, int}
+    assert structure == jax.tree.structure(Temperature(3) | TopK(10**12) | TopP(0.1) | MinP(0.5))
+    assert structure != jax.tree.structure(TopK(5) | Temperature(0.8) | TopP(0.9) | MinP(0))
+    assert jax.tree.structure(Temperature(0)) != jax.tree.structure(Temperature(1))
+    assert jax.tree.structure(TopP(1)) != jax.tree.structure(TopP(0.9))  # it costs nothing
+    assert repr(jax.tree.map(lambda leaf: "x", TopK(5))) == "TopK('x')"
+    for leaf in jax.device_put(jax.tree.leaves(Temperature(1e300) | TopK(10**300))):  # beyond 32 bits
+        assert bool(jnp.isfinite(leaf))
+
+
+def test_a_sampler_that_draws_nothing_at_random_is_greedy_to_the_compiler():
+    assert {simplest(sampler) for sampler in (Temperature(0), Greedy(), Temperature(0) | TopK(3))} == {Greedy()}
+    assert simplest(Temperature(0) | MinNewTokens(3) | TopK(2)) == MinNewTokens(3) | Greedy()
+    assert simplest(TopK(2) | MinNewTokens(3)) == TopK(2) | MinNewTokens(3)
+
+
+def test_samplers_can_be_made_of_traced_numbers():
+    logits = jnp.asarray(LOGITS)
+
+    @jax.jit
+    def made(t, k, p, m):
+        return (Temperature(t) | TopK(k) | TopP(p) | MinP(m)).filter(logits)
+
+    for values in ((0.5, 6, 0.99, 0.001), (0.5, 9, 1.0, 0.0)):
+        t, k, p, m = values
+        expected = (Temperature(t) | TopK(k) | TopP(p) | MinP(m)).filter(logits)
+        np.testing.assert_array_equal(made(*values), expected)
 
 
 @pytest.mark.parametrize(

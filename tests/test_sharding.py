@@ -18,7 +18,7 @@ from helpers import TINY, exhaustive, make_model, random_ids
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxgpt import generate, prepare
+from jaxgpt import beam_search, generate, prepare
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig
 from jaxgpt.data import Tokens
@@ -158,11 +158,27 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter():
 def test_generation_on_a_mesh_draws_the_same_ids(text, rows, scan_layers):
     model, params = make_model(MODEL, scan_layers=scan_layers)
     prompts = [row[: 3 + 2 * i].tolist() for i, row in enumerate(random_ids(MODEL, rows, 12))]
-    options = {"sampler": Temperature(0.7), "key": jax.random.key(1)}
-    want = generate(model, params, prompts, 20, **options).tokens
-    got = generate(model, sharding.shard(params, mesh_of(text)), prompts, 20, **options).tokens
-    for mine, theirs in zip(got, want, strict=True):
+    options = {"temperature": 0.7, "repetition_penalty": 1.3, "no_repeat_ngram_size": 2, "seed": 1, "logprobs": 3}
+    want = generate(model, params, prompts, 20, **options)
+    got = generate(model, sharding.shard(params, mesh_of(text)), prompts, 20, **options)
+    for mine, theirs in zip(got.tokens, want.tokens, strict=True):
         np.testing.assert_array_equal(mine, theirs)
+    assert_close(got.sampler_logprobs, want.sampler_logprobs)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("text", ["data=4", "data=2,fsdp=2,tensor=2"])
+def test_beams_and_several_rows_per_prompt_on_a_mesh_are_those_of_one_device(text):
+    model, params = make_model(MODEL)
+    spread = sharding.shard(params, mesh_of(text))
+    prompts = [row[: 3 + 2 * i].tolist() for i, row in enumerate(random_ids(MODEL, 2, 12))]
+    draws = {"sampler": Temperature(0.7), "key": jax.random.key(1), "num_return_sequences": 3}
+    for run in (
+        lambda params: generate(model, params, prompts, 12, **draws),
+        lambda params: beam_search(model, params, prompts, 9, num_beams=4, num_return_sequences=4, stop_ids=range(60)),
+    ):
+        for mine, theirs in zip(run(spread).tokens, run(params).tokens, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
 
 
 @pytest.mark.exhaustive

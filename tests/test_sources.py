@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import os
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Joined, Mixture, Source, Tokens, open_corpus, open_tokens, verification
+from jaxgpt.data import Joined, Mixture, Shard, Source, Tokens, open_corpus, open_tokens, verification
 from jaxgpt.errors import ConfigError, DataError
 from jaxgpt.training import TrainConfig, load_config, train
 from jaxgpt.training.batches import BLOCK, ReadAhead, batch, check_enough, permute, shares
@@ -97,6 +98,7 @@ def index(path, at, form, value):
         ("Megatron", lambda path: index(path / "a.idx", 18, "<Q", 10**18), "do not fit"),
         ("Megatron", lambda path: index(path / "a.idx", 34, "<i", -1), "do not follow one another"),
         ("Megatron", lambda path: index(path / "a.idx", 46, "<q", 2), "do not follow one another"),
+        ("Megatron", lambda path: write_megatron(path / "a", IDS, [70, -30, 60]), "do not follow one another"),
         ("Megatron, int32", lambda path: index(path / "a.bin", 8, "<i", -5), "id -5 at 2 is outside the vocabulary"),
         ("ours", lambda path: truncate(path / "a.tokens", -1), "damaged"),
     ],
@@ -123,13 +125,19 @@ def test_several_rows_are_one(lengths, data):
     np.testing.assert_array_equal(np.asarray(joined[part][inner]), whole[part][inner])
 
 
-def test_many_shards_are_one_row_and_few_are_open_at_a_time(tmp_path):
+def test_many_shards_are_one_row_and_few_are_open_at_a_time(tmp_path, monkeypatch):
     for i in range(300):
         write_llmc(tmp_path / f"fineweb_train_{i:06}.bin", np.full(10, i))
     tokens = open_corpus(tmp_path, GPT2).sources[0].tokens
     before = len(os.listdir("/proc/self/fd"))
     np.testing.assert_array_equal(np.asarray(tokens.ids_N), np.repeat(np.arange(300), 10))
-    assert len(os.listdir("/proc/self/fd")) <= before + 256
+    assert len(os.listdir("/proc/self/fd")) <= before + 128
+    # A file that has been read from stays open.
+    opened, usual = [], os.open
+    monkeypatch.setattr(os, "open", lambda *args: opened.append(args) or usual(*args))
+    for i in range(10):
+        np.asarray(tokens.ids_N[10 + i : 15 + i])
+    assert len(opened) == 2
     # A sequence may begin in one file and end in another.
     np.testing.assert_array_equal(np.asarray(tokens.ids_N[1995:2003]), [199] * 5 + [200] * 3)
 
@@ -141,12 +149,118 @@ def test_a_directory_comes_with_its_validation_split(tmp_path):
     corpus = open_corpus(tmp_path, GPT2)
     mixture, val_N = corpus.split(0.5)
     np.testing.assert_array_equal(np.asarray(mixture.ids[0]), IDS)
+    assert [len(shard.ids_N) for shard in corpus.shards] == [60, 40, 40]  # the last are validated on
     np.testing.assert_array_equal(np.asarray(val_N), IDS[:40])
     # A pattern says itself what is meant.
     train_N, val_N = open_corpus(str(tmp_path / "*_train_*.bin"), GPT2).split(0.1)
     assert (len(train_N), len(val_N)) == (90, 10)
+    # To validate on it means its validation split, not what it trains on.
+    train_N, val_N = open_corpus(tmp_path, GPT2, validation=[tmp_path]).split(0.1)
+    np.testing.assert_array_equal(np.asarray(val_N), IDS[:40])
     given = open_corpus(tmp_path, GPT2, validation=tmp_path / "fineweb_train_000002.bin")
     np.testing.assert_array_equal(np.asarray(given.split(0.1)[1]), IDS[60:])
+
+
+def test_what_is_not_training_data_in_a_directory_is_left_out(tmp_path):
+    """As nanoGPT's prepare.py leaves one: the text is what train.bin and val.bin were made from."""
+    for name, ids in (("train.bin", IDS), ("val.bin", IDS[:40])):
+        (tmp_path / name).write_bytes(ids.astype("<u2").tobytes())
+    for name in ("input.txt", "prepare.py", "readme.md", "meta.pkl", "._train.bin", ".DS_Store"):
+        (tmp_path / name).write_text("To be, or not to be")
+    (tmp_path / "more.txt").mkdir()
+    source = open_corpus(tmp_path, GPT2, tokenizer="gpt2").sources[0]
+    np.testing.assert_array_equal(np.asarray(source.tokens.ids_N), IDS)
+    assert len(source.validation.ids_N) == 40
+    assert source.left_out == ("input.txt (a text beside token files)",)
+
+
+def test_a_test_split_is_not_trained_on(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for split in ("train", "valid", "test", "latest"):
+        (tmp_path / "deep" / "er" / f"wiki.{split}.TXT").write_text(split)
+    # The pattern reaches subdirectories too.
+    for data in (tmp_path / "deep" / "er", f"{tmp_path}/**/*.TXT"):
+        source = open_corpus(data, BYTES).sources[0]
+        assert bytes(np.asarray(source.tokens.ids_N, np.uint8)) == b"latesttrain"
+        assert bytes(np.asarray(source.validation.ids_N, np.uint8)) == b"valid"
+        assert source.left_out == ("wiki.test.TXT (a test split)",)
+    alone = open_corpus(tmp_path / "deep" / "er" / "wiki.test.TXT", BYTES).sources[0]
+    assert bytes(np.asarray(alone.tokens.ids_N, np.uint8)) == b"test"
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(4, "<i4"), (8, "<u2")])
+def test_megatrons_ids_are_read_as_their_index_says_also_by_their_own_name(kind, dtype, tmp_path):
+    write_megatron(tmp_path / "a", IDS, [100], kind, dtype)
+    for name in ("a.bin", "*.bin"):
+        tokens = open_tokens(str(tmp_path / name), GPT2, "gpt2")
+        np.testing.assert_array_equal(np.asarray(tokens.ids_N), IDS)
+
+
+def test_megatrons_index_may_be_long_and_tell_the_mode_of_each_sequence(tmp_path):
+    count = 2**20 + 5
+    write_megatron(tmp_path / "a", np.arange(count) % 500, np.ones(count, int))
+    with (tmp_path / "a.idx").open("ab") as file:
+        file.write(bytes(count))
+    tokens = open_corpus(tmp_path / "a.idx", GPT2, tokenizer="gpt2").sources[0].tokens
+    np.testing.assert_array_equal(np.asarray(tokens.ids_N[-9:]), np.arange(count - 9, count) % 500)
+
+
+def test_the_tokenizer_can_be_said_where_a_file_does_not_state_it(tmp_path):
+    write_llmc(tmp_path / "a.bin", IDS % 256)  # llm.c has one tokenizer; forks of it have others
+    assert open_tokens(tmp_path / "a.bin", BYTES, "bytes").tokenizer == "bytes"
+    Tokens.from_ids(IDS, "gpt2").save(tmp_path / "a.tokens")
+    with pytest.raises(DataError, match=r"a.tokens: made by tokenizer 'gpt2', not by 'bytes'"):
+        open_tokens(tmp_path / "a.tokens", GPT2, "bytes")
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<i8"])
+def test_wider_ids_without_a_header_are_refused(dtype, tmp_path):
+    (tmp_path / "a.bin").write_bytes(IDS.astype(dtype).tobytes())
+    with pytest.raises(DataError, match=r"a.bin: not uint16 ids: every second one would be 0"):
+        open_tokens(tmp_path / "a.bin", GPT2, "gpt2")
+
+
+def test_a_file_is_read_whole_or_not_at_all(tmp_path, monkeypatch):
+    Tokens.from_ids(IDS, "gpt2").save(tmp_path / "a.tokens")
+    ids_N = open_tokens(tmp_path / "a.tokens", GPT2).ids_N
+    usual = os.pread
+    with monkeypatch.context() as patch:  # a system may give less than was asked for
+        patch.setattr(os, "pread", lambda descriptor, size, offset: usual(descriptor, min(size, 3), offset))
+        np.testing.assert_array_equal(np.asarray(ids_N[10:]), IDS[10:])
+    truncate(tmp_path / "a.tokens", -2)
+    with pytest.raises(DataError, match=r"a.tokens: has become shorter since it was opened"):
+        np.asarray(ids_N)
+
+
+def test_what_tells_a_corpus_from_others(tmp_path):
+    def identity(ids, **given):
+        write_llmc(tmp_path / "a.bin", ids)
+        return open_corpus(tmp_path / "a.bin", GPT2, **given).identity
+
+    whole = np.arange(9000)
+    identities = {identity(whole), identity(whole[:-1])}
+    for place in (0, 999, 4500, 8000, 8999):  # without a stated hash, not every id counts
+        identities.add(identity(np.where(whole == place, 7777, whole)))
+    Tokens.from_ids(whole, "gpt2").save(tmp_path / "val.tokens")
+    identities.add(identity(whole, validation=tmp_path / "val.tokens"))
+    identities.add(identity(whole, validation=tmp_path / "a.bin"))
+    a, b = Tokens.from_ids([1, 2, 3], "gpt2"), Tokens.from_ids([4, 5], "gpt2")
+    for sources in ((a, None), (b, None)), ((b, None), (a, None)), ((a, 1), (b, 2)), ((a, 2), (b, 1)):
+        made = [Source(str(i), tokens, weight) for i, (tokens, weight) in enumerate(sources)]
+        identities.add(open_corpus(made, GPT2).identity)
+    for validation in (a, b):
+        identities.add(open_corpus([Source("a", a, validation=validation)], GPT2).identity)
+    assert len(identities) == 15
+    write_llmc(tmp_path / "b.bin", whole)  # elsewhere, they are the same
+    assert identity(whole) == open_corpus(tmp_path / "b.bin", GPT2).identity
+
+
+def test_ids_in_files_are_taken_as_slices(tmp_path):
+    Tokens.from_ids(IDS, "gpt2").save(tmp_path / "a.tokens")
+    with pytest.raises(TypeError, match=r"are taken as slices: np.asarray reads them all"):
+        open_tokens(tmp_path / "a.tokens", GPT2).ids_N[3]
+    with pytest.raises(ValueError, match="cut, not strided"):
+        open_tokens(tmp_path / "a.tokens", GPT2).ids_N[::2]
 
 
 @pytest.mark.parametrize(
@@ -173,11 +287,15 @@ def test_sources_are_written_as_name_path_and_weight(given, name, weight, tmp_pa
         (["a.txt:0"], "weight must be a number above 0, not 0.0"),
         (["a.txt:-1"], "weight must be a number above 0, not -1.0"),
         (["a.txt:nan"], "weight must be a number above 0, not nan"),
+        (["a.txt:1.2.3"], r"a\.txt:1\.2\.3: cannot be read: No such file"),
         (["a.txt:1", "b.txt"], "a.txt has a weight and b.txt has none"),
         (["a.txt", "a.txt"], "two sources have the name 'a.txt'"),
         (["absent.txt"], "absent.txt: cannot be read: No such file"),
         (["absent-*.txt"], "no file has such a name"),
         (["empty"], "a directory without data: expected files that end in"),
+        (["links"], "links/b.txt: cannot be read: No such file"),  # a missing file is not passed over
+        (["links/*"], "links/b.txt: cannot be read: No such file"),
+        ([], "there is no data to train on"),
         (["mixed"], "were made by different tokenizers, (bytes and gpt2|gpt2 and bytes)"),
         (["gpt2.tokens"], "made by tokenizer 'gpt2', but the model has 'bytes'"),
         (["noise.bin"], "has no header that says what it holds.*--tokenizer"),
@@ -190,19 +308,34 @@ def test_data_that_cannot_be_used_is_refused_by_name(data, message, tmp_path, mo
         (tmp_path / name).write_text("To be, or not to be")
     (tmp_path / "empty").mkdir()
     (tmp_path / "mixed").mkdir()
-    (tmp_path / "mixed" / "a.txt").write_text("To be")
+    Tokens.from_text("To be", "bytes").save(tmp_path / "mixed" / "a.tokens")
     for path in (tmp_path / "mixed" / "b.tokens", tmp_path / "gpt2.tokens"):
         Tokens.from_text("To be", "gpt2").save(path)
+    (tmp_path / "links").mkdir()
+    for name, target in (("a.txt", tmp_path / "a.txt"), ("b.txt", tmp_path / "absent")):
+        (tmp_path / "links" / name).symlink_to(target)
     (tmp_path / "noise.bin").write_bytes(bytes(range(256)))
     (tmp_path / "noise.gz").write_bytes(b"\x1f\x8b" + bytes(20))
     with pytest.raises(DataError, match=message):
         open_corpus(data, BYTES)
 
 
+def test_a_validation_split_has_the_models_tokenizer_too_and_paths_are_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    Tokens.from_text("To be", "bytes").save("corpus/train.tokens")
+    assert open_corpus("corpus", BYTES).sources[0].path == str(tmp_path / "corpus")
+    Tokens.from_text("To be", "gpt2").save("corpus/val.tokens")
+    with pytest.raises(DataError, match="corpus: made by tokenizer 'gpt2', but the model has 'bytes'"):
+        open_corpus("corpus", BYTES)
+
+
 def test_validation_data_has_no_weight(tmp_path):
     (tmp_path / "a.txt").write_text("To be")
     with pytest.raises(DataError, match="read once, so it has no weight"):
         open_corpus(tmp_path / "a.txt", BYTES, validation=f"{tmp_path}/a.txt:2")
+    with pytest.raises(DataError, match="a weight is for one of several sources to train on"):
+        open_tokens(f"{tmp_path}/a.txt:2", BYTES)
 
 
 @pytest.mark.parametrize("key", [(0,), (1, 2, 3)])
@@ -229,8 +362,9 @@ def test_the_order_looks_random():
 def test_shares_are_by_largest_remainder():
     assert shares((1.0, 1.0, 1.0)).tolist() == [1366, 1365, 1365]
     assert shares((0.7, 0.3)).sum() == BLOCK
-    with pytest.raises(DataError, match="source 1 of the mixture would get less than one of 4,096"):
-        shares((10**6, 1.0))
+    mixture = Mixture(("large", "small"), (np.arange(99), np.arange(99)), (10**6, 1.0))
+    with pytest.raises(DataError, match="small would get less than one of 4,096 sequences"):
+        check_enough(mixture, CONFIG, "training")
 
 
 @pytest.mark.parametrize("sequences", ["sliding", "random"])
@@ -250,6 +384,12 @@ def test_a_mixture_takes_its_share_of_every_source(sequences):
         assert starts[:10].tolist() != starts[10:20].tolist()
     parts = [batch(mixture, config, 70, slice(i, i + 16)) for i in range(0, 64, 16)]
     np.testing.assert_array_equal(np.concatenate(parts), batch(mixture, config, 70))
+
+
+def test_without_weights_a_mixture_is_by_size():
+    large, small = Tokens.from_ids(IDS, "gpt2"), Tokens.from_ids(IDS[:50], "gpt2")
+    mixture, val_N = open_corpus([Source("large", large), Source("small", small)], GPT2).split(0.2)
+    assert (mixture.weights, len(val_N)) == ((80.0, 40.0), 30)
 
 
 def test_every_source_must_fill_a_sequence():
@@ -335,6 +475,25 @@ def test_a_corpus_is_verified_beside_the_training(shards, monkeypatch):
     assert not (shards / "verify" / "run.json").exists()
 
 
+def test_the_end_of_a_run_ends_its_verification(shards, monkeypatch):
+    monkeypatch.setattr(verification, "AT_ONCE", 0)
+    corpus = open_corpus([str(shards / "one"), str(shards / "two")], BYTES)
+    read, asked = verification.Verification(corpus, 257), []
+    assert read.unread == 6
+    monkeypatch.setattr(read._stop, "is_set", lambda: asked.append(True) or len(asked) > 2)
+    with read.running():
+        pass
+    assert read.unread == 4
+    assert not any(thread.name == "verification" for thread in threading.enumerate())
+    assert [verification.Verification(corpus, 257, part=(i, 4)).unread for i in range(4)] == [2, 2, 1, 1]
+    # A long shard is not read to its end first.
+    long, asked = Shard(np.zeros(3 * 2**20, np.uint16)), []
+    assert not long.verify(257, lambda: asked.append(True) or len(asked) > 2)
+    assert len(asked) == 3
+    with pytest.raises(DataError, match="the tokens: id 300 at 1048579 is outside"):
+        Shard(np.append(np.zeros(2**20 + 3, np.uint16), np.uint16(300))).verify(257)
+
+
 def test_the_command_trains_on_a_mixture_and_says_what_it_validates_on(shards, capsys):
     rng = np.random.default_rng(1)
     config = shards / "run.toml"
@@ -357,14 +516,21 @@ def test_the_command_trains_on_a_mixture_and_says_what_it_validates_on(shards, c
     # Which tokenizer made the ids is known by now.
     assert main(["train", "--resume", str(shards / "run"), "--set", "steps=3"]) == 0
     assert load_config(shards / "run").vocab_size == 50257
+    words = ["evaluate", "--model", str(shards / "run"), "--data", str(data / "val.bin"), "--tokenizer", "gpt2"]
+    assert main(words) == 0
+    assert "over 39 tokens" in capsys.readouterr().out
 
 
-def test_sources_made_in_python_are_named_in_errors(tmp_path):
+def test_sources_made_in_python_are_named_in_errors(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verification, "AT_ONCE", 0)
+    monkeypatch.setattr(verification.Verification, "_read", lambda self: None)  # as if it had no time
     tokens = Tokens.from_text("To be, or not to be, that is the question", "bytes")
     with pytest.raises(DataError, match="verse: a weight must be a number above 0, not -1"):
         Source("verse", tokens, -1)
     train(
         dataclasses.replace(RUN, steps=1), [Source("verse", tokens, 0.5), Source("more", tokens, 0.5)], tmp_path / "a"
     )
+    told = capsys.readouterr()
+    assert "verified while training: all shards but 2; --verify reads them all first" in told.out + told.err
     with pytest.raises(ConfigError, match=r"does not say where the run's data is: give it \(--data\)"):
         train(None, None, tmp_path / "a", resume=True)

@@ -9,6 +9,9 @@ import os
 import pickle
 import random
 import sys
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +29,7 @@ from jaxgpt.config import GPTConfig
 from jaxgpt.data import Tokens, open_tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.generation import default_stop_ids, encode_prompt, generate, generate_text, stream
-from jaxgpt.tokenizer import builtin, files, get_tokenizer, registry, restored, write_tokenizer
+from jaxgpt.tokenizer import FILES, builtin, get_tokenizer, parsing, registry, restored, write_tokenizer
 from jaxgpt.training import Run, load_config
 
 ALPHABET = list(builtin.gpt2_alphabet().values())
@@ -123,7 +126,7 @@ def test_byte_pairs_of_any_list_give_the_ids_of_a_plain_implementation(merges, t
 
 
 def tokenizer_of(description):
-    return restored(files._content(Path("tokenizer.json"), description, files._Beside()))
+    return restored(parsing.content_of(Path("tokenizer.json"), description, parsing.Beside()))
 
 
 def spelling(*words):
@@ -346,6 +349,49 @@ def test_what_is_written_is_the_same_tokenizer(own_ids, tmp_path, characters):
         assert ("post_processor" in written) == (source == with_processor)  # for other programs
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bytes", "bpe", "chars", "hf"])
+def test_ids_without_a_token_get_one_for_other_programs_that_is_dropped_again(kind, tmp_path, characters):
+    rules = {"normalizer": {"type": "NFC"}}
+    tokenizer = {
+        "gpt2": lambda: get_tokenizer("gpt2"),
+        "bytes": lambda: get_tokenizer("bytes"),
+        "bpe": lambda: get_tokenizer(saved(tmp_path, described(spelling("ab"), added=ADDED))),
+        "chars": lambda: get_tokenizer(characters),
+        "hf": lambda: get_tokenizer(saved(tmp_path, {**described([], first=["<s>"], added=[("<s>", {})]), **rules})),
+    }[kind]()
+    assert tokenizer.name.startswith(kind)
+    size, out = tokenizer.vocab_size, tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(out, tokenizer, context_length=8, vocab_size=size + 3, own_ids=True)
+    vocabulary = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+    assert sorted(vocabulary.values()) == list(range(size + 3))
+    assert [vocabulary[f"<|{i}|>"] for i in range(size, size + 3)] == [size, size + 1, size + 2]
+    assert get_tokenizer(out) is tokenizer
+    if kind not in ("chars", "hf"):  # these have no older files
+        assert json.loads((out / "vocab.json").read_text(encoding="utf-8")) == vocabulary
+        (out / "tokenizer.json").unlink()
+        assert get_tokenizer(out) is tokenizer
+
+
+def test_tokens_of_its_own_are_no_placeholders(tmp_path):
+    size = len(described([])["model"]["vocab"])
+    own, out = described([], added=[(f"<|{size}|>", {}), (f"<|{size + 1}|>", {})]), tmp_path / "out"
+    del own["added_tokens"][0]  # a token in the middle, not found in a text
+    tokenizer = get_tokenizer(saved(tmp_path, own))
+    assert tokenizer.vocab_size == size + 2
+    assert tokenizer.encode(f"<|{size + 1}|>") == [size + 1]
+    taken = described([], first=[f"<|{size + 1}|>"])  # the text that a placeholder would have
+    words = {**described([]), "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}  # makes it of a text
+    beside = {**described([], added=[("<new>", {})]), "normalizer": {"type": "NFC"}}
+    del beside["model"]["vocab"]["<new>"]  # its id would be another one
+    for description in (taken, words, beside):
+        tokenizer = get_tokenizer(saved(tmp_path, description))
+        out.mkdir(exist_ok=True)
+        write_tokenizer(out, tokenizer, context_length=8, vocab_size=tokenizer.vocab_size + 2)
+        written = json.loads((out / "tokenizer.json").read_text(encoding="utf-8"))["model"]["vocab"]
+        assert written == description["model"]["vocab"]
+
+
 def test_a_tokenizer_carries_its_content_to_other_processes(tmp_path, monkeypatch):
     tokenizer = get_tokenizer(saved(tmp_path, GERMAN))
     assert copy.deepcopy(tokenizer) is tokenizer
@@ -493,6 +539,22 @@ def small(tokenizer, **fields):
     return GPTConfig(vocab_size=tokenizer.vocab_size, tokenizer=tokenizer.name, **sizes | fields)
 
 
+def test_threads_that_differ_in_special_tokens_do_not_meet(tmp_path, monkeypatch):
+    class Library:
+        encode_special_tokens = None
+
+        def encode(self, text, add_special_tokens):
+            before = self.encode_special_tokens
+            time.sleep(0.05)  # the other thread's turn
+            return types.SimpleNamespace(ids=[before, self.encode_special_tokens])
+
+    tokenizer = get_tokenizer(word_piece(tmp_path))
+    monkeypatch.setattr(tokenizer, "_library_or_error", Library())
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda allowed: tokenizer.encode("a", allow_special=allowed), [True, False])
+    assert list(results) == [[False, False], [True, True]]
+
+
 def test_without_the_library_ids_work_and_text_is_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     monkeypatch.setattr(registry, "_built", {})
@@ -538,7 +600,7 @@ def test_byte_pairs_with_other_rules_are_the_librarys(tmp_path):
 
 
 def tokenizer_of_kind(description):
-    return files._content(Path("tokenizer.json"), description, files._Beside()).kind
+    return parsing.content_of(Path("tokenizer.json"), description, parsing.Beside()).kind
 
 
 # --- the tokenizer travels with its model
@@ -596,7 +658,7 @@ def test_a_directory_of_ours_whose_tokenizer_is_lost_or_another_is_refused(germa
     write_tokenizer(tmp_path / "own", other, context_length=16)
     with pytest.raises(CheckpointError, match=f"names the tokenizer bpe-.*, and beside it lies {other.name}: restore"):
         weights.load(tmp_path / "own")
-    for name in files.FILES:
+    for name in FILES:
         (tmp_path / "own" / name).unlink()
     with pytest.raises(CheckpointError, match=r"and beside it lies none: restore the tokenizer's files, or say which"):
         weights.load(tmp_path / "own")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from helpers import ALTERNATING, TINY, exhaustive, make_model, random_ids, to_numpy
 
-from jaxgpt import ComputeConfig, Temperature, evaluate, generate, look_inside, prepare
+from jaxgpt import ComputeConfig, Temperature, evaluate, generate, look_inside, prepare, score
 from jaxgpt.model import GPT, reference
 from jaxgpt.model import attention as attention_module
 from jaxgpt.training import model_loss
@@ -153,10 +153,11 @@ def test_nothing_crosses_to_the_device_unasked(dtype):
     assert len(greedy.tokens[0]) > 4
 
 
-def test_nothing_crosses_unasked_while_evaluating_and_looking_inside(tiny):
+def test_nothing_crosses_unasked_while_evaluating_scoring_and_looking_inside(tiny):
     model, params = make_model(TINY.replace(vocab_size=257, tokenizer="bytes"))
     with jax.transfer_guard("disallow"):
         assert evaluate(model, params, np.arange(40)).tokens == 39
+        assert score(model, params, [[1, 2]], [[[3, 4]]])[0][0].logprob < 0
         assert look_inside(model, params, [1, 2, 3], top=2).ids_T.tolist() == [1, 2, 3]
 
 

@@ -534,7 +534,7 @@ def by_tokenizers_json(directory, text, special="<|endoftext|>"):
             parts[at : at + 2] = [one + other]
         ids += [vocabulary[part] for part in parts or [special]]
     (added,) = content["added_tokens"]
-    assert added["id"] == vocabulary[added["content"]] == max(vocabulary.values())
+    assert added["id"] == vocabulary[added["content"]]
     return ids
 
 
@@ -546,7 +546,8 @@ def test_the_export_has_the_tokenizer_whatever_ids_were_added(tokenizer, added, 
     text = "Every effort moves you\nAkwirw ier<|endoftext|>"
     assert by_tokenizers_json(tmp_path, text) == known.encode(text, allow_special=True)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
-    assert len(vocabulary) == known.vocab_size
+    assert sorted(vocabulary.values()) == list(range(max(known.vocab_size, config.vocab_size)))
+    assert weights.load_config(tmp_path) == config
     if tokenizer == "bytes":
         assert [vocabulary[c] for c in "Aé\u0100"] == [65, 0xE9, 0]  # U+0100 is the alphabet's byte 0
     fields = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")}
@@ -561,6 +562,10 @@ def test_the_export_has_no_tokenizer_with_tokens_that_the_model_lacks(tiny, tmp_
     assert not (tmp_path / "tokenizer.json").exists()
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlibrary_name: transformers\npipeline_tag: text-generation\n")
+    assert "It takes and gives token ids: no tokenizer is here" in card
+    assert "Once upon a time" not in card
+    weights.save(tmp_path, *make_model(TINY.replace(tokenizer="bytes", vocab_size=257)), format="huggingface")
+    assert "Once upon a time" in (tmp_path / "README.md").read_text(encoding="utf-8")  # nobody had changed the card
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "gpt2"])
@@ -1256,6 +1261,19 @@ def test_convert_there_and_back_is_identical(tiny, tmp_path, capsys):
     output = capsys.readouterr()
     assert output.out == ""
     assert f"{sum(leaf.size for leaf in jax.tree.leaves(tiny[1])):,} parameters" in output.err
+
+
+@pytest.mark.parametrize(
+    ("fields", "note"),
+    [({}, "gpt2 (left out: it has ids that the model lacks)"), ({"tokenizer": "none"}, "none"), ({"V": 257}, "bytes")],
+)
+def test_convert_says_that_the_tokenizer_stays_behind(fields, note, tmp_path, capsys):
+    config = TINY.replace(tokenizer="bytes", vocab_size=257) if "V" in fields else TINY.replace(**fields)
+    weights.save(tmp_path / "own", *make_model(config))
+    assert run_convert(tmp_path / "own", tmp_path / "hf", "--format", "huggingface") == 0
+    assert capsys.readouterr().err.endswith(f"tokenizer {note}\n")
+    assert run_convert(tmp_path / "own", tmp_path / "copy") == 0
+    assert capsys.readouterr().err.endswith(f"tokenizer {note.partition(' ')[0]}\n")
 
 
 def test_convert_passes_its_flags_on_and_overwrites_only_with_force(tmp_path):

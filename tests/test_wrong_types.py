@@ -63,8 +63,8 @@ CALLS = {
     "a float as key": (lambda: generate(MODEL, PARAMS, IDS, 4, sampler=DRAW, key=0.5), "an int or a key.*not 0.5"),
     "a text as key": (lambda: generate(MODEL, PARAMS, IDS, 4, sampler=DRAW, key="0"), "an int or a key.*not '0'"),
     "another library's option": (
-        lambda: generate(MODEL, PARAMS, IDS, 4, temperature=0.5),
-        "'temperature': use sampler=Temperature",
+        lambda: generate(MODEL, PARAMS, IDS, 4, do_sample=True),
+        "'do_sample': use temperature=1.0",
     ),
     "another library's option for text": (
         lambda: generate_text(MODEL, PARAMS, "To", 4, max_length=5),
@@ -201,9 +201,10 @@ def test_public_data_survives_pickling_and_copying(name):
 def results():
     """One of each public result that holds arrays."""
     return {
-        "generate": generate(MODEL, PARAMS, [[1], [2, 3]], 4),
+        "generate": generate(MODEL, PARAMS, [[1], [2, 3]], 4, logprobs=2),
         "look_inside": look_inside(MODEL, PARAMS, [1, 2, 3]),
         "evaluate": evaluate(MODEL, PARAMS, [1, 2, 3]),
+        "score": jaxgpt.score(MODEL, PARAMS, [[1]], [[[2, 3]]])[0][0],
         "tokens": Tokens.from_text("To be", "bytes"),
         "cache": jaxgpt.Cache.empty(BYTES, ComputeConfig(), jnp.zeros(2, jnp.int32), 8),
         "train": jaxgpt.TrainResult(3, PARAMS, BYTES, ComputeConfig(), 1.5, None),
@@ -236,6 +237,7 @@ def test_results_print_shapes_and_not_numbers(results):
     assert "attention_LxHxTxT=float32[2, 3, 3, 3]" in repr(results["look_inside"])
     assert "tokens=[int32[5], int32[6]]" in repr(results["generate"])
     assert f"params=<{len(jax.tree.leaves(PARAMS))} arrays, " in repr(results["train"])
+    assert "token_logprobs=float32[2]" in repr(results["score"])
     assert repr(results["tokens"]) == "Tokens(5 tokens, tokenizer='bytes', vocab_size=257)"
 
 

@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only", action="append", metavar="PART", help="only the workloads whose name contains PART; may be repeated"
     )
     parser.add_argument(
-        "--peers", action="store_true", help="also run transformers and CTranslate2, alternating (extra: bench)"
+        "--peers",
+        action="store_true",
+        help="also run transformers, lm-evaluation-harness and CTranslate2, alternating (extra: bench)",
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="keep the best of N processes per row")
     parser.add_argument("--profile", metavar="DIR", help="write traces, and print the costliest operations of each row")

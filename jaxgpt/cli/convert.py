@@ -1,13 +1,15 @@
-"""`jaxgpt convert SRC DST`: converts a checkpoint of any format to the project's own or Hugging Face's."""
+"""`jaxgpt convert SRC DST`: converts a checkpoint of any format to the project's own, Hugging Face's or llama.cpp's."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
-from jaxgpt.cli.options import add_force, add_tokenizer
+from jaxgpt.cli.options import add_force, add_tokenizer, tokenizer_note
 from jaxgpt.config import PARAM_DTYPES
-from jaxgpt.files import new_directory
+from jaxgpt.errors import ConfigError, require
+from jaxgpt.files import new_directory, new_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,8 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "src", metavar="SRC", help="checkpoint file or directory, run directory, bundled name, or hub name[@REVISION]"
     )
-    parser.add_argument("dst", metavar="DST", help="directory to write")
-    parser.add_argument("--format", choices=("jaxgpt", "huggingface"), default="jaxgpt", help="default: %(default)s")
+    parser.add_argument("dst", metavar="DST", help="directory to write, or FILE.gguf (extra [gguf])")
+    parser.add_argument("--format", choices=("jaxgpt", "huggingface"), help="of a directory (default: jaxgpt)")
+    parser.add_argument(
+        "--outtype", choices=("f32", "f16", "bf16", "q8_0"), help="type of the matrices in FILE.gguf (default: f32)"
+    )
     parser.add_argument("--param-dtype", choices=PARAM_DTYPES, help="type to convert the parameters to")
     parser.add_argument("--n-heads", type=int, metavar="N", help="number of attention heads, if SRC does not say")
     add_tokenizer(parser)
@@ -28,19 +33,33 @@ def run(args: argparse.Namespace) -> int:
     """Converts, and reports on stderr what was written.
 
     Raises:
-        CheckpointError, ConfigError, MissingExtraError: as from `jaxgpt.load` and `jaxgpt.save`; also if DST
-            exists without --force.
+        CheckpointError, ConfigError, MissingExtraError: as from `jaxgpt.load`, `jaxgpt.save` and
+            `jaxgpt.write_gguf`; also if DST exists without --force.
     """
-    new_directory(args.dst, args.force)
+    to_gguf = args.format is None and Path(args.dst).suffix.lower() == ".gguf"
+    form, outtype = args.format or "jaxgpt", args.outtype or "f32"
+    if to_gguf:
+        new_file(args.dst, args.force)
+        require("gguf", "gguf", f"writing {args.dst}")  # before a large model is read in vain
+    elif args.outtype is not None:
+        raise ConfigError(f"--outtype is for FILE.gguf: give DST such a name instead of {args.dst}, and no --format")
+    else:
+        new_directory(args.dst, args.force)
 
     from jaxgpt.accounting import count_parameters
     from jaxgpt.training import load
-    from jaxgpt.weights import save
+    from jaxgpt.weights import save, write_gguf
 
     given = {"n_heads": args.n_heads, "param_dtype": args.param_dtype, "tokenizer": args.tokenizer}
     overrides = {name: value for name, value in given.items() if value is not None}
     model, params = load(args.src, check_finite=args.check_finite, **overrides)
-    save(args.dst, model, params, format=args.format)
+    if to_gguf:
+        form = f"gguf ({outtype})"
+        write_gguf(args.dst, model, params, outtype=outtype)
+    else:
+        save(args.dst, model, params, format=form)
     count = count_parameters(model.config).total
-    print(f"{args.dst}: {args.format}, {count:,} parameters, tokenizer {model.config.tokenizer}", file=sys.stderr)
+    tokenizer = model.config.tokenizer
+    note = tokenizer_note(args.dst, form, tokenizer)
+    print(f"{args.dst}: {form}, {count:,} parameters, tokenizer {tokenizer}{note}", file=sys.stderr)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from jaxgpt.cli.options import add_force
+from jaxgpt.cli.options import add_force, tokenizer_note
 from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.errors import CheckpointError
 from jaxgpt.files import new_directory
@@ -33,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
 
     step, model, params = load_run(args.run_directory, _step(args), param_dtype=args.param_dtype)
     save(args.out, model, params, format=args.format)
-    print(f"{args.out}: step {step} of {args.run_directory}, as {args.format}")
+    tokenizer = model.config.tokenizer
+    note = tokenizer_note(args.out, args.format, tokenizer)
+    print(f"{args.out}: step {step} of {args.run_directory}, as {args.format}, tokenizer {tokenizer}{note}")
     return 0
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
+import io
+import itertools
 import json
+import math
 import sys
+from collections.abc import Iterator
 from typing import Any
 
+from jaxgpt.checks import whole_number
 from jaxgpt.cli.options import add_model_arguments, load_model
 from jaxgpt.config import DTYPES
 from jaxgpt.files import decode_text, local
@@ -20,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="text to continue; may be repeated: all are continued at once",
+        help="text to continue; may be repeated: all are continued at once (default: stdin, or what is typed)",
     )
     parser.add_argument(
         "--prompt-file",
@@ -36,27 +43,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="generate at most N tokens per text (default: %(default)s)",
     )
+    number = functools.partial(parser.add_argument, type=float, metavar="X")
+    count = functools.partial(parser.add_argument, type=int, metavar="N")
+    number("--temperature", default=0.8, help="divide the logits by X; 0 is greedy (default: %(default)s)")
+    count("--top-k", default=200, help="keep the N likeliest tokens; 0 keeps all (default: %(default)s)")
+    number("--top-p", help="keep the likeliest tokens that together have probability X")
+    number("--min-p", help="keep tokens with at least X times the highest probability")
+    number("--repetition-penalty", help="divide the logits of tokens in the text by X, prompt included (1: off)")
+    number("--presence-penalty", help="subtract X, -2 to 2, from the logits of new tokens that occurred")
+    number("--frequency-penalty", help="subtract X, -2 to 2, for each time that a new token occurred")
+    count("--no-repeat-ngram-size", help="repeat no sequence of N tokens, prompt included")
+    count("--min-new-tokens", help="do not stop at end-of-text before N new tokens")
     parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        metavar="X",
-        help="divide the logits by X; 0 is greedy (default: %(default)s)",
+        "--logit-bias",
+        action="append",
+        metavar="ID=X",
+        help="add X to the logit of one token; may be repeated",
     )
     parser.add_argument(
-        "--top-k", type=int, default=200, metavar="N", help="keep the N likeliest tokens (default: %(default)s)"
+        "--bad-words-ids",
+        action="append",
+        metavar="ID,ID",
+        help="never generate this sequence of tokens; may be repeated (jaxgpt tokenize shows ids)",
     )
     parser.add_argument(
-        "--top-p", type=float, metavar="X", help="keep the likeliest tokens that together have probability X"
-    )
-    parser.add_argument(
-        "--min-p", type=float, metavar="X", help="keep tokens with at least X times the highest probability"
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end a text right before TEXT; may be repeated",
     )
     parser.add_argument(
         "--greedy", action="store_true", help="always take the likeliest token, as with --temperature 0"
     )
     parser.add_argument(
-        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: 1)"
+        "--num-return-sequences", type=int, default=1, metavar="N", help="texts per prompt (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--num-beams",
+        type=int,
+        default=1,
+        metavar="N",
+        help="search with N beams for the likeliest texts instead of sampling (default: %(default)s, no search)",
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="with --num-beams: divide log-probabilities by length ** X; above 0 favours long texts (%(default)s)",
     )
     parser.add_argument(
         "--seed",
@@ -66,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stream", action="store_true", help="print text as it is sampled; several texts one by one")
     parser.add_argument("--json", action="store_true", help="print one JSON object per text, one per line")
+    count("--logprobs", help="with --json: log-probabilities of each token and the N likeliest")
     parser.add_argument(
         "--cache-dtype",
         choices=DTYPES,
@@ -74,42 +110,96 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generates, and prints each prompt with its continuation; a line `---` separates texts.
+    """Generates, and prints each prompt with its continuation; a line `---` separates texts. On a terminal without a
+    prompt, asks for one after the other.
 
     Raises:
-        ValueError: for an argument out of range; without a prompt; for --stream with --json.
+        ValueError: for an argument out of range; without a prompt; for options that exclude each other.
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model or a file cannot be read.
         FloatingPointError: if the model gives NaN or infinite logits.
     """
     if args.stream and args.json:
         raise ValueError("--stream and --json exclude each other: JSON is printed when a text is complete")
-    if args.num_return_sequences < 1:
-        raise ValueError(f"--num-return-sequences must be 1 or more, not {args.num_return_sequences}")
-    prompts = [prompt for prompt in read_prompts(args) for _ in range(args.num_return_sequences)]
+    if args.logprobs is not None and not args.json:
+        raise ValueError("--logprobs needs --json, which shows them")
+    searches = whole_number("--num-beams", args.num_beams, 1) > 1
+    _refuse_other_mode(args, searches)
+    asks = _is_terminal() and not (args.prompt or args.prompt_file or args.json or searches)
+    prompts = [] if asks else read_prompts(args)
 
-    from jaxgpt.generation import as_key, default_stop_ids, encode_prompt, sampling
+    from jaxgpt.generation import as_key, check_num_return_sequences, check_stop, default_stop_ids, encode_prompt
     from jaxgpt.parallel import memory_errors
 
-    temperature = 0.0 if args.greedy else args.temperature
-    sampler = sampling.from_options(temperature, args.top_k, args.top_p, args.min_p)
-    key = as_key(args.seed) if sampler.draws else None
+    args.stop = check_stop(args.stop)
+    key, options = None, dict[str, Any](cache_dtype=args.cache_dtype)
+    if searches:
+        options |= {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+    else:
+        sampler = _sampler(args)
+        check_num_return_sequences(args.num_return_sequences, sampler)
+        key = as_key(args.seed) if sampler.draws else None
+        options |= {"sampler": sampler, "logprobs": args.logprobs}
     model, params = load_model(args)
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]
+    options["stop_ids"] = default_stop_ids(model.config)
     context = model.config.context_length
-    if max(map(len, rows)) + args.max_new_tokens > context:
+    if max(map(len, rows), default=0) + args.max_new_tokens > context and not searches:
         print(
             f"beyond {context} tokens, the model's context, every token takes a pass over the whole context",
             file=sys.stderr,
         )
-    options: dict[str, Any] = {
-        "sampler": sampler,
-        "stop_ids": default_stop_ids(model.config),
-        "cache_dtype": args.cache_dtype,
-    }
-    show = _stream if args.stream else _print
+    show = _ask if asks else _stream if args.stream else _print
     with memory_errors("continue fewer prompts at once, or choose a --dtype or --cache-dtype of fewer bytes"):
         show(args, model, params, prompts, rows, key, options)
     return 0
+
+
+def _refuse_other_mode(args: argparse.Namespace, searches: bool) -> None:
+    """Raises a ValueError for an option of sampling beside --num-beams, or the reverse."""
+    given: set[str] = getattr(args, "given", set())
+    if not searches:
+        if "length_penalty" in given:
+            raise ValueError("--length-penalty needs --num-beams: without it nothing is searched for")
+        return
+    if args.stream:
+        raise ValueError("--stream and --num-beams exclude each other: no text is certain before the search ends")
+    from jaxgpt.generation import SAMPLING
+
+    for name in (*SAMPLING, "seed", "greedy", "stop", "logprobs"):
+        value = getattr(args, name)
+        if name in given or value is True or (isinstance(value, list) and value):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} and --num-beams exclude each other: a search only ranks what the model says")
+
+
+def _is_terminal() -> bool:
+    return all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
+
+
+def _sampler(args: argparse.Namespace) -> Any:
+    """The sampler that the options mean."""
+    from jaxgpt.generation import SAMPLING, from_options
+
+    sampling = {name: getattr(args, name) for name in SAMPLING}
+    sampling["temperature"] = 0.0 if args.greedy else args.temperature
+    sampling["logit_bias"] = None if args.logit_bias is None else dict(map(_bias, args.logit_bias))
+    sampling["bad_words_ids"] = None if args.bad_words_ids is None else list(map(_ids, args.bad_words_ids))
+    return from_options(**sampling)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    i, _, bias = text.partition("=")
+    try:
+        return int(i), float(bias)
+    except ValueError:
+        raise ValueError(f"--logit-bias is written like 50256=-1.5, not {text!r}") from None
+
+
+def _ids(text: str) -> list[int]:
+    try:
+        return [int(i) for i in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--bad-words-ids is written like 464,3797, not {text!r}") from None
 
 
 def read_prompts(args: argparse.Namespace) -> list[str]:
@@ -131,41 +221,112 @@ def read_prompts(args: argparse.Namespace) -> list[str]:
 
 
 def _print(args, model, params, prompts, rows, key, options) -> None:
-    from jaxgpt.generation import decode_new, generate
+    from jaxgpt.generation import CHUNK, STREAM_CHUNK, Generation, beam_search, completions, decode_new
 
-    result = generate(model, params, rows, args.max_new_tokens, key=key, **options)
-    for i, (prompt, new) in enumerate(zip(prompts, result.new_tokens, strict=True)):
-        text = prompt + decode_new(model.config, new, options["stop_ids"])
+    copies = args.num_return_sequences
+    options["num_return_sequences"] = copies
+    result: Any
+    if searches := "num_beams" in options:
+        result = beam_search(model, params, rows, args.max_new_tokens, **options)
+        texts = [decode_new(model.config, new, options["stop_ids"]) for new in result.new_tokens]
+    else:
+        chunk = STREAM_CHUNK if args.stop else CHUNK
+        session = Generation(model, params, rows, args.max_new_tokens, key=key, chunk=chunk, **options)
+        texts = completions(session, args.stop)
+        result = session.result()
+    prompts = [prompt for prompt in prompts for _ in range(copies)]
+    for i, (prompt, completion) in enumerate(zip(prompts, texts, strict=True)):
         if args.json:
             fields = {
                 "prompt": prompt,
-                "text": text,
+                "completion": completion,
+                "text": prompt + completion,
+                "finish_reason": result.finish_reasons[i],
                 "prompt_tokens": result.prompt_lengths[i],
-                "new_tokens": new.tolist(),
-                "stopped": bool(new.size) and int(new[-1]) in options["stop_ids"],
+                "new_tokens": result.new_tokens[i].tolist(),
             }
+            if result.logprobs is not None and result.sampler_logprobs is not None:
+                fields["logprobs"] = _logprobs(result.logprobs[i])
+                fields["sampler_logprobs"] = _logprobs(result.sampler_logprobs[i])
+            if searches:
+                fields["score"] = float(result.scores[i])
             print(json.dumps(fields))
         else:
-            print("---\n" * bool(i) + text)
+            print("---\n" * bool(i) + prompt + completion)
     _report([result])
 
 
+def _logprobs(logprobs) -> dict[str, Any]:
+    """As JSON, which has no infinities: without the ids that the sampler removed."""
+    pairs = [zip(*row, strict=True) for row in zip(logprobs.top_ids.tolist(), logprobs.top.tolist(), strict=True)]
+    return {
+        "drawn": logprobs.drawn.tolist(),
+        "top": [[{"id": i, "logprob": value} for i, value in row if value > -math.inf] for row in pairs],
+    }
+
+
 def _stream(args, model, params, prompts, rows, key, options) -> None:
+    results = []
+    texts = [pair for pair in zip(prompts, rows, strict=True) for _ in range(args.num_return_sequences)]
+    for i, (prompt, row) in enumerate(texts):
+        print("---\n" * bool(i) + prompt, end="", flush=True)
+        results.append(_stream_row(args, model, params, row, i, key, options))
+    _report(results)
+
+
+def _stream_row(args, model, params, row, i, key, options) -> Any:
+    """Prints what row i gets, as it is drawn, with the key that the row has when all are sampled at once."""
     import jax
 
     from jaxgpt.generation import STREAM_CHUNK, Generation, text_pieces
 
-    results = []
-    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
-        # The same key that this row has when all are sampled at once.
-        row_key = None if key is None else jax.random.fold_in(key, i)[None]
-        session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
-        print("---\n" * bool(i) + prompt, end="", flush=True)
-        for piece in text_pieces(session):
-            print(piece, end="", flush=True)
-        print()
-        results.append(session.result())
-    _report(results)
+    row_key = None if key is None else jax.random.fold_in(key, i)[None]
+    session = Generation(model, params, [row], args.max_new_tokens, key=row_key, chunk=STREAM_CHUNK, **options)
+    for piece in text_pieces(session, args.stop):
+        print(piece, end="", flush=True)
+    print()
+    return session.result()
+
+
+def _ask(args, model, params, prompts, rows, key, options) -> None:
+    """Asks for prompts on the terminal, and prints each one's continuations as they are drawn."""
+    from jaxgpt.generation import encode_prompt
+
+    whole_number("max_new_tokens", args.max_new_tokens)
+    numbers = itertools.count()
+    for prompt in _typed():
+        try:
+            row = encode_prompt(model.config, prompt)
+        except ValueError as error:
+            print(f"jaxgpt: error: {error}", file=sys.stderr)
+            continue
+        try:
+            for i in range(args.num_return_sequences):
+                print("---\n" * bool(i), end="")
+                _stream_row(args, model, params, row, next(numbers), key, options)
+        except KeyboardInterrupt:
+            print()
+
+
+def _typed() -> Iterator[str]:
+    """The lines that are typed on the terminal, until Ctrl-D or an empty one."""
+    with contextlib.suppress(ImportError):  # not on every system
+        import readline  # noqa: F401 - gives `input` line editing and a history
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+    print("Type a text to continue. Ctrl-C stops an answer; Ctrl-D or an empty line ends.", file=sys.stderr)
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if not line:
+            return
+        yield line
 
 
 def _report(results) -> None:

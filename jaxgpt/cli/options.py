@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+from pathlib import Path
 from typing import Any
 
 from jaxgpt.config import PARAM_DTYPES
+from jaxgpt.tokenizer import NONE
 
 
 def add_force(parser: argparse.ArgumentParser, what: str) -> None:
@@ -21,6 +23,13 @@ def add_tokenizer(parser: argparse.ArgumentParser) -> None:
         metavar="NAME_OR_PATH",
         help="the model's tokenizer, if it lies elsewhere: a directory, file or hub name, gpt2, bytes, or none",
     )
+
+
+def tokenizer_note(out: str, format: str, tokenizer: str) -> str:
+    """What a report of a written model says of a tokenizer that stayed behind; as a rule ''."""
+    if format != "huggingface" or tokenizer == NONE or (Path(out) / "tokenizer.json").is_file():
+        return ""
+    return " (left out: it has ids that the model lacks)"
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:

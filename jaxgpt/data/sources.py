@@ -20,11 +20,13 @@ from jaxgpt.errors import DataError
 from jaxgpt.files import decode_text, local, not_text
 
 # What a directory is searched for.
-_ENDINGS = (".txt", ".tokens", ".safetensors", ".bin", ".idx")
-# Names of files that hold a directory's validation split: nanoGPT's val.bin, llm.c's fineweb_val_000000.bin.
+_TEXT_ENDINGS = (".txt",)
+_ENDINGS = (*_TEXT_ENDINGS, ".tokens", ".safetensors", ".bin", ".idx")
+# Names of files that hold a split: nanoGPT's val.bin, llm.c's fineweb_val_000000.bin, WikiText's wiki.test.tokens.
 _VALIDATION = re.compile(r"(.*[_.-])?val(id|idation)?([_.-].*)?", re.IGNORECASE)
+_TEST = re.compile(r"(.*[_.-])?test([_.-].*)?", re.IGNORECASE)
 _NAMED = re.compile(r"(?P<name>[\w.-]+)=(?P<path>.+)")
-_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?[\d.]+(e[+-]?\d+)?|[+-]?nan|[+-]?inf)", re.IGNORECASE)
+_WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?nan|[+-]?inf)", re.IGNORECASE)
 
 
 class Reference(NamedTuple):
@@ -45,6 +47,7 @@ class Source:
         weight: its share of the sequences, relative to the other sources' weights; None for that of its size.
         validation: the validation split that came with it, if one did.
         path: where it is; None for tokens made in Python.
+        left_out: names of files in its directory that are not used, each with the reason.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Source:
     weight: float | None = None
     validation: Tokens | None = None
     path: str | None = None
+    left_out: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
@@ -137,28 +141,37 @@ def open_corpus(data: Any, config: GPTConfig, *, validation: Any = None, tokeniz
     """Opens what a model is to be trained on.
 
     Args:
-        data: a source or several. A source is a path, `Tokens`, or a text such as "wiki=corpus/*.txt:0.7" with a name
+        data: a source or several. A source is a path, `Tokens`, or a text such as "wiki=corpus/:0.7" with a name
             for it and its weight; a path is a file, a directory or a pattern of files.
         config: the model's config.
-        validation: sources to validate on.
+        validation: sources to validate on; of one that has a validation split, that is meant.
         tokenizer: what made the ids of files that do not say; by default those are refused.
 
     Raises:
-        DataError: if a source cannot be opened, or has another tokenizer than the model; if only some have weights.
+        DataError: if there is no source, or one cannot be opened or has another tokenizer than the model; if only some
+            have weights.
     """
     sources = tuple(_open(one, config, tokenizer) for one in _listed(data))
+    if not sources:
+        raise DataError("there is no data to train on: expected at least one source")
     given = [source.name for source in sources if source.weight is not None]
     if given and len(given) < len(sources):
         missing = next(source.name for source in sources if source.weight is None)
         raise DataError(f"{given[0]} has a weight and {missing} has none: give all sources one, or none")
     names = [source.name for source in sources]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise DataError(f"two sources have the name {min(twice)!r}: give them names, as in --data NAME=PATH")
-    apart = tuple(_open(one, config, tokenizer) for one in _listed(validation))
-    for source in apart:
+        raise DataError(
+            f"two sources have the name {min(twice)!r}: give them names, as in --data NAME=PATH or Source(name, tokens)"
+        )
+    apart = []
+    for one in _listed(validation):
+        source = _open(one, config, tokenizer)
         if source.weight is not None:
             raise DataError(f"{source.name}: data to validate on is read once, so it has no weight")
-    return Corpus(sources, apart)
+        if source.validation is not None:
+            source = dataclasses.replace(source, tokens=source.validation, validation=None)
+        apart.append(source)
+    return Corpus(sources, tuple(apart))
 
 
 def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | None = None) -> Tokens:
@@ -170,6 +183,8 @@ def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | Non
             vocabulary.
     """
     source = _open(path, config, tokenizer)
+    if source.weight is not None:
+        raise DataError(f"{source.name}: a weight is for one of several sources to train on")
     tokens = source.tokens if source.validation is None else _join([source.tokens, source.validation])
     for shard in tokens.shards:
         shard.verify(config.vocab_size)
@@ -211,10 +226,10 @@ def _open(given: Any, config: GPTConfig, tokenizer: str | Path | None) -> Source
         source = Source("the tokens", given)
     elif isinstance(given, (str, os.PathLike, Reference)):
         name, path, weight = given if isinstance(given, Reference) else parse(given)
-        train, val = _paths(path)
+        train, val, left_out = _paths(path)
         tokens = _join([_open_file(file, config, tokenizer) for file in train])
         validation = _join([_open_file(file, config, tokenizer) for file in val]) if val else None
-        source = Source(name, tokens, weight, validation, os.path.abspath(local(path)))
+        source = Source(name, tokens, weight, validation, os.path.abspath(local(path)), left_out)
     else:
         raise TypeError(f"data must be a path, Tokens, or a list of these, not {short_repr(given)}")
     for tokens in filter(None, (source.tokens, source.validation)):
@@ -234,28 +249,41 @@ def parse(given: str | os.PathLike[str]) -> Reference:
     return Reference(name or Path(text).name or text, text, weight)
 
 
-def _paths(path: str) -> tuple[list[Path], list[Path]]:
-    """The files of a source: those to train on, and those that are its validation split.
+def _paths(path: str) -> tuple[list[Path], list[Path], tuple[str, ...]]:
+    """The files of a source: those to train on, those that are its validation split, and what is left out, and why.
 
     Raises:
         DataError: if there are none.
     """
     place = local(path)
     if os.path.isdir(place):
-        files = sorted(file for file in place.iterdir() if file.suffix in _ENDINGS and file.is_file())
-        if not files:
-            raise DataError(f"{path}: a directory without data: expected files that end in {', '.join(_ENDINGS)}")
+        try:
+            found = [file for file in place.iterdir() if file.suffix.lower() in _ENDINGS and file.name[0] != "."]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+        missing = f"a directory without data: expected files that end in {', '.join(_ENDINGS)}"
     elif glob.has_magic(path) and not os.path.exists(place):
-        files = sorted(Path(file) for file in glob.glob(os.fspath(place)) if os.path.isfile(file))
-        if not files:
-            raise DataError(f"{path}: no file has such a name")
+        found = [Path(file) for file in glob.glob(os.fspath(place), recursive=True)]
+        missing = "no file has such a name"
     else:
-        return [place], []
+        return [place], [], ()
+    # A link to nothing is kept: opening it tells that a file is missing.
+    files = sorted(file for file in found if not file.is_dir())
+    if not files:
+        raise DataError(f"{path}: {missing}")
     indexed = {file.with_suffix(".bin") for file in files if file.suffix == ".idx"}
     files = [file for file in files if file not in indexed]
+    texts = [file for file in files if file.suffix.lower() in _TEXT_ENDINGS]
+    left_out = []
+    if len(texts) < len(files):  # such as input.txt, from which nanoGPT's prepare.py has made train.bin and val.bin
+        left_out += [f"{file.name} (a text beside token files)" for file in texts]
+        files = [file for file in files if file not in texts]
     val = [file for file in files if _VALIDATION.fullmatch(file.stem)]
-    train = [file for file in files if file not in val]
-    return (train, val) if train else (val, [])
+    test = [file for file in files if _TEST.fullmatch(file.stem) and file not in val]
+    train = [file for file in files if file not in val and file not in test]
+    if not train:
+        return files, [], tuple(left_out)
+    return train, val, (*left_out, *(f"{file.name} (a test split)" for file in test))
 
 
 def _open_file(path: Path, config: GPTConfig, tokenizer: str | Path | None) -> Tokens:
@@ -267,9 +295,12 @@ def _open_file(path: Path, config: GPTConfig, tokenizer: str | Path | None) -> T
         raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
     if (tokens := open_token_file(path, tokenizer)) is not None:
         return tokens
-    bare = path.suffix == ".bin" and not_text(read_bytes(path, 2**20)) != ""
+    bare = path.suffix.lower() == ".bin" and not_text(read_bytes(path, 2**20)) != ""
     if not bare:
         return read_text(path, config.tokenizer)
+    index = path.with_suffix(".idx")
+    if index.is_file() and (tokens := open_token_file(index, tokenizer)) is not None:
+        return tokens
     if tokenizer is None:
         raise DataError(
             f"{path}: has no header that says what it holds: if these are uint16 ids, as nanoGPT writes them, say "

@@ -60,13 +60,16 @@ def open_bare(path: Path, tokenizer: str | Path) -> Tokens:
     """Opens uint16 ids without a header, as nanoGPT writes them.
 
     Raises:
-        DataError: if the file is empty, of an odd size, or begins as a file with a header does.
+        DataError: if the file is empty, of an odd size, or begins as a file with a header or with wider ids does.
     """
     size = path.stat().st_size
     if size == 0 or size % 2:
         raise DataError(f"{path}: {size:,} bytes are not uint16 ids")
-    if (zeros := read_bytes(path, _LLMC_HEADER).count(0)) > 0.9 * _LLMC_HEADER:
+    start = read_bytes(path, _LLMC_HEADER)
+    if (zeros := start.count(0)) > 0.9 * _LLMC_HEADER:
         raise DataError(f"{path}: not bare ids: {zeros:,} of the first {_LLMC_HEADER:,} bytes are 0, as in a header")
+    if len(start) >= 64 and not any(start[2::4] + start[3::4]):
+        raise DataError(f"{path}: not uint16 ids: every second one would be 0, so these are 32-bit or 64-bit numbers")
     return _tokens(path, FileIds(path, "<u2", 0, size // 2), tokenizer)
 
 
@@ -150,11 +153,11 @@ def _open_megatron(path: Path, tokenizer: str | Path | None) -> Tokens:
             f"{path}: damaged: {sequences:,} sequences and {documents:,} documents do not fit {size:,} bytes"
         )
     width = np.dtype(_MEGATRON_TYPES[kind]).itemsize
-    columns = ("<i4", 34), ("<i8", 34 + 4 * sequences)
+    columns = FileIds(path, "<i4", 34, sequences), FileIds(path, "<i8", 34 + 4 * sequences, sequences)
     total = 0
     for start in range(0, sequences, 2**20):
         part = slice(start, start + 2**20)
-        lengths, places = (_column(path, dtype, at, sequences)[part].astype(np.int64) for dtype, at in columns)
+        lengths, places = (np.asarray(column[part], np.int64) for column in columns)
         if lengths.min() < 0 or (places != width * (total + np.cumsum(lengths) - lengths)).any():
             raise DataError(f"{path}: damaged: its sequences do not follow one another in {data.name}")
         total += int(lengths.sum())
@@ -162,7 +165,3 @@ def _open_megatron(path: Path, tokenizer: str | Path | None) -> Tokens:
     if total * width != end:
         raise DataError(f"{data}: damaged: the index says {total:,} ids of {width} bytes, and it has {end:,} bytes")
     return _tokens(data, FileIds(data, _MEGATRON_TYPES[kind], 0, total), tokenizer, "Megatron's format")
-
-
-def _column(path: Path, dtype: str, offset: int, count: int) -> np.memmap:
-    return np.memmap(path, dtype, "r", offset=offset, shape=(count,))

@@ -8,7 +8,7 @@ import functools
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +26,8 @@ FORMAT = "jaxgpt-tokens"
 
 # Ids that are hashed or checked at a time.
 _PIECE = 2**20
-# Files that are open at a time, of the 1,024 that a process may have.
-_OPEN = 256
+# Files that are open at a time. A process may have 256 on macOS, 1,024 elsewhere.
+_OPEN = 128
 
 
 class Ids(Protocol):
@@ -128,6 +128,8 @@ def _opened(ids_N: FileIds) -> _File:
 
 def _cut(part: slice, size: int) -> tuple[int, int]:
     """(start, length) of a slice of a row of `size`."""
+    if not isinstance(part, slice):
+        raise TypeError("ids in files are taken as slices: np.asarray reads them all")
     start, stop, step = part.indices(size)
     if step != 1:
         raise ValueError("ids in files can be cut, not strided: np.asarray reads them")
@@ -152,14 +154,16 @@ class Shard:
     def __repr__(self) -> str:
         return f"Shard({len(self.ids_N):,} tokens{'' if self.path is None else f' of {self.path}'})"
 
-    def verify(self, vocab_size: int) -> None:
-        """Reads all ids.
+    def verify(self, vocab_size: int, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Reads all ids, and returns True; or False, as soon as `stop` does, for a thread that must end.
 
         Raises:
             DataError: if they do not have the hash that is stated, or one is outside the vocabulary.
         """
         where, digest, start, outside = str(self.path or "the tokens"), hashlib.sha256(), 0, None
         for piece in pieces(self.ids_N):
+            if stop():
+                return False
             digest.update(piece.astype("<u4").tobytes())
             outside = outside or out_of_range(piece, vocab_size, where, start)
             start += len(piece)
@@ -167,6 +171,7 @@ class Shard:
             raise DataError(f"{where}: damaged: the ids do not have the sha256 that its header states")
         if outside is not None:
             raise outside
+        return True
 
     @property
     def identity(self) -> str:

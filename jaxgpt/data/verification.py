@@ -27,24 +27,27 @@ class Verification:
     """
 
     def __init__(self, corpus: Corpus, vocab_size: int, *, at_once: bool = False, part: tuple[int, int] = (0, 1)):
-        self._shards, self._vocab_size = corpus.shards[part[0] :: part[1]], vocab_size
+        self._unread, self._vocab_size = corpus.shards[part[0] :: part[1]][::-1], vocab_size  # the last is the next
         self._error: BaseException | None = None
         self._stop = threading.Event()
         if at_once or sum(len(shard.ids_N) for shard in corpus.shards) <= AT_ONCE:
             self._read()
-            self._shards = []
+
+    @property
+    def unread(self) -> int:
+        """How many shards have not been read to their end."""
+        return len(self._unread)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Reads what has not been read yet, in a thread, until the block ends."""
-        if not self._shards:
-            yield
-            return
-        threading.Thread(target=self._read_aside, daemon=True).start()
+        thread = threading.Thread(target=self._read_aside, name="verification", daemon=True)
+        thread.start()
         try:
             yield
         finally:
             self._stop.set()
+            thread.join()
 
     def check(self) -> None:
         """Raises the DataError that the thread has come upon, if any."""
@@ -52,10 +55,8 @@ class Verification:
             raise self._error
 
     def _read(self) -> None:
-        for shard in self._shards:
-            if self._stop.is_set():
-                return
-            shard.verify(self._vocab_size)
+        while self._unread and self._unread[-1].verify(self._vocab_size, self._stop.is_set):
+            self._unread.pop()
 
     def _read_aside(self) -> None:
         try:

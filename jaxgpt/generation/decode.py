@@ -16,7 +16,9 @@ from flax import struct
 from jax import Array, lax
 
 from jaxgpt.checks import brief, check_batch
+from jaxgpt.generation.history import History
 from jaxgpt.generation.keys import as_key, row_keys
+from jaxgpt.generation.logprobs import Logprobs
 from jaxgpt.generation.prompts import check_sampler
 from jaxgpt.generation.sampling import Sampler
 from jaxgpt.model import GPT, Cache, RecentTokens, check_model, default_dtype
@@ -36,6 +38,8 @@ class DecodeState:
         drawn: ids drawn so far per row, int32.
         done_B: whether the row has drawn a stop id.
         broken_B: number of the first draw whose logits were not finite, or -1.
+        history: the text of each row, if the sampler looks at it.
+        logprobs: of the last draw, by the model and by the sampler, if they are asked for.
     """
 
     memory: Cache | RecentTokens
@@ -45,9 +49,11 @@ class DecodeState:
     drawn: Array
     done_B: Array
     broken_B: Array
+    history: History | None = None
+    logprobs: tuple[Logprobs, Logprobs] | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "sampler", "cache_dtype"))
+@functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype", "logprobs", "copies"))
 def prefill(
     model: GPT,
     params: Any,
@@ -60,6 +66,9 @@ def prefill(
     slots: int,
     sampler: Sampler,
     cache_dtype: str | None = None,
+    history: History | None = None,
+    logprobs: int | None = None,
+    copies: int = 1,
 ) -> DecodeState:
     """Reads the prompts into a new cache and draws the first id of each row.
 
@@ -72,8 +81,11 @@ def prefill(
         key: as in `row_keys`, or None.
         stop_ids: ids that end a row, [any number].
         slots: size of the cache, at least T; static.
-        sampler: how ids are drawn; static.
+        sampler: how ids are drawn.
         cache_dtype: dtype of the cache; None for `Cache.empty`'s default; static.
+        history: the prompts once more, for a sampler that looks at the text, with a column for every id to be drawn.
+        logprobs: how many of the likeliest ids to report with each draw; None for no log-probabilities; static.
+        copies: rows of the state per prompt, next to each other: each prompt is read once; static.
     """
     B = ids_BxT.shape[0]
     cache_dtype = cache_dtype or default_dtype(model.compute, jax.tree.leaves(params)[0])
@@ -82,6 +94,9 @@ def prefill(
     # Slots from `length` on hold keys of padding, which are masked until those of real tokens replace them.
     cache = dataclasses.replace(cache, length=jnp.asarray(length, jnp.int32))
     x_Bx1xD = lax.dynamic_slice_in_dim(x_BxTxD, length - 1, 1, axis=1)
+    if copies > 1:
+        rows, B = jnp.repeat(jnp.arange(B), copies), B * copies
+        cache, x_Bx1xD = cache.take(rows), x_Bx1xD[rows]
     state = DecodeState(
         memory=cache,
         token_B=jnp.zeros(B, jnp.int32),
@@ -90,11 +105,12 @@ def prefill(
         drawn=jnp.zeros((), jnp.int32),
         done_B=jnp.zeros(B, bool),
         broken_B=jnp.full(B, -1, jnp.int32),
+        history=history,
     )
-    return _draw(model, params, state, x_Bx1xD, sampler)
+    return _draw(model, params, state, x_Bx1xD, sampler, logprobs)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "chunk", "sampler"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
 def decode_tokens(
     model: GPT,
     params: Any,
@@ -109,6 +125,28 @@ def decode_tokens(
     Returns:
         (state, ids_BxN): N is `chunk`; only the first columns count, as many as `state.drawn` has grown by.
     """
+    state, (ids_BxN, _) = _scan(model, params, state, steps, chunk, sampler)
+    return state, ids_BxN
+
+
+@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
+def decode_with_logprobs(
+    model: GPT,
+    params: Any,
+    state: DecodeState,
+    steps: Array | int,
+    *,
+    chunk: int,
+    sampler: Sampler,
+) -> tuple[DecodeState, tuple[Array, Any]]:
+    """The same for a state with log-probabilities: (state, (ids_BxN, those of the ids, [B, N] and [B, N, K]))."""
+    return _scan(model, params, state, steps, chunk, sampler)
+
+
+def _scan(
+    model: GPT, params: Any, state: DecodeState, steps: Array | int, chunk: int, sampler: Sampler
+) -> tuple[DecodeState, tuple[Array, Any]]:
+    top = None if state.logprobs is None else state.logprobs[0].top.shape[-1]
 
     def step(state: DecodeState) -> DecodeState:
         if isinstance(state.memory, RecentTokens):
@@ -120,14 +158,14 @@ def decode_tokens(
             x_BxTxD, memory = model.apply(
                 {"params": params}, state.token_B[:, None], cache=state.memory, method="features"
             )
-        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler)
+        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler, top)
 
-    def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Array]:
+    def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Any]:
         state = lax.cond((i < steps) & ~jnp.all(state.done_B), step, lambda state: state, state)
-        return state, state.token_B
+        return state, (state.token_B, state.logprobs)
 
-    state, ids_NxB = lax.scan(step_if_needed, state, jnp.arange(chunk))
-    return state, ids_NxB.T
+    state, drawn = lax.scan(step_if_needed, state, jnp.arange(chunk))
+    return state, jax.tree.map(lambda x_NxB: jnp.swapaxes(x_NxB, 0, 1), drawn)
 
 
 @functools.partial(jax.jit, static_argnames=("slots",))
@@ -168,20 +206,24 @@ def scan_generate(
         ids_BxN: the new ids only.
     """
     check_model("scan_generate(model, params, ids, max_new_tokens)", model, params)
-    sampler = check_sampler(sampler)
+    sampler = check_sampler(sampler, model.config.vocab_size)
     ids_BxT = jnp.asarray(ids_BxT)
     check_batch(ids_BxT, ids_BxT.shape[-1])
     model = GPT(model.config, model.compute.portable())
     C = model.config.context_length
-    ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
     B, T = ids_BxT.shape
+    history = None
+    if sampler.sees_text:
+        ids_BxS = jnp.pad(ids_BxT.astype(jnp.int32), ((0, 0), (0, max_new_tokens)))
+        history = History(ids_BxS, jnp.zeros(B, jnp.int32), jnp.int32(T), jnp.int32(T))
+    ids_BxT = ids_BxT[:, -C:].astype(jnp.int32)
+    T = ids_BxT.shape[1]
     no_stops = jnp.zeros(0, jnp.int32)
     cached = min(max_new_tokens, C - T + 1)
     lengths_B = jnp.full(B, T, jnp.int32)
     key = None if key is None else as_key(key)
-    state = prefill(
-        model, params, ids_BxT, lengths_B, jnp.int32(T), key, no_stops, slots=T + cached - 1, sampler=sampler
-    )
+    arguments = (ids_BxT, lengths_B, jnp.int32(T), key, no_stops)
+    state = prefill(model, params, *arguments, slots=T + cached - 1, sampler=sampler, history=history)
     pieces = [ids_BxT, state.token_B[:, None]]
     if cached > 1:
         state, ids = decode_tokens(model, params, state, cached - 1, chunk=cached - 1, sampler=sampler)
@@ -195,18 +237,28 @@ def scan_generate(
     return jnp.concatenate(pieces[1:], axis=1)
 
 
-def _draw(model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler) -> DecodeState:
+def _draw(
+    model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler, top: int | None
+) -> DecodeState:
     """The next id of each row, from the features of the row's last token."""
     logits_Bx1xV: Any = model.apply({"params": params}, x_Bx1xD, method="logits")
     logits_BxV = logits_Bx1xV[:, 0]
     with jax.named_scope("sample"):
         keys_B = None if state.keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
-        token_B = replicate(sampler(logits_BxV, keys_B))  # every process reads them
+        history = state.history
+        seen = history and dataclasses.replace(history, stop_ids=state.stop_ids)
+        token_B = replicate(sampler(logits_BxV, keys_B, seen))  # every process reads them
         broken = ~jnp.all(jnp.isfinite(logits_BxV), axis=-1) & (state.broken_B < 0) & ~state.done_B
+        logprobs = None
+        if top is not None:
+            shaped_BxV = sampler.filter(sampler.control(logits_BxV, seen))
+            logprobs = Logprobs.of(logits_BxV, token_B, top), Logprobs.of(shaped_BxV, token_B, top)
         return dataclasses.replace(
             state,
             token_B=token_B,
             drawn=state.drawn + 1,
             done_B=state.done_B | jnp.any(token_B[:, None] == state.stop_ids[None], axis=-1),
             broken_B=replicate(jnp.where(broken, state.drawn, state.broken_B)),
+            history=history and history.append(token_B),
+            logprobs=logprobs,
         )

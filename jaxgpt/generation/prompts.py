@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.checks import check_ids, did_you_mean, short_repr
+from jaxgpt.checks import check_ids, did_you_mean, short_repr, whole_number
 from jaxgpt.generation.keys import as_key
-from jaxgpt.generation.sampling import Greedy, Sampler
+from jaxgpt.generation.options import SAMPLING
+from jaxgpt.generation.sampling import Greedy, Sampler, simplest
 
 
 def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
@@ -44,27 +45,39 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
     return rows
 
 
-def check_sampler(sampler: Any) -> Sampler:
-    """Returns the sampler, by default `Greedy()`; raises a TypeError for anything that is no sampler."""
+def check_sampler(sampler: Any, vocab_size: int) -> Sampler:
+    """Returns the sampler without what does not matter, by default `Greedy()`.
+
+    Raises:
+        TypeError: for what is no sampler.
+        ValueError: if it names an id outside the vocabulary.
+    """
     if sampler is None:
         return Greedy()
     if isinstance(sampler, Sampler):
-        return sampler
+        sampler.check(vocab_size)
+        return simplest(sampler)
     found = f"the class {sampler.__name__} itself" if isinstance(sampler, type) else short_repr(sampler)
     raise TypeError(f"sampler must be a sampler, such as Greedy() or Temperature(0.8) | TopK(50), not {found}")
 
 
 # Options that other libraries' generators have, with ours.
 _OTHERS = {
-    "temperature": "sampler=Temperature(...)",
-    "top_k": "sampler=TopK(...), or after a temperature Temperature(...) | TopK(...)",
-    "top_p": "sampler=TopP(...), or after a temperature Temperature(...) | TopP(...)",
-    "min_p": "sampler=MinP(...), or after a temperature Temperature(...) | MinP(...)",
-    "do_sample": "a random sampler such as sampler=Temperature(1.0), or none to be greedy",
-    "seed": "key=seed",
+    "do_sample": "temperature=1.0 to draw at random, or nothing to take the likeliest",
+    "stop": "generate_text or stream, which know the text, or stop_ids=[...]",
+    "stop_strings": "stop=[...], in generate_text or stream",
+    "bad_words": "bad_words_ids=[[...], ...]",
+    "suppress_tokens": "bad_words_ids=[[id], ...]",
+    "min_length": "min_new_tokens, which does not count the prompt",
+    "output_scores": "logprobs=k",
+    "top_logprobs": "logprobs=k",
+    "min_tokens": "min_new_tokens",
     "rng": "key=rng",
     "prng_key": "key=prng_key",
     "rngs": "key=...",
+    "num_beams": "jaxgpt.beam_search(..., num_beams=...)",
+    "length_penalty": "jaxgpt.beam_search(..., length_penalty=...)",
+    "early_stopping": "jaxgpt.beam_search(..., early_stopping=...)",
     "max_length": "max_new_tokens, which does not count the prompt",
     "max_tokens": "max_new_tokens",
     "eos_token_id": "stop_ids=[...]",
@@ -73,12 +86,12 @@ _OTHERS = {
     "idx": "prompts",
     "input_ids": "prompts",
     "context_size": "nothing: the model's config has context_length",
-    "num_return_sequences": "prompts * n, the prompts n times",
     "attention_mask": "prompts of any lengths, without padding",
     "pad_token_id": "nothing: rows end where they end",
     "bos_token_id": "prompts that begin with it",
     "logits_processor": "sampler=..., which may be a Sampler of your own",
     "generation_config": "the options themselves",
+    "n": "num_return_sequences",
 }
 
 
@@ -90,7 +103,33 @@ def refuse_unknown(options: Mapping[str, Any]) -> None:
         raise TypeError(f"generate has no option {name!r}{hint}")
 
 
-_OPTIONS = ("max_new_tokens", "sampler", "key", "stop_ids", "beyond_context", "cache_dtype")
+_OPTIONS = (
+    "max_new_tokens",
+    "sampler",
+    "key",
+    "seed",
+    "stop_ids",
+    "beyond_context",
+    "cache_dtype",
+    "logprobs",
+    "num_return_sequences",
+    *SAMPLING,
+)
+
+
+def check_num_return_sequences(number: Any, sampler: Sampler) -> int:
+    """The number of rows per prompt as an int.
+
+    Raises:
+        ValueError: unless it is an integer of 1 or more, and 1 for a sampler that draws nothing at random.
+    """
+    number = whole_number("num_return_sequences", number, 1)
+    if number > 1 and not sampler.draws:
+        raise ValueError(
+            f"num_return_sequences={number} needs a random sampler or beam search: {sampler} gives the same row "
+            f"{number} times"
+        )
+    return number
 
 
 def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
@@ -101,8 +140,8 @@ def check_key(sampler: Sampler, key: Any, batch: int) -> jax.Array:
         TypeError: for anything that is not a key.
     """
     if key is None:
-        raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed), or an int")
+        raise ValueError(f"{sampler} draws at random and needs a key: pass key=jax.random.key(seed), or seed=0")
     key = as_key(key)
     if key.shape not in ((), (batch,)):
-        raise ValueError(f"key must be one key or one per prompt ({batch}), not keys of shape {list(key.shape)}")
+        raise ValueError(f"key must be one key or one per row ({batch}), not keys of shape {list(key.shape)}")
     return key

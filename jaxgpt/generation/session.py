@@ -13,8 +13,17 @@ import numpy as np
 from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
+from jaxgpt.generation.history import History
+from jaxgpt.generation.logprobs import Logprobs
+from jaxgpt.generation.options import SAMPLING, chosen_sampler
 from jaxgpt.generation.preparation import prepare
-from jaxgpt.generation.prompts import check_key, check_prompts, check_sampler, refuse_unknown
+from jaxgpt.generation.prompts import (
+    check_key,
+    check_num_return_sequences,
+    check_prompts,
+    check_sampler,
+    refuse_unknown,
+)
 from jaxgpt.generation.sampling import Sampler
 from jaxgpt.model import GPT, RecentTokens, check_model
 from jaxgpt.parallel import check_bytes, sharding, to_device
@@ -40,12 +49,18 @@ class GenerationResult:
         seconds: time taken, compilation included.
         tokens_per_second: ids drawn per second over all rows, measured where nothing was compiled; `None` if the text
             is too short to measure.
+        finish_reasons: per row, "stop" if a stop id or a stop string ended it, otherwise "length".
+        logprobs: per row, the log-probabilities that the model gave its new ids and the likeliest ones, if asked for.
+        sampler_logprobs: the same after the sampler's controls and filters, from which the ids were drawn.
     """
 
     tokens: list[np.ndarray]
     prompt_lengths: list[int]
     seconds: float
     tokens_per_second: float | None
+    finish_reasons: list[str]
+    logprobs: list[Logprobs] | None = None
+    sampler_logprobs: list[Logprobs] | None = None
 
     @property
     def new_tokens(self) -> list[np.ndarray]:
@@ -61,16 +76,19 @@ def generate(
     *,
     sampler: Sampler | None = None,
     key: jax.Array | int | None = None,
+    seed: int | None = None,
     stop_ids: Sequence[int] = (),
     beyond_context: str = "recompute",
     cache_dtype: str | None = None,
-    **unknown: Any,
+    num_return_sequences: int = 1,
+    logprobs: int | None = None,
+    **options: Any,
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
 
     Each row gets the ids it would get alone, whatever the other rows are. Compiles once per model, batch size,
-    sampler and bucket of lengths (powers of two). A model with `scan_layers` is unstacked in every call; `prepare` it
-    once to avoid that.
+    structure of the sampler (its numbers do not count) and bucket of lengths (powers of two). A model with
+    `scan_layers` is unstacked in every call; `prepare` it once to avoid that.
 
     Past the context the result is that of the reference generator: each id is drawn from the last `context_length`
     ids alone, at positions from 0. No cache can do that (see `RecentTokens` in `model/cache.py`), so from there on
@@ -83,18 +101,27 @@ def generate(
         max_new_tokens: maximum ids to add per row; 0 returns the prompts.
         sampler: how ids are drawn (`jaxgpt.generation.sampling`); default `Greedy()`.
         key: for a random sampler: one key, from which row b uses fold_in(key, b), or an array with one key per
-            row. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will do, and an int
-            is the key of that seed.
+            row of the result. The n-th new id of a row uses fold_in(row's key, n). Keys of every implementation will
+            do, and an int is the key of that seed.
+        seed: an int, instead of `key`.
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
         cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
             float32 on a CPU.
-        unknown: none; options that other libraries have are refused with what to use instead.
+        num_return_sequences: rows of the result per prompt, next to each other: what the prompts would give if each
+            were repeated as often, but each is read only once.
+        logprobs: report the log-probability of each new id, and of so many likeliest ones, before and after the
+            sampler; None for none, which costs nothing.
+        options: the sampler in words, instead of `sampler`: `temperature`, `top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `no_repeat_ngram_size`, `logit_bias`,
+            `bad_words_ids`, `min_new_tokens` (see `from_options`). Other libraries' options are refused, with what to
+            use instead.
 
     Raises:
         TypeError: for arguments of the wrong type, with the right call.
         ValueError: for ids that are not integers or not in the vocabulary, naming the first and its place; for an
-            empty prompt; for arguments out of range; for a random sampler without a key.
+            empty prompt; for arguments out of range; for a random sampler without a key; for several rows per prompt
+            without one.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
         OutOfMemoryError: if the key/value cache alone needs more memory than there is.
     """
@@ -105,10 +132,13 @@ def generate(
         max_new_tokens,
         sampler=sampler,
         key=key,
+        seed=seed,
         stop_ids=stop_ids,
         beyond_context=beyond_context,
         cache_dtype=cache_dtype,
-        **unknown,
+        num_return_sequences=num_return_sequences,
+        logprobs=logprobs,
+        **options,
     )
     for _ in run:
         pass
@@ -130,20 +160,28 @@ class Generation:
         *,
         sampler: Sampler | None = None,
         key: jax.Array | int | None = None,
+        seed: int | None = None,
         stop_ids: Sequence[int] = (),
         beyond_context: str = "recompute",
         cache_dtype: str | None = None,
+        num_return_sequences: int = 1,
+        logprobs: int | None = None,
         chunk: int = CHUNK,
-        **unknown: Any,
+        **options: Any,
     ):
-        refuse_unknown(unknown)
+        sampler = chosen_sampler(sampler, {name: options.pop(name) for name in SAMPLING if name in options})
+        refuse_unknown(options)
+        if seed is not None and key is not None:
+            raise TypeError("key and seed exclude each other: seed=0 is key=jax.random.key(0)")
+        key = seed if key is None else key
         check_model("generate(model, params, prompts, max_new_tokens)", model, params)
         model, params = prepare(model, params)
         config = model.config
-        self.model, self.params, self.sampler = model, params, check_sampler(sampler)
+        self.model, self.params, self.sampler = model, params, check_sampler(sampler, config.vocab_size)
         self.cache_dtype, self.chunk = cache_dtype, min(chunk, CHUNK)
         self.max_new_tokens = whole_number("max_new_tokens", max_new_tokens)
-        self.prompts = check_prompts(prompts, config.vocab_size)
+        self.copies = check_num_return_sequences(num_return_sequences, self.sampler)
+        self.prompts = [row for row in check_prompts(prompts, config.vocab_size) for _ in range(self.copies)]
         if not isinstance(stop_ids, Iterable):
             raise ValueError(f"stop_ids must be a list of ids, not {short_repr(stop_ids)}")
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
@@ -151,6 +189,9 @@ class Generation:
             raise ValueError(f'beyond_context must be "recompute" or "error", not {short_repr(beyond_context)}')
         if cache_dtype not in (None, "float32", "bfloat16"):
             raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {short_repr(cache_dtype)}')
+        self.logprobs = None if logprobs is None else whole_number("logprobs", logprobs)
+        if self.logprobs is not None and self.logprobs > config.vocab_size:
+            raise ValueError(f"logprobs must be at most the vocabulary's {config.vocab_size} ids, not {self.logprobs}")
         longest = max(map(len, self.prompts))
         if beyond_context == "error" and longest + self.max_new_tokens > config.context_length:
             raise ValueError(
@@ -159,6 +200,8 @@ class Generation:
             )
         self.key = check_key(self.sampler, key, len(self.prompts)) if self.sampler.draws else None
         self.drawn: list[list[np.ndarray]] = [[] for _ in self.prompts]
+        self._scored: list[tuple[Logprobs, Logprobs]] = []  # [B, N] of each piece of work
+        self._told = False  # of a row's end
         self._timings: list[_Timing] = []
 
     def result(self) -> GenerationResult:
@@ -174,7 +217,16 @@ class Generation:
             prompt_lengths=[len(row) for row in self.prompts],
             seconds=sum(timing.seconds for timing in self._timings),
             tokens_per_second=len(self.prompts) * steps / seconds if steps else None,
+            finish_reasons=["stop" if self._has_ended(r) else "length" for r in range(len(self.prompts))],
+            logprobs=self._logprobs(0),
+            sampler_logprobs=self._logprobs(1),
         )
+
+    def end_row(self, r: int, length: int) -> None:
+        """Ends row r after its first `length` new ids, as a stop id does: for rules that ids alone do not tell."""
+        kept = np.concatenate(self.drawn[r])[:length]
+        self.drawn[r] = [kept, kept[:0]]
+        self._told = True
 
     def __iter__(self) -> Iterator[list[np.ndarray]]:
         if self.max_new_tokens == 0:
@@ -186,9 +238,13 @@ class Generation:
         started = time.perf_counter()
         slots = self._slots(longest + min(cached - 1, FIRST_NEW_TOKENS))
         state = self._prefill(longest, slots)
-        yield self._accept(state, state.token_B[:, None], _Timing("prefill", 1, started))
+        first = jax.tree.map(lambda x_B: x_B[:, None], (state.token_B, state.logprobs))
+        yield self._accept(state, first, _Timing("prefill", 1, started))
         drawn = 1
-        while drawn < self.max_new_tokens and not np.all(jax.device_get(state.done_B)):
+        while drawn < self.max_new_tokens and not all(ended := [self._has_ended(r) for r in range(len(self.prompts))]):
+            if self._told:  # the device does not know of stop strings
+                state = dataclasses.replace(state, done_B=to_device(np.array(ended), self.params))
+                self._told = False
             started = time.perf_counter()
             if drawn == cached:
                 state = dataclasses.replace(state, memory=self._recent_tokens())
@@ -197,16 +253,15 @@ class Generation:
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
                 state = decode.grow(state, slots)
-            state, ids_BxN = decode.decode_tokens(
-                self.model,
-                self.params,
-                state,
-                to_device(np.int32(steps), self.params),
-                chunk=CHUNK,
-                sampler=self.sampler,
-            )
+            arguments = (self.model, self.params, state, to_device(np.int32(steps), self.params))
+            sampler = to_device(self.sampler, self.params)
+            if self.logprobs is None:
+                state, ids_BxN = decode.decode_tokens(*arguments, chunk=CHUNK, sampler=sampler)
+                new = ids_BxN, None
+            else:
+                state, new = decode.decode_with_logprobs(*arguments, chunk=CHUNK, sampler=sampler)
             before, drawn = drawn, int(jax.device_get(state.drawn))
-            yield self._accept(state, ids_BxN, _Timing(f"{work} {slots}", drawn - before, started))
+            yield self._accept(state, new, _Timing(f"{work} {slots}", drawn - before, started))
 
     def _slots(self, needed: int) -> int:
         """Size of a cache with at least `needed` slots, never smaller than the padded prompts."""
@@ -220,19 +275,27 @@ class Generation:
 
     def _prefill(self, longest: int, slots: int) -> decode.DecodeState:
         C = self.model.config.context_length
-        ids_BxT = np.zeros((len(self.prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
-        for row, prompt in zip(ids_BxT, self.prompts, strict=True):
+        prompts = self.prompts[:: self.copies]
+        ids_BxT = np.zeros((len(prompts), bucket(longest, PROMPT_BUCKET, C)), np.int32)
+        for row, prompt in zip(ids_BxT, prompts, strict=True):
             prompt = prompt[-C:]
             row[longest - len(prompt) : longest] = prompt
-        lengths_B = np.array([min(C, len(prompt)) for prompt in self.prompts], np.int32)
+        lengths_B = np.array([min(C, len(prompt)) for prompt in prompts], np.int32)
+        history = None
+        if self.sampler.sees_text:
+            columns = max(map(len, self.prompts)) + self.max_new_tokens
+            history = History.of(self.prompts, bucket(columns, CACHE_BUCKET, 2**31))
         arguments = (ids_BxT, lengths_B, np.int32(longest), self.key, self._padded_stop_ids())
         return decode.prefill(
             self.model,
             self.params,
             *to_device(arguments, self.params),
             slots=slots,
-            sampler=self.sampler,
+            sampler=to_device(self.sampler, self.params),
             cache_dtype=self.cache_dtype,
+            history=to_device(history, self.params),
+            logprobs=self.logprobs,
+            copies=self.copies,
         )
 
     def _recent_tokens(self) -> RecentTokens:
@@ -246,17 +309,15 @@ class Generation:
             lengths_B[r] = len(read)
         return RecentTokens(*to_device((ids_BxC, lengths_B), self.params))
 
-    def _accept(self, state: decode.DecodeState, ids_BxN: jax.Array, timing: _Timing) -> list[np.ndarray]:
-        """Brings ids to the host, keeps them, and returns those that are not past a row's end."""
-        ids_BxN, broken_B = jax.device_get((ids_BxN, state.broken_B))
+    def _accept(self, state: decode.DecodeState, drawn: tuple[Any, Any], timing: _Timing) -> list[np.ndarray]:
+        """Brings ids and their log-probabilities to the host, keeps them, and returns the ids that are not past a row's
+        end."""
+        (ids_BxN, logprobs), broken_B = jax.device_get((drawn, state.broken_B))
         timing.seconds = time.perf_counter() - timing.started
         self._timings.append(timing)
-        if np.any(broken_B >= 0):
-            row = int(np.argmax(broken_B >= 0))
-            raise FloatingPointError(
-                f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
-                "the parameters hold such values, or overflow"
-            )
+        refuse_broken(broken_B)
+        if logprobs is not None:
+            self._scored.append(jax.tree.map(lambda x_BxN: x_BxN[:, : timing.steps], logprobs))
         new = [self._until_stop(r, ids[: timing.steps]) for r, ids in enumerate(ids_BxN)]
         for r, ids in enumerate(new):
             self.drawn[r].append(ids)
@@ -264,14 +325,28 @@ class Generation:
 
     def _until_stop(self, r: int, ids: np.ndarray) -> np.ndarray:
         """The ids that row r gains: none if it has ended, and none after a stop id."""
-        last = self.drawn[r][-1] if self.drawn[r] else None
-        if last is not None and (not last.size or last[-1] in self.stop_ids):
+        if self._has_ended(r):
             return ids[:0]
         stops = np.flatnonzero(np.isin(ids, self.stop_ids))
         return ids[: stops[0] + 1] if stops.size else ids
 
+    def _has_ended(self, r: int) -> bool:
+        """Whether a stop id, or `end_row`, has ended row r."""
+        if not self.drawn[r]:
+            return False
+        last = self.drawn[r][-1]
+        return not last.size or int(last[-1]) in self.stop_ids
+
     def _rows(self) -> list[np.ndarray]:
         return [np.concatenate([prompt, *new]) for prompt, new in zip(self.prompts, self.drawn, strict=True)]
+
+    def _logprobs(self, which: int) -> list[Logprobs] | None:
+        """Each row's log-probabilities: the model's, 0, or the sampler's, 1."""
+        if self.logprobs is None:
+            return None
+        pieces = [scored[which] for scored in self._scored]
+        lengths = [sum(map(len, new)) for new in self.drawn]
+        return [Logprobs.row(pieces, r, N, self.logprobs) for r, N in enumerate(lengths)]
 
     def _padded_stop_ids(self) -> np.ndarray:
         """The stop ids, padded to a bucket with an id that is never drawn."""
@@ -288,6 +363,17 @@ class _Timing:
     steps: int
     started: float
     seconds: float = 0.0
+
+
+def refuse_broken(broken_B: np.ndarray) -> None:
+    """Raises a FloatingPointError that names the first row whose logits were not finite: where `broken_B` is not -1 but
+    the number of a new token."""
+    if np.any(broken_B >= 0):
+        row = int(np.argmax(broken_B >= 0))
+        raise FloatingPointError(
+            f"the logits for new token {broken_B[row]} of prompt {row} are NaN or infinite: "
+            "the parameters hold such values, or overflow"
+        )
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:

@@ -24,6 +24,7 @@ from jaxgpt import accounting, startup
 from jaxgpt.config import ComputeConfig, GPTConfig
 
 PROMPT, NEW = 32, 128
+QUESTIONS = 100
 CHARACTER_MODEL = {
     "vocab_size": 65,
     "context_length": 256,
@@ -41,11 +42,11 @@ class Workload:
     """Something to measure.
 
     Attributes:
-        kind: "decode" (`PROMPT` ids in, `NEW` ids out), "forward" (logits at every position), "train" (a whole
-            optimizer step), "read" or "matmul" (the machine's limits).
+        kind: "decode" (`PROMPT` ids in, `NEW` ids out), "forward" (logits at every position), "score" (the `questions`
+            of a benchmark), "train" (a whole optimizer step), "read" or "matmul" (the machine's limits).
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: type of the parameters while decoding, and of the operands of matrix products.
-        batch: number of rows.
+        batch: number of rows; of questions to score.
         length: tokens per row.
     """
 
@@ -63,12 +64,17 @@ class Workload:
         if self.kind == "matmul":
             return f"matmul-{self.dtype}"
         model = "character-" if self.preset == "character" else ""
-        size = f"{self.batch}" if self.kind == "decode" else f"{self.batch}x{self.length}"
+        size = f"{self.batch}" if self.kind in ("decode", "score") else f"{self.batch}x{self.length}"
         return f"{model}{self.kind}-{size}-{self.dtype}"
 
     @property
     def tokens(self) -> int:
-        """Tokens that one repetition generates, reads or trains on."""
+        """Tokens that one repetition generates, reads or trains on; a question's prompt counts for each of its
+        continuations, as if it were read so often."""
+        if self.kind == "score":
+            return sum(
+                len(prompt) + len(ids) for prompt, choices in zip(*questions(self), strict=True) for ids in choices
+            )
         return self.batch * (NEW if self.kind == "decode" else self.length)
 
     def config(self) -> GPTConfig:
@@ -94,6 +100,7 @@ def workloads(preset: str) -> list[Workload]:
         Workload("matmul", dtype="bfloat16"),
         *(Workload("decode", preset, dtype, batch) for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")),
         *(Workload("forward", preset, dtype, 4, 1024) for dtype in ("float32", "bfloat16")),
+        *(Workload("score", preset, dtype, QUESTIONS) for dtype in ("float32", "bfloat16")),
         *(Workload("train", preset, dtype, 2, 512) for dtype in ("float32", "bfloat16")),
         *(Workload("train", "character", dtype, 32, 256) for dtype in ("float32", "bfloat16")),
     ]
@@ -113,6 +120,13 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
             work.batch * read_bytes_per_s / (weights + cache),
             "rows x read bandwidth / (bytes of weights + of the mean cache)",
         )
+    if work.kind == "score":
+        prompts, choices = questions(work)
+        scored = sum(len(ids) for group in choices for ids in group)
+        whole, head = accounting.forward_flops(config, 1, 1).linear, 2 * config.vocab_size * config.emb_dim
+        needed = (sum(map(len, prompts)) + scored) * (whole - head) + scored * head
+        formula = "tokens x matrix product FLOP/s / FLOPs that read each prompt once and score what follows it"
+        return work.tokens * flops_per_s[work.dtype] / needed, formula
     if work.kind in ("forward", "train"):
         passes = 3 if work.kind == "train" else 1
         linear = accounting.forward_flops(config, work.batch, work.length).linear
@@ -158,8 +172,8 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
     ms."""
     import jax
 
-    make = {"decode": _decode, "forward": _forward, "train": _train, "read": _read, "matmul": _matmul}[work.kind]
-    run = make(work)
+    make = {"decode": _decode, "forward": _forward, "score": _score, "train": _train, "read": _read, "matmul": _matmul}
+    run = make[work.kind](work)
     # A limit is the best time observed.
     is_limit = work.kind in ("read", "matmul")
     seconds = timed(run, 30, 2, min) if is_limit else timed(run, repeats=3, warm_up=2)
@@ -221,6 +235,29 @@ def _forward(work: Workload) -> Callable[[], Any]:
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.length))
     forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     return lambda: forward(params, ids).block_until_ready()
+
+
+def questions(work: Workload) -> tuple[list[Any], list[list[Any]]]:
+    """Prompts, and four continuations of each, of random ids; of HellaSwag's lengths (80 tokens together, with a
+    standard deviation of 30)."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    prompts, continuations = [], []
+    for total in np.clip(rng.normal(80, 30, work.batch), 24, 170).astype(int):
+        about = int(total * rng.uniform(0.2, 0.4))
+        lengths = np.maximum(2, about + rng.integers(-3, 4, 4))
+        prompts.append(rng.integers(0, work.config().vocab_size, total - about))
+        continuations.append([rng.integers(0, work.config().vocab_size, length) for length in lengths])
+    return prompts, continuations
+
+
+def _score(work: Workload) -> Callable[[], Any]:
+    from jaxgpt.scoring import score
+
+    model, params = _model(work.config(), ComputeConfig(dtype=work.dtype), None)
+    prompts, continuations = questions(work)
+    return lambda: score(model, params, prompts, continuations)
 
 
 def _train(work: Workload) -> Callable[[], Any]:

@@ -17,13 +17,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.measuring.benchmark import NEW, PROMPT, Measurement, Workload, peak_bytes, timed, workloads
+from jaxgpt.measuring.benchmark import NEW, PROMPT, Measurement, Workload, peak_bytes, questions, timed, workloads
 
 # Name: the packages that the peer needs, and the (kind, dtype) of the workloads that it can run.
 PEERS = {
     "transformers": (
         ("torch", "transformers"),
         {(kind, dtype) for kind in ("decode", "forward", "train") for dtype in ("float32", "bfloat16")},
+    ),
+    "lm_eval": (
+        ("torch", "transformers", "lm_eval", "accelerate", "peft"),
+        {("score", "float32"), ("score", "bfloat16")},
     ),
     "ctranslate2": (("ctranslate2", "torch", "transformers"), {("decode", "float32"), ("decode", "int8")}),
 }
@@ -49,7 +53,7 @@ def measure(work: Workload, peer: str) -> Measurement:
     torch.set_num_threads(threads)
     if peer == "ctranslate2":
         return Measurement(_ctranslate2(work, threads), peak_bytes())
-    run = {"decode": _decode, "forward": _forward, "train": _train}[work.kind](work)
+    run = {"decode": _decode, "forward": _forward, "score": _score, "train": _train}[work.kind](work)
     return Measurement(timed(run, repeats=3, warm_up=2), peak_bytes())
 
 
@@ -111,6 +115,28 @@ def _forward(work: Workload) -> Callable[[], Any]:
             model(ids)
 
     return run
+
+
+def _score(work: Workload) -> Callable[[], Any]:
+    """lm-evaluation-harness's own `hf` model."""
+    import torch
+    from lm_eval.models.huggingface import HFLM
+    from transformers import GPT2Tokenizer
+
+    from jaxgpt.tokenizer import get_tokenizer, write_tokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        config = work.config()
+        write_tokenizer(Path(directory), get_tokenizer(config.tokenizer), context_length=config.context_length)
+        tokenizer = GPT2Tokenizer.from_pretrained(directory)
+    model = _model(work).to(getattr(torch, work.dtype)).eval()
+    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32)
+    requests = [
+        (("", ""), prompt.tolist(), ids.tolist())
+        for prompt, choices in zip(*questions(work), strict=True)
+        for ids in choices
+    ]
+    return lambda: harness._loglikelihood_tokens(requests, disable_tqdm=True)
 
 
 def _train(work: Workload) -> Callable[[], Any]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jax import Array, lax
@@ -30,7 +31,7 @@ class Cache:
 
     Attributes:
         layers: one (k, v) pair per block, each [B, H, S, K], or [H, S, K] where B is 1; with `scan_layers` a single
-            pair with a leading axis [L, ...]. Only `remember` needs to know this layout.
+            pair with a leading axis [L, ...]. Only `remember` and `take` need to know this layout.
         start_B: first slot of each row, int32.
         length: slots in use, the same for all rows; also the next token's slot. A Python int where it is known at
             trace time, so that attention can skip keys that are certainly masked.
@@ -64,6 +65,18 @@ class Cache:
     def advance(self, layers: Any, T: int) -> Cache:
         """The cache T slots later, with the `layers` in which they are written."""
         return dataclasses.replace(self, layers=layers, length=self.length + T)
+
+    def take(self, rows_R: Array) -> Cache:
+        """The cache of these rows, in this order, repeated or left out."""
+        had_rows, has_rows = self.start_B.shape[0] > 1, rows_R.shape[0] > 1
+
+        def pick(kept: Array) -> Array:
+            kept = kept if had_rows else jnp.expand_dims(kept, -4)
+            kept = kept.take(rows_R, axis=-4, mode="clip")
+            return kept if has_rows else kept.squeeze(-4)
+
+        layers = jax.tree.map(pick, self.layers)
+        return dataclasses.replace(self, layers=layers, start_B=self.start_B.take(rows_R, mode="clip"))
 
     def positions_BxT(self, T: int) -> Array:
         """Positions of the next T tokens of each row; slots before a row's start count as position 0."""

@@ -1,6 +1,5 @@
 from .builtin import END_OF_TEXT as END_OF_TEXT
-from .files import FILES as FILES
-from .files import write_tokenizer as write_tokenizer
+from .builtin import description_of as description_of
 from .names import BUILTIN as BUILTIN
 from .names import NAME_FORM as NAME_FORM
 from .names import NONE as NONE
@@ -11,3 +10,5 @@ from .registry import restored as restored
 from .registry import tokenizer_in as tokenizer_in
 from .vocabulary import StreamDecoder as StreamDecoder
 from .vocabulary import Tokenizer as Tokenizer
+from .writing import FILES as FILES
+from .writing import write_tokenizer as write_tokenizer

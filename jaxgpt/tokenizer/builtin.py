@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer.content import AddedToken, Content
+from jaxgpt.tokenizer.names import BUILTIN
 from jaxgpt.tokenizer.vocabulary import SPACES, Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -116,6 +117,11 @@ def description(name: str) -> dict[str, Any]:
     first = list(alphabet) if name == "gpt2" else range(256)
     tokens = [*(alphabet[byte] for byte in first), *(merge.replace(" ", "") for merge in merges)]
     return byte_level({token: i for i, token in enumerate(tokens)}, merges, content(name).added)
+
+
+def description_of(content: Content) -> dict[str, Any]:
+    """The content of a tokenizer.json for any content, also for those in the package."""
+    return description(content.kind) if content.kind in BUILTIN else content.description
 
 
 def byte_level(

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxgpt.tokenizer.names import BUILTIN, NONE
@@ -30,6 +31,17 @@ class AddedToken(NamedTuple):
     lstrip: bool = False
     rstrip: bool = False
     normalized: bool = False
+
+
+def placeholder(i: int) -> str:
+    """The text that stands for an id without a token."""
+    return f"<|{i}|>"
+
+
+def only_merges(model: Mapping[str, Any]) -> bool:
+    """Whether a tokenizer.json's model makes a token of several characters only by its merges, so that further tokens
+    in the vocabulary change no text's ids."""
+    return model.get("type", "BPE") == "BPE" and "merges" in model and not model.get("ignore_merges")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""Reads a tokenizer from its files, and writes them. Nothing in a file is executed.
+"""Reads a tokenizer from its files. Nothing in a file is executed.
 
 | files | what they are |
 |---|---|
@@ -18,20 +18,16 @@ characters.json of it:
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.errors import DataError
-from jaxgpt.textfile import read_json, read_text, write_json
-from jaxgpt.tokenizer import builtin, bytepairs, characters
-from jaxgpt.tokenizer.content import AddedToken, Content
-from jaxgpt.tokenizer.names import BUILTIN, NONE
-from jaxgpt.tokenizer.vocabulary import Tokenizer
-
-# What `write_tokenizer` may write.
-FILES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+from jaxgpt.textfile import read_json, read_text
+from jaxgpt.tokenizer import builtin, characters
+from jaxgpt.tokenizer.content import Content
+from jaxgpt.tokenizer.parsing import Beside, content_of, encodable
+from jaxgpt.tokenizer.writing import OWN_IDS
 
 # The files of each kind of tokenizer, by preference.
 _SETS = (
@@ -60,12 +56,8 @@ _REFUSED = {
 
 # Bytes. Parsed, JSON takes about 20 times as much memory; the largest vocabularies take half of this.
 _LIMIT = 2**25
-# Ids are below this: a typo or a hostile file cannot exhaust memory.
-_MOST_IDS = 2**24
 # A role of tokenizer_config.json is the name of the token that has it.
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# The ids at which a text starts and ends, where no config.json beside the files says so.
-_OWN_IDS = "jaxgpt_ids"
 
 
 def are_in(directory: Path) -> bool:
@@ -91,9 +83,9 @@ def read(path: Path) -> Content:
         return _read_directory(path)
     content = read_json(path, _LIMIT)
     if isinstance(content, list):
-        return _content(path, _characters(path, content), _Beside())
+        return content_of(path, _characters(path, content), Beside())
     if isinstance(content, dict) and "model" in content:
-        return _content(path, content, _Beside())
+        return content_of(path, content, Beside())
     raise DataError(
         f"{path}: expected a tokenizer.json, or a list of characters; of other files, give the directory around them"
     )
@@ -109,83 +101,60 @@ def _read_directory(directory: Path) -> Content:
             return _read_directory(directory / "tokenizer")
         expected = "; ".join(" and ".join(names) for names in _SETS)
         raise DataError(f"{directory}: holds no tokenizer; expected one of: {expected}")
-    beside, path = _Beside.of(directory), directory / names[0]
+    beside, path = _beside(directory), directory / names[0]
     kind = str(beside.options.get("tokenizer_class"))
     if names[-1] in _CLASSES and kind.removesuffix("Fast") not in (*_CLASSES[names[-1]], *_ANY_CLASS):
         raise DataError(f"{directory / names[-1]}: says nothing of the rules of {short_repr(kind)}: {_AUTO}")
     if path.name == "vocab.txt":
-        return _content(path, _word_piece(path, beside), beside)
+        return content_of(path, _word_piece(path, beside), beside)
     content = read_json(path, _LIMIT)
     if path.name == "characters.json":
-        return _content(path, _characters(path, content), beside)
+        return content_of(path, _characters(path, content), beside)
     if len(names) == 2:
         content = {"added_tokens": [], "model": {"vocab": content, "merges": _read_merges(directory / names[1])}}
         content |= {"pre_tokenizer": builtin.BYTE_LEVEL, "decoder": builtin.BYTE_LEVEL}
         content["model"]["type"] = "BPE"
-    return _content(path, content, beside)
+    return content_of(path, content, beside)
 
 
-class _Beside:
-    """What the other files in the directory say.
-
-    Attributes:
-        added: tokens by id, as they describe them.
-        named: the text of the token that has a role.
-        special: the texts of tokens that are special because a file lists them so.
-        prefix: whether a space is put before each text; None if nothing says.
-        options: tokenizer_config.json.
-        own: the ids that `write_tokenizer` has stored.
-        starts, stops: ids that config.json and generation_config.json give.
-    """
-
-    def __init__(self) -> None:
-        self.added: list[dict[str, Any]] = []
-        self.named: dict[str, str] = {}
-        self.special: list[str] = []
-        self.prefix: bool | None = None
-        self.options: dict[str, Any] = {}
-        self.own: dict[str, Any] | None = None
-        self.starts: list[int] = []
-        self.stops: list[int] = []
-
-    @classmethod
-    def of(cls, directory: Path) -> _Beside:
-        self = cls()
-        self.options = options = _object(directory / "tokenizer_config.json")
-        # transformers ignores the other two files if this one lists the tokens.
-        described = options.get("added_tokens_decoder")
-        roles = dict(options)
-        if described is None:
-            roles |= _object(directory / "special_tokens_map.json")
-        for role in _ROLES:
-            token = roles.get(role)
+def _beside(directory: Path) -> Beside:
+    """What the files in a directory say beside its tokenizer.json, or what takes its place."""
+    beside = Beside()
+    beside.options = options = _object(directory / "tokenizer_config.json")
+    # transformers ignores the other two files if this one lists the tokens.
+    described = options.get("added_tokens_decoder")
+    roles = dict(options)
+    if described is None:
+        roles |= _object(directory / "special_tokens_map.json")
+    for role in _ROLES:
+        token = roles.get(role)
+        if (text := _text(token)) is not None:
+            beside.named[role] = text
+            if isinstance(token, dict) and described is None:
+                beside.added.append({**token, "id": None, "special": True})
+    for role in ("additional_special_tokens", "extra_special_tokens"):
+        more = roles.get(role)
+        for token in more if isinstance(more, list) else more.values() if isinstance(more, dict) else []:
             if (text := _text(token)) is not None:
-                self.named[role] = text
-                if isinstance(token, dict) and described is None:
-                    self.added.append({**token, "id": None, "special": True})
-        for role in ("additional_special_tokens", "extra_special_tokens"):
-            more = roles.get(role)
-            for token in more if isinstance(more, list) else more.values() if isinstance(more, dict) else []:
-                if (text := _text(token)) is not None:
-                    self.special.append(text)
-        self.special += self.named.values()
-        if isinstance(described, dict):
-            self.added += [{**fields, "id": i} for i, fields in described.items() if isinstance(fields, dict)]
-        else:
-            for content, i in _object(directory / "added_tokens.json").items():
-                special = content in self.special
-                self.added.append({"id": i, "content": content, "special": special, "normalized": not special})
-        config, generation = _object(directory / "config.json"), _object(directory / "generation_config.json")
-        prefix, kind = options.get("add_prefix_space"), options.get("tokenizer_class")
-        if isinstance(prefix, bool):
-            self.prefix = prefix
-        elif str(kind).startswith("GPT2Tokenizer") or (kind is None and config.get("model_type") == "gpt2"):
-            self.prefix = False  # what transformers' class does, whatever tokenizer.json says
-        self.own = options[_OWN_IDS] if isinstance(options.get(_OWN_IDS), dict) else None
-        for fields in (generation, config):
-            self.starts += _ids(fields.get("bos_token_id"))
-            self.stops += _ids(fields.get("eos_token_id"))
-        return self
+                beside.special.append(text)
+    beside.special += beside.named.values()
+    if isinstance(described, dict):
+        beside.added += [{**fields, "id": i} for i, fields in described.items() if isinstance(fields, dict)]
+    else:
+        for content, i in _object(directory / "added_tokens.json").items():
+            special = content in beside.special
+            beside.added.append({"id": i, "content": content, "special": special, "normalized": not special})
+    config, generation = _object(directory / "config.json"), _object(directory / "generation_config.json")
+    prefix, kind = options.get("add_prefix_space"), options.get("tokenizer_class")
+    if isinstance(prefix, bool):
+        beside.prefix = prefix
+    elif str(kind).startswith("GPT2Tokenizer") or (kind is None and config.get("model_type") == "gpt2"):
+        beside.prefix = False  # what transformers' class does, whatever tokenizer.json says
+    beside.own = options[OWN_IDS] if isinstance(options.get(OWN_IDS), dict) else None
+    for fields in (generation, config):
+        beside.starts += _ids(fields.get("bos_token_id"))
+        beside.stops += _ids(fields.get("eos_token_id"))
+    return beside
 
 
 def _object(path: Path) -> dict[str, Any]:
@@ -224,14 +193,14 @@ def _characters(path: Path, content: Any) -> dict[str, Any]:
         raise DataError(f"{path}: expected a list of characters, not {short_repr(content)}")
     ids: dict[str, int] = {}
     for i, character in enumerate(content):
-        if not isinstance(character, str) or len(character) != 1 or not _encodable(character):
+        if not isinstance(character, str) or len(character) != 1 or not encodable(character):
             raise DataError(f"{path}: entry {i} is {short_repr(character)}: expected one character")
         if ids.setdefault(character, i) != i:
             raise DataError(f"{path}: the character {character!r} has two ids, {ids[character]} and {i}")
     return characters.description(content)
 
 
-def _word_piece(path: Path, beside: _Beside) -> dict[str, Any]:
+def _word_piece(path: Path, beside: Beside) -> dict[str, Any]:
     """BERT's tokenizer, as its class in transformers builds it from vocab.txt."""
     tokens = _lines(path)
     if not tokens[-1]:
@@ -271,245 +240,3 @@ def _word_piece(path: Path, beside: _Beside) -> dict[str, Any]:
             "vocab": vocabulary,
         },
     }
-
-
-def _content(path: Path, description: Any, beside: _Beside) -> Content:
-    """The content of a tokenizer.json and the files beside it, checked."""
-    model = description.get("model") if isinstance(description, dict) else None
-    if not isinstance(model, dict):
-        raise DataError(f"{path}: expected an object 'model'")
-    vocabulary = _vocabulary(path, model)
-    added = _added_tokens(path, description, beside, vocabulary)
-    id_of = vocabulary | {token.content: token.id for token in added}
-    vocab_size, ids = len(id_of), set(id_of.values())
-    if (gap := next((i for i in range(vocab_size) if i not in ids), None)) is not None:
-        raise DataError(f"{path}: no token has the id {gap}, although there are ids up to {max(ids)}")
-    end, start, stops = _ends(path, beside, id_of, vocab_size)
-    kind, description = _kind(path, description, vocabulary, added, beside)
-    if kind == "bpe":
-        for known in map(builtin.content, BUILTIN):
-            same = (end, start, stops) == (known.end_of_text, known.start, known.stop_ids)
-            if same and vocab_size == known.vocab_size:
-                parts = builtin.description(known.kind)
-                if all(description[key] == part for key, part in parts.items()):
-                    return known
-        if not _in_order(description):
-            kind = "hf"
-    return Content(kind, description, vocab_size, end, start, stops, beside.named)
-
-
-def _vocabulary(path: Path, model: Mapping[str, Any]) -> dict[str, int]:
-    """The ids of a model's tokens; a unigram model lists them in order."""
-    vocab = model.get("vocab")
-    if isinstance(vocab, list):
-        try:
-            vocab = {token: i for i, (token, _) in enumerate(vocab)}
-        except (TypeError, ValueError):
-            vocab = None
-        if vocab is not None and len(vocab) < len(model["vocab"]):
-            raise DataError(f"{path}: a token is listed twice")
-    if not isinstance(vocab, dict) or not all(isinstance(token, str) for token in vocab):
-        raise DataError(f"{path}: expected an object 'vocab' from tokens to ids")
-    owner: dict[int, str] = {}
-    for token, i in vocab.items():
-        if type(i) is not int or not 0 <= i < _MOST_IDS:
-            raise DataError(
-                f"{path}: the id of {short_repr(token)} is {short_repr(i)}: expected an integer below {_MOST_IDS:,}"
-            )
-        if owner.setdefault(i, token) != token:
-            raise DataError(f"{path}: id {i} belongs to two tokens, {short_repr(owner[i])} and {short_repr(token)}")
-    if not _encodable("".join(vocab)):
-        raise DataError(f"{path}: a token holds a lone surrogate, which is no character")
-    return vocab
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _added_tokens(
-    path: Path, description: Mapping[str, Any], beside: _Beside, vocabulary: Mapping[str, int]
-) -> list[AddedToken]:
-    """The added tokens of all files, and the special ones that only have a role."""
-    listed = description.get("added_tokens") or []
-    if not isinstance(listed, list) or not all(isinstance(fields, dict) for fields in listed):
-        raise DataError(f"{path}: expected a list of objects 'added_tokens'")
-    tokens: dict[str, AddedToken] = {}
-    for fields in [*listed, *beside.added]:
-        token = _added_token(path, fields, vocabulary, beside.special, tokens)
-        if token is not None:
-            tokens.setdefault(token.content, token)
-    for content in [*beside.special, builtin.END_OF_TEXT]:
-        if content not in tokens and content in vocabulary:
-            tokens[content] = AddedToken(vocabulary[content], content, special=True)
-    owner = {i: token for token, i in vocabulary.items()}
-    for token in tokens.values():
-        if owner.setdefault(token.id, token.content) != token.content:
-            raise DataError(
-                f"{path}: id {token.id} belongs to two tokens, {short_repr(owner[token.id])} and "
-                f"{short_repr(token.content)}"
-            )
-    return sorted(tokens.values())
-
-
-def _added_token(
-    path: Path,
-    fields: Mapping[str, Any],
-    vocabulary: Mapping[str, int],
-    special: Iterable[str],
-    known: Mapping[str, AddedToken],
-) -> AddedToken | None:
-    """One added token; None if nothing gives it an id."""
-    content, i = fields.get("content"), fields.get("id")
-    if isinstance(i, str) and i.isdecimal() and len(i) < 10:  # the keys of added_tokens_decoder
-        i = int(i)
-    if not isinstance(content, str) or not content or not _encodable(content):
-        raise DataError(f"{path}: an added token is {short_repr(content)}: expected a text")
-    own = vocabulary.get(content, known[content].id if content in known else None)
-    if i is None and own is None:
-        return None
-    i = own if i is None else i
-    if type(i) is not int or not 0 <= i < _MOST_IDS or own not in (None, i):
-        also = "" if own is None else f", and elsewhere {own}"
-        raise DataError(f"{path}: the id of the added token {short_repr(content)} is {short_repr(i)}{also}")
-    flags = {}
-    for flag in ("special", "single_word", "lstrip", "rstrip", "normalized"):
-        value = fields.get(flag, False)
-        if not isinstance(value, bool):
-            raise DataError(f"{path}: {flag} of the added token {short_repr(content)} is {short_repr(value)}")
-        flags[flag] = value
-    return AddedToken(i, content, **flags | {"special": flags["special"] or content in special})
-
-
-def _ends(
-    path: Path, beside: _Beside, id_of: Mapping[str, int], vocab_size: int
-) -> tuple[int | None, int | None, tuple[int, ...]]:
-    """(end_of_text, start, stop_ids)."""
-    if (own := beside.own) is not None:
-        end, start, stops = own.get("end_of_text"), own.get("start"), own.get("stop_ids")
-        known = [*(i for i in (end, start) if i is not None), *(stops if isinstance(stops, list) else [None])]
-        if not isinstance(stops, list) or not all(type(i) is int and 0 <= i < vocab_size for i in known):
-            raise DataError(f"{path.parent}: {_OWN_IDS} of tokenizer_config.json is {short_repr(own)}")
-        return end, start, tuple(stops)
-    # config.json may still have transformers' defaults, beyond a small vocabulary.
-    starts, stops = ([i for i in ids if 0 <= i < vocab_size] for ids in (beside.starts, beside.stops))
-    end = id_of.get(beside.named.get("eos_token", builtin.END_OF_TEXT), next(iter(stops), None))
-    if end is not None:
-        stops = [end, *stops]
-    start = next(iter(starts), id_of.get(beside.named.get("bos_token", "")))
-    return end, None if start == end else start, tuple(dict.fromkeys(stops))
-
-
-def _kind(
-    path: Path,
-    description: dict[str, Any],
-    vocabulary: dict[str, int],
-    added: list[AddedToken],
-    beside: _Beside,
-) -> tuple[str, dict[str, Any]]:
-    """The kind, and the description in its own form."""
-    model, pre = description["model"], description.get("pre_tokenizer")
-    byte_pairs = model.get("type", "BPE") == "BPE" and "merges" in model
-    merges = _merges(path, model, vocabulary) if byte_pairs else []
-    plain = byte_pairs and not (
-        description.get("normalizer")
-        or any(model.get(key) for key in ("dropout", "byte_fallback", "ignore_merges"))
-        or any(model.get(key) for key in ("continuing_subword_prefix", "end_of_word_suffix"))
-    )
-    bare = pre is None and not merges and not added and model.get("unk_token") is None
-    if plain and bare and _type(description.get("decoder")) == "Fuse" and all(len(token) == 1 for token in vocabulary):
-        return "chars", characters.description(sorted(vocabulary, key=vocabulary.__getitem__))
-    if plain and isinstance(pre, dict) and _type(pre) == "ByteLevel" and pre.get("use_regex", True) is True:
-        prefix = pre.get("add_prefix_space", True) is not False if beside.prefix is None else beside.prefix
-        complete = vocabulary.keys() >= set(builtin.gpt2_alphabet().values())
-        if complete and _type(description.get("decoder")) == "ByteLevel":
-            canonical = dict.fromkeys(reversed([" ".join(pair) for pair in merges]))  # of equal ones, the last counts
-            own = builtin.byte_level(vocabulary, list(canonical)[::-1], added, prefix)
-            processor = description.get("post_processor")  # kept for other programs, unless it does nothing
-            return "bpe", own | ({} if _type(processor) in (None, "ByteLevel") else {"post_processor": processor})
-        description = {**description, "pre_tokenizer": {**pre, "add_prefix_space": prefix}}
-    kept = {key: value for key, value in description.items() if key not in ("truncation", "padding")}
-    return "hf", {**kept, "added_tokens": [token._asdict() for token in added]}
-
-
-def _type(part: Any) -> Any:
-    return part.get("type") if isinstance(part, dict) else None
-
-
-def _in_order(description: dict[str, Any]) -> bool:
-    try:
-        bytepairs.ranks_of(tuple(map(bytepairs.split_pair, description["model"]["merges"])))
-    except bytepairs.OutOfOrderError:
-        return False
-    return True
-
-
-def _merges(path: Path, model: Mapping[str, Any], vocabulary: Mapping[str, int]) -> list[bytepairs.Pair]:
-    merges = model["merges"]
-    if not isinstance(merges, list):
-        raise DataError(f"{path}: expected a list 'merges', not {short_repr(merges)}")
-    pairs = []
-    for merge in merges:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) and part for part in pair):
-            raise DataError(f"{path}: the merge {short_repr(merge)} is not two tokens")
-        left, right = pair
-        if lost := [token for token in (left, right, left + right) if token not in vocabulary]:
-            raise DataError(
-                f"{path}: the merge {short_repr(merge)} needs the token {short_repr(lost[0])}, which has no id"
-            )
-        pairs.append((left, right))
-    return pairs
-
-
-def write_tokenizer(directory: Path, tokenizer: Tokenizer, *, context_length: int, own_ids: bool = False) -> None:
-    """Writes a tokenizer's files, `FILES` or some of them: tokenizer.json for current libraries, and for older ones, of
-    byte pairs, the merges and the vocabulary. Writes nothing for a model that came without a tokenizer.
-
-    Args:
-        directory: where to.
-        tokenizer: the tokenizer.
-        context_length: the model's, which other programs want to know.
-        own_ids: whether to store the ids that start and end a text, because no config.json that has them will lie
-            beside the files.
-    """
-    content = tokenizer.content
-    if content.kind == NONE:
-        return
-    description = builtin.description(content.kind) if content.kind in BUILTIN else content.description
-    byte_pairs = content.kind in (*BUILTIN, "bpe")
-    write_json(directory / "tokenizer.json", {"version": "1.0", **description})
-    if byte_pairs:
-        model = description["model"]
-        lines = ["#version: 0.2", *model["merges"], ""]
-        (directory / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-        write_json(directory / "vocab.json", model["vocab"])
-    # The class of GPT-2 would add an end-of-text token to a vocabulary that has none.
-    of_gpt2 = byte_pairs and content.end_of_text is not None
-    options: dict[str, Any] = {
-        "tokenizer_class": "GPT2Tokenizer" if of_gpt2 else "PreTrainedTokenizerFast",
-        "model_max_length": context_length,
-        "clean_up_tokenization_spaces": False,  # older versions would drop spaces from what the model wrote
-        **content.named,
-    }
-    if of_gpt2:
-        end = next((token for token, i in description["model"]["vocab"].items() if i == content.end_of_text), None)
-        options = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end) | options
-    if byte_pairs:
-        options["add_prefix_space"] = description["pre_tokenizer"]["add_prefix_space"]
-    if content.added:
-        options["added_tokens_decoder"] = {
-            str(token.id): {key: value for key, value in token._asdict().items() if key != "id"}
-            for token in content.added
-        }
-    if own_ids:
-        options[_OWN_IDS] = {
-            "end_of_text": content.end_of_text,
-            "start": content.start,
-            "stop_ids": list(content.stop_ids),
-        }
-    write_json(directory / "tokenizer_config.json", options)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import threading
 from collections.abc import Iterable
 from typing import Any
 
 from jaxgpt.checks import first_line
 from jaxgpt.errors import DataError, MissingExtraError, require
-from jaxgpt.tokenizer.content import Content
+from jaxgpt.tokenizer.content import Content, placeholder
 from jaxgpt.tokenizer.vocabulary import IncrementalDecoder, Tokenizer
 
 
@@ -51,6 +52,7 @@ class _LibraryTokenizer(Tokenizer):
     def __init__(self, content: Content, library: Any):
         super().__init__(content, [], lambda text: [])
         self._library_or_error = library
+        self._lock = threading.Lock()
 
     @property
     def library(self) -> Any:
@@ -64,7 +66,7 @@ class _LibraryTokenizer(Tokenizer):
     def decode(self, ids: Iterable[int], *, placeholders: bool = False) -> str:
         known = itertools.groupby(self._checked(ids, placeholders), key=lambda i: i < self.vocab_size)
         return "".join(
-            self.known_text(list(row)) if inside else "".join(f"<|{i}|>" for i in row) for inside, row in known
+            self.known_text(list(row)) if inside else "".join(map(placeholder, row)) for inside, row in known
         )
 
     def known_text(self, ids: list[int]) -> str:
@@ -80,8 +82,9 @@ class _LibraryTokenizer(Tokenizer):
 
     def _ids(self, text: str, allow_special: bool) -> list[int]:
         library = self.library
-        library.encode_special_tokens = not allow_special
-        return _calling(lambda: library.encode(text, add_special_tokens=False).ids)
+        with self._lock:  # another thread may want it otherwise
+            library.encode_special_tokens = not allow_special
+            return _calling(lambda: library.encode(text, add_special_tokens=False).ids)
 
 
 class _LibraryDecoder:
@@ -99,7 +102,7 @@ class _LibraryDecoder:
             if i < self._tokenizer.vocab_size:
                 self._ids.append(i)
             else:
-                text += f"{self.finish()}<|{i}|>"
+                text += f"{self.finish()}{placeholder(i)}"
         return text + self._new(final=False)
 
     def finish(self) -> str:

@@ -15,12 +15,9 @@ from jaxgpt.tokenizer.content import Content
 from jaxgpt.tokenizer.names import BUILTIN, NONE, is_name
 from jaxgpt.tokenizer.vocabulary import Tokenizer
 
-_BUILD: dict[str, Callable[[Content], Tokenizer]] = {
-    "bpe": bytepairs.build,
-    "chars": characters.build,
-    "hf": library.build,
-}
 _built: dict[str, Tokenizer] = {}
+# Those that are known without files.
+_KNOWN = {**{name: builtin.content(name) for name in BUILTIN}, NONE: Content(NONE, {}, 0, None, None, ())}
 
 
 def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
@@ -56,21 +53,21 @@ def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
     except (OSError, ValueError):  # a name that no file can have
         there = False
     if there:
-        return _register(files.read(path))
+        return restored(files.read(path))
     name = os.fspath(name_or_path)
     hint = "" if "/" in name else did_you_mean(name, BUILTIN)
     if hint or not hub.is_name(name) or path.suffix in (".json", ".txt", ".bpe", ".model", ".pkl"):
         raise ConfigError(
             f"no tokenizer {short_repr(name)}{hint} (known: {', '.join(BUILTIN)}; or give a directory with its files)"
         )
-    return _register(files.read(hub.download(name, with_tensors=False)))
+    return restored(files.read(hub.download(name, with_tensors=False)))
 
 
 def tokenizer_in(directory: Path) -> Tokenizer | None:
     """The tokenizer whose files lie in a model's directory: None if there are none, and "none" if there are such that
     cannot be used alone. Raises as `get_tokenizer` does."""
     if files.are_in(directory):
-        return _register(files.read(directory))
+        return restored(files.read(directory))
     return _named(NONE) if files.traces_are_in(directory) else None
 
 
@@ -80,29 +77,17 @@ def is_built(name: str) -> bool:
 
 
 def restored(content: Content) -> Tokenizer:
-    """The tokenizer of a content that comes from another process, or from this one."""
-    return _named(content.kind) if content.kind in (*BUILTIN, NONE) else _register(content)
-
-
-def _register(content: Content) -> Tokenizer:
+    """The tokenizer of a content, which may come from another process."""
     if content.name not in _built:
-        _built[content.name] = _build(content)
+        _built.setdefault(content.name, _BUILD[content.kind](content))  # another thread may have been first
     return _built[content.name]
 
 
-def _build(content: Content) -> Tokenizer:
-    if content.kind in BUILTIN:
-        return builtin.build(content.kind)
-    return _BUILD[content.kind](content)
-
-
 def _named(name: str) -> Tokenizer:
+    if name in _KNOWN:
+        return restored(_KNOWN[name])
     if name in _built:
         return _built[name]
-    if name in BUILTIN:
-        return _built.setdefault(name, builtin.build(name))
-    if name == NONE:
-        return _built.setdefault(name, _NoTokenizer())
     raise ConfigError(
         f"the tokenizer {name} is known by its content, which this process has not read: load its model, or call "
         "get_tokenizer(directory) with its files, first"
@@ -110,11 +95,21 @@ def _named(name: str) -> Tokenizer:
 
 
 class _NoTokenizer(Tokenizer):
-    def __init__(self):
-        super().__init__(Content(NONE, {}, 0, None, None, ()), [], lambda text: [])
+    def __init__(self, content: Content):
+        super().__init__(content, [], lambda text: [])
 
     def _ids(self, text: str, allow_special: bool) -> list[int]:
         raise DataError(
             "no tokenizer came with this model, so it takes ids and no text: put its tokenizer.json, or its vocab.json "
             "and merges.txt, beside the weights, or load it with tokenizer=PATH (--tokenizer PATH)"
         )
+
+
+# What builds each kind.
+_BUILD: dict[str, Callable[[Content], Tokenizer]] = {
+    **dict.fromkeys(BUILTIN, lambda content: builtin.build(content.kind)),
+    NONE: _NoTokenizer,
+    "bpe": bytepairs.build,
+    "chars": characters.build,
+    "hf": library.build,
+}

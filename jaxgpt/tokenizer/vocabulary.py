@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from jaxgpt.checks import short_repr
-from jaxgpt.tokenizer.content import AddedToken, Content
+from jaxgpt.tokenizer.content import AddedToken, Content, placeholder
 
 # What \s means to tiktoken and to Hugging Face's tokenizers (in Python's `re` it matches four more control characters).
 SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B)))
@@ -115,7 +115,7 @@ class Tokenizer:
 
     def _token(self, i: int) -> bytes:
         token = self._tokens[i] if i < self.vocab_size else None
-        return b"<|%d|>" % i if token is None else token
+        return placeholder(i).encode() if token is None else token
 
     def _checked(self, ids: Iterable[int], placeholders: bool) -> list[int]:
         if isinstance(ids, (str, bytes)) or not isinstance(ids, Iterable):

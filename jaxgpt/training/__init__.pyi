@@ -10,6 +10,7 @@ from .loop import train as train
 from .loss import cross_entropy as cross_entropy
 from .loss import head_cross_entropy as head_cross_entropy
 from .loss import model_loss as model_loss
+from .loss import negative_log_likelihood as negative_log_likelihood
 from .models import load as load
 from .models import load_config as load_config
 from .models import load_run as load_run

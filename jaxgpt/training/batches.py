@@ -116,7 +116,9 @@ def _turns(
 def _block(weights: tuple[float, ...], seed: int, block: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(source, turn) of each row of a block."""
     share = shares(weights)
-    source = np.repeat(np.arange(len(share)), share)[permute(np.arange(BLOCK), BLOCK, (seed, block))]
+    # Four numbers, and not two: to `_keys`, missing ones are zeros, and (seed, block, 0) orders an epoch of a source.
+    key = (seed, block, 0, 1)
+    source = np.repeat(np.arange(len(share)), share)[permute(np.arange(BLOCK), BLOCK, key)]
     turn = np.empty_like(source)
     for i, count in enumerate(share.tolist()):
         turn[source == i] = block * count + np.arange(count)
@@ -125,19 +127,10 @@ def _block(weights: tuple[float, ...], seed: int, block: int) -> tuple[NDArray[n
 
 @functools.lru_cache
 def shares(weights: tuple[float, ...]) -> NDArray[np.int64]:
-    """How many of `BLOCK` rows each source gets, by largest remainder.
-
-    Raises:
-        DataError: if one gets none.
-    """
+    """How many of `BLOCK` rows each source gets, by largest remainder."""
     exact = np.array(weights) / sum(weights) * BLOCK
     share = np.floor(exact).astype(np.int64)
     share[np.argsort(share - exact, kind="stable")[: BLOCK - share.sum()]] += 1
-    if share.min() < 1:
-        raise DataError(
-            f"source {int(share.argmin())} of the mixture would get less than one of {BLOCK:,} sequences: leave it "
-            "out, or give it more weight"
-        )
     return share
 
 
@@ -191,8 +184,8 @@ def _mix(x_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def check_enough(data: Mixture | Ids, config: TrainConfig, split: str) -> None:
-    """Raises DataError if a source of the split cannot fill one sequence, or the sliding ones of all of them not one
-    batch."""
+    """Raises DataError if a source of the split cannot fill one sequence or has too small a share of them, or if the
+    sliding ones of all of them do not fill one batch."""
     mixture = data if isinstance(data, Mixture) else Mixture.of(data)
     total = 0
     for name, ids_N in zip(mixture.names, mixture.ids, strict=True):
@@ -203,7 +196,11 @@ def check_enough(data: Mixture | Ids, config: TrainConfig, split: str) -> None:
             )
         total += count_sequences(len(ids_N), config.T, config.stride or config.T)
     if split == "training":
-        shares(mixture.weights)
+        if (share := shares(mixture.weights)).min() < 1:
+            raise DataError(
+                f"{mixture.names[int(share.argmin())]} would get less than one of {BLOCK:,} sequences: leave it out, "
+                "or give the sources weights that are closer to one another"
+            )
         if config.sequences == "sliding" and total < config.batch_size:
             raise DataError(
                 f"the {split} split has {total} sliding sequences, too few for batch_size={config.batch_size}"

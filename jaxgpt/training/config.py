@@ -131,7 +131,7 @@ class TrainConfig:
         250, low=1, high=10**9, help="Steps from one evaluation to the next; the last step is always evaluated."
     )
     eval_sequences: int = setting(
-        0, low=0, help="Validation sequences per evaluation; 0 means the whole validation split."
+        0, low=0, help="Validation sequences per evaluation, spread evenly over the split; 0 means all of it."
     )
     patience: int = setting(
         0,

@@ -56,7 +56,8 @@ def evaluate(
         stride: tokens from the start of one sequence to the next; 0 means `seq_len`, so that they do not overlap. A
             smaller one gives each token more context before it (at least seq_len - stride) and costs more.
         batch_size: sequences per call.
-        max_sequences: evaluate only this many sequences, the first ones; 0 means all.
+        max_sequences: evaluate only this many sequences, spread evenly over the text, so that each source of a
+            validation split has its share; 0 means all.
 
     Raises:
         DataError: if there are fewer than two tokens.
@@ -76,19 +77,22 @@ def evaluate(
         raise ValueError(f"batch_size must be 1 or more, not {batch_size}")
     if len(ids_N) < 2:
         raise DataError(f"{len(ids_N)} tokens are too few to evaluate: at least 2 are needed")
-    rows = []
-    predicted = 1  # the first token has nothing before it
-    for start in range(0, len(ids_N) - 1, stride):
-        rows.append((start, predicted))
-        predicted = min(start + T, len(ids_N) - 1) + 1
-        if predicted == len(ids_N) or len(rows) == max_sequences:
-            break
+    sequences = 1 + max(0, -(-(len(ids_N) - 1 - T) // stride))  # the last one reaches the end
+    chosen = min(sequences, max_sequences or sequences)
+    tokenizer = get_tokenizer(model.config.tokenizer)
     total, count = 0.0, 0.0
-    batch_size, program = min(batch_size, len(rows)), None
-    for i in range(0, len(rows), batch_size):
-        batch = [
-            _sequence(ids_N, start, first, T, model.config.vocab_size) for start, first in rows[i : i + batch_size]
-        ]
+    size: int | None = 0  # of the predicted tokens' text, in bytes
+    batch_size, program = min(batch_size, chosen), None
+    for i in range(0, chosen, batch_size):
+        batch = []
+        for number in range(i, min(i + batch_size, chosen)):
+            start = number * sequences // chosen * stride
+            first = start + 1 + (T - stride if start else 0)  # of the tokens that no earlier sequence predicts
+            inputs_T, labels_T = _sequence(ids_N, start, first, T, model.config.vocab_size)
+            batch.append((inputs_T, labels_T))
+            if size is not None:
+                more = tokenizer.count_bytes(labels_T[labels_T != IGNORE])
+                size = None if more is None else size + more
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
         if program is None:  # all batches have one shape
@@ -97,8 +101,6 @@ def evaluate(
         losses, counted = jax.device_get(program(params, inputs_BxT, labels_BxT))
         total, count = total + float(losses), count + float(counted)
     loss = total / count
-    tokenizer, predicted_N = get_tokenizer(model.config.tokenizer), np.asarray(ids_N[1:predicted])
-    size = tokenizer.count_bytes(predicted_N)
     return Evaluation(loss, perplexity(loss), None if size is None else bits_per_byte(total, size), int(count))
 
 

@@ -102,8 +102,8 @@ def train(
         data: what to train on: a path (a token file of any program, a text, a directory or a pattern of these; also in
             the form "NAME=PATH:WEIGHT"), `Tokens`, a `Source`, or a list of several.
         out: the run's directory.
-        val_data: what to validate on; by default the validation split that came with the data or, where none did, the
-            last `val_fraction` of each source.
+        val_data: what to validate on (of a source that has a validation split, that); by default the validation split
+            that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
             training, unless the data is small.
@@ -274,6 +274,8 @@ class _Loop:
                 self.record(*running.popleft())
             if (stop or self.exhausted) and done not in self.checkpoints.steps() and self.healthy(state):
                 self.checkpoints.save(done, saved_state(config, state))
+            if unread := self.verification.unread:
+                self.progress.say(f"verified while training: all shards but {unread:,}; --verify reads them all first")
             if stop:
                 self.progress.say(f"stopped by {stop.name} at step {done}: {self.run.resume_command} continues")
             else:
@@ -517,7 +519,10 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
             f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "
             f"{config.warmup:,}"
         )
-    for source in corpus.sources:
+    for source in (*corpus.sources, *corpus.validation):
+        if source.left_out:
+            more = f" and {len(source.left_out) - 3:,} more" if len(source.left_out) > 3 else ""
+            yield f"{source.name}: left out: {', '.join(source.left_out[:3])}{more}"
         if source.validation is not None:
             ignored = " is not used: --val-data was given" if corpus.validation else " is what the run validates on"
             yield f"{source.name}: its validation split ({len(source.validation.ids_N):,} tokens){ignored}"

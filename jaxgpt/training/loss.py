@@ -34,17 +34,18 @@ def cross_entropy(logits_xV: Array, labels_x: Array, custom_derivatives: bool = 
     logits_xV = logits_xV.astype(jnp.float32)
     V = logits_xV.shape[-1]
     counts_x = labels_x != IGNORE
-    negative_log_likelihood = _negative_log_likelihood if custom_derivatives else _plain_negative_log_likelihood
-    losses_x = negative_log_likelihood(logits_xV, jnp.clip(labels_x, 0, V - 1))
+    per_position = negative_log_likelihood if custom_derivatives else _plain_negative_log_likelihood
+    losses_x = per_position(logits_xV, jnp.clip(labels_x, 0, V - 1))
     legal_x = (labels_x >= 0) & (labels_x < V)
     losses_x = jnp.where(counts_x, jnp.where(legal_x, losses_x, jnp.nan), 0.0)
     return jnp.sum(losses_x), jnp.sum(counts_x, dtype=jnp.float32)
 
 
 @jax.custom_vjp
-def _negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
-    """-log softmax(logits)[label]. Its custom derivative, softmax - one-hot, takes one pass over the logits; JAX's
-    rule for logsumexp keeps the exponentials of all of them."""
+def negative_log_likelihood(logits_xV: Array, labels_x: Array) -> Array:
+    """-log softmax(logits)[label] of float32 logits [..., V] and labels [...], which must be legal. Its custom
+    derivative, softmax - one-hot, takes one pass over the logits; JAX's rule for logsumexp keeps the exponentials of
+    all of them."""
     return _plain_negative_log_likelihood(logits_xV, labels_x)
 
 
@@ -70,7 +71,7 @@ def _logsumexp(logits_xV: Array) -> Array:
     return jax.nn.logsumexp(logits_xV, axis=-1)
 
 
-_negative_log_likelihood.defvjp(_negative_log_likelihood_forward, _negative_log_likelihood_backward)
+negative_log_likelihood.defvjp(_negative_log_likelihood_forward, _negative_log_likelihood_backward)
 
 
 def head_cross_entropy(

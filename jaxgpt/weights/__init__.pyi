@@ -4,6 +4,7 @@ from .formats import FORMATS as FORMATS
 from .formats import load as load
 from .formats import load_config as load_config
 from .formats import save as save
+from .gguf import write_gguf as write_gguf
 from .layout import Checkpoint as Checkpoint
 from .layout import identity_rows as identity_rows
 from .tensors import Tensor as Tensor

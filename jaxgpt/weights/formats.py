@@ -6,11 +6,14 @@
 | Hugging Face directory or hub name | config.json with "model_type": "gpt2" | yes | yes |
 | the book's .pth or .safetensors | a tensor tok_emb.weight or out_head.weight | yes | |
 | nanoGPT's ckpt.pt | the keys model and model_args | yes | |
+| llm.c's .bin | its first bytes | yes | |
+| OpenAI's TensorFlow directory | no config.json; hparams.json, checkpoint or an .index | yes | |
 
-A format is a module, registered in `FORMATS` or `FILE_FORMATS`. Every format has
+A format is a module, registered in `FORMATS` or `FILE_FORMATS`, except the last two. Every format has
 
 - `recognises(content)`: whether `content` is in this format. For a directory, `content` is its config.json as a dict;
   for a safetensors or msgpack file, its `tensors.Tensor`s by name; for a file of PyTorch, what `torch.save` was given;
+  for llm.c, a file's first bytes; for OpenAI's, the names of a directory's files;
 - `read(path, content, overrides)`: returns the `layout.Checkpoint`, with its tensors not read yet. `overrides` are the
   fields of `GPTConfig` that the caller gave, for what the content does not say. The tokenizer is not the format's
   business, unless it stores a name of ours (`Checkpoint.tokenizer`): the files of one are looked for here.
@@ -20,6 +23,8 @@ Those in `FORMATS` can also be written, and have
 - `FILES`: the names of all files that they may write;
 - `refusal(model)`: why the format cannot hold this model, or `None`;
 - `write(directory, model, params)`.
+
+`gguf.py` is not among them: it writes one file, and does not read it.
 """
 
 from __future__ import annotations
@@ -39,7 +44,7 @@ from jaxgpt.files import local, new_directory, replacing_directory, unfinished
 from jaxgpt.model import GPT, cast_params, check_model
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, tokenizer_in
-from jaxgpt.weights import book, huggingface, nanogpt, own
+from jaxgpt.weights import book, gguf, huggingface, llmc, nanogpt, openai, own
 from jaxgpt.weights.layout import Checkpoint, read_params
 from jaxgpt.weights.msgpack import open_msgpack
 from jaxgpt.weights.tensors import beginning, load_torch, open_safetensors
@@ -188,7 +193,7 @@ def save(path: str | Path, model: GPT, params: Mapping[str, Any], *, format: str
     words = card.read_bytes() if card.is_file() else b""
     with replacing_directory(path, last="config.json") as directory:
         FORMATS[format].write(directory, model, params)
-        if words not in (b"", huggingface.CARD_TEXT.encode()):
+        if words not in (b"", *map(str.encode, huggingface.CARDS)):
             (directory / huggingface.CARD).write_bytes(words)
 
 
@@ -229,6 +234,8 @@ def _open(path_or_name: str | Path, overrides: Mapping[str, Any], with_tensors: 
         raise CheckpointError(path, f"cannot be read: {error}") from None
     if path.is_dir():
         return _read_directory(path, overrides)
+    if openai.names_a_part(path):
+        raise CheckpointError(path, "part of a TensorFlow checkpoint: give the directory that it is in")
     if is_there:
         return _read_file(path, overrides)
     if (
@@ -260,9 +267,16 @@ def _read_directory(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not (path / "config.json").is_file():
         if reason := unfinished(path):
             raise CheckpointError(path, f"has no config.json: {reason}")
+        try:
+            names = {entry.name for entry in path.iterdir() if not entry.is_dir()}
+        except OSError as error:  # no permission
+            raise CheckpointError(path, f"cannot be read: {error}") from None
+        if openai.recognises(names):
+            return openai.read(path, names, overrides)
         raise CheckpointError(
             path,
-            "expected a directory with config.json, or a training run (for a .pt or .pth, give the file itself)",
+            "expected a directory with config.json or OpenAI's hparams.json, or a training run (for a .pt or .pth, "
+            "give the file itself)",
         )
     fields = read_json(path / "config.json")
     for layout in FORMATS.values():
@@ -277,11 +291,15 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
     if not path.is_file():  # opening a pipe could block forever
         raise CheckpointError(path, "is neither a file nor a directory")
     start = beginning(path)
+    if llmc.recognises(start):
+        return llmc.read(path, start, overrides)
     content: Any
     if start.startswith((b"PK\x03\x04", b"\x80")):
         content = load_torch(path)
     elif re.match(rb"[\x81-\x8f][\xa1-\xbf].[^\0]", start, re.DOTALL):  # a map; a safetensors file has a 0 there
         content = open_msgpack(path)
+    elif start.startswith(gguf.MAGIC):
+        raise CheckpointError(path, "a GGUF file, which is written and not read: load the model that it was made from")
     else:
         content = open_safetensors(path)
     if isinstance(content, dict):
@@ -293,6 +311,6 @@ def _read_file(path: Path, overrides: Mapping[str, Any]) -> Checkpoint:
         found = type(content).__name__
     raise CheckpointError(
         path,
-        f"not a file of a known format ({', '.join(FILE_FORMATS)}): it holds {found}. If it belongs to a directory "
-        "with a config.json, give the directory",
+        f"not a file of a known format ({', '.join(FILE_FORMATS)}, llmc): it holds {found}. If it belongs to a "
+        "directory with a config.json, give the directory",
     )

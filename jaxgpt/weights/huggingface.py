@@ -62,7 +62,7 @@ ROWS = (
     Row("out_head/weight", "lm_head.weight"),
 )
 
-CARD_TEXT = """\
+_CARD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -76,7 +76,8 @@ tags:
 
 config.json has its sizes. What it was trained on, how good it is and under which licence it may be used are for its
 author to write here.
-
+"""
+_CARD_FOR_TEXT = """
 With transformers:
 
 ```python
@@ -94,6 +95,30 @@ model, params = jaxgpt.load("path/of/this/directory")
 print(jaxgpt.generate_text(model, params, "Once upon a time", 100)[0])
 ```
 """
+_CARD_FOR_IDS = """
+It takes and gives token ids: no tokenizer is here, because none was known, or because it has ids that the model lacks.
+
+With transformers:
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/directory")
+print(model.generate(torch.tensor([[0, 1, 2]])))
+```
+
+With jaxgpt:
+
+```python
+import jaxgpt
+
+model, params = jaxgpt.load("path/of/this/directory")
+print(jaxgpt.generate(model, params, [[0, 1, 2]], 100).tokens)
+```
+"""
+# The model cards that `write` writes: with a tokenizer, and without.
+CARDS = (_CARD + _CARD_FOR_TEXT, _CARD + _CARD_FOR_IDS)
 
 # Our field, their keys (the second is transformers' alias for the first), the value if neither is given.
 _FIELDS: tuple[tuple[str, tuple[str, ...], Any], ...] = (
@@ -245,9 +270,11 @@ def refusal(model: GPT) -> str | None:
 
 def write(directory: Path, model: GPT, params: Any) -> None:
     """Writes a directory that transformers loads directly, with the tokenizer's files if the model has an id for every
-    text, and a model card (`CARD_TEXT`).
+    text, and a model card (of `CARDS`).
 
-    transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros.
+    transformers' GPT-2 always has biases, so those that the config leaves out are written as zeros. CTranslate2's
+    converter reads the directory too if the tokenizer names tokens for bos, eos and unk and the activation is not tanh,
+    but takes `layer_norm_epsilon` for 1e-5 and the `scale_attn_` switches for their defaults, whatever these are.
     """
     config, tokenizer = model.config, get_tokenizer(model.config.tokenizer)
     full = config.replace(bias=True, qkv_bias=True)
@@ -259,9 +286,14 @@ def write(directory: Path, model: GPT, params: Any) -> None:
     # Without a configuration of its own, transformers' pipeline samples 256 tokens, whatever the context holds.
     generation = {"do_sample": False, "max_length": config.context_length}
     write_json(directory / "generation_config.json", _special_ids(config) | generation)
-    if config.vocab_size >= tokenizer.text_ids:
-        write_tokenizer(directory, tokenizer, context_length=config.context_length)
-    (directory / CARD).write_text(CARD_TEXT, encoding="utf-8")
+    if has_tokenizer(config):
+        write_tokenizer(directory, tokenizer, context_length=config.context_length, vocab_size=config.vocab_size)
+    (directory / CARD).write_text(CARDS[not has_tokenizer(config)], encoding="utf-8")
+
+
+def has_tokenizer(config: GPTConfig) -> bool:
+    """Whether `write` writes a tokenizer's files: not if a text could have ids that the model lacks."""
+    return config.tokenizer != NONE and config.vocab_size >= get_tokenizer(config.tokenizer).text_ids
 
 
 def config_fields(config: GPTConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.weights import huggingface
-from jaxgpt.weights.layout import Checkpoint
+from jaxgpt.weights.layout import Checkpoint, Row
 from jaxgpt.weights.tensors import tensors_of, without_prefix
 
 # nanoGPT rounds GPT-2's vocabulary up to a multiple of 64 for speed. No text contains the added ids.
@@ -60,18 +60,22 @@ def read(path: Path, content: Mapping[str, Any], overrides: Mapping[str, Any]) -
     if config.vocab_size == PADDED_VOCAB:
         config, padding = config.replace(vocab_size=VOCAB), PADDED_VOCAB - VOCAB
     tensors = without_prefix(path, tensors_of(path, content["model"]), "_orig_mod.")  # from torch.compile
-    rows = tuple(
+    return Checkpoint(
+        path,
+        config,
+        linear_rows(padding),
+        tensors=lambda: without_prefix(path, tensors, "transformer."),
+        skip=huggingface.MASKS,
+        tied=huggingface.TIED,
+    )
+
+
+def linear_rows(padding: int) -> tuple[Row, ...]:
+    """Hugging Face's table with weights [out, in] instead of [in, out], and added rows in the matrices of V rows."""
+    return tuple(
         row._replace(
             form="rows" if row.form == "columns" else row.form,
             padding=padding if row.ours in ("tok_emb/weight", "out_head/weight") else 0,
         )
         for row in huggingface.ROWS
-    )
-    return Checkpoint(
-        path,
-        config,
-        rows,
-        tensors=lambda: without_prefix(path, tensors, "transformer."),
-        skip=huggingface.MASKS,
-        tied=huggingface.TIED,
     )

@@ -1,0 +1,5 @@
+"""Scores: how likely a model finds given texts. `__init__.pyi` lists what other packages may use."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

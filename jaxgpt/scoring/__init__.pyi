@@ -1,0 +1,11 @@
+from .harness import LMEvalModel as LMEvalModel
+from .harness import check_tasks as check_tasks
+from .harness import run_harness as run_harness
+from .likelihood import Score as Score
+from .likelihood import score as score
+from .tasks import TASKS as TASKS
+from .tasks import Published as Published
+from .tasks import Task as Task
+from .tasks import TaskResult as TaskResult
+from .tasks import check_task as check_task
+from .tasks import run_task as run_task
