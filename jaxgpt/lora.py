@@ -1,8 +1,8 @@
 """Low-rank adaptation (LoRA) as pure functions of trees of parameters. Source: Hu et al. 2021, arXiv:2106.09685.
 
-A matrix W [*, out, in] stays as it is, and an adapter of rank r is trained in its place: A [*, r, in] and B
-[*, out, r], which together stand for W + alpha / r B A. The axes before the last two (query/key/value, stacked layers)
-count as separate matrices, each with its own A and B.
+A matrix W [..., out, in] stays as it is, and an adapter of rank r is trained in its place: A [..., r, in] and
+B [..., out, r], which together stand for W + alpha / r B A. The axes before the last two (query/key/value, stacked
+layers) count as separate matrices, each with its own A and B.
 
     adapters = lora.init(key, params, rank=16)                                # a plain nested dict
     with lora.attached(params, adapters) as adapted:
