@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -264,7 +265,7 @@ def _recipe(path: str | Path) -> str | Path:
     Raises:
         ConfigError: for a bare name that is neither; names the nearest recipe.
     """
-    if not isinstance(path, str) or not re.fullmatch(r"[\w-]+(\.\d[\w-]*)*", path) or local(path).exists():
+    if not isinstance(path, str) or not re.fullmatch(r"[\w-]+(\.\d[\w-]*)*", path) or os.path.exists(local(path)):
         return path
     recipes = {file.stem: file for folder in _RECIPES for file in sorted(folder.glob("*.toml"))}
     if path not in recipes:
