@@ -31,7 +31,7 @@ from jaxgpt.data import Corpus, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation, progress
+from jaxgpt.training import evaluation, preparation, progress
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
@@ -699,10 +699,10 @@ def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_check
 
 def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path, tokens, capsys):
     gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
-    assert trainer.first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
-    assert trainer.first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
-    assert list(trainer.notes(CONFIG, None, Corpus(()))) == []
-    (note,) = trainer.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
+    assert preparation.first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
+    assert preparation.first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
+    assert list(preparation.notes(CONFIG, None, Corpus(()))) == []
+    (note,) = preparation.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
     assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
 
 

@@ -17,7 +17,7 @@ from jaxgpt.accounting import format_bytes
 from jaxgpt.parallel import BATCH, capacity, check_memory
 from jaxgpt.parallel.sharding import default_device
 from jaxgpt.tokenizer import NONE, get_tokenizer
-from jaxgpt.training import loop
+from jaxgpt.training import loop, preparation
 from jaxgpt.training.batches import batch
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.step import abstract_state, jit_step
@@ -44,11 +44,13 @@ def dry_run(
         ConfigError, DataError, CheckpointError: for what `train` would refuse before its first step.
         OutOfMemoryError: at the end, if a step needs more memory than there is.
     """
-    init_from = loop.starting_point(config, init_from)
-    config, mesh, corpus, train_data, val_N = loop.prepare(config, data, val_data, tokenizer, text_key, init_from)
+    init_from = preparation.starting_point(config, init_from)
+    config, mesh, corpus, train_data, val_N = preparation.prepare(
+        config, data, val_data, tokenizer, text_key, init_from
+    )
     yield _toml(config)
-    yield loop.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)
-    yield from loop.notes(config, None, corpus)
+    yield preparation.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)
+    yield from preparation.notes(config, None, corpus)
     per_step = config.batch_size * config.T
     yield (
         f"tokens: {per_step:,} per step, {config.steps * per_step:,} in {config.steps:,} steps, which is "

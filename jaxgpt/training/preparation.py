@@ -1,0 +1,169 @@
+"""What a run is, before anything is written: its model, its data, its devices, and what a user should know of them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxgpt.accounting import count_parameters
+from jaxgpt.checks import short_repr
+from jaxgpt.config import PRESETS, GPTConfig
+from jaxgpt.data import Corpus, Ids, Mixture, open_corpus
+from jaxgpt.errors import ConfigError
+from jaxgpt.fields import to_table
+from jaxgpt.files import local
+from jaxgpt.generation import encode_prompt
+from jaxgpt.parallel import sharding
+from jaxgpt.tokenizer import NONE
+from jaxgpt.training import trainable
+from jaxgpt.training.batches import check_enough
+from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.models import OWN_FIELDS, load_config
+from jaxgpt.weights import BUNDLED
+
+
+def prepare(
+    config: TrainConfig,
+    data: Any,
+    val_data: Any,
+    tokenizer: Any,
+    text_key: str | None,
+    init_from: str | None,
+    resume: bool = False,
+) -> tuple[TrainConfig, Mesh | None, Corpus, Mixture, Ids]:
+    """What `train` and `dry_run` need before anything is written: (config, mesh, corpus, training data, validation
+    ids). The config's model is that of `init_from`; a run that is resumed knows it already.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: for input that cannot be used.
+    """
+    if not resume and init_from is not None:
+        config = _fine_tuned(config, init_from)
+    trainable.check(config)
+    if config.lora.rank and init_from is None:
+        raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
+    mesh = _mesh(config)
+    corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer, text_key=text_key)
+    _check_samples(config)
+    train_data, val_N = corpus.split(config.val_fraction)
+    check_enough(train_data, config, "training")
+    if len(val_N) or config.val_fraction:
+        check_enough(val_N, config, "validation")
+    elif config.patience:
+        raise ConfigError("patience needs something to validate on: --val-data, or a val_fraction above 0")
+    return config, mesh, corpus, train_data, val_N
+
+
+def starting_point(config: TrainConfig | None, init_from: str | None) -> str | None:
+    """What a new run starts from: what is given, or else what the config says."""
+    return absolute(init_from or (config.init_from if config is not None else "") or None)
+
+
+def absolute(source: str | None) -> str | None:
+    """The model to start from, as a run that is resumed in another working directory finds it."""
+    if source is None or source in BUNDLED or not os.path.exists(local(source)):
+        return source
+    return os.path.abspath(local(source))
+
+
+def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:
+    """The config with the model of a checkpoint, whose context may be cut to the one that the user set.
+
+    Raises:
+        ConfigError: naming every field that the user set and that the checkpoint contradicts.
+    """
+    checkpoint = load_config(source)
+    if checkpoint.tokenizer == NONE and config.is_set("tokenizer"):
+        checkpoint = checkpoint.replace(tokenizer=config.model.tokenizer)
+    wanted, stored = to_table(config.model), to_table(checkpoint)
+    longer = config.model.context_length > checkpoint.context_length
+    differing = [
+        name
+        for name in stored
+        if config.is_set(name)
+        and wanted[name] != stored[name]
+        and name not in OWN_FIELDS
+        and (longer or name != "context_length")
+    ]
+    if differing:
+        raise ConfigError(
+            f"init-from {source}: "
+            + "; ".join(
+                f"{name} is {short_repr(wanted[name])} in the config and {short_repr(stored[name])} in the checkpoint"
+                for name in differing
+            )
+            + "; its context can be cut, not extended" * ("context_length" in differing)
+            + ": leave out what the checkpoint decides, or start from another"
+        )
+    return config.fill(checkpoint, keep=OWN_FIELDS)
+
+
+def _own(model: GPTConfig) -> dict[str, Any]:
+    """The values of `OWN_FIELDS`."""
+    return {name: getattr(model, name) for name in OWN_FIELDS}
+
+
+def _mesh(config: TrainConfig) -> Mesh | None:
+    """The config's mesh, checked; None for one device."""
+    mesh = sharding.make_mesh(config.mesh)
+    if mesh.size == 1:
+        return None
+    sharding.check(mesh, config.model, config.batch_size // config.grad_accumulation)
+    return mesh
+
+
+def _check_samples(config: TrainConfig) -> None:
+    if config.sample_tokens:
+        try:
+            encode_prompt(config.model, config.sample_prompt)
+        except ValueError as error:
+            raise ConfigError(f"sample_prompt: {error}") from None
+
+
+def first_line(
+    config: TrainConfig, mesh: Mesh | None, train_tokens: int, val_tokens: int, init_from: str | None, start: int
+) -> str:
+    """Says what is trained, on what, and where."""
+    model, count = config.model, count_parameters(config.model).total
+    preset = next((name for name in PRESETS if GPTConfig.preset(name, **_own(model)) == model), "a new model")
+    what = f"training {preset}" if init_from is None else f"fine-tuning {init_from}"
+    done = f", from step {start:,}" if start else ""
+    devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
+    return (
+        f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
+        f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
+        f"{val_tokens:,} to validate; {devices}; {config.batch_size * config.T:,} tokens per step"
+    )
+
+
+def _trained(config: TrainConfig) -> str:
+    """How many of the parameters are trained, unless all are."""
+    if not config.lora.rank and not config.freeze:
+        return ""
+    adapters = ", of LoRA adapters" * bool(config.lora.rank)
+    return f" ({trainable.count(config):,} trained{adapters})"
+
+
+def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Iterator[str]:
+    """What a user may not expect of this config, or of the one that a resumed run began with."""
+    if began is not None and began.steps != config.steps:
+        yield (
+            f"steps: {began.steps:,} before, {config.steps:,} now; from here on, the learning rate follows the "
+            "schedule of the latter"
+        )
+    if config.warmup != config.warmup_steps:
+        yield (
+            f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "
+            f"{config.warmup:,}"
+        )
+    for source in (*corpus.sources, *corpus.validation):
+        if source.left_out:
+            more = f" and {len(source.left_out) - 3:,} more" if len(source.left_out) > 3 else ""
+            yield f"{source.name}: left out: {', '.join(source.left_out[:3])}{more}"
+        if source.validation is not None:
+            ignored = " is not used: --val-data was given" if corpus.validation else " is what the run validates on"
+            yield f"{source.name}: its validation split ({len(source.validation.ids_N):,} tokens){ignored}"
