@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -345,11 +346,17 @@ def test_the_harness_is_an_extra(model_and_params, capsys, monkeypatch):
     for name in [name for name in sys.modules if name.partition(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    jaxgpt.scoring.harness._adapter.cache_clear()
+    importlib.import_module("jaxgpt.scoring.harness")._adapter.cache_clear()
     with pytest.raises(MissingExtraError, match=r"jaxgpt.LMEvalModel needs 'lm_eval.*': pip install 'jaxgpt\[eval\]'"):
         jaxgpt.LMEvalModel(*model_and_params)
-    assert main(["evaluate", "--tasks", "hellaswag"]) == 2
-    assert "the task hellaswag without a file needs 'lm_eval.tasks': pip install" in capsys.readouterr().err
+    # What is built in is named also where the harness is not installed.
+    for name, hint in (
+        ("helaswag", "the task helaswag (did you mean 'hellaswag'?) without a file needs"),
+        ("wikitext", "the task wikitext, which reads wiki.test.raw as wikitext=PATH, without a file needs"),
+        ("arc_easy", "the task arc_easy without a file needs"),
+    ):
+        assert main(["evaluate", "--tasks", name]) == 2
+        assert hint in capsys.readouterr().err
 
 
 def test_help_and_readme_name_every_task(capsys):
