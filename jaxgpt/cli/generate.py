@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bad-words-ids",
         action="append",
         metavar="ID,ID",
-        help="never generate this sequence of tokens; may be repeated (jaxgpt tokenize shows ids)",
+        help="never generate this sequence of tokens; may be repeated (the ids are the tokenizer's)",
     )
     parser.add_argument(
         "--stop",
