@@ -30,7 +30,7 @@ COMMANDS = {
     "tokenize": ("jaxgpt.cli.tokenize", "turn texts into token files to train on"),
     "train": ("jaxgpt.cli.train", "train a model, or fine-tune one"),
     "plot": ("jaxgpt.cli.plot", "draw the training curves of one or more runs"),
-    "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text, or its results in benchmarks"),
+    "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text, or by benchmarks"),
     "benchmark": ("jaxgpt.cli.benchmark", "measure speed, and compare it with the machine's limits"),
     "doctor": ("jaxgpt.cli.doctor", "check that this installation works"),
     "plan": ("jaxgpt.cli.plan", "estimate what a model needs on a TPU pod slice"),
