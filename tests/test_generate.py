@@ -261,7 +261,7 @@ def test_steps_past_the_last_one_change_nothing(tiny):
         decode.prefill, model, params, np.ones((2, 4), np.int32), np.array([4, 2], np.int32), np.int32(4), None
     )
     state = read(np.zeros(0, np.int32), slots=16, sampler=Greedy())
-    state, ids = decode.decode_tokens(model, params, state, 3, chunk=8, sampler=Greedy())
+    state, (ids, _) = decode.decode_tokens(model, params, state, 3, chunk=8, sampler=Greedy())
     assert int(state.drawn) == 4
     assert int(state.memory.length) == 4 + 3
     assert ids.shape == (2, 8)

@@ -119,33 +119,13 @@ def decode_tokens(
     *,
     chunk: int,
     sampler: Sampler,
-) -> tuple[DecodeState, Array]:
+) -> tuple[DecodeState, tuple[Array, Any]]:
     """Draws `steps` more ids per row, at most `chunk` (which is static), or fewer if all rows are done first.
 
     Returns:
-        (state, ids_BxN): N is `chunk`; only the first columns count, as many as `state.drawn` has grown by.
+        (state, (ids_BxN, their log-probabilities)): N is `chunk`; only the first columns count, as many as
+        `state.drawn` has grown by. The latter are [B, N] and [B, N, K], or None for a state without any.
     """
-    state, (ids_BxN, _) = _scan(model, params, state, steps, chunk, sampler)
-    return state, ids_BxN
-
-
-@functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
-def decode_with_logprobs(
-    model: GPT,
-    params: Any,
-    state: DecodeState,
-    steps: Array | int,
-    *,
-    chunk: int,
-    sampler: Sampler,
-) -> tuple[DecodeState, tuple[Array, Any]]:
-    """The same for a state with log-probabilities: (state, (ids_BxN, those of the ids, [B, N] and [B, N, K]))."""
-    return _scan(model, params, state, steps, chunk, sampler)
-
-
-def _scan(
-    model: GPT, params: Any, state: DecodeState, steps: Array | int, chunk: int, sampler: Sampler
-) -> tuple[DecodeState, tuple[Array, Any]]:
     top = None if state.logprobs is None else state.logprobs[0].top.shape[-1]
 
     def step(state: DecodeState) -> DecodeState:
@@ -226,13 +206,13 @@ def scan_generate(
     state = prefill(model, params, *arguments, slots=T + cached - 1, sampler=sampler, history=history)
     pieces = [ids_BxT, state.token_B[:, None]]
     if cached > 1:
-        state, ids = decode_tokens(model, params, state, cached - 1, chunk=cached - 1, sampler=sampler)
+        state, (ids, _) = decode_tokens(model, params, state, cached - 1, chunk=cached - 1, sampler=sampler)
         pieces.append(ids)
     recomputed = max_new_tokens - cached
     if recomputed > 0:
         read_BxC = jnp.concatenate(pieces, axis=1)[:, -C - 1 : -1]
         state = dataclasses.replace(state, memory=RecentTokens(read_BxC, jnp.full(B, C, jnp.int32)))
-        _, ids = decode_tokens(model, params, state, recomputed, chunk=recomputed, sampler=sampler)
+        _, (ids, _) = decode_tokens(model, params, state, recomputed, chunk=recomputed, sampler=sampler)
         pieces.append(ids)
     return jnp.concatenate(pieces[1:], axis=1)
 

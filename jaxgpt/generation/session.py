@@ -253,13 +253,14 @@ class Generation:
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
                 state = decode.grow(state, slots)
-            arguments = (self.model, self.params, state, to_device(np.int32(steps), self.params))
-            sampler = to_device(self.sampler, self.params)
-            if self.logprobs is None:
-                state, ids_BxN = decode.decode_tokens(*arguments, chunk=CHUNK, sampler=sampler)
-                new = ids_BxN, None
-            else:
-                state, new = decode.decode_with_logprobs(*arguments, chunk=CHUNK, sampler=sampler)
+            state, new = decode.decode_tokens(
+                self.model,
+                self.params,
+                state,
+                to_device(np.int32(steps), self.params),
+                chunk=CHUNK,
+                sampler=to_device(self.sampler, self.params),
+            )
             before, drawn = drawn, int(jax.device_get(state.drawn))
             yield self._accept(state, new, _Timing(f"{work} {slots}", drawn - before, started))
 
