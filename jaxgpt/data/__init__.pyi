@@ -5,7 +5,6 @@ from .sources import Corpus as Corpus
 from .sources import Mixture as Mixture
 from .sources import Reference as Reference
 from .sources import Source as Source
-from .sources import check_tokens as check_tokens
 from .sources import open_corpus as open_corpus
 from .sources import open_tokens as open_tokens
 from .sources import read_text as read_text

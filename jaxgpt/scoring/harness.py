@@ -58,9 +58,12 @@ def check_tasks(names: Sequence[str]) -> None:
         ConfigError: for a name that it does not have, with the nearest one; for a built-in task, with its file.
     """
     # Without the harness, only the names of the built-in tasks are known.
-    meant = "".join(f", which reads {TASKS[name].file} as {name}=PATH," for name in names[:1] if name in TASKS)
-    hint = meant or "".join(f" ({hint[2:]})" for hint in [did_you_mean(names[0], TASKS)] if hint)
-    require("lm_eval.tasks", "eval", f"the task {names[0]}{hint} without a file")
+    first, hint = names[0], ""
+    if first in TASKS:
+        hint = f", which reads {TASKS[first].file} as {first}=PATH,"
+    elif near := did_you_mean(first, TASKS):
+        hint = f" ({near.removeprefix('; ')})"
+    require("lm_eval.tasks", "eval", f"the task {first}{hint} without a file")
     there = _task_manager().all_tasks
     for name in names:
         if name not in there and name in TASKS:

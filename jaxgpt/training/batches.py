@@ -60,7 +60,9 @@ def batch(data: Mixture | Ids, config: TrainConfig, step: int, rows: slice = sli
     if outside_B.any():
         i, start = read[int(outside_B.argmax())]
         ids_T1 = np.asarray(mixture.ids[i][start : start + T + 1])
-        raise out_of_range(ids_T1, vocab_size, mixture.names[i], start) or AssertionError
+        error = out_of_range(ids_T1, vocab_size, mixture.names[i], start)
+        assert error is not None  # this row was just seen to hold one
+        raise error
     return ids_BxT1
 
 
