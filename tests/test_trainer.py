@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +190,7 @@ def test_a_damaged_checkpoint_says_why_once(tmp_path, caplog):
     state = {f"array_{i}": rng.normal(size=(50, 50)).astype(np.float32) for i in range(300)}
     with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
         checkpoints.save(1, state)
+        checkpoints.finish()
         for path in (tmp_path / "c" / "1" / "state").rglob("d/*"):
             raw = np.fromfile(path, np.uint8)
             raw[::1000] ^= 0x55
@@ -206,10 +208,12 @@ def test_a_full_disk_says_why_once(tmp_path, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
         checkpoints.save(1, state)
+        checkpoints.finish()
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))  # only the arrays' file is larger
         try:
             with pytest.raises(CheckpointError, match=r"could not be written, .*: OUT_OF_RANGE: Error writing"):
                 checkpoints.save(2, state)
+                checkpoints.finish()
             gc.collect()  # as above
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -233,6 +237,7 @@ def test_checksums_find_damage_that_the_storage_does_not(tmp_path):
     state = {"a": np.arange(6, dtype=np.float32), "b": {"c": np.ones(3, np.float32)}}
     checkpoints = Checkpoints(tmp_path / "c")
     checkpoints.save(1, state)
+    checkpoints.finish()
     abstract = jax.eval_shape(lambda: jax.tree.map(jax.numpy.asarray, state))
     checkpoints.restore(1, abstract)
     manifest = tmp_path / "c" / "1" / "manifest" / "metadata"
@@ -242,6 +247,52 @@ def test_checksums_find_damage_that_the_storage_does_not(tmp_path):
     with pytest.raises(CheckpointError, match="damaged: b/c"):
         checkpoints.restore(1, abstract)
     checkpoints.close()
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written(tmp_path, monkeypatch):
+    started, go_on = threading.Event(), threading.Event()
+    options = import_orbax().CheckpointManagerOptions
+
+    def held_up(**kwargs):
+        def wait():
+            started.set()
+            go_on.wait(60)
+
+        return options(**kwargs, async_options=import_orbax().AsyncOptions(post_finalization_callback=wait))
+
+    monkeypatch.setattr(import_orbax(), "CheckpointManagerOptions", held_up)
+    with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
+        add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
+        x = jax.numpy.arange(100_000, dtype=jax.numpy.float32)
+        checkpoints.save(1, {"x": x})
+        for _ in range(3):
+            x = add_one(x)
+        assert started.wait(60)
+        checkpoints.check()  # does not wait either
+        assert checkpoints._manager.is_saving_in_progress()
+        go_on.set()
+        checkpoints.finish()
+        assert not checkpoints._manager.is_saving_in_progress()
+        saved = checkpoints.restore(1, {"x": jax.ShapeDtypeStruct(x.shape, x.dtype)})
+        np.testing.assert_array_equal(saved["x"], np.arange(100_000))
+        np.testing.assert_array_equal(x, np.arange(100_000) + 3)
+
+
+def test_a_write_that_fails_in_the_background_is_told_at_the_next_check(tmp_path, monkeypatch):
+    with contextlib.closing(Checkpoints(tmp_path / "c")) as checkpoints:
+        checkpoints.save(1, {"x": np.zeros(3)})
+        checkpoints.finish()
+
+        def fail(*_):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(checkpoints._manager._checkpoint_deleter, "delete_steps", fail)
+        checkpoints.save(2, {"x": np.ones(3)})
+        while checkpoints._manager.is_saving_in_progress():
+            time.sleep(0.01)
+        with pytest.raises(CheckpointError, match="step 2 could not be written, .* No space left"):
+            checkpoints.check()
+        checkpoints.check()  # told once
 
 
 def test_the_latest_few_and_the_best_checkpoint_stay(tmp_path):
@@ -259,6 +310,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, to
 
     def fill(loop, at):
         if at == 4:
+            loop.checkpoints.finish()
             resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
         return make_batch(loop, at)
 
@@ -299,6 +351,8 @@ def test_a_damaged_checkpoint_goes_only_when_a_good_one_has_come(tmp_path, token
                 checkpoints.save(6, state)
         assert sorted(checkpoints._manager.all_steps()) == [4, 5]
         checkpoints.save(6, state)
+        assert sorted(checkpoints._manager.all_steps()) == [5, 6]  # until the next is on disk
+        checkpoints.finish()
         assert sorted(checkpoints._manager.all_steps()) == [6]
 
 

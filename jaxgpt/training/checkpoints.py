@@ -11,6 +11,7 @@ import math
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ def import_orbax() -> Any:
 class Checkpoints:
     """The checkpoints of one run, in one directory. Saving is atomic; the latest few and the best are kept.
 
+    A checkpoint is written in the background, while the run goes on; it counts once it is complete.
+
     Args:
         directory: where they are; created if absent, unless `read_only`.
         keep: how many of the latest to keep.
@@ -52,10 +55,12 @@ class Checkpoints:
         self._ocp = ocp = import_orbax()
         self._losses = dict(losses or {})
         self._stale: list[int] = []
+        self._writing: int | None = None  # the step that is being written
+        self._written = False  # whether one has been since the stale ones were found
+        self._quiet = contextlib.ExitStack()  # while it is
         self._directory = directory.absolute()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(keep, self.best_of, self._stale),
-            enable_async_checkpointing=False,  # a save that has returned is on disk
             cleanup_tmp_directories=not read_only,  # left by a killed save
             read_only=read_only,
             create=not read_only,
@@ -75,7 +80,8 @@ class Checkpoints:
         return min((step for step in steps if step in self._losses), key=self._losses.__getitem__, default=None)
 
     def save(self, step: int, state: Any, loss: float | None = None) -> None:
-        """Writes `state`, a pytree of arrays; returns once it is on disk.
+        """Starts to write `state`, a pytree of arrays, once the save before is complete. Returns as soon as there is a
+        copy of it in the host's memory, so the caller may change or donate its arrays.
 
         Args:
             step: its number.
@@ -83,21 +89,53 @@ class Checkpoints:
             loss: the step's validation loss, by which the best is chosen; ignored unless finite.
 
         Raises:
-            CheckpointError: if it cannot be written; earlier checkpoints stay.
+            CheckpointError: if it, or the one before, cannot be written; earlier checkpoints stay.
         """
+        self.finish()
         if loss is not None and math.isfinite(loss):
             self._losses[step] = loss
         args = self._ocp.args.Composite(
             state=self._ocp.args.StandardSave(state), manifest=self._ocp.args.JsonSave(_manifest(state))
         )
-        try:
+        with self._errors_of(step):
             if step in self._stale:
                 self._delete(step)
-            with _without_aftermath():
-                self._manager.save(step, args=args, force=True)
+            self._quiet.enter_context(_without_aftermath())
+            self._manager.save(step, args=args, force=True)
+            self._writing = step
+
+    def check(self) -> None:
+        """Raises the CheckpointError of the last save if it is known to have failed; never waits for it."""
+        if not self._manager.is_saving_in_progress():
+            self._wait()
+
+    def finish(self) -> None:
+        """Waits until the last save is complete. Of several processes that train together, all must call it.
+
+        Raises:
+            CheckpointError: if it could not be written; earlier checkpoints stay.
+        """
+        self._wait()
+        if self._written:
             for stale in list(self._stale):
                 self._delete(stale)
+
+    def _wait(self) -> None:
+        if self._writing is None:
+            return
+        step, self._writing = self._writing, None
+        with self._errors_of(step):
+            self._manager.wait_until_finished()
+        self._quiet.close()
+        self._written = True
+
+    @contextlib.contextmanager
+    def _errors_of(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except (OSError, ValueError) as error:  # a full disk raises either
+            self._manager.reload()  # it has already forgotten the checkpoints that this one would have replaced
+            traceback.clear_frames(error.__traceback__)  # frees what was abandoned now, and not when the program ends
             reason = f"step {step} could not be written, earlier checkpoints are untouched: {_reason(error)}"
             raise CheckpointError(self._directory, reason) from error
 
@@ -167,7 +205,7 @@ class Checkpoints:
                 passed_over.append(step)
                 reason = error.reason
             else:
-                self._stale[:] = passed_over
+                self._stale[:], self._written = passed_over, False
                 return step, state
         raise CheckpointError(
             self._directory,
@@ -176,7 +214,11 @@ class Checkpoints:
         )
 
     def close(self) -> None:
-        self._manager.close()
+        """Finishes, unless a save has failed, which has been said."""
+        try:
+            self.finish()
+        finally:
+            self._manager.close()
 
 
 def _reason(error: BaseException) -> str:

@@ -247,6 +247,7 @@ class _Loop:
                 self.record(*running.popleft())
             if (stop or self.exhausted) and done not in self.checkpoints.steps() and self.healthy(state):
                 self.checkpoints.save(done, saved_state(config, state))
+            self.checkpoints.finish()
             if unread := self.verification.unread:
                 self.progress.say(f"verified while training: all shards but {unread:,}; --verify reads them all first")
             if stop:
@@ -322,6 +323,7 @@ class _Loop:
         if not self.due(self.config.log_interval, step):
             return
         self.verification.check()
+        self.checkpoints.check()
         now = time.perf_counter()
         seconds = (now - self.clock[0]) / (step - self.clock[1])  # per step
         self.clock = now, step
