@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -114,6 +115,112 @@ def test_a_process_that_never_joins_is_told_after_the_timeout(config_file, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.exhaustive
+def test_processes_that_lose_one_restart_by_themselves_and_end_as_undisturbed(config_file, tmp_path):
+    settings = [
+        f"--set={setting}" for setting in ("steps=24", "checkpoint_interval=5", "eval_interval=24", "log_interval=1")
+    ]
+    settings += ["--set=batch_size=4", "--set=model.n_layers=1", "--mesh=fsdp=2"]
+    environment = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    command = [sys.executable, "-m", "jaxgpt", "train", str(config_file), "--data", str(tmp_path / "text"), *settings]
+    alone = subprocess.run(
+        [*command[:-1], "--out", str(tmp_path / "alone")], capture_output=True, text=True, timeout=180, env=environment
+    )
+    assert alone.returncode == 0, alone.stderr[-1000:]
+    together = [
+        *command,
+        "--distributed",
+        "--restarts=2",
+        "--stall-timeout=20",
+        "--processes=2",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    together.append(f"--coordinator=127.0.0.1:{free_port()}")
+    processes = [
+        subprocess.Popen(
+            [*together, f"--process={i}"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        )
+        for i in range(2)
+    ]
+    run = Run(tmp_path / "run")
+    while not run.metrics.exists() or len(run.read_metrics()) < 8:
+        assert processes[0].poll() is None, processes[0].communicate()[1][-2000:]
+        time.sleep(0.05)
+    supervisor = processes[1].pid
+    (child,) = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    os.kill(int(child), signal.SIGKILL)
+    said = [process.communicate(timeout=240)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert "the process ended with exit code 137; restarts left: 1" in said[1]
+    losses, undisturbed = (
+        {line["step"]: line["loss"] for line in of.read_metrics() if "loss" in line}
+        for of in (run, Run(tmp_path / "alone"))
+    )
+    assert list(losses) == list(range(1, 25))
+    np.testing.assert_allclose(list(losses.values()), list(undisturbed.values()), rtol=1e-4)
+
+
+SUPERVISED = """
+import argparse, os, signal, sys
+from pathlib import Path
+from jaxgpt.cli import restarts
+
+restarts._PAUSE = 0
+count, endings, left = Path(sys.argv[1]) / "count", sys.argv[2].split(","), int(sys.argv[3])
+args = argparse.Namespace(restarts=left, out=sys.argv[1], resume=None)
+vars(args).update(config="c", set=["a=1"], data=["d"], val_data=None)
+if (code := restarts.supervise(args)) is not None:
+    sys.exit(code)
+begun = count.read_text() if count.exists() else ""
+count.write_text(begun + f"{args.resume or args.out} {args.config} {args.data}\\n")
+ending = endings[begun.count("\\n")]
+if ending == "run":
+    Path(sys.argv[1], "run.json").write_text("{}")
+    sys.exit(1)
+if ending.startswith("-"):
+    os.kill(os.getpid(), int(ending[1:]))
+sys.exit(int(ending))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+@pytest.mark.parametrize(
+    ("endings", "restarts", "code", "attempts"),
+    [
+        ("1,-9,0", 5, 0, 3),
+        ("1,1,1", 1, 1, 2),
+        ("2,0", 5, 2, 1),  # bad input
+        ("143,0", 5, 143, 1),  # a signal, after which it has saved
+        ("-15,0", 5, 143, 1),
+    ],
+)
+def test_a_lost_process_is_replaced(tmp_path, endings, restarts, code, attempts):
+    done = subprocess.run(
+        [sys.executable, "-c", SUPERVISED, tmp_path, endings, str(restarts)], stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "count").read_text().splitlines() == [f"{tmp_path} c ['d']"] * attempts
+    assert done.stderr.count("the process ended with exit code") == attempts - 1
+
+
+def test_a_new_process_resumes_a_run_that_has_begun(tmp_path):
+    subprocess.run([sys.executable, "-c", SUPERVISED, tmp_path, "run,0", "1"], check=True, capture_output=True)
+    assert (tmp_path / "count").read_text().splitlines() == [f"{tmp_path} c ['d']", f"{tmp_path} None None"]
+
+
+def test_a_process_without_progress_ends_with_its_stacks():
+    program = (
+        "import time; from jaxgpt.parallel import distributed; import jax;"
+        "distributed._stall_timeout = 1; jax.process_count = lambda: 2;"
+        "distributed.alive(); distributed.rest(); time.sleep(1.5); print('rested', flush=True);"
+        "distributed.alive(); time.sleep(20); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "rested\n")
+    assert "Timeout (0:00:01)!" in done.stderr
+
+
 def test_sigterm_ends_a_process_that_has_joined():
     """JAX's preemption service would swallow the signal."""
     program = (
@@ -131,6 +238,8 @@ def test_sigterm_ends_a_process_that_has_joined():
         (["--distributed", "--processes", "2"], "--processes and --process go together"),
         (["--distributed", "--processes", "2", "--process", "2"], "--process must be from 0 to 1, not 2"),
         (["--distributed", "--join-timeout", "0"], "--join-timeout must be 1 second or more, not 0"),
+        (["--distributed", "--stall-timeout", "0"], "--stall-timeout must be 1 second or more, not 0"),
+        (["--restarts", "-1"], "--restarts must be 0 or more, not -1"),
         (["--processes", "2", "--process", "0"], "--coordinator, --processes and --process belong to --distributed"),
         (["--distributed"], "Where JAX detects none, give --processes, --process and --coordinator"),
         (["--mesh", "tensor=8"], "tensor=8 does not divide n_heads=2"),

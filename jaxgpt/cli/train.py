@@ -9,6 +9,7 @@ import textwrap
 from typing import TYPE_CHECKING
 
 from jaxgpt.cli.options import add_text_key
+from jaxgpt.cli.restarts import supervise
 from jaxgpt.files import local
 
 if TYPE_CHECKING:
@@ -83,6 +84,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for the others; default: %(default)s",
     )
+    parser.add_argument(
+        "--stall-timeout",
+        type=int,
+        default=600,
+        metavar="SECONDS",
+        help="of several processes: end this one if a step has not ended after so long, or another has given no sign "
+        "of life (for that, at most 100); default: %(default)s",
+    )
+    parser.add_argument(
+        "--restarts",
+        type=int,
+        default=0,
+        metavar="N",
+        help="if the process is killed or fails for other reasons than bad input, continue from the last checkpoint in "
+        "a new one, up to N times",
+    )
     parser.add_argument("--init-from", metavar="MODEL", help="fine-tune: start from any model that jaxgpt.load takes")
 
 
@@ -125,13 +142,19 @@ def run(args: argparse.Namespace) -> int:
 
     for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()), args.out, args.resume)):
         local(path)
+    if args.restarts < 0:
+        raise ConfigError(f"--restarts must be 0 or more, not {args.restarts}")
+    if args.restarts and not args.dry_run and (code := supervise(args)) is not None:
+        return code
     config = configure(args)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))
     if args.distributed:
         from jaxgpt.parallel import distributed
 
-        distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
+        distributed.initialize(
+            args.coordinator, args.processes, args.process, args.join_timeout, stall_timeout=args.stall_timeout
+        )
     elif (args.coordinator, args.processes, args.process) != (None, None, None):
         raise ConfigError("--coordinator, --processes and --process belong to --distributed")
     if args.dry_run:

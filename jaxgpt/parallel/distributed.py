@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import hashlib
 import os
 import threading
@@ -19,7 +20,11 @@ LOOPBACK = "127.0.0.1:8476"
 
 
 def initialize(
-    coordinator: str | None = None, processes: int | None = None, process: int | None = None, timeout: int = 300
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    timeout: int = 300,
+    stall_timeout: int = 600,
 ) -> None:
     """Joins this process to the others; must be called before anything else that uses JAX.
 
@@ -31,6 +36,8 @@ def initialize(
         process: index of this process, from 0. On a host with several accelerators, let the environment give each
             process its own (for example with CUDA_VISIBLE_DEVICES).
         timeout: seconds to wait for the others.
+        stall_timeout: seconds after which a process ends if another has given no sign of life (at most 100), or if it
+            has not called `alive` again.
 
     Raises:
         ConfigError: if the numbers are inconsistent, there is no cluster, or not all processes join in time.
@@ -41,6 +48,8 @@ def initialize(
         raise ConfigError(f"--process must be from 0 to {processes - 1}, not {process}")
     if timeout < 1:
         raise ConfigError(f"--join-timeout must be 1 second or more, not {timeout}")
+    if stall_timeout < 1:
+        raise ConfigError(f"--stall-timeout must be 1 second or more, not {stall_timeout}")
     bind = detection = None
     if processes is None:
         who = "this process"
@@ -64,6 +73,7 @@ def initialize(
                 cluster_detection_method=detection,
                 initialization_timeout=timeout + 3600,
                 coordinator_bind_address=bind,
+                heartbeat_timeout_seconds=min(100, stall_timeout),
             )
         except Exception as error:  # whatever cluster detection raises, not having joined is an error
             failures.append(error)
@@ -87,6 +97,25 @@ def initialize(
         raise ConfigError(
             f"{who} joined, but its devices ({jax.default_backend()}) know of only {jax.process_count()} processes"
         )
+    global _stall_timeout
+    _stall_timeout = stall_timeout
+
+
+_stall_timeout: int | None = None
+
+
+def alive() -> None:
+    """Says that this process makes progress. If it does not say so again, or `rest`s, within the `stall_timeout` of
+    `initialize`, it ends with exit code 1, after the stacks of its threads: a process that waits for a lost or a slow
+    one would wait forever."""
+    if _stall_timeout is not None and jax.process_count() > 1:
+        faulthandler.dump_traceback_later(_stall_timeout, exit=True)
+
+
+def rest() -> None:
+    """Takes back the last `alive`: what follows may take any time."""
+    if _stall_timeout is not None:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def is_primary() -> bool:

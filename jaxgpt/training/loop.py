@@ -193,6 +193,7 @@ def train(
         held.enter_context(verification.running())
         loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)
         held.callback(loop.read.close)
+        held.callback(distributed.rest)
         return loop.train(start, state)
 
 
@@ -242,9 +243,11 @@ class _Loop:
                 if self.due(config.eval_interval, done) or self.due(config.checkpoint_interval, done):
                     while running:
                         self.record(*running.popleft())
+                    distributed.rest()
                     self.pause(done, state)
             while running:
                 self.record(*running.popleft())
+            distributed.rest()
             if (stop or self.exhausted) and done not in self.checkpoints.steps() and self.healthy(state):
                 self.checkpoints.save(done, saved_state(config, state))
             self.checkpoints.finish()
@@ -312,6 +315,7 @@ class _Loop:
     def record(self, step: int, metrics: dict[str, Array]) -> None:
         """Waits for a step to end and logs it; stops the run after too many bad steps."""
         metrics = jax.device_get(metrics)
+        distributed.alive()
         loss, grad_norm, rate, bad = (float(metrics[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
         if bad:
             self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was skipped")
