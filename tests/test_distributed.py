@@ -161,6 +161,55 @@ def test_processes_that_lose_one_restart_by_themselves_and_end_as_undisturbed(co
     np.testing.assert_allclose(list(losses.values()), list(undisturbed.values()), rtol=1e-4)
 
 
+PARTS = """
+import sys
+import jax, numpy as np, tensorstore
+from pathlib import Path
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxgpt.parallel import MeshConfig, distributed, make_mesh
+from jaxgpt.training.checkpoints import Checkpoints
+
+address, process, directory = sys.argv[1:]
+distributed.initialize(address, 2, int(process), timeout=60)
+layout = NamedSharding(make_mesh(MeshConfig(fsdp=2)), PartitionSpec("fsdp"))
+values = np.random.default_rng(0).random((512, 1024), np.float32)  # 2 MiB that do not compress
+state = {"x": jax.make_array_from_callback(values.shape, layout, values.__getitem__)}
+checkpoints = Checkpoints(Path(directory))
+checkpoints.save(1, state)
+checkpoints.finish()
+
+def moved(what):
+    found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/" + what)
+    return sum(value["value"] for metric in found for value in metric["values"])
+
+before = moved("bytes_read")
+restored = checkpoints.restore(1, {"x": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=layout)})["x"]
+print(moved("bytes_written") / values.nbytes, (moved("bytes_read") - before) / values.nbytes)
+for shard in restored.addressable_shards:
+    np.testing.assert_array_equal(shard.data, values[shard.index])
+"""
+
+
+@pytest.mark.exhaustive
+def test_each_process_writes_and_reads_only_its_part_of_a_checkpoint(tmp_path):
+    address = f"127.0.0.1:{free_port()}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PARTS, address, str(i), str(tmp_path / "checkpoints")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        out, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err[-2000:]
+        written, read = map(float, out.splitlines()[-1].split())
+        assert 0.4 < written < 0.6
+        assert 0.4 < read < 0.6
+
+
 SUPERVISED = """
 import argparse, os, signal, sys
 from pathlib import Path
