@@ -41,6 +41,13 @@ def add_text_key(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_allow_special(parser: argparse.ArgumentParser) -> None:
+    """Declares --allow-special."""
+    parser.add_argument(
+        "--allow-special", action="store_true", help="special tokens in texts, such as <|endoftext|>, are tokens"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares --model, --tokenizer, --dtype and --mesh."""
     parser.add_argument(

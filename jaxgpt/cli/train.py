@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from jaxgpt.cli.options import add_text_key
+from jaxgpt.cli.options import add_allow_special, add_text_key
 from jaxgpt.files import local
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="NAME_OR_PATH", help="what made the ids of token files that do not say, such as gpt2"
     )
     add_text_key(parser)
+    add_allow_special(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
@@ -145,6 +146,7 @@ def run(args: argparse.Namespace) -> int:
             val_data=args.val_data,
             tokenizer=args.tokenizer,
             text_key=args.text_key,
+            allow_special=args.allow_special,
             init_from=args.init_from,
         )
         for paragraph in paragraphs:
@@ -159,6 +161,7 @@ def run(args: argparse.Namespace) -> int:
         val_data=args.val_data,
         tokenizer=args.tokenizer,
         text_key=args.text_key,
+        allow_special=args.allow_special,
         verify=args.verify,
         resume=args.resume is not None,
         force=args.force,

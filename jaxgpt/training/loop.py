@@ -82,6 +82,7 @@ def train(
     val_data: Data | Sequence[Data] | None = None,
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
+    allow_special: bool = False,
     verify: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -104,6 +105,7 @@ def train(
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
         text_key: where records of JSON lines or Parquet have their text; by default under "text".
+        allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
             training, unless the data is small.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
@@ -138,7 +140,14 @@ def train(
                 tokenizer = config.model.tokenizer if tokenizer is None else tokenizer
             assert config is not None  # so mypy sees what the checks above have made sure of
             config, mesh, corpus, train_data, val_N = prepare(
-                config, data, val_data, tokenizer, text_key, init_from, resume=began is not None
+                config,
+                data,
+                init_from,
+                resume=began is not None,
+                validation=val_data,
+                tokenizer=tokenizer,
+                text_key=text_key,
+                allow_special=allow_special,
             )
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)

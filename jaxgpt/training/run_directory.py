@@ -210,7 +210,10 @@ class Run:
             if not os.path.exists(path) and not glob.has_magic(path):
                 raise ConfigError(f"the run's data is no longer at {path}: say where it is now ({option})")
             text_key = self._text("the text key of data", source.get("text_key"))
-            found.append(Reference(str(source.get("name")), path, weight, text_key))
+            special = source.get("allow_special", False)
+            if not isinstance(special, bool):
+                raise CheckpointError(self.description, f"damaged: allow_special of {path} is {short_repr(special)}")
+            found.append(Reference(str(source.get("name")), path, weight, text_key, special))
         return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
@@ -333,6 +336,7 @@ def _described(source: Source) -> dict[str, Any]:
         "path": source.path,
         "weight": source.weight,
         "text_key": source.text_key,
+        "allow_special": source.allow_special,
         "tokens": len(source.tokens.ids_N),
         "tokenizer": source.tokens.tokenizer,
         "identity": source.tokens.identity,
