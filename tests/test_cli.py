@@ -370,6 +370,20 @@ def test_a_wrong_option_shows_the_subcommands_usage_and_the_nearest_option(capsy
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["inspect", "gpt2", "--force"], "--force belongs to --plot"),
+        (["inspect", "gpt2", "--all", "--json"], "--all and --json exclude each other"),
+        (["train", "gpt2", "--data", "a", "--out", "b", "--force"], "--force belongs to --resume"),
+        (["train", "gpt2", "--data", "a", "--out", "b", "--dry-run", "--verify"], "--verify has no effect with --dry"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
         (
             ["generate", "--model", "shakespear", "--prompt", "a"],
             "shakespear: no such file.*did you mean 'shakespeare'",

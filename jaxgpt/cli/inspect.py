@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report and returns the exit code."""
     if args.plot is not None:
         new_directory(args.plot, args.force)
+    elif args.force:
+        raise ConfigError("--force belongs to --plot, which writes: without it nothing is written")
+    if args.all and args.json:
+        raise ConfigError("--all and --json exclude each other: JSON has every block anyway")
     config, inside = (resolve_config(args.model), None) if args.prompt is None else read(args.model, args.prompt)
     report = make_report(config, args.batch, config.context_length if args.length is None else args.length)
     if inside is not None:

@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from jaxgpt.cli.options import add_allow_special, add_text_key
+from jaxgpt.cli.options import add_allow_special, add_text_key, given
 from jaxgpt.files import local
 
 if TYPE_CHECKING:
@@ -133,13 +133,17 @@ def run(args: argparse.Namespace) -> int:
         from jaxgpt.parallel import distributed
 
         distributed.initialize(args.coordinator, args.processes, args.process, args.join_timeout)
-    elif (args.coordinator, args.processes, args.process) != (None, None, None):
-        raise ConfigError("--coordinator, --processes and --process belong to --distributed")
+    elif option := given(args, "--coordinator", "--processes", "--process", "--join-timeout"):
+        raise ConfigError(f"{option} belongs to --distributed")
+    if args.force and args.resume is None:
+        raise ConfigError("--force belongs to --resume: a new run needs a directory without one")
     if args.dry_run:
         from jaxgpt.training import dry_run
 
         if args.resume is not None or args.distributed:
             raise ConfigError("--dry-run is for a new run, in one process: give --out, and not --distributed")
+        if option := given(args, "--verify", "--tensorboard"):
+            raise ConfigError(f"{option} has no effect with --dry-run, which trains nothing and writes nothing")
         paragraphs = dry_run(
             config,
             args.data,
