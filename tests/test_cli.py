@@ -44,6 +44,8 @@ HEAVY = (
     "matplotlib",
     "huggingface_hub",
     "tensorboardX",
+    "wandb",
+    "trackio",
     "transformers",
     "pyarrow",
 )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
+    from jaxgpt.training import TRACKERS
+
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # otherwise the epilog becomes one paragraph
     parser.epilog = describe_settings(max(60, shutil.get_terminal_size().columns - 2))
     parser.add_argument(
@@ -69,7 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the config, the tokens, the first batch and the memory of a step, which is compiled; write nothing",
     )
     parser.add_argument("--force", action="store_true", help="resume even if the config or the data differ")
-    parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    parser.add_argument(
+        "--log-to",
+        action="append",
+        default=[],
+        choices=TRACKERS,
+        metavar="TRACKER",
+        help=f"also log the metrics to one of {', '.join(TRACKERS)}, each of which is an extra; may be repeated",
+    )
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all the others")
     parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
     parser.add_argument(
@@ -142,7 +151,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.resume is not None or args.distributed:
             raise ConfigError("--dry-run is for a new run, in one process: give --out, and not --distributed")
-        if option := given(args, "--verify", "--tensorboard"):
+        if option := given(args, "--verify", "--log-to"):
             raise ConfigError(f"{option} has no effect with --dry-run, which trains nothing and writes nothing")
         paragraphs = dry_run(
             config,
@@ -170,7 +179,7 @@ def run(args: argparse.Namespace) -> int:
         resume=args.resume is not None,
         force=args.force,
         init_from=args.init_from,
-        tensorboard=args.tensorboard,
+        log_to=args.log_to,
     )
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -20,3 +20,4 @@ from .step import abstract_state as abstract_state
 from .step import init_state as init_state
 from .step import jit_step as jit_step
 from .step import make_step as make_step
+from .trackers import TRACKERS as TRACKERS

@@ -29,6 +29,7 @@ from jaxgpt.files import new_directory
 from jaxgpt.generation import Temperature, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
+from jaxgpt.training import trackers
 from jaxgpt.training.batches import ReadAhead, batch
 from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
@@ -36,7 +37,7 @@ from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.models import base_params, initial_params
 from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point
 from jaxgpt.training.progress import TrainProgress
-from jaxgpt.training.run_directory import Run, import_tensorboard
+from jaxgpt.training.run_directory import Run
 from jaxgpt.training.step import (
     SAMPLE,
     TrainState,
@@ -87,7 +88,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     init_from: str | None = None,
-    tensorboard: bool = False,
+    log_to: Sequence[str] = (),
 ) -> TrainResult:
     """Trains a model into the directory `out` (`run_directory.py` documents the files that it writes).
 
@@ -114,7 +115,7 @@ def train(
         force: resume even though config or data differ from the run's.
         init_from: the model to fine-tune: anything `jaxgpt.load` takes; by default the config's. A resumed run
             remembers it.
-        tensorboard: write the metrics for TensorBoard too.
+        log_to: where the metrics also go: any of "tensorboard", "wandb" and "trackio" (see `trackers.py`).
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, for input that cannot be used.
@@ -152,8 +153,7 @@ def train(
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
-            if tensorboard:
-                import_tensorboard()
+            trackers.check(log_to)
             held.enter_context(run.locked())
             if resume and not force:
                 run.check_resume(config, corpus, init_from)
@@ -187,8 +187,7 @@ def train(
         with distributed.fail_together(alone):
             run.describe(config, corpus, init_from, base)
             run.truncate_metrics(start)
-            if tensorboard:
-                run.write_tensorboard(start)
+            held.enter_context(run.logging_to(log_to, start, config))
         if start >= config.steps:
             progress.say(
                 f"the run is finished: step {start:,} of {config.steps:,}; to train longer: {run.resume_command} "
