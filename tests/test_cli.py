@@ -322,7 +322,11 @@ def test_inspect_json_holds_the_numbers(capsys):
     assert report["training_flops"]["linear"] == 3 * 505_987_203_072
     # Parameters, gradients and two moments; with LoRA only of the adapters, in the blocks' linear layers.
     adapters = 16 * 12 * (4 * (768 + 768) + 2 * (768 + 3072))
-    assert report["training_bytes"] == {"whole": 16 * 163_009_536, "lora_rank_16": 4 * 163_009_536 + 16 * adapters}
+    assert report["training_bytes"] == {
+        "whole": 16 * 163_009_536,
+        "lora_rank_16": 4 * 163_009_536 + 16 * adapters,
+        "lora_rank_16_bfloat16": 2 * 163_009_536 + 16 * adapters,
+    }
     assert report["cache_bytes"]["float32"] == 2 * 12 * 2 * 1024 * 768 * 4
     assert report["tree"][2] == {"path": "trf_blocks_0/norm1/scale", "shape": [768], "parameters": 768}
     assert sum(leaf["parameters"] for leaf in report["tree"]) == report["parameters"]["total"]
