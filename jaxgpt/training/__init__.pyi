@@ -1,4 +1,6 @@
 from . import curves as curves
+from .batches import ReadAhead as ReadAhead
+from .batches import batch as batch
 from .config import TABLES as TABLES
 from .config import TrainConfig as TrainConfig
 from .config import check_tables as check_tables
