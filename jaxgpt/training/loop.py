@@ -197,6 +197,7 @@ def train(
             progress.say(first_line(config, mesh, len(train_data), len(val_N), init_from, start))
             for note in notes(config, began, corpus):
                 progress.say(note)
+        held.enter_context(distributed.end_together(f"this one ends too; {run.resume_command} continues"))
         held.enter_context(memory_errors(LESS_MEMORY))
         held.enter_context(verification.running())
         loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)
