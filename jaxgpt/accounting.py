@@ -209,17 +209,19 @@ def parameter_bytes(config: GPTConfig, dtype: str = "float32") -> int:
     )
 
 
-def training_bytes(config: GPTConfig, trained: int | None = None, added: int = 0) -> int:
-    """Bytes of parameters, gradients and AdamW's two moments, all float32, without activations: 16 per parameter that
-    is trained, and 4 per frozen one.
+def training_bytes(config: GPTConfig, trained: int | None = None, added: int = 0, frozen: str = "float32") -> int:
+    """Bytes of parameters, gradients and AdamW's two moments, without activations: 16 per parameter that is trained,
+    which is float32, and those of its type per frozen one.
 
     Args:
         config: the model.
         trained: how many parameters are trained; by default all.
         added: how many of these the model itself does not have, such as adapters.
+        frozen: the type of the others.
     """
     total = count_parameters(config).total
-    return 4 * (total + added) + 12 * (total if trained is None else trained)
+    trained = total if trained is None else trained
+    return 16 * trained + DTYPE_BYTES[frozen] * (total + added - trained)
 
 
 def format_bytes(size: float) -> str:

@@ -210,8 +210,9 @@ class ComputeConfig:
     param_dtype: str = setting(
         "float32",
         choices=PARAM_DTYPES,
-        help="Type in which parameters are initialised and stored; only float32 can be trained. With int8, matrices "
-        "are int8 with one float32 weight_scale per output, and all other parameters are float32.",
+        help="Type in which parameters are initialised and stored; only float32 can be trained, but LoRA adapters may "
+        "belong to a bfloat16 model. With int8, matrices are int8 with one float32 weight_scale per output, and all "
+        "other parameters are float32.",
     )
     scan_layers: bool = setting(
         False,

@@ -8,10 +8,12 @@ import re
 import jax
 import pytest
 
+from jaxgpt import planning
 from jaxgpt.cli import main
 from jaxgpt.measuring import benchmark
 from jaxgpt.measuring import peers as benchmark_peers
 from jaxgpt.measuring.benchmark import Workload
+from jaxgpt.training import batches
 
 
 def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
@@ -136,10 +138,30 @@ def test_the_whole_benchmark_covers_every_row(canned, capsys, tmp_path):
         for work in ("forward-4x1024", "score-100", "train-2x512")
         for dtype in ("float32", "bfloat16")
     ]
-    assert rows == [*decode, *rest, "character-train-32x256-float32", "character-train-32x256-bfloat16"]
+    train = ["character-train-32x256-float32", "character-train-32x256-bfloat16"]
+    assert rows == [*decode, *rest, *train, "feed-64x1024"]
     assert report["start_seconds"] == {"cold": 3.0, "compiled": 2.0}
     assert report["rows"][0]["costliest"] == [["dot x 2", 1.5]]
     assert ("benchmark", rows[0], str(tmp_path / rows[0])) in canned
+
+
+def test_what_one_host_feeds_stands_beside_what_a_pods_host_takes(canned, capsys):
+    assert main(["benchmark", "--only", "feed"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"feed-64x1024 +{50 * 64 * 1024 / 2:,.1f} ", out)
+    taken = planning.host_takes("gpt2")
+    assert f"A host of a pod takes at most {taken:,.0f} tokens/s of them (training on v5p:2x2x1)" in out
+    peak = 4 * 459e12 / (6 * 124_439_808)  # of the four chips
+    assert peak / 4 < taken < peak
+
+
+def test_batches_are_fed_from_a_file(monkeypatch):
+    monkeypatch.setattr(benchmark, "FED", 3)
+    monkeypatch.setattr(benchmark, "FEED_IDS", 100)
+    work, steps = Workload("feed", "gpt2", batch=4, length=8), []
+    monkeypatch.setattr(batches, "out_of_range", lambda ids, *_: steps.append(len(ids)))
+    benchmark._feed(work)()
+    assert (steps, work.tokens) == ([9] * 12, 3 * 4 * 8)
 
 
 def test_a_program_that_fails_costs_its_own_figure_only(canned, capsys, monkeypatch):

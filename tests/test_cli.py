@@ -44,6 +44,8 @@ HEAVY = (
     "matplotlib",
     "huggingface_hub",
     "tensorboardX",
+    "wandb",
+    "trackio",
     "transformers",
     "pyarrow",
 )
@@ -320,7 +322,11 @@ def test_inspect_json_holds_the_numbers(capsys):
     assert report["training_flops"]["linear"] == 3 * 505_987_203_072
     # Parameters, gradients and two moments; with LoRA only of the adapters, in the blocks' linear layers.
     adapters = 16 * 12 * (4 * (768 + 768) + 2 * (768 + 3072))
-    assert report["training_bytes"] == {"whole": 16 * 163_009_536, "lora_rank_16": 4 * 163_009_536 + 16 * adapters}
+    assert report["training_bytes"] == {
+        "whole": 16 * 163_009_536,
+        "lora_rank_16": 4 * 163_009_536 + 16 * adapters,
+        "lora_rank_16_bfloat16": 2 * 163_009_536 + 16 * adapters,
+    }
     assert report["cache_bytes"]["float32"] == 2 * 12 * 2 * 1024 * 768 * 4
     assert report["tree"][2] == {"path": "trf_blocks_0/norm1/scale", "shape": [768], "parameters": 768}
     assert sum(leaf["parameters"] for leaf in report["tree"]) == report["parameters"]["total"]
@@ -365,6 +371,20 @@ def test_a_wrong_option_shows_the_subcommands_usage_and_the_nearest_option(capsy
     err = capsys.readouterr().err
     assert err.startswith("usage: jaxgpt generate ")
     assert "unrecognized arguments: --promt Ab; did you mean '--prompt'?" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "gpt2", "--force"], "--force belongs to --plot"),
+        (["inspect", "gpt2", "--all", "--json"], "--all and --json exclude each other"),
+        (["train", "gpt2", "--data", "a", "--out", "b", "--force"], "--force belongs to --resume"),
+        (["train", "gpt2", "--data", "a", "--out", "b", "--dry-run", "--verify"], "--verify has no effect with --dry"),
+    ],
+)
+def test_an_option_without_effect_is_an_error(arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -277,6 +277,8 @@ def test_says_when_the_text_outgrows_the_context(capsys):
         (["--num-beams", "2", "--num-return-sequences", "3", *N], "num_return_sequences=3 must be at most num_beams=2"),
         (["--num-beams", "2", "--max-new-tokens", "31"], "exceed context_length=32"),
         (["--num-beams", "2", "--top-k", "200"], "--top-k and --num-beams exclude each other"),
+        (["--greedy", "--top-p", "0.9"], "--top-p and --greedy exclude each other"),
+        (["--greedy", "--seed", "0"], "--seed and --greedy exclude each other"),
         (["--num-beams", "2", "--greedy"], "--greedy and --num-beams exclude each other"),
         (["--num-beams", "2", "--stream"], "--stream and --num-beams exclude each other"),
         (["--length-penalty", "2"], "--length-penalty needs --num-beams"),

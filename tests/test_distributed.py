@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import signal
 import socket
@@ -92,6 +93,87 @@ def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, p
 
 def saved_steps(directory):
     return sorted(int(path.name) for path in (directory / "checkpoints").iterdir() if path.name.isdigit())
+
+
+ONE_FAILS = """
+import sys, time
+from jaxgpt.parallel import distributed
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60)
+with distributed.end_together("what now"):
+    if sys.argv[2] == sys.argv[3]:
+        raise ValueError("a damaged shard")
+    time.sleep(100)  # as an exchange with the other one
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_alone_ends_the_others(failing):
+    command = [sys.executable, "-c", ONE_FAILS, f"127.0.0.1:{free_port()}"]
+    processes = [
+        subprocess.Popen([*command, str(i), str(failing)], stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    said = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1, 1], said
+    assert "ValueError: a damaged shard" in said[failing]
+    other = said[1 - failing]
+    assert f"jaxgpt: error: process {failing} failed, and its own message says why: what now\n" in other
+
+
+class Store(dict):
+    """Stands for the keys and values that processes share."""
+
+    def key_value_set(self, key, value):
+        self[key] = value
+
+    def key_value_try_get(self, key):
+        if key not in self:
+            raise jax.errors.JaxRuntimeError("NOT_FOUND")
+        return self[key]
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """This process is the first of two, and would say so when it ends."""
+    from jax._src.distributed import global_state
+
+    def ended(code):
+        store["ended"] = code
+
+    store = Store()
+    monkeypatch.setattr(global_state, "client", store)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 0)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: None)
+    monkeypatch.setattr(distributed.os, "_exit", ended)
+    monkeypatch.setattr(distributed, "_blocks", itertools.count())
+    for name in ("_LOOK", "_GRACE", "_LEAVE"):
+        monkeypatch.setattr(distributed, name, 0.05)
+    return store
+
+
+def test_a_process_that_fails_says_so_to_the_others(store):
+    with pytest.raises(ValueError, match="mine"), distributed.end_together(""):
+        raise ValueError("mine")
+    with distributed.end_together(""):
+        pass
+    assert store == {"jaxgpt/failed/0": "0"}
+
+
+def test_a_process_ends_when_another_fails_unless_it_leaves_itself(store, capsys, monkeypatch):
+    with distributed.end_together("what now"):
+        store["jaxgpt/failed/0"] = "1"
+        for _ in range(100):
+            if "ended" in store:
+                break
+            time.sleep(0.05)
+    assert store.pop("ended") == 1
+    assert "process 1 failed, and its own message says why: what now" in capsys.readouterr().err
+    monkeypatch.setattr(distributed, "_GRACE", 60)
+    with distributed.end_together(""):
+        store["jaxgpt/failed/1"] = "1"
+        time.sleep(0.2)
+    assert "ended" not in store
 
 
 @pytest.fixture
@@ -289,7 +371,9 @@ def test_sigterm_ends_a_process_that_has_joined():
         (["--distributed", "--join-timeout", "0"], "--join-timeout must be 1 second or more, not 0"),
         (["--distributed", "--stall-timeout", "0"], "--stall-timeout must be 1 second or more, not 0"),
         (["--restarts", "-1"], "--restarts must be 0 or more, not -1"),
-        (["--processes", "2", "--process", "0"], "--coordinator, --processes and --process belong to --distributed"),
+        (["--processes", "2", "--process", "0"], "--processes belongs to --distributed"),
+        (["--join-timeout", "3"], "--join-timeout belongs to --distributed"),
+        (["--stall-timeout", "3"], "--stall-timeout belongs to --distributed"),
         (["--distributed"], "Where JAX detects none, give --processes, --process and --coordinator"),
         (["--mesh", "tensor=8"], "tensor=8 does not divide n_heads=2"),
     ],

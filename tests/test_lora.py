@@ -19,7 +19,7 @@ from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
 from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.model import leaves
+from jaxgpt.model import cast_params, leaves
 from jaxgpt.parallel import MeshConfig, sharding
 from jaxgpt.training import step as train_step
 from jaxgpt.training import trainable
@@ -278,6 +278,8 @@ def test_adapters_whose_model_is_gone_or_another_are_refused(undisturbed, tmp_pa
         ({"lora": {"ranks": 8}}, r"\[lora\]: unknown key 'ranks'; did you mean 'rank'"),
         ({"lora": {"rank": 4}, "train": {"freeze": "att"}}, "freeze is not for lora"),
         ({"lora": {"rank": 4}, "train": {"optimizer": "muon"}}, "optimizer must be adamw for lora, not muon"),
+        ({"compute": {"param_dtype": "bfloat16"}}, r"param_dtype must be float32 to train.*of lora.*may be bfloat16"),
+        ({"lora": {"rank": 4}, "compute": {"param_dtype": "int8"}}, "param_dtype must be float32 to train"),
         ({"train": {"freeze": "tok_em"}}, "freeze: 'tok_em' matches no parameter; did you mean 'tok_emb'"),
         ({"train": {"freeze": "*"}}, "freeze: .* matches every parameter, so there is nothing left to train"),
         (
@@ -312,6 +314,45 @@ def test_runs_with_the_models_options(tables, tmp_path, tokens, base):
     model, params = jaxgpt.load(tmp_path / "run")
     assert model.compute == result.compute
     equal(params, result.params)
+
+
+def test_a_step_beside_a_bfloat16_model_is_that_beside_its_rounded_weights():
+    """Its products are in float32, so that the weights' own rounding is all that differs."""
+    short = config_of({"model": MODEL.to_dict(), "compute": {"param_dtype": "bfloat16"}})
+    full = dataclasses.replace(short, compute=short.compute.replace(param_dtype="float32"))
+    params, ids = make_model(MODEL)[1], random_ids(MODEL, 4, MODEL.context_length + 1)
+    rounded = cast_params(params, "bfloat16")
+    results = {}
+    for name, config, base in (
+        ("bfloat16", short, rounded),
+        ("rounded", full, cast_params(rounded, "float32")),
+        ("float32", full, params),
+    ):
+        state, step = train_step.init_state(config, base), train_step.jit_step(config)
+        for _ in range(2):
+            state, metrics = step(state, ids)
+        results[name] = state, float(metrics["loss"])
+    assert {leaf.dtype.name for leaf in leaves(results["bfloat16"][0]["frozen"]).values()} == {"bfloat16"}
+    assert {leaf.dtype.name for leaf in leaves(results["bfloat16"][0]["params"]).values()} == {"float32"}
+    assert results["bfloat16"][1] == pytest.approx(results["rounded"][1], rel=1e-6)
+    for path, leaf in leaves(results["bfloat16"][0]["params"]).items():
+        np.testing.assert_allclose(leaf, leaves(results["rounded"][0]["params"])[path], atol=2e-5, err_msg=path)
+    assert 1e-6 < abs(results["bfloat16"][1] / results["float32"][1] - 1) < 2e-2
+
+
+@pytest.mark.exhaustive
+def test_a_run_beside_a_bfloat16_model_loads_and_resumes_with_what_it_trained_unrounded(tmp_path, tokens, base):
+    config, directory = config_of({"compute": {"param_dtype": "bfloat16"}}, checkpoint_interval=2), tmp_path / "run"
+    train(dataclasses.replace(config, steps=2), tokens, directory, init_from=base)
+    train(config, tokens, directory, resume=True, force=True)
+    model, params = jaxgpt.load(directory)
+    rounded = cast_params(cast_params(jaxgpt.load(base)[1], "bfloat16"), "float32")
+    adapters = final_state(directory)["params"]
+    equal(params, lora.merge(rounded, adapters, alpha=8))
+    assert model.compute.param_dtype == "float32"
+    val_N = tokens.split(0.1)[1]
+    merged = jaxgpt.evaluate(model, params, val_N).loss
+    assert list(Run(directory).val_losses().values())[-1] == pytest.approx(merged, rel=2e-2)
 
 
 @pytest.mark.exhaustive

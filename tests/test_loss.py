@@ -231,6 +231,28 @@ def test_the_command_leaves_out_the_bits_per_byte_where_they_are_unknown(tmp_pat
     assert json.loads(capsys.readouterr().out)["bits_per_byte"] is None
 
 
+def test_the_command_evaluates_records_and_end_of_text_in_them(tmp_path, capsys):
+    save(tmp_path / "model", *make_model(BYTES))
+    (tmp_path / "a.jsonl").write_text('{"body": "ab<|endoftext|>c"}\n')
+    command = [
+        "evaluate",
+        "--model",
+        str(tmp_path / "model"),
+        "--data",
+        str(tmp_path / "a.jsonl"),
+        "--text-key",
+        "body",
+    ]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert "over 16 tokens" in out  # the seventeen that follow the first one, of which the last is the end
+    assert "a.jsonl holds end-of-text as ordinary text: --allow-special makes it the token" in err
+    assert main([*command, "--allow-special"]) == 0
+    out, err = capsys.readouterr()
+    assert "over 4 tokens" in out
+    assert "holds end-of-text" not in err
+
+
 def test_evaluation_refuses_what_it_cannot_do(bytes_model):
     model, params = bytes_model
     with pytest.raises(DataError, match="at least 2"):

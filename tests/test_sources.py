@@ -425,6 +425,16 @@ def test_an_id_outside_the_vocabulary_is_found_in_the_batch_that_holds_it():
         [batch(mixture, CONFIG, step) for step in range(30)]
 
 
+@pytest.mark.parametrize("wrong", [2**32 + 5, -(2**32)])
+def test_an_id_of_64_bits_does_not_wrap_into_the_vocabulary(wrong, tmp_path):
+    ids_N = np.arange(240)
+    ids_N[77] = wrong
+    write_megatron(tmp_path / "a", ids_N, [240], 5, "<i8")
+    mixture, _ = open_corpus(tmp_path / "a.idx", BYTES, tokenizer="bytes").split(0.0)
+    with pytest.raises(DataError, match=rf"id {wrong} at 77 is outside the vocabulary: 0 to 256"):
+        [batch(mixture, CONFIG, step) for step in range(8)]
+
+
 def test_batches_read_ahead_are_those_read_at_once():
     read, seen = [], []
 

@@ -332,8 +332,12 @@ def test_what_is_no_benchmarks_file_is_refused(files, model_and_params, tmp_path
         (["--tasks", "wikitext=nowhere"], "nowhere: does not exist: wikitext reads wiki.test.raw, from"),
         (["--tasks", "wikitext=a", "--limit", "0"], "--limit must be 1 or more, not 0"),
         (["--tasks", "wikitext=a", "--stride", "5"], "--stride belongs to --data and to the task wikitext_guide"),
-        (["--tasks", "wikitext=a", "--last-fraction", "0.1"], "--seq-len and --last-fraction belong to --data"),
+        (["--tasks", "wikitext=a", "--last-fraction", "0.1"], "--last-fraction belongs to --data"),
+        (["--tasks", "wikitext=a", "--batch-size", "8"], "--batch-size belongs to --data: --tasks have --batch-tokens"),
+        (["--tasks", "wikitext=a", "--text-key", "body"], "--text-key belongs to --data"),
+        (["--tasks", "wikitext=a", "--allow-special"], "--allow-special belongs to --data"),
         (["--data", "a.txt", "--limit", "3"], "--limit belongs to --tasks"),
+        (["--data", "a.txt", "--batch-tokens", "9"], "--batch-tokens belongs to --tasks: --data has --batch-size"),
     ],
 )
 def test_bad_tasks_are_refused_before_any_work(options, message, capsys, monkeypatch):

@@ -33,6 +33,7 @@ from jaxgpt.data.tokenization import PROGRESS
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training import Run, TrainConfig
+from jaxgpt.training.preparation import notes
 
 BYTES = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=2, n_layers=1, tokenizer="bytes")
 TEXTS = ["To be, or not to be", "that is\n\nthe question:  é北\U0001f600", "", "Whether 'tis nobler"]
@@ -529,6 +530,34 @@ def test_a_run_reads_records_and_knows_under_which_key(tmp_path):
     assert np.asarray(again.sources[0].tokens.ids_N).tolist() == want
     with pytest.raises(DataError, match="line 2: no key 'text'"):
         open_corpus(run.data()[0], BYTES, text_key="text")
+
+
+def test_a_run_knows_whether_end_of_text_in_texts_is_the_token(tmp_path):
+    mark = "<|endoftext|>"
+    (tmp_path / "a.txt").write_text(f"ab{mark}c")
+    (tmp_path / "val.jsonl").write_bytes(lines_of([{"text": f"d{mark}"}]))
+    files = {"data": tmp_path / "a.txt", "config": BYTES, "validation": tmp_path / "val.jsonl"}
+    plain, special = open_corpus(**files), open_corpus(**files, allow_special=True)
+    assert np.asarray(plain.sources[0].tokens.ids_N).tolist() == list(f"ab{mark}c".encode())
+    assert np.asarray(special.sources[0].tokens.ids_N).tolist() == [97, 98, END, 99]
+    assert np.asarray(special.validation[0].tokens.ids_N).tolist() == [100, END]
+    told = list(notes(TrainConfig(model=BYTES), None, plain))
+    assert told == [
+        f"{name}: holds end-of-text as ordinary text: --allow-special makes it the token"
+        for name in ("a.txt", "val.jsonl")
+    ]
+    assert not list(notes(TrainConfig(model=BYTES), None, special))
+    run = Run(tmp_path / "run")
+    run.directory.mkdir()
+    run.describe(TrainConfig(model=BYTES), special, None)
+    data, validation = run.data()
+    assert open_corpus(data, BYTES, validation=validation).identity == special.identity
+    run.check_resume(TrainConfig(model=BYTES), open_corpus(data, BYTES, validation=validation), None)
+    with pytest.raises(ConfigError, match=r"data a\.txt: identity .* before"):
+        run.check_resume(TrainConfig(model=BYTES), plain, None)
+    run.description.write_text(run.description.read_text().replace('"allow_special": true', '"allow_special": 1'))
+    with pytest.raises(CheckpointError, match=r"damaged: allow_special of .*a\.txt is 1"):
+        run.data()
 
 
 # --- the command

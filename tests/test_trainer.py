@@ -938,21 +938,6 @@ def test_command_line_trains_resumes_and_evaluates(tmp_path, undisturbed, capsys
     assert figures["tokens"] == 82
 
 
-def test_tensorboard_gets_the_same_figures(tmp_path, tokens):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    train(dataclasses.replace(CONFIG, steps=4, sample_tokens=0), tokens, tmp_path, tensorboard=True)
-    events = reader.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    got = [(event.step, pytest.approx(event.value)) for event in events.Scalars("loss")]
-    assert [(line["step"], line["loss"]) for line in metrics(tmp_path) if "loss" in line] == got
-
-
-def test_tensorboard_without_its_extra_names_it(tmp_path, tokens, monkeypatch):
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(jaxgpt.MissingExtraError, match=r"jaxgpt\[tensorboard\]"):
-        train(CONFIG, tokens, tmp_path, tensorboard=True)
-
-
 KILLED = """
 import sys
 from jaxgpt.cli import main

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: if --profile is no directory's path.
         MissingExtraError: for --peers if none is installed.
     """
+    from jaxgpt import planning
     from jaxgpt.cpu import kernel
     from jaxgpt.errors import MissingExtraError
     from jaxgpt.measuring import benchmark
@@ -107,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.only or "start" in args.only:
         print("start", file=sys.stderr)
         report["start_seconds"] = dict(zip(("cold", "compiled"), benchmark.cold_and_warm_start(), strict=True))
+    if any(work.kind == "feed" for work in chosen):
+        report["host_takes_tokens_per_s"] = planning.host_takes(args.preset)
     print(json.dumps(report, indent=2) if args.json else _table(report))
     return 0
 
@@ -115,6 +118,8 @@ def _table(report: dict[str, Any]) -> str:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+
+    from jaxgpt import planning
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
     peers = sorted({program for row in report["rows"] for program in row["tokens_per_s"]} - {"jaxgpt"})
@@ -150,6 +155,12 @@ def _table(report: dict[str, Any]) -> str:
         for formula in dict.fromkeys(row["formula"] for row in report["rows"]):
             workloads = ", ".join(row["work"] for row in report["rows"] if row["formula"] == formula)
             console.print(f"limit of {workloads}: {formula}", soft_wrap=True)
+        if "host_takes_tokens_per_s" in report:
+            console.print(
+                f"feed: batches of a token file. A host of a pod takes at most "
+                f"{report['host_takes_tokens_per_s']:,.0f} tokens/s of them (training on {planning.HOST})",
+                soft_wrap=True,
+            )
         if "start_seconds" in report:
             seconds = report["start_seconds"]
             console.print(

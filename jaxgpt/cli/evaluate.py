@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.cli.options import add_model_arguments, load_model
+from jaxgpt.cli.options import add_allow_special, add_model_arguments, add_text_key, given, load_model
 from jaxgpt.files import local
 
 
@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="FILE", help="a token file, or a UTF-8 text")
+    what.add_argument(
+        "--data",
+        metavar="FILE",
+        help="texts (plain, JSON lines, Parquet) or tokens: a file, a directory, or a pattern of files",
+    )
     what.add_argument(
         "--tasks",
         nargs="+",
@@ -26,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ".bin), lambada_openai=lambada_test.jsonl, wikitext=, wikitext_verbatim= or wikitext_guide=wiki.test.raw; a "
         "name without a file is a task of lm-evaluation-harness (extra: eval), which downloads its data",
     )
+    add_text_key(parser)
+    add_allow_special(parser)
     parser.add_argument(
         "--stride",
         type=int,
@@ -64,15 +70,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run_text(args: argparse.Namespace) -> int:
-    from jaxgpt.data import open_tokens
+    from jaxgpt.data import MARKED, open_tokens
     from jaxgpt.parallel import memory_errors
     from jaxgpt.training import evaluate
 
-    if args.limit is not None:
-        raise ValueError("--limit belongs to --tasks: --last-fraction takes a part of a text")
+    if option := given(args, "--limit", "--batch-tokens"):
+        advice = {"--limit": "--last-fraction takes a part of a text", "--batch-tokens": "--data has --batch-size"}
+        raise ValueError(f"{option} belongs to --tasks: {advice[option]}")
     local(args.data)
     model, params = load_model(args)
-    tokens = open_tokens(args.data, model.config, args.tokenizer)
+    tokens = open_tokens(
+        args.data, model.config, args.tokenizer, text_key=args.text_key, allow_special=args.allow_special
+    )
+    if any(shard.marked for shard in tokens.shards):
+        print(f"note: {args.data} {MARKED}", file=sys.stderr)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
     ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
@@ -93,8 +104,9 @@ def _run_tasks(args: argparse.Namespace) -> int:
     from jaxgpt.parallel import memory_errors
     from jaxgpt.scoring import check_task, check_tasks, run_harness, run_task
 
-    if args.seq_len or args.last_fraction is not None:
-        raise ValueError("--seq-len and --last-fraction belong to --data")
+    if option := given(args, "--seq-len", "--last-fraction", "--batch-size", "--text-key", "--allow-special"):
+        advice = ": --tasks have --batch-tokens" if option == "--batch-size" else ""
+        raise ValueError(f"{option} belongs to --data{advice}")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
     built_in, others = parse_tasks(args.tasks)

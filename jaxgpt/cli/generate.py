@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxgpt.checks import whole_number
-from jaxgpt.cli.options import add_model_arguments, load_model
+from jaxgpt.cli.options import add_model_arguments, given, load_model
 from jaxgpt.config import DTYPES
 from jaxgpt.files import decode_text, local
 
@@ -155,21 +155,22 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse_other_mode(args: argparse.Namespace, searches: bool) -> None:
-    """Raises a ValueError for an option of sampling beside --num-beams, or the reverse."""
-    given: set[str] = getattr(args, "given", set())
+    """Raises a ValueError for an option that has no effect: of drawing beside --greedy, of sampling beside --num-beams,
+    or of a search without."""
     if not searches:
-        if "length_penalty" in given:
+        if given(args, "--length-penalty"):
             raise ValueError("--length-penalty needs --num-beams: without it nothing is searched for")
+        draws = given(args, "--temperature", "--top-k", "--top-p", "--min-p", "--seed")
+        if args.greedy and draws:
+            raise ValueError(f"{draws} and --greedy exclude each other: the likeliest token is taken, and none drawn")
         return
     if args.stream:
         raise ValueError("--stream and --num-beams exclude each other: no text is certain before the search ends")
     from jaxgpt.generation import SAMPLING
 
-    for name in (*SAMPLING, "seed", "greedy", "stop", "logprobs"):
-        value = getattr(args, name)
-        if name in given or value is True or (isinstance(value, list) and value):
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} and --num-beams exclude each other: a search only ranks what the model says")
+    sampling = (f"--{name.replace('_', '-')}" for name in SAMPLING)
+    if option := given(args, *sampling, "--seed", "--greedy", "--stop", "--logprobs"):
+        raise ValueError(f"{option} and --num-beams exclude each other: a search only ranks what the model says")
 
 
 def _is_terminal() -> bool:

@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     """Prints the report and returns the exit code."""
     if args.plot is not None:
         new_directory(args.plot, args.force)
+    elif args.force:
+        raise ConfigError("--force belongs to --plot, which writes: without it nothing is written")
+    if args.all and args.json:
+        raise ConfigError("--all and --json exclude each other: JSON has every block anyway")
     config, inside = (resolve_config(args.model), None) if args.prompt is None else read(args.model, args.prompt)
     report = make_report(config, args.batch, config.context_length if args.length is None else args.length)
     if inside is not None:
@@ -168,6 +172,7 @@ def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
         "training_bytes": {
             "whole": accounting.training_bytes(config),
             f"lora_rank_{_RANK}": accounting.training_bytes(config, adapters, adapters),
+            f"lora_rank_{_RANK}_bfloat16": accounting.training_bytes(config, adapters, adapters, "bfloat16"),
         },
         "cache_bytes": {dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in DTYPES},
         "tree": [
@@ -262,7 +267,7 @@ def _totals_table(report: dict[str, Any]) -> Any:
     for dtype, size in report["parameter_bytes"].items():
         grid.add_row(f"parameters in {dtype}", f"{size / MIB:,.2f} MiB")
     for title, size in zip(
-        ("training, without activations", f"the same with LoRA of rank {_RANK}"),
+        ("training, without activations", f"the same with LoRA of rank {_RANK}", "the same beside a bfloat16 model"),
         report["training_bytes"].values(),
         strict=True,
     ):

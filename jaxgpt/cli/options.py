@@ -11,6 +11,20 @@ from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.tokenizer import NONE
 
 
+def given(args: argparse.Namespace, *options: str) -> str:
+    """The first of these options that was given, such as "--batch-size"; '' if none was.
+
+    An option that has no effect in the mode that was chosen is an error: its user expects one.
+    """
+    for option in options:
+        name = option.removeprefix("--").replace("-", "_")
+        value = getattr(args, name)
+        # Of those that take one value, `given` knows; others are flags and lists.
+        if name in getattr(args, "given", ()) or value is True or (isinstance(value, list) and value):
+            return option
+    return ""
+
+
 def add_force(parser: argparse.ArgumentParser, what: str) -> None:
     """Declares --force, without which the commands that write replace nothing."""
     parser.add_argument("--force", action="store_true", help=what)
@@ -38,6 +52,13 @@ def add_text_key(parser: argparse.ArgumentParser) -> None:
         "--text-key",
         metavar="KEY",
         help="where records have their text: a key of JSON lines, a column of Parquet (text)",
+    )
+
+
+def add_allow_special(parser: argparse.ArgumentParser) -> None:
+    """Declares --allow-special."""
+    parser.add_argument(
+        "--allow-special", action="store_true", help="special tokens in texts, such as <|endoftext|>, are tokens"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from jaxgpt.cli.options import add_force, add_text_key
+from jaxgpt.cli.options import add_allow_special, add_force, add_text_key
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="tokens after which a token file is closed and the next begun (%(default)s)",
     )
-    parser.add_argument(
-        "--allow-special", action="store_true", help="special tokens in texts, such as <|endoftext|>, are tokens"
-    )
+    add_allow_special(parser)
     parser.add_argument(
         "--skip-bad", action="store_true", help="leave out and count records without a text instead of stopping"
     )
@@ -54,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the token files, shows how far it is, and returns the exit code."""
-    from jaxgpt.data import TEXT_KEY, tokenize
+    from jaxgpt.data import MARKED, TEXT_KEY, tokenize
     from jaxgpt.files import local
 
     for path in (*args.sources, args.out):
@@ -93,5 +91,5 @@ def run(args: argparse.Namespace) -> int:
     if counts.bad:
         print(f"{counts.bad:,} records without a text were left out, the first: {counts.first_bad}", file=sys.stderr)
     if counts.marked:
-        print("note: texts hold end-of-text as ordinary text; --allow-special makes it the token", file=sys.stderr)
+        print(f"note: a text {MARKED}", file=sys.stderr)
     return 0

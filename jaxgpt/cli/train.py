@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from jaxgpt.cli.options import add_text_key
+from jaxgpt.cli.options import add_allow_special, add_text_key, given
 from jaxgpt.cli.restarts import supervise
 from jaxgpt.files import local
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
+    from jaxgpt.training import TRACKERS
+
     parser.formatter_class = argparse.RawDescriptionHelpFormatter  # otherwise the epilog becomes one paragraph
     parser.epilog = describe_settings(max(60, shutil.get_terminal_size().columns - 2))
     parser.add_argument(
@@ -45,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="NAME_OR_PATH", help="what made the ids of token files that do not say, such as gpt2"
     )
     add_text_key(parser)
+    add_allow_special(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
@@ -69,7 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="print the config, the tokens, the first batch and the memory of a step, which is compiled; write nothing",
     )
     parser.add_argument("--force", action="store_true", help="resume even if the config or the data differ")
-    parser.add_argument("--tensorboard", action="store_true", help="also write the metrics for TensorBoard")
+    parser.add_argument(
+        "--log-to",
+        action="append",
+        default=[],
+        choices=TRACKERS,
+        metavar="TRACKER",
+        help=f"also log the metrics to one of {', '.join(TRACKERS)}, each of which is an extra; may be repeated",
+    )
     parser.add_argument("--mesh", metavar="AXES", help="devices, such as data=2,fsdp=4,tensor=2; -1: all the others")
     parser.add_argument("--distributed", action="store_true", help="be one of several processes that train together")
     parser.add_argument(
@@ -155,19 +165,24 @@ def run(args: argparse.Namespace) -> int:
         distributed.initialize(
             args.coordinator, args.processes, args.process, args.join_timeout, stall_timeout=args.stall_timeout
         )
-    elif (args.coordinator, args.processes, args.process) != (None, None, None):
-        raise ConfigError("--coordinator, --processes and --process belong to --distributed")
+    elif option := given(args, "--coordinator", "--processes", "--process", "--join-timeout", "--stall-timeout"):
+        raise ConfigError(f"{option} belongs to --distributed")
+    if args.force and args.resume is None:
+        raise ConfigError("--force belongs to --resume: a new run needs a directory without one")
     if args.dry_run:
         from jaxgpt.training import dry_run
 
         if args.resume is not None or args.distributed:
             raise ConfigError("--dry-run is for a new run, in one process: give --out, and not --distributed")
+        if option := given(args, "--verify", "--log-to"):
+            raise ConfigError(f"{option} has no effect with --dry-run, which trains nothing and writes nothing")
         paragraphs = dry_run(
             config,
             args.data,
             val_data=args.val_data,
             tokenizer=args.tokenizer,
             text_key=args.text_key,
+            allow_special=args.allow_special,
             init_from=args.init_from,
         )
         for paragraph in paragraphs:
@@ -182,11 +197,12 @@ def run(args: argparse.Namespace) -> int:
         val_data=args.val_data,
         tokenizer=args.tokenizer,
         text_key=args.text_key,
+        allow_special=args.allow_special,
         verify=args.verify,
         resume=args.resume is not None,
         force=args.force,
         init_from=args.init_from,
-        tensorboard=args.tensorboard,
+        log_to=args.log_to,
     )
     return 128 + result.stopped_by if result.stopped_by else 0
 

@@ -1,4 +1,5 @@
 from .documents import TEXT_KEY as TEXT_KEY
+from .encoding import MARKED as MARKED
 from .shards import ShardIndex as ShardIndex
 from .shards import read_index as read_index
 from .sources import Corpus as Corpus

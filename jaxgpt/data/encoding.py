@@ -24,6 +24,8 @@ from jaxgpt.tokenizer import Tokenizer
 
 # Texts that are encoded at a time, if they are short. (If not, it is `PIECE` characters.)
 _TEXTS = 4096
+# What a user is told whose texts are `marked`.
+MARKED = "holds end-of-text as ordinary text: --allow-special makes it the token"
 
 
 class Encoded(NamedTuple):

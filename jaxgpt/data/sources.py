@@ -34,12 +34,13 @@ _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d
 
 
 class Reference(NamedTuple):
-    """Where a source is: its name, path, weight and text key (see `Source`)."""
+    """Where a source is, and how its texts are read (see `Source`)."""
 
     name: str
     path: str
     weight: float | None
     text_key: str | None = None
+    allow_special: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Source:
         path: where it is; None for tokens made in Python.
         left_out: names of files in its directory that are not used, each with the reason.
         text_key: where a record of JSON lines or Parquet has its text.
+        allow_special: whether special tokens in its texts are tokens.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Source:
     path: str | None = None
     left_out: tuple[str, ...] = ()
     text_key: str = TEXT_KEY
+    allow_special: bool = False
 
     def __post_init__(self):
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
@@ -151,6 +154,7 @@ def open_corpus(
     validation: Any = None,
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
+    allow_special: bool = False,
 ) -> Corpus:
     """Opens what a model is to be trained on.
 
@@ -161,18 +165,20 @@ def open_corpus(
         validation: sources to validate on; of one that has a validation split, that is meant.
         tokenizer: what made the ids of files that do not say; by default those are refused.
         text_key: where a record of JSON lines or Parquet has its text; by default under "text".
+        allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
 
     Raises:
         DataError: if there is no source, or one cannot be opened or has another tokenizer than the model; if only some
             have weights.
     """
-    sources = tuple(_open(one, config, tokenizer, text_key) for one in _listed(data))
+    given = _Reading(tokenizer, text_key, allow_special)
+    sources = tuple(_open(one, config, given) for one in _listed(data))
     if not sources:
         raise DataError("there is no data to train on: expected at least one source")
-    given = [source.name for source in sources if source.weight is not None]
-    if given and len(given) < len(sources):
+    weighted = [source.name for source in sources if source.weight is not None]
+    if weighted and len(weighted) < len(sources):
         missing = next(source.name for source in sources if source.weight is None)
-        raise DataError(f"{given[0]} has a weight and {missing} has none: give all sources one, or none")
+        raise DataError(f"{weighted[0]} has a weight and {missing} has none: give all sources one, or none")
     names = [source.name for source in sources]
     if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(
@@ -180,7 +186,7 @@ def open_corpus(
         )
     apart = []
     for one in _listed(validation):
-        source = _open(one, config, tokenizer, text_key)
+        source = _open(one, config, given)
         if source.weight is not None:
             raise DataError(f"{source.name}: data to validate on is read once, so it has no weight")
         if source.validation is not None:
@@ -189,15 +195,27 @@ def open_corpus(
     return Corpus(sources, tuple(apart))
 
 
-def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | None = None) -> Tokens:
+def open_tokens(
+    path: str | Path,
+    config: GPTConfig,
+    tokenizer: str | Path | None = None,
+    text_key: str | None = None,
+    *,
+    allow_special: bool = False,
+) -> Tokens:
     """Opens one source, a file, a directory or a pattern of files, for a model, and verifies it; with its validation
     split, if it has one. Text is encoded with the model's tokenizer.
+
+    Args:
+        path: where it is.
+        config: the model's config.
+        tokenizer, text_key, allow_special: as for `open_corpus`.
 
     Raises:
         DataError: if it cannot be read, is damaged, was made by another tokenizer, or holds ids outside the model's
             vocabulary.
     """
-    source = _open(path, config, tokenizer, None)
+    source = _open(path, config, _Reading(tokenizer, text_key, allow_special))
     if source.weight is not None:
         raise DataError(f"{source.name}: a weight is for one of several sources to train on")
     tokens = source.tokens if source.validation is None else _join([source.tokens, source.validation])
@@ -207,7 +225,12 @@ def open_tokens(path: str | Path, config: GPTConfig, tokenizer: str | Path | Non
 
 
 def read_text(
-    path: str | Path, tokenizer: str | Path, text_key: str = TEXT_KEY, *, separate: bool | None = None
+    path: str | Path,
+    tokenizer: str | Path,
+    text_key: str = TEXT_KEY,
+    *,
+    separate: bool | None = None,
+    allow_special: bool = False,
 ) -> Tokens:
     """Encodes the documents of a file.
 
@@ -216,16 +239,18 @@ def read_text(
         tokenizer: anything that `get_tokenizer` takes.
         text_key: where a record has its text.
         separate: whether end-of-text follows each document; by default if these are records.
+        allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
 
     Raises:
         DataError: if it cannot be read or is not UTF-8 text; says what it looks like. For a record without a text.
     """
     made_by = get_tokenizer(tokenizer)
     with open_documents(path, text_key) as documents:
-        encoder = Encoder(made_by, documents.records if separate is None else separate)
-        rows = [batch.ids_N for batch in encode(documents.pieces(made_by.find_cut), encoder)]
-    ids_N = np.concatenate([np.zeros(0, id_type(made_by.vocab_size)), *rows])
-    return Tokens((Shard(ids_N, sha256(ids_N)),), made_by.name, made_by.vocab_size)
+        encoder = Encoder(made_by, documents.records if separate is None else separate, allow_special)
+        batches = list(encode(documents.pieces(made_by.find_cut), encoder))
+    ids_N = np.concatenate([np.zeros(0, id_type(made_by.vocab_size)), *(batch.ids_N for batch in batches)])
+    marked = any(batch.marked for batch in batches)
+    return Tokens((Shard(ids_N, sha256(ids_N), marked=marked),), made_by.name, made_by.vocab_size)
 
 
 def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
@@ -237,27 +262,36 @@ def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
         )
 
 
+class _Reading(NamedTuple):
+    """How files are read, where they or a `Reference` do not say; see `open_corpus`."""
+
+    tokenizer: str | Path | None
+    text_key: str | None
+    allow_special: bool
+
+
 def _listed(data: Any) -> list[Any]:
     several = isinstance(data, (list, tuple)) and not isinstance(data, Reference)
     return [] if data is None else list(data) if several else [data]
 
 
-def _open(given: Any, config: GPTConfig, tokenizer: str | Path | None, text_key: str | None) -> Source:
+def _open(given: Any, config: GPTConfig, reading: _Reading) -> Source:
     if isinstance(given, Source):
         source = given
     elif isinstance(given, Tokens):
         source = Source("the tokens", given)
     elif isinstance(given, (str, os.PathLike, Reference)):
-        name, path, weight, key = given if isinstance(given, Reference) else parse(given)
-        place, key = local(path), text_key or key or TEXT_KEY
+        name, path, weight, key, special = given if isinstance(given, Reference) else parse(given)
+        place, key, special = local(path), reading.text_key or key or TEXT_KEY, reading.allow_special or special
+        reading = reading._replace(text_key=key, allow_special=special)
         validation, left_out = None, tuple[str, ...]()
         if os.path.isdir(place) and (index := read_index(place)) is not None:
             tokens = _join([open_shard(place, shard, index.tokenizer) for shard in index.shards])
         else:
             train, val, left_out = _paths(path)
-            tokens = _join(_open_files(train, config, tokenizer, key))
-            validation = _join(_open_files(val, config, tokenizer, key)) if val else None
-        source = Source(name, tokens, weight, validation, os.path.abspath(place), left_out, key)
+            tokens = _join(_open_files(train, config, reading))
+            validation = _join(_open_files(val, config, reading)) if val else None
+        source = Source(name, tokens, weight, validation, os.path.abspath(place), left_out, key, special)
     else:
         raise TypeError(f"data must be a path, Tokens, or a list of these, not {short_repr(given)}")
     for tokens in filter(None, (source.tokens, source.validation)):
@@ -301,14 +335,13 @@ def _paths(path: str) -> tuple[list[Path], list[Path], tuple[str, ...]]:
     return train, val, (*left_out, *(f"{file.name} (a test split)" for file in test))
 
 
-def _open_files(paths: list[Path], config: GPTConfig, tokenizer: str | Path | None, text_key: str) -> list[Tokens]:
+def _open_files(paths: list[Path], config: GPTConfig, reading: _Reading) -> list[Tokens]:
     separate = True if len(paths) > 1 else None  # between the texts of two files is the end of a document
-    return [_open_file(path, config, tokenizer, text_key, separate) for path in paths]
+    return [_open_file(path, config, reading, separate) for path in paths]
 
 
-def _open_file(
-    path: Path, config: GPTConfig, tokenizer: str | Path | None, text_key: str, separate: bool | None
-) -> Tokens:
+def _open_file(path: Path, config: GPTConfig, reading: _Reading, separate: bool | None) -> Tokens:
+    tokenizer, text_key, allow_special = reading
     try:
         odd = path.exists() and not path.is_file()  # it is read twice, and opening a pipe could block indefinitely
     except (OSError, ValueError) as error:  # a name that no file can have
@@ -319,7 +352,7 @@ def _open_file(
         return tokens
     bare = path.suffix.lower() == ".bin" and not_text(read_bytes(path, 2**20)) != ""
     if not bare:
-        return read_text(path, config.tokenizer, text_key, separate=separate)
+        return read_text(path, config.tokenizer, text_key or TEXT_KEY, separate=separate, allow_special=allow_special)
     index = path.with_suffix(".idx")
     if index.is_file() and (tokens := open_token_file(index, tokenizer)) is not None:
         return tokens

@@ -145,11 +145,13 @@ class Shard:
         sha256: of the ids as little-endian uint32, so that a text and a token file with the same ids agree; None where
             a format does not state it.
         path: the file; None for ids in memory.
+        marked: whether a text that was encoded holds the text of end-of-text, as ordinary text.
     """
 
     ids_N: Ids
     sha256: str | None = None
     path: Path | None = None
+    marked: bool = False
 
     def __repr__(self) -> str:
         return f"Shard({len(self.ids_N):,} tokens{'' if self.path is None else f' of {self.path}'})"

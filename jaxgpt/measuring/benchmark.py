@@ -7,6 +7,7 @@ the same way.
 
 from __future__ import annotations
 
+import atexit
 import collections
 import dataclasses
 import json
@@ -25,6 +26,8 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 
 PROMPT, NEW = 32, 128
 QUESTIONS = 100
+# Batches per repetition, and ids to draw them from.
+FED, FEED_IDS = 50, 2**25
 CHARACTER_MODEL = {
     "vocab_size": 65,
     "context_length": 256,
@@ -43,7 +46,8 @@ class Workload:
 
     Attributes:
         kind: "decode" (`PROMPT` ids in, `NEW` ids out), "forward" (logits at every position), "score" (the `questions`
-            of a benchmark), "train" (a whole optimizer step), "read" or "matmul" (the machine's limits).
+            of a benchmark), "train" (a whole optimizer step), "feed" (batches of a token file, without a model),
+            "read" or "matmul" (the machine's limits).
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: type of the parameters while decoding, and of the operands of matrix products.
         batch: number of rows; of questions to score.
@@ -65,6 +69,8 @@ class Workload:
             return f"matmul-{self.dtype}"
         model = "character-" if self.preset == "character" else ""
         size = f"{self.batch}" if self.kind in ("decode", "score") else f"{self.batch}x{self.length}"
+        if self.kind == "feed":
+            return f"{self.kind}-{size}"
         return f"{model}{self.kind}-{size}-{self.dtype}"
 
     @property
@@ -75,7 +81,8 @@ class Workload:
             return sum(
                 len(prompt) + len(ids) for prompt, choices in zip(*questions(self), strict=True) for ids in choices
             )
-        return self.batch * (NEW if self.kind == "decode" else self.length)
+        times = FED if self.kind == "feed" else 1
+        return times * self.batch * (NEW if self.kind == "decode" else self.length)
 
     def config(self) -> GPTConfig:
         """The model's config."""
@@ -103,6 +110,7 @@ def workloads(preset: str) -> list[Workload]:
         *(Workload("score", preset, dtype, QUESTIONS) for dtype in ("float32", "bfloat16")),
         *(Workload("train", preset, dtype, 2, 512) for dtype in ("float32", "bfloat16")),
         *(Workload("train", "character", dtype, 32, 256) for dtype in ("float32", "bfloat16")),
+        Workload("feed", preset, batch=64, length=1024),
     ]
 
 
@@ -127,6 +135,8 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
         needed = (sum(map(len, prompts)) + scored) * (whole - head) + scored * head
         formula = "tokens x matrix product FLOP/s / FLOPs that read each prompt once and score what follows it"
         return work.tokens * flops_per_s[work.dtype] / needed, formula
+    if work.kind == "feed":
+        return read_bytes_per_s / 2, "read bandwidth / 2 bytes per id"
     if work.kind in ("forward", "train"):
         passes = 3 if work.kind == "train" else 1
         linear = accounting.forward_flops(config, work.batch, work.length).linear
@@ -172,7 +182,15 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
     ms."""
     import jax
 
-    make = {"decode": _decode, "forward": _forward, "score": _score, "train": _train, "read": _read, "matmul": _matmul}
+    make = {
+        "decode": _decode,
+        "forward": _forward,
+        "score": _score,
+        "train": _train,
+        "feed": _feed,
+        "read": _read,
+        "matmul": _matmul,
+    }
     run = make[work.kind](work)
     # A limit is the best time observed.
     is_limit = work.kind in ("read", "matmul")
@@ -278,6 +296,30 @@ def _train(work: Workload) -> Callable[[], Any]:
         nonlocal state
         state, metrics = step(state, ids)
         float(metrics["loss"])
+
+    return run
+
+
+def _feed(work: Workload) -> Callable[[], Any]:
+    """Reads `FED` batches one after another, as a run does while its device works, from a file of `FEED_IDS` ids that
+    the system has in memory."""
+    import numpy as np
+
+    from jaxgpt.data import FileIds
+    from jaxgpt.training import ReadAhead, TrainConfig, batch
+
+    config = TrainConfig(model=work.config(), batch_size=work.batch, seq_len=work.length)
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    file = Path(directory.name) / "train.bin"
+    np.random.default_rng(0).integers(0, config.model.vocab_size, FEED_IDS, np.uint16).tofile(file)
+    ids_N = FileIds(file, "<u2", 0, FEED_IDS)
+
+    def run() -> None:
+        read = ReadAhead(lambda step, rows: batch(ids_N, config, step, rows), FED)
+        for step in range(FED):
+            read(step)
+        read.close()
 
     return run
 

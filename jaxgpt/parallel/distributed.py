@@ -6,7 +6,9 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
+import itertools
 import os
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -161,3 +163,55 @@ def fail_together(otherwise: Exception) -> Iterator[None]:
         raise
     if highest(0):
         raise otherwise
+
+
+# Seconds from one look for a failure to the next, for a process that fails itself to say so first, and to leave.
+_LOOK, _GRACE, _LEAVE = 1.0, 5.0, 10.0
+_blocks = itertools.count()
+
+
+@contextlib.contextmanager
+def end_together(advice: str) -> Iterator[None]:
+    """For code in which processes wait for one another: if it fails in one, the others end, within some 15 seconds.
+
+    They would otherwise wait in an exchange with the failed one, where no exception can reach them, until JAX notices
+    that it is gone, which takes minutes. So a thread looks for failures, and ends the process with exit code 1 after
+    writing which process failed, and `advice`, to stderr. A process that fails too meanwhile raises its own error.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
+    # The store of keys and values of jax.distributed, for which there is no public name.
+    from jax._src.distributed import global_state
+
+    key, left = f"jaxgpt/failed/{next(_blocks)}", threading.Event()
+    watching = threading.Thread(target=_watch, args=(global_state.client, key, left, advice), daemon=True)
+    watching.start()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first, or nobody is left to tell
+            global_state.client.key_value_set(key, str(jax.process_index()))
+        raise
+    finally:
+        left.set()
+
+
+def _watch(client: Any, key: str, left: threading.Event, advice: str) -> None:
+    """Ends this process if another has failed; until it has `left` the block."""
+    failed = None
+    while failed is None:
+        if left.wait(_LOOK):
+            return
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # no such key
+            failed = client.key_value_try_get(key)
+    if left.wait(_GRACE):
+        return
+    print(
+        f"jaxgpt: error: process {failed} failed, and its own message says why: {advice}", file=sys.stderr, flush=True
+    )
+    # The failed process waits for the others before it exits.
+    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(_LEAVE)
+    os._exit(1)

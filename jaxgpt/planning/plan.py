@@ -404,6 +404,19 @@ def make_plan(
     return report
 
 
+# The chips of one host of a pod: of the kind on which small models, bound by memory traffic, train fastest.
+HOST = "v5p:2x2x1"
+
+
+def host_takes(preset: str) -> float:
+    """Tokens per second that one host of a pod takes in training, at most: the upper bound of the formulae for `HOST`,
+    with 16 rows per chip."""
+    topology = Topology.parse(HOST)
+    config, _ = resolve(preset, topology, batch=16 * topology.size)
+    cost, tokens = analytic_training(config, topology), config.batch_size * config.T
+    return roofline(cost, topology, tokens, model_flops(config))["tokens_per_s"]["overlapped"]
+
+
 def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool) -> dict[str, Cost]:
     """Runs `jaxgpt.planning.compile` in a separate process, because it sets up other devices and libtpu is noisy."""
     # No TPU is touched: do not look for one in the cloud's metadata, and do not lock it against other processes.

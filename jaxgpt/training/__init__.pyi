@@ -1,4 +1,6 @@
 from . import curves as curves
+from .batches import ReadAhead as ReadAhead
+from .batches import batch as batch
 from .config import TABLES as TABLES
 from .config import TrainConfig as TrainConfig
 from .config import check_tables as check_tables
@@ -20,3 +22,4 @@ from .step import abstract_state as abstract_state
 from .step import init_state as init_state
 from .step import jit_step as jit_step
 from .step import make_step as make_step
+from .trackers import TRACKERS as TRACKERS

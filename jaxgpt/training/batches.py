@@ -55,14 +55,10 @@ def batch(data: Mixture | Ids, config: TrainConfig, step: int, rows: slice = sli
     ids_BxT1 = np.empty((len(index_B), T + 1), np.int32)
     read = list(zip(source_B.tolist(), start_B.tolist(), strict=True))
     for row_T1, (i, start) in zip(ids_BxT1, read, strict=True):
-        row_T1[:] = mixture.ids[i][start : start + T + 1]
-    outside_B = np.any((ids_BxT1 < 0) | (ids_BxT1 >= vocab_size), axis=1)
-    if outside_B.any():
-        i, start = read[int(outside_B.argmax())]
         ids_T1 = np.asarray(mixture.ids[i][start : start + T + 1])
-        error = out_of_range(ids_T1, vocab_size, mixture.names[i], start)
-        assert error is not None  # this row was just seen to hold one
-        raise error
+        if (error := out_of_range(ids_T1, vocab_size, mixture.names[i], start)) is not None:
+            raise error
+        row_T1[:] = ids_T1  # ids of 64 bits beyond the vocabulary would wrap into it
     return ids_BxT1
 
 

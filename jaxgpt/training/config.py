@@ -180,9 +180,11 @@ class TrainConfig:
             raise ConfigError(
                 f"seq_len {short_repr(self.seq_len)} is beyond model.context_length {self.model.context_length}"
             )
-        if self.compute.param_dtype != "float32":
+        # Adapters are float32 whatever the model's type is, which is frozen.
+        if self.compute.param_dtype not in ("float32", *["bfloat16"] * bool(self.lora.rank)):
             raise ConfigError(
-                "compute.param_dtype must be float32 to train: in a shorter type, small updates are lost to rounding"
+                "compute.param_dtype must be float32 to train: in a shorter type, small updates are lost to rounding "
+                "(of lora, which trains adapters beside a frozen model, it may be bfloat16)"
             )
         if self.lora.rank and self.freeze:
             raise ConfigError("freeze is not for lora, which trains nothing but adapters: lora.matrices says of what")

@@ -29,6 +29,7 @@ from jaxgpt.files import new_directory
 from jaxgpt.generation import Temperature, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
+from jaxgpt.training import trackers
 from jaxgpt.training.batches import ReadAhead, batch
 from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
@@ -36,7 +37,7 @@ from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.models import base_params, initial_params
 from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point
 from jaxgpt.training.progress import TrainProgress
-from jaxgpt.training.run_directory import Run, import_tensorboard
+from jaxgpt.training.run_directory import Run
 from jaxgpt.training.step import (
     SAMPLE,
     TrainState,
@@ -82,11 +83,12 @@ def train(
     val_data: Data | Sequence[Data] | None = None,
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
+    allow_special: bool = False,
     verify: bool = False,
     resume: bool = False,
     force: bool = False,
     init_from: str | None = None,
-    tensorboard: bool = False,
+    log_to: Sequence[str] = (),
 ) -> TrainResult:
     """Trains a model into the directory `out` (`run_directory.py` documents the files that it writes).
 
@@ -104,6 +106,7 @@ def train(
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
         text_key: where records of JSON lines or Parquet have their text; by default under "text".
+        allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
             training, unless the data is small.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
@@ -112,7 +115,7 @@ def train(
         force: resume even though config or data differ from the run's.
         init_from: the model to fine-tune: anything `jaxgpt.load` takes; by default the config's. A resumed run
             remembers it.
-        tensorboard: write the metrics for TensorBoard too.
+        log_to: where the metrics also go: any of "tensorboard", "wandb" and "trackio" (see `trackers.py`).
 
     Raises:
         ConfigError, DataError, CheckpointError: before the first step, for input that cannot be used.
@@ -138,13 +141,19 @@ def train(
                 tokenizer = config.model.tokenizer if tokenizer is None else tokenizer
             assert config is not None  # so mypy sees what the checks above have made sure of
             config, mesh, corpus, train_data, val_N = prepare(
-                config, data, val_data, tokenizer, text_key, init_from, resume=began is not None
+                config,
+                data,
+                init_from,
+                resume=began is not None,
+                validation=val_data,
+                tokenizer=tokenizer,
+                text_key=text_key,
+                allow_special=allow_special,
             )
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
-            if tensorboard:
-                import_tensorboard()
+            trackers.check(log_to)
             held.enter_context(run.locked())
             if resume and not force:
                 run.check_resume(config, corpus, init_from)
@@ -178,8 +187,7 @@ def train(
         with distributed.fail_together(alone):
             run.describe(config, corpus, init_from, base)
             run.truncate_metrics(start)
-            if tensorboard:
-                run.write_tensorboard(start)
+            held.enter_context(run.logging_to(log_to, start, config))
         if start >= config.steps:
             progress.say(
                 f"the run is finished: step {start:,} of {config.steps:,}; to train longer: {run.resume_command} "
@@ -189,6 +197,7 @@ def train(
             progress.say(first_line(config, mesh, len(train_data), len(val_N), init_from, start))
             for note in notes(config, began, corpus):
                 progress.say(note)
+        held.enter_context(distributed.end_together(f"this one ends too; {run.resume_command} continues"))
         held.enter_context(memory_errors(LESS_MEMORY))
         held.enter_context(verification.running())
         loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)

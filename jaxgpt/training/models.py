@@ -16,7 +16,7 @@ from jaxgpt import weights
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError
 from jaxgpt.files import local
-from jaxgpt.model import GPT, leaves, unstack_layers
+from jaxgpt.model import GPT, cast_params, leaves, unstack_layers
 from jaxgpt.parallel import sharding
 from jaxgpt.training.checkpoints import fingerprint
 from jaxgpt.training.config import TrainConfig
@@ -113,7 +113,7 @@ def _checkpoint(run: Run, step: int | str) -> weights.Checkpoint:
         config.model,
         weights.identity_rows(config.model, "float32"),
         tensors=lambda: _tensors(run, step),
-        compute=config.compute,
+        compute=config.compute.replace(param_dtype="float32"),
     )
 
 
@@ -126,7 +126,8 @@ def _tensors(run: Run, step: int | str) -> dict[str, weights.Tensor]:
         abstract = saved_state(config, abstract_state(config))
         state = checkpoints.restore(run.step(step), abstract)
         if config.lora.rank:
-            state["frozen"] = base_params(run, config, run.init_from())
+            # In float32 even if the run had it in bfloat16, in which merging would round what was trained.
+            state["frozen"] = cast_params(base_params(run, config, run.init_from()), "float32")
         params = jax.tree.map(np.asarray, eval_params(config, state))
     arrays = leaves(unstack_layers(params) if config.compute.scan_layers else params)
     return {

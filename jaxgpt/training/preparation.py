@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import short_repr
 from jaxgpt.config import PRESETS, GPTConfig
-from jaxgpt.data import Corpus, Ids, Mixture, open_corpus
+from jaxgpt.data import MARKED, Corpus, Ids, Mixture, open_corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import to_table
 from jaxgpt.files import local
@@ -27,16 +27,11 @@ from jaxgpt.weights import BUNDLED
 
 
 def prepare(
-    config: TrainConfig,
-    data: Any,
-    val_data: Any,
-    tokenizer: Any,
-    text_key: str | None,
-    init_from: str | None,
-    resume: bool = False,
+    config: TrainConfig, data: Any, init_from: str | None, *, resume: bool = False, **reading: Any
 ) -> tuple[TrainConfig, Mesh | None, Corpus, Mixture, Ids]:
     """What `train` and `dry_run` need before anything is written: (config, mesh, corpus, training data, validation
-    ids). The config's model is that of `init_from`; a run that is resumed knows it already.
+    ids). The config's model is that of `init_from`; a run that is resumed knows it already. The other
+    arguments are those of `open_corpus`.
 
     Raises:
         ConfigError, DataError, CheckpointError: for input that cannot be used.
@@ -47,7 +42,7 @@ def prepare(
     if config.lora.rank and init_from is None:
         raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
     mesh = _mesh(config)
-    corpus = open_corpus(data, config.model, validation=val_data, tokenizer=tokenizer, text_key=text_key)
+    corpus = open_corpus(data, config.model, **reading)
     _check_samples(config)
     train_data, val_N = corpus.split(config.val_fraction)
     check_enough(train_data, config, "training")
@@ -167,3 +162,5 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
         if source.validation is not None:
             ignored = " is not used: --val-data was given" if corpus.validation else " is what the run validates on"
             yield f"{source.name}: its validation split ({len(source.validation.ids_N):,} tokens){ignored}"
+        if any(shard.marked for tokens in (source.tokens, source.validation) if tokens for shard in tokens.shards):
+            yield f"{source.name}: {MARKED}"

@@ -33,6 +33,7 @@ def dry_run(
     val_data: Any = None,
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
+    allow_special: bool = False,
     init_from: str | None = None,
 ) -> Iterator[str]:
     """Prepares a run as `train` does, with the same arguments, up to the compiled step, and yields what it would be, a
@@ -46,7 +47,13 @@ def dry_run(
     """
     init_from = preparation.starting_point(config, init_from)
     config, mesh, corpus, train_data, val_N = preparation.prepare(
-        config, data, val_data, tokenizer, text_key, init_from
+        config,
+        data,
+        init_from,
+        validation=val_data,
+        tokenizer=tokenizer,
+        text_key=text_key,
+        allow_special=allow_special,
     )
     yield _toml(config)
     yield preparation.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)

@@ -1,11 +1,12 @@
 """A run's directory: what was run, on which data, and what it measured. Only one trainer may use it at a time.
 
-DIR/run.json        the resolved config, where the data is and its hashes, the model that it started from, versions
+DIR/run.json        the resolved config, where the data is and its hashes, the model that it started from, versions, the
+                    id that trackers know it by
 DIR/metrics.jsonl   one line per logged step or evaluation
 DIR/checkpoints/    see checkpoints.py
 DIR/tokenizer/      the files of the tokenizer, unless it is in the package
 DIR/loss.png        the loss curves, if the extra [plot] is installed
-DIR/tensorboard/    the metrics again, for TensorBoard, if requested
+DIR/tensorboard/    the metrics again, for TensorBoard, if requested; DIR/wandb/ likewise (see trackers.py)
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
@@ -25,24 +27,16 @@ from typing import Any
 
 from jaxgpt.checks import short_repr
 from jaxgpt.data import Corpus, Reference, Source
-from jaxgpt.errors import CheckpointError, ConfigError, require
+from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.files import local, replacing_directory, unsupported, write_text
 from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_in, write_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.trackers import TRACKERS, Tracker
 
 # These do not change what a step computes, so they may differ when a run resumes; so may the mesh.
 _FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "patience", "sample_tokens", "sample_prompt")
-
-
-def import_tensorboard() -> Any:
-    """Imports the library that writes for TensorBoard.
-
-    Raises:
-        MissingExtraError: without the extra [tensorboard].
-    """
-    return require("tensorboardX", "tensorboard", "writing for TensorBoard")
 
 
 class Run:
@@ -57,7 +51,7 @@ class Run:
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"
         self.tokenizer = self.directory / "tokenizer"
-        self._tensorboard: Any = None
+        self._trackers: list[Tracker] = []
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -146,6 +140,7 @@ class Run:
                 write_tokenizer(directory, tokenizer, context_length=config.model.context_length, own_ids=True)
         packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
         description = {
+            "id": self._id() or secrets.token_hex(8),
             "config": config.to_dict(),
             "init_from": init_from,
             **({} if base is None else {"base": base}),
@@ -210,7 +205,10 @@ class Run:
             if not os.path.exists(path) and not glob.has_magic(path):
                 raise ConfigError(f"the run's data is no longer at {path}: say where it is now ({option})")
             text_key = self._text("the text key of data", source.get("text_key"))
-            found.append(Reference(str(source.get("name")), path, weight, text_key))
+            special = source.get("allow_special", False)
+            if not isinstance(special, bool):
+                raise CheckpointError(self.description, f"damaged: allow_special of {path} is {short_repr(special)}")
+            found.append(Reference(str(source.get("name")), path, weight, text_key, special))
         return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
@@ -254,15 +252,18 @@ class Run:
             if was[table].get(name) != value and name not in (*_FREE_FIELDS, *free)
         ]
 
-    def write_tensorboard(self, step: int) -> None:
-        """From here on, `append` also writes for TensorBoard, replacing what is there after `step`.
+    @contextlib.contextmanager
+    def logging_to(self, names: Sequence[str], step: int, config: TrainConfig) -> Iterator[None]:
+        """In this context `append` also writes to these of `trackers.TRACKERS`, from `step` on.
 
         Raises:
-            MissingExtraError: without the extra [tensorboard].
+            ConfigError, MissingExtraError: if one cannot be used.
         """
-        if self.writes:
-            writer = import_tensorboard().SummaryWriter
-            self._tensorboard = writer(str(self.directory / "tensorboard"), purge_step=step + 1)
+        with contextlib.ExitStack() as opened:
+            for name in names if self.writes else ():
+                tracker = TRACKERS[name](self.directory, self._id(), step, config.to_dict())
+                self._trackers.append(opened.enter_context(contextlib.closing(tracker)))
+            yield
 
     def append(self, line: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl: "step" and its metrics; null for one that is not finite, as JSON has no NaN."""
@@ -271,11 +272,8 @@ class Run:
         with self.metrics.open("a", encoding="utf-8") as file:
             metrics = {name: value if math.isfinite(value) else None for name, value in line.items()}
             file.write(json.dumps(metrics) + "\n")
-        if self._tensorboard is not None:
-            for name, value in line.items():
-                if name != "step":
-                    self._tensorboard.add_scalar(name, value, line["step"])
-            self._tensorboard.flush()
+        for tracker in self._trackers:
+            tracker.log(line["step"], {name: value for name, value in line.items() if name != "step"})
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes again, and a last line that a kill cut short."""
@@ -312,6 +310,12 @@ class Run:
             raise CheckpointError(self.description, f"damaged: {key} is {short_repr(value)}")
         return value
 
+    def _id(self) -> str:
+        """The id that trackers know the run by; '' for one that has none yet, or whose run.json is damaged."""
+        with contextlib.suppress(CheckpointError, ConfigError):
+            return self._text("id", self._described("id")) or ""
+        return ""
+
     def _described(self, key: str) -> Any:
         if not self.description.exists():
             raise CheckpointError(self.directory, "holds no run (no run.json)")
@@ -333,6 +337,7 @@ def _described(source: Source) -> dict[str, Any]:
         "path": source.path,
         "weight": source.weight,
         "text_key": source.text_key,
+        "allow_special": source.allow_special,
         "tokens": len(source.tokens.ids_N),
         "tokenizer": source.tokens.tokenizer,
         "identity": source.tokens.identity,
