@@ -332,7 +332,11 @@ def test_what_is_no_benchmarks_file_is_refused(files, model_and_params, tmp_path
         (["--tasks", "wikitext=nowhere"], "nowhere: does not exist: wikitext reads wiki.test.raw, from"),
         (["--tasks", "wikitext=a", "--limit", "0"], "--limit must be 1 or more, not 0"),
         (["--tasks", "wikitext=a", "--stride", "5"], "--stride belongs to --data and to the task wikitext_guide"),
-        (["--tasks", "wikitext=a", "--last-fraction", "0.1"], "--seq-len and --last-fraction belong to --data"),
+        (
+            ["--tasks", "wikitext=a", "--last-fraction", "0.1"],
+            "--seq-len, --last-fraction and --separate-documents belong to --data",
+        ),
+        (["--tasks", "wikitext=a", "--separate-documents"], "--separate-documents belong to --data"),
         (["--data", "a.txt", "--limit", "3"], "--limit belongs to --tasks"),
     ],
 )

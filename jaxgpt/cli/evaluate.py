@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="with --data: use only the last fraction F of the tokens, such as a validation split",
     )
+    parser.add_argument(
+        "--separate-documents",
+        action="store_true",
+        help="with --data: restart attention and positions at each end-of-text, as a run with separate_documents does",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N examples of each")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -77,7 +82,15 @@ def _run_text(args: argparse.Namespace) -> int:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
     ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
     with memory_errors("lower --batch-size, or choose a --dtype of fewer bytes"):
-        result = evaluate(model, params, ids_N, seq_len=args.seq_len, stride=args.stride, batch_size=args.batch_size)
+        result = evaluate(
+            model,
+            params,
+            ids_N,
+            seq_len=args.seq_len,
+            stride=args.stride,
+            batch_size=args.batch_size,
+            separate_documents=args.separate_documents,
+        )
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -93,8 +106,8 @@ def _run_tasks(args: argparse.Namespace) -> int:
     from jaxgpt.parallel import memory_errors
     from jaxgpt.scoring import check_task, check_tasks, run_harness, run_task
 
-    if args.seq_len or args.last_fraction is not None:
-        raise ValueError("--seq-len and --last-fraction belong to --data")
+    if args.seq_len or args.last_fraction is not None or args.separate_documents:
+        raise ValueError("--seq-len, --last-fraction and --separate-documents belong to --data")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
     built_in, others = parse_tasks(args.tasks)

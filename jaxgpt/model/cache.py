@@ -91,18 +91,27 @@ class Seen(NamedTuple):
         k_BxHxSxK: keys.
         v_BxHxSxK: values.
         query_slot: slot of the first query; a Python int where it is known at trace time.
-        start_B: first slot of each row, int32; None if it is 0 for all.
+        start: first slot that is seen, int32: of each row, [B]; or of each query, [B, T], where a row holds several
+            documents, of which each sees only itself. (As attention is causal, two tokens are of one document if and
+            only if their starts are the same: a kernel may take them as segment ids.) None if it is 0 for all.
         dtype: dtype of the operands of attention's matrix products.
     """
 
     k_BxHxSxK: Array
     v_BxHxSxK: Array
     query_slot: int | Array
-    start_B: Array | None
+    start: Array | None
     dtype: str
 
 
-def remember(cache: Cache | None, layer: Any, k_BxHxTxK: Array, v_BxHxTxK: Array, dtype: str) -> tuple[Seen, Any]:
+def remember(
+    cache: Cache | None,
+    layer: Any,
+    k_BxHxTxK: Array,
+    v_BxHxTxK: Array,
+    dtype: str,
+    start_BxT: Array | None = None,
+) -> tuple[Seen, Any]:
     """Writes T keys and values into a layer of the cache.
 
     The caller must keep `cache.length` + T within the slots: past them, XLA clamps the index.
@@ -113,12 +122,13 @@ def remember(cache: Cache | None, layer: Any, k_BxHxTxK: Array, v_BxHxTxK: Array
         k_BxHxTxK: keys.
         v_BxHxTxK: values.
         dtype: the compute type.
+        start_BxT: without a cache, where each token's document starts; None for one document per row.
 
     Returns:
         (what the T queries see, the updated layer).
     """
     if cache is None:
-        return Seen(k_BxHxTxK, v_BxHxTxK, 0, None, dtype), layer
+        return Seen(k_BxHxTxK, v_BxHxTxK, 0, start_BxT, dtype), layer
     layer = tuple(_put(old, new, cache.length) for old, new in zip(layer, (k_BxHxTxK, v_BxHxTxK), strict=True))
     if isinstance(cache.length, int) and cache.length == 0:
         # The cache holds only these tokens: attend to them as they are.
