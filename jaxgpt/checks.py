@@ -83,11 +83,8 @@ def check_batch(ids: Any, context_length: int) -> int:
     return shape[1]
 
 
-def check_starts(starts: Any, ids: Any, *, cached: bool) -> None:
-    """Raises ValueError unless `starts`, where the documents of a batch of ids start, is int32 of the same shape, and
-    there is no cache beside it."""
-    if cached:
-        raise ValueError("start_BxT is for whole rows, not for a cache, whose rows are one document each: leave it out")
+def check_starts(starts: Any, ids: Any) -> None:
+    """Raises ValueError unless `starts`, where the documents of a batch of ids start, is int32 of the same shape."""
     shape, dtype = getattr(starts, "shape", None), getattr(starts, "dtype", None)
     if shape != ids.shape or dtype != "int32":
         found = short_repr(starts) if shape is None else f"{dtype}{list(shape)}"

@@ -25,8 +25,8 @@ def attention_inputs(T, S):
     return normal(0, 2, 3, T, 4), normal(1, 2, 3, S, 4), normal(2, 2, 3, S, 4)
 
 
-def attention(q, k, v, dtype, query_slot=0, start=None, **options):
-    return blocked(q, Seen(k, v, query_slot, start, dtype), **options)
+def attention(q, k, v, dtype, query_slot=0, start_B=None, **options):
+    return blocked(q, Seen(k, v, query_slot, start_B, dtype), **options)
 
 
 @grid(1, window=[None, 1, 4, 9], query_block=[2, 128])
@@ -85,7 +85,7 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
         drop_rate=drop_rate,
         dropout_key=jax.random.key(0) if drop_rate else None,
         group_scores=group_scores,
-        start=None if start is None else jnp.array(start, jnp.int32),
+        start_B=None if start is None else jnp.array(start, jnp.int32),
     )
     # The same mask as it acts on the weights: zero scores and identity values expose it.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
@@ -120,7 +120,7 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     used = jnp.broadcast_to((query_slot + jnp.arange(T))[None] >= start_BxT, (2, T))
 
     def weighted(block, scores, q, k, v):
-        options = {"query_slot": query_slot, "start": start, "query_block": block, "group_scores": scores}
+        options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}
         y = attention(q, k, v, dtype="float32", window=window, **options)
         y = jnp.where(used[:, None, :, None], y, 0)
         return jnp.sum(jnp.sin(y)), y
@@ -138,7 +138,7 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
 @pytest.mark.parametrize("slot", [3, 5, 7])
 def test_attention_with_a_traced_query_slot_equals_the_static_one(slot, window):
     q, k, v = attention_inputs(2, 9)
-    run = functools.partial(attention, q, k, v, dtype="float32", window=window, start=jnp.asarray([0, 3], jnp.int32))
+    run = functools.partial(attention, q, k, v, dtype="float32", window=window, start_B=jnp.asarray([0, 3], jnp.int32))
     traced = jax.jit(lambda slot: run(query_slot=slot))(slot)
     np.testing.assert_allclose(traced, run(query_slot=slot), atol=1e-6)
 
@@ -148,7 +148,7 @@ def test_attention_ignores_slots_before_a_rows_start(window):
     q, k, v = attention_inputs(8, 8)
     run = functools.partial(attention, dtype="float32", window=window)
     start = jnp.asarray([0, 3], jnp.int32)
-    got = run(q, k, v, start=start)
+    got = run(q, k, v, start_B=start)
     alone = run(q[1:, :, 3:], k[1:, :, 3:], v[1:, :, 3:])
     np.testing.assert_allclose(got[1:, :, 3:], alone, atol=1e-6)
     assert bool(jnp.isfinite(got).all())  # including rows that see nothing

@@ -68,15 +68,6 @@ def reference_loss(params, config, documents):
     return total, sum(len(labels) for _, labels in documents)
 
 
-VARIANTS = {
-    "dense": (TINY, {}),
-    "scanned, banded and scaled, remat": (SCALED, {"scan_layers": True, "remat": "block"}),
-    "banded, remat dots": (ALTERNATING, {"remat": "dots"}),
-    "scanned, JAX's derivatives": (TINY, {"scan_layers": True, "custom_derivatives": False}),
-}
-every_variant = pytest.mark.parametrize(("config", "compute"), VARIANTS.values(), ids=VARIANTS)
-
-
 @pytest.fixture
 def several_blocks(monkeypatch):
     """Has attention compute several blocks of queries, for groups of two heads."""
@@ -94,7 +85,15 @@ def test_a_document_starts_at_its_end_of_text(file):
     np.testing.assert_array_equal(got, [starts, [0] * len(row)])
 
 
-@every_variant
+@pytest.mark.parametrize(
+    ("config", "compute"),
+    [
+        pytest.param(TINY, {}, id="dense"),
+        pytest.param(SCALED, {"scan_layers": True, "remat": "block"}, id="scanned, banded and scaled, remat"),
+        exhaustive(ALTERNATING, {"remat": "dots"}, id="banded, remat dots"),
+        exhaustive(TINY, {"scan_layers": True, "custom_derivatives": False}, id="scanned, JAX's derivatives"),
+    ],
+)
 def test_logits_loss_and_gradient_are_those_of_each_document_alone(config, compute, several_blocks):
     model, params = make_model(config, **compute)
     ids = packed(config)

@@ -61,12 +61,12 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
 
-    Query t is at slot `seen.query_slot` + t and sees the key slots from `seen.start` up to and including its own;
+    Query t is at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
     with a `window`, only the last `window` of them.
 
     Args:
         q_BxHxTxK: queries.
-        seen: keys and values, and the slots at which queries and rows or documents start.
+        seen: keys and values, and the slots at which queries and rows start.
         window: width of the band, at least 1: the slots that a query sees, including its own; None for no band.
         banded: whether `window` applies; an array where a scan alternates dense and banded layers.
         scale: what the scores are multiplied by; an array where it differs between the layers of a scan.
@@ -92,8 +92,8 @@ def attend(
 def attention_weights(q_BxHxTxK: Array, seen: Seen, window: int | None, scale: float | Array | None) -> Array:
     """All weights, softmax(q k^T scale): [B, H, T, S]."""
     B, _, T, _ = q_BxHxTxK.shape
-    start = jnp.zeros(B, jnp.int32) if seen.start is None else seen.start
-    visible = _visible(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start, window)
+    start_B = jnp.zeros(B, jnp.int32) if seen.start_B is None else seen.start_B
+    visible = _visible(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start_B, window)
     return jax.nn.softmax(_scores(_scaled(q_BxHxTxK, scale), seen.k_BxHxSxK, visible, seen.dtype))
 
 
@@ -117,7 +117,7 @@ def blocked(
 
     Args:
         q_BxHxTxK: queries.
-        seen: keys and values, and the slots at which queries and rows or documents start.
+        seen: keys and values, and the slots at which queries and rows start.
         window: width of the band, or None.
         scale: as in `attend`.
         drop_rate: dropout on the attention weights.
@@ -127,11 +127,11 @@ def blocked(
         custom_derivatives: whether the backward pass recomputes the weights; if not, JAX's own derivatives are used,
             which also support forward mode.
     """
-    k_BxHxSxK, v_BxHxSxK, query_slot, start, dtype = seen
+    k_BxHxSxK, v_BxHxSxK, query_slot, start_B, dtype = seen
     B, H, T, K = q_BxHxTxK.shape
     S = k_BxHxSxK.shape[2]
     q_BxHxTxK = _scaled(q_BxHxTxK, scale)
-    start = jnp.zeros(B, jnp.int32) if start is None else start
+    start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if window is not None and window >= S:
         window = None  # everything is in the band
     if not isinstance(query_slot, int):
@@ -139,9 +139,9 @@ def blocked(
         if window is not None and (width := window + T - 1) < S:
             first = jnp.maximum(query_slot + 1 - window, 0)
             k_BxHxSxK, v_BxHxSxK = (lax.dynamic_slice_in_dim(x, first, width, 2) for x in (k_BxHxSxK, v_BxHxSxK))
-            query_slot, start = query_slot - first, start - first
+            query_slot, start_B = query_slot - first, start_B - first
         plan = _Plan(dtype, drop_rate, query_slot, T, window, custom_derivatives)
-        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start, dropout_key))[0]
+        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
     query_block = min(T, query_block or min(128, max(64, T // 4)))
     widest = S if window is None else min(S, window + query_block - 1)
     if group_scores is None:
@@ -160,7 +160,7 @@ def blocked(
 
     plan = _Plan(dtype, drop_rate, query_slot, query_block, window, custom_derivatives)
     groups = (B // rows) * (H // heads)
-    start_GxR = jnp.repeat(start.reshape(-1, rows, *start.shape[1:]), H // heads, axis=0)  # or [G, R, T]
+    start_GxR = jnp.repeat(start_B.reshape(-1, rows, *start_B.shape[1:]), H // heads, axis=0)
     keys_G = None if dropout_key is None else jax.random.split(dropout_key, groups)
     attend_groups = _attend if custom_derivatives else _attend_plain
     context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
@@ -179,13 +179,13 @@ def _group(B: int, H: int, most: int) -> tuple[int, int]:
     return 1, next(heads for heads in range(max(1, most), 0, -1) if H % heads == 0)
 
 
-def _visible(query_slot: int | Array, queries: slice, keys: slice, start: Array, window: int | None) -> Array:
-    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]. `start` is [B], or
-    [B, T] of all queries."""
+def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
+    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]. `start_B` is that of
+    `Seen`, of all queries."""
     slot_S = jnp.arange(keys.start, keys.stop)
     query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
     causal_TxS = slot_S[None] <= query_slot_Tx1
-    start_Bx1xTx1 = start[:, None, None, None] if start.ndim == 1 else start[:, None, queries, None]
+    start_Bx1xTx1 = start_B[:, None, None, None] if start_B.ndim == 1 else start_B[:, None, queries, None]
     started_Bx1xTxS = slot_S[None, None, None] >= start_Bx1xTx1
     visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1xTxS
     if window is None:
@@ -231,11 +231,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
     """(out, (highest, total, masks)): per query the highest score and the sum of exp(score - highest), [B, H, T, 1];
     per block the dropout mask."""
-    q, k, v, start, key = arrays
+    q, k, v, start_B, key = arrays
     T, S = q.shape[2], k.shape[2]
     outs, highests, totals, masks = [], [], [], []
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
-        visible = _visible(plan.query_slot, block, keys, start, plan.window)
+        visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
         scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype, plan.custom_derivatives)
         # The result does not depend on this value, so no derivative passes through it.
         highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -251,13 +251,13 @@ def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
 
 
 def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
-    q, k, v, start, out, highest, total, masks, g = arrays
+    q, k, v, start_B, out, highest, total, masks, g = arrays
     T, S = q.shape[2], k.shape[2]
     # Equals sum_S weights * d_weights, without a pass over them.
     inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
-        visible = _visible(plan.query_slot, block, keys, start, plan.window)
+        visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
         # Not exp(scores - logsumexp): in a row that sees nothing, float32 loses the logarithm next to MASKED_SCORE.
         scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype)
         weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]

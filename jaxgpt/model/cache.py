@@ -91,16 +91,16 @@ class Seen(NamedTuple):
         k_BxHxSxK: keys.
         v_BxHxSxK: values.
         query_slot: slot of the first query; a Python int where it is known at trace time.
-        start: first slot that is seen, int32: of each row, [B]; or of each query, [B, T], where a row holds several
-            documents, of which each sees only itself. (As attention is causal, two tokens are of one document if and
-            only if their starts are the same: a kernel may take them as segment ids.) None if it is 0 for all.
+        start_B: first slot of each row, int32; None if it is 0 for all. Where a row holds several documents, each of
+            which sees only itself, [B, T]: first slot of each query's document. (Two tokens are of one document if and
+            only if their documents start at the same slot, so a kernel may take these as segment ids.)
         dtype: dtype of the operands of attention's matrix products.
     """
 
     k_BxHxSxK: Array
     v_BxHxSxK: Array
     query_slot: int | Array
-    start: Array | None
+    start_B: Array | None
     dtype: str
 
 
@@ -122,13 +122,18 @@ def remember(
         k_BxHxTxK: keys.
         v_BxHxTxK: values.
         dtype: the compute type.
-        start_BxT: without a cache, where each token's document starts; None for one document per row.
+        start_BxT: where each token's document starts, only without a cache; None for one document per row.
 
     Returns:
         (what the T queries see, the updated layer).
+
+    Raises:
+        ValueError: for a `start_BxT` with a cache.
     """
     if cache is None:
         return Seen(k_BxHxTxK, v_BxHxTxK, 0, start_BxT, dtype), layer
+    if start_BxT is not None:
+        raise ValueError("start_BxT is for whole rows, not for a cache, whose rows are one document each: leave it out")
     layer = tuple(_put(old, new, cache.length) for old, new in zip(layer, (k_BxHxTxK, v_BxHxTxK), strict=True))
     if isinstance(cache.length, int) and cache.length == 0:
         # The cache holds only these tokens: attend to them as they are.

@@ -155,13 +155,16 @@ class GPT(ConfiguredModule):
             (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
 
         Raises:
-            ValueError: for a `start_BxT` of another shape than the ids', or with a cache.
+            ValueError: for a `start_BxT` that is not int32 of the ids' shape, or with a cache.
         """
         T = check_batch(ids_BxT, self.config.context_length)
-        positions = jnp.arange(T) if cache is None else cache.positions_BxT(T)
-        if start_BxT is not None:
-            check_starts(start_BxT, ids_BxT, cached=cache is not None)
-            positions = positions[None] - start_BxT
+        if cache is not None:
+            positions = cache.positions_BxT(T)
+        elif start_BxT is not None:
+            check_starts(start_BxT, ids_BxT)
+            positions = jnp.arange(T)[None] - start_BxT
+        else:
+            positions = jnp.arange(T)
         x_BxTxD = self.tok_emb(ids_BxT)
         x_BxTxD = x_BxTxD + ops.widen(self.pos_emb(positions), x_BxTxD)
         x_BxTxD = lay(self.drop_emb(x_BxTxD, deterministic), "BTD")
