@@ -83,6 +83,14 @@ def check_batch(ids: Any, context_length: int) -> int:
     return shape[1]
 
 
+def check_starts(starts: Any, ids: Any) -> None:
+    """Raises ValueError unless `starts`, where the documents of a batch of ids start, is int32 of the same shape."""
+    shape, dtype = getattr(starts, "shape", None), getattr(starts, "dtype", None)
+    if shape != ids.shape or dtype != "int32":
+        found = short_repr(starts) if shape is None else f"{dtype}{list(shape)}"
+        raise ValueError(f"start_BxT must have a start for each token, int32{list(ids.shape)}, not {found}")
+
+
 def as_ids(ids: Any, name: str) -> np.ndarray:
     """Returns one row of ids [N] as an array of integers, whose values stay unread; an array is returned as it is.
 

@@ -53,18 +53,30 @@ def test_scores_are_multiplied_by_the_scale(scale):
         np.testing.assert_allclose(returned[b, h], weights, atol=1e-6)
 
 
-def plain_attention(q, k, v, kept, window):
+def plain_attention(q, k, v, kept, visible_BxTxS):
     """The formula, for JAX to differentiate; dropout multiplies the weights by `kept`."""
-    T = q.shape[2]
-    visible = jnp.tri(T, dtype=bool) & ~jnp.tri(T, k=-window, dtype=bool)
-    scores = jnp.where(visible[None, None], q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
+    scores = jnp.where(visible_BxTxS[:, None], q @ k.swapaxes(2, 3) / q.shape[-1] ** 0.5, -jnp.inf)
     return jax.nn.softmax(scores) * kept @ v
 
 
-@grid(1, drop_rate=[0.0, 0.4], group_scores=[1, 10**6], window=[2, 4, 9])
-def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores, window):
+# Where the documents of nine tokens start, in two rows.
+DOCUMENTS = [[0, 0, 2, 3, 3, 5, 5, 5, 5], [0, 1, 1, 1, 1, 1, 1, 1, 8]]
+
+
+@grid(
+    1,
+    drop_rate=[0.0, 0.4],
+    group_scores=[1, 10**6],
+    window=[2, 4, 9],
+    start={"one document": None, "several": DOCUMENTS},
+)
+def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scores, window, start):
     T = 9
     q, k, v = attention_inputs(T, T)
+    start_BxT = np.zeros((2, T), int) if start is None else np.array(start)
+    visible = (np.tri(T, dtype=bool) & ~np.tri(T, k=-window, dtype=bool))[None] & (
+        np.arange(T) >= start_BxT[:, :, None]
+    )
     run = functools.partial(
         attention,
         dtype="float32",
@@ -73,14 +85,16 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
         drop_rate=drop_rate,
         dropout_key=jax.random.key(0) if drop_rate else None,
         group_scores=group_scores,
+        start_B=None if start is None else jnp.array(start, jnp.int32),
     )
     # The same mask as it acts on the weights: zero scores and identity values expose it.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
-    kept = jax.jit(run)(zeros, zeros, values) * jnp.minimum(jnp.arange(1.0, T + 1), window)[None, None, :, None]
+    kept = jax.jit(run)(zeros, zeros, values) * visible.sum(-1, dtype=np.float32)[:, None, :, None]
+    assert not np.asarray(kept).any(axis=1)[~visible].any()
     assert bool((jnp.diagonal(kept, axis1=2, axis2=3) == 0).any()) == (drop_rate > 0)  # each position sees itself
     assert len({head.tobytes() for head in np.asarray(kept).reshape(-1, T * T)}) == (6 if drop_rate else 1)
     got, pull_back = jax.vjp(jax.jit(run), q, k, v)
-    want, pull_back_formula = jax.vjp(jax.jit(lambda q, k, v: plain_attention(q, k, v, kept, window)), q, k, v)
+    want, pull_back_formula = jax.vjp(jax.jit(lambda q, k, v: plain_attention(q, k, v, kept, visible)), q, k, v)
     np.testing.assert_allclose(got, want, atol=2e-6)
     g = normal(3, *got.shape)
     for mine, theirs in zip(pull_back(g), pull_back_formula(g), strict=True):
@@ -92,17 +106,18 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
     query_block=[3, 4],
     group_scores=[1, 100, 10**6],  # one head, one row, and everything at a time
     query_slot=[0, 4],
-    start_B=[None, [0, 3]],
+    start={"None": None, "rows": [0, 3], "documents": np.array(DOCUMENTS)[:, :7]},
     window=[None, 2, 5],
 )
 def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
-    query_block, query_slot, start_B, group_scores, window
+    query_block, query_slot, start, group_scores, window
 ):
     T = 7
     q, k, v = attention_inputs(T, query_slot + T + 2)  # two slots past the last query: a cache that is not full
-    start = None if start_B is None else jnp.asarray(start_B, jnp.int32)
+    start = None if start is None else jnp.asarray(start, jnp.int32)
     # A query before its row's start sees nothing; its result is unspecified and never used.
-    used = jnp.ones((2, T), bool) if start is None else (query_slot + jnp.arange(T))[None] >= start[:, None]
+    start_BxT = 0 if start is None else start.reshape(2, -1)
+    used = jnp.broadcast_to((query_slot + jnp.arange(T))[None] >= start_BxT, (2, T))
 
     def weighted(block, scores, q, k, v):
         options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}

@@ -60,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="with --data: use only the last fraction F of the tokens, such as a validation split",
     )
+    parser.add_argument(
+        "--separate-documents",
+        action="store_true",
+        help="with --data: restart attention and positions at each end-of-text, as a run with separate_documents does",
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="with --tasks: only the first N examples of each")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -88,7 +93,15 @@ def _run_text(args: argparse.Namespace) -> int:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
     ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
     with memory_errors("lower --batch-size, or choose a --dtype of fewer bytes"):
-        result = evaluate(model, params, ids_N, seq_len=args.seq_len, stride=args.stride, batch_size=args.batch_size)
+        result = evaluate(
+            model,
+            params,
+            ids_N,
+            seq_len=args.seq_len,
+            stride=args.stride,
+            batch_size=args.batch_size,
+            separate_documents=args.separate_documents,
+        )
     if args.json:
         print(json.dumps(dataclasses.asdict(result)))
     else:
@@ -104,7 +117,9 @@ def _run_tasks(args: argparse.Namespace) -> int:
     from jaxgpt.parallel import memory_errors
     from jaxgpt.scoring import check_task, check_tasks, run_harness, run_task
 
-    if option := given(args, "--seq-len", "--last-fraction", "--batch-size", "--text-key", "--allow-special"):
+    if option := given(
+        args, "--seq-len", "--last-fraction", "--separate-documents", "--batch-size", "--text-key", "--allow-special"
+    ):
         advice = ": --tasks have --batch-tokens" if option == "--batch-size" else ""
         raise ValueError(f"{option} belongs to --data{advice}")
     if args.limit is not None and args.limit < 1:

@@ -160,7 +160,7 @@ def blocked(
 
     plan = _Plan(dtype, drop_rate, query_slot, query_block, window, custom_derivatives)
     groups = (B // rows) * (H // heads)
-    start_GxR = jnp.repeat(start_B.reshape(-1, rows), H // heads, axis=0)
+    start_GxR = jnp.repeat(start_B.reshape(-1, rows, *start_B.shape[1:]), H // heads, axis=0)
     keys_G = None if dropout_key is None else jax.random.split(dropout_key, groups)
     attend_groups = _attend if custom_derivatives else _attend_plain
     context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
@@ -180,13 +180,14 @@ def _group(B: int, H: int, most: int) -> tuple[int, int]:
 
 
 def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
-    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]."""
+    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]. `start_B` is that of
+    `Seen`, of all queries."""
     slot_S = jnp.arange(keys.start, keys.stop)
     query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
     causal_TxS = slot_S[None] <= query_slot_Tx1
-    start_Bx1x1x1 = start_B[:, None, None, None]
-    started_Bx1x1xS = slot_S[None, None, None] >= start_Bx1x1x1
-    visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1x1xS
+    start_Bx1xTx1 = start_B[:, None, None, None] if start_B.ndim == 1 else start_B[:, None, queries, None]
+    started_Bx1xTxS = slot_S[None, None, None] >= start_Bx1xTx1
+    visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1xTxS
     if window is None:
         return visible_Bx1xTxS
     before_Tx1 = query_slot_Tx1 - window

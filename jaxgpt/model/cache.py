@@ -91,7 +91,9 @@ class Seen(NamedTuple):
         k_BxHxSxK: keys.
         v_BxHxSxK: values.
         query_slot: slot of the first query; a Python int where it is known at trace time.
-        start_B: first slot of each row, int32; None if it is 0 for all.
+        start_B: first slot of each row, int32; None if it is 0 for all. Where a row holds several documents, each of
+            which sees only itself, [B, T]: first slot of each query's document. (Two tokens are of one document if and
+            only if their documents start at the same slot, so a kernel may take these as segment ids.)
         dtype: dtype of the operands of attention's matrix products.
     """
 
@@ -102,7 +104,14 @@ class Seen(NamedTuple):
     dtype: str
 
 
-def remember(cache: Cache | None, layer: Any, k_BxHxTxK: Array, v_BxHxTxK: Array, dtype: str) -> tuple[Seen, Any]:
+def remember(
+    cache: Cache | None,
+    layer: Any,
+    k_BxHxTxK: Array,
+    v_BxHxTxK: Array,
+    dtype: str,
+    start_BxT: Array | None = None,
+) -> tuple[Seen, Any]:
     """Writes T keys and values into a layer of the cache.
 
     The caller must keep `cache.length` + T within the slots: past them, XLA clamps the index.
@@ -113,12 +122,18 @@ def remember(cache: Cache | None, layer: Any, k_BxHxTxK: Array, v_BxHxTxK: Array
         k_BxHxTxK: keys.
         v_BxHxTxK: values.
         dtype: the compute type.
+        start_BxT: where each token's document starts, only without a cache; None for one document per row.
 
     Returns:
         (what the T queries see, the updated layer).
+
+    Raises:
+        ValueError: for a `start_BxT` with a cache.
     """
     if cache is None:
-        return Seen(k_BxHxTxK, v_BxHxTxK, 0, None, dtype), layer
+        return Seen(k_BxHxTxK, v_BxHxTxK, 0, start_BxT, dtype), layer
+    if start_BxT is not None:
+        raise ValueError("start_BxT is for whole rows, not for a cache, whose rows are one document each: leave it out")
     layer = tuple(_put(old, new, cache.length) for old, new in zip(layer, (k_BxHxTxK, v_BxHxTxK), strict=True))
     if isinstance(cache.length, int) and cache.length == 0:
         # The cache holds only these tokens: attend to them as they are.

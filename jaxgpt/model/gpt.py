@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax import Array
 
-from jaxgpt.checks import check_batch
+from jaxgpt.checks import check_batch, check_starts
 from jaxgpt.model import ops, stack
 from jaxgpt.model.attention import attend
 from jaxgpt.model.cache import Cache, remember
@@ -53,10 +53,11 @@ class MultiHeadAttention(ConfiguredModule):
         deterministic: bool = True,
         banded: bool | Array = False,
         scale: float | Array | None = None,
+        start_BxT: Array | None = None,
     ) -> tuple[Array, Any]:
         """Returns (y_BxTxD, layer). With a cache, `layer` is this block's (k, v) pair in it, returned updated.
         `banded` says whether the config's `attention_window` applies here; `scale` is this block's of the config's
-        `attention_scales`, by default the first."""
+        `attention_scales`, by default the first; `start_BxT` is that of `GPT.features`."""
         cfg = self.config
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear((3, D), cfg.qkv_bias, self.compute, name="qkv")(x_BxTxD)
@@ -64,7 +65,7 @@ class MultiHeadAttention(ConfiguredModule):
             lay(part_BxTx1xD.reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2), "BHTK")
             for part_BxTx1xD in jnp.split(qkv_BxTx3xD, 3, axis=2)
         )
-        seen, layer = remember(cache, layer, k, v, self.compute.dtype)
+        seen, layer = remember(cache, layer, k, v, self.compute.dtype, start_BxT)
         context_BxHxTxK, weights_BxHxTxS = attend(
             q,
             seen,
@@ -93,12 +94,14 @@ class TransformerBlock(ConfiguredModule):
         deterministic: bool = True,
         banded: bool | Array = False,
         scale: float | Array | None = None,
+        start_BxT: Array | None = None,
     ) -> tuple[Array, Any]:
         """Returns (x_BxTxD, layer), as `MultiHeadAttention` does."""
         cfg, compute = self.config, self.compute
         drop_shortcut = Dropout(cfg.drop_rate_shortcut)
         x = LayerNorm(cfg, compute, name="norm1")(x_BxTxD)
-        x, layer = MultiHeadAttention(cfg, compute, name="att")(x, cache, layer, deterministic, banded, scale)
+        attention = MultiHeadAttention(cfg, compute, name="att")
+        x, layer = attention(x, cache, layer, deterministic, banded, scale, start_BxT)
         x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
         x = LayerNorm(cfg, compute, name="norm2")(x_BxTxD)
         x = FeedForward(cfg, compute, name="ff")(x)
@@ -119,6 +122,9 @@ class GPT(ConfiguredModule):
 
     Ids must lie in [0, V), which nothing checks on device: `jaxgpt.generate` and the trainer check it on the host.
     T must not exceed the context.
+
+    Where a row holds several documents, `start_BxT` says for each token at which index its document starts. Attention
+    and positions then restart with each document, as if it were alone in its row.
     """
 
     def setup(self):
@@ -131,25 +137,39 @@ class GPT(ConfiguredModule):
         if not cfg.tie_embeddings:
             self.out_head = Embedding(cfg.vocab_size, cfg.emb_dim, WEIGHT_STD, compute)
 
-    def __call__(self, ids_BxT: Array, *, deterministic: bool = True) -> Array:
-        x_BxTxD, _ = self.features(ids_BxT, deterministic=deterministic)
+    def __call__(self, ids_BxT: Array, *, start_BxT: Array | None = None, deterministic: bool = True) -> Array:
+        x_BxTxD, _ = self.features(ids_BxT, start_BxT=start_BxT, deterministic=deterministic)
         return self.logits(x_BxTxD)
 
     def features(
-        self, ids_BxT: Array, *, cache: Cache | None = None, deterministic: bool = True
+        self,
+        ids_BxT: Array,
+        *,
+        cache: Cache | None = None,
+        start_BxT: Array | None = None,
+        deterministic: bool = True,
     ) -> tuple[Array, Cache | None]:
         """Everything except the output head.
 
         Returns:
             (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
+
+        Raises:
+            ValueError: for a `start_BxT` that is not int32 of the ids' shape, or with a cache.
         """
         T = check_batch(ids_BxT, self.config.context_length)
-        positions = jnp.arange(T) if cache is None else cache.positions_BxT(T)
+        if cache is not None:
+            positions = cache.positions_BxT(T)
+        elif start_BxT is not None:
+            check_starts(start_BxT, ids_BxT)
+            positions = jnp.arange(T)[None] - start_BxT
+        else:
+            positions = jnp.arange(T)
         x_BxTxD = self.tok_emb(ids_BxT)
         x_BxTxD = x_BxTxD + ops.widen(self.pos_emb(positions), x_BxTxD)
         x_BxTxD = lay(self.drop_emb(x_BxTxD, deterministic), "BTD")
         self.sow("intermediates", "embedded", x_BxTxD)
-        x_BxTxD, layers = stack.apply_blocks(self.trf_blocks, x_BxTxD, cache, deterministic, self.config)
+        x_BxTxD, layers = stack.apply_blocks(self.trf_blocks, x_BxTxD, cache, deterministic, self.config, start_BxT)
         x_BxTxD = self.final_norm(x_BxTxD)
         self.sow("intermediates", "normed", x_BxTxD)
         return x_BxTxD, None if cache is None else cache.advance(layers, T)

@@ -85,6 +85,11 @@ class TrainConfig:
     stride: int = setting(
         0, low=0, help="Tokens from the start of one sliding sequence to the next; 0 means the length of a sequence."
     )
+    separate_documents: bool = setting(
+        False,
+        help="Whether documents that share a sequence are kept apart: attention and positions restart at each "
+        "end-of-text, so that no document's loss depends on another. Validation follows the same rule.",
+    )
     val_fraction: float = setting(
         0.1, low=0, high=0.9, help="Fraction of the tokens, taken from the end, to keep for validation."
     )

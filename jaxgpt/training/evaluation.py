@@ -16,6 +16,7 @@ from jaxgpt.model import GPT, check_model
 from jaxgpt.parallel import check_memory, to_device
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training.loss import IGNORE, bits_per_byte, model_loss, perplexity
+from jaxgpt.training.packing import separator_id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +46,7 @@ def evaluate(
     stride: int = 0,
     batch_size: int = 8,
     max_sequences: int = 0,
+    separate_documents: bool = False,
 ) -> Evaluation:
     """Evaluates sequences that start every `stride` tokens; each token except the first is predicted once.
 
@@ -58,8 +60,10 @@ def evaluate(
         batch_size: sequences per call.
         max_sequences: evaluate only this many sequences, spread evenly over the text, so that each source of a
             validation split has its share; 0 means all.
+        separate_documents: keep the documents in a sequence apart, as the trainer does with the setting of that name.
 
     Raises:
+        ConfigError: for `separate_documents` without an end-of-text token.
         DataError: if there are fewer than two tokens.
         TypeError: for ids that are not one row of integers.
         ValueError: for sizes out of range, and for an id outside the vocabulary, with its place.
@@ -80,6 +84,7 @@ def evaluate(
     sequences = 1 + max(0, -(-(len(ids_N) - 1 - T) // stride))  # the last one reaches the end
     chosen = min(sequences, max_sequences or sequences)
     tokenizer = get_tokenizer(model.config.tokenizer)
+    separator = separator_id(model.config) if separate_documents else None
     total, count = 0.0, 0.0
     size: int | None = 0  # of the predicted tokens' text, in bytes
     batch_size, program = min(batch_size, chosen), None
@@ -96,7 +101,7 @@ def evaluate(
         batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
         inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
         if program is None:  # all batches have one shape
-            program = _losses.lower(model, params, inputs_BxT, labels_BxT).compile()
+            program = _losses.lower(model, separator, params, inputs_BxT, labels_BxT).compile()
             check_memory(program, "lower batch_size, or choose a param_dtype of fewer bytes")
         losses, counted = jax.device_get(program(params, inputs_BxT, labels_BxT))
         total, count = total + float(losses), count + float(counted)
@@ -117,7 +122,10 @@ def _sequence(ids_N: Ids, start: int, first: int, T: int, vocab_size: int) -> tu
     return inputs, labels
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _losses(model: GPT, params: Any, inputs_BxT: jax.Array, labels_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _losses(
+    model: GPT, separator: int | None, params: Any, inputs_BxT: jax.Array, labels_BxT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     # Logits of about 2^24 elements at a time, whatever the vocabulary.
-    return model_loss(model, params, inputs_BxT, labels_BxT, chunk=max(1, 2**24 // model.config.vocab_size))
+    chunk = max(1, 2**24 // model.config.vocab_size)
+    return model_loss(model, params, inputs_BxT, labels_BxT, chunk=chunk, separator=separator)

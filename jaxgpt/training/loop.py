@@ -381,7 +381,13 @@ class _Loop:
     def validate(self, params: Any, sequences: int, batch_size: int = 8) -> Evaluation:
         ids_N = self.val_N if len(self.val_N) else self.train_data.ids[0]
         return evaluate(
-            self.model, params, ids_N, seq_len=self.config.T, max_sequences=sequences, batch_size=batch_size
+            self.model,
+            params,
+            ids_N,
+            seq_len=self.config.T,
+            max_sequences=sequences,
+            batch_size=batch_size,
+            separate_documents=self.config.separate_documents,
         )
 
     def healthy(self, state: TrainState) -> bool:

@@ -14,6 +14,7 @@ from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import products
 from jaxgpt.model import GPT, dot, widen
 from jaxgpt.parallel import is_distributed, lay
+from jaxgpt.training.packing import document_starts
 
 # Label of a position that does not count. Negative, so that it can never be a token id.
 IGNORE = -1
@@ -113,14 +114,17 @@ def model_loss(
     *,
     chunk: int = 0,
     dropout_key: Array | None = None,
+    separator: int | None = None,
 ) -> tuple[Array, Array]:
-    """`head_cross_entropy` of a model's predictions: (sum in nats, count). Without a key, no dropout."""
+    """`head_cross_entropy` of a model's predictions: (sum in nats, count). Without a key, no dropout; with a separator,
+    documents are kept apart (`packing`)."""
 
     def apply(method: str, *args: Any, **kwargs: Any) -> Any:
         return model.apply({"params": params}, *args, method=method, **kwargs)
 
     rngs = {} if dropout_key is None else {"dropout": dropout_key}
-    x_BxTxD, _ = apply("features", inputs_BxT, deterministic=dropout_key is None, rngs=rngs)
+    start_BxT = None if separator is None else document_starts(inputs_BxT, separator)
+    x_BxTxD, _ = apply("features", inputs_BxT, start_BxT=start_BxT, deterministic=dropout_key is None, rngs=rngs)
     return head_cross_entropy(x_BxTxD, apply("head_weight"), jnp.asarray(labels_BxT), model.compute, chunk=chunk)
 
 

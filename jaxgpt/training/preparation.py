@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxgpt.accounting import count_parameters
@@ -23,6 +24,7 @@ from jaxgpt.training import trainable
 from jaxgpt.training.batches import check_enough
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.models import OWN_FIELDS, load_config
+from jaxgpt.training.packing import separator_id
 from jaxgpt.weights import BUNDLED
 
 
@@ -44,6 +46,8 @@ def prepare(
     mesh = _mesh(config)
     corpus = open_corpus(data, config.model, **reading)
     _check_samples(config)
+    if config.separate_documents:
+        separator_id(config.model)  # raises if there is none
     train_data, val_N = corpus.split(config.val_fraction)
     check_enough(train_data, config, "training")
     if len(val_N) or config.val_fraction:
@@ -155,6 +159,8 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
             f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "
             f"{config.warmup:,}"
         )
+    if config.separate_documents:
+        yield from _kept_apart(separator_id(config.model), corpus)
     for source in (*corpus.sources, *corpus.validation):
         if source.left_out:
             more = f" and {len(source.left_out) - 3:,} more" if len(source.left_out) > 3 else ""
@@ -164,3 +170,19 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
             yield f"{source.name}: its validation split ({len(source.validation.ids_N):,} tokens){ignored}"
         if any(shard.marked for tokens in (source.tokens, source.validation) if tokens for shard in tokens.shards):
             yield f"{source.name}: {MARKED}"
+
+
+def _kept_apart(separator: int, corpus: Corpus) -> Iterator[str]:
+    """What `separate_documents` does, and where it seems to have nothing to do."""
+    yield (
+        f"separate_documents: attention and positions restart at each end-of-text (id {separator}), so that documents "
+        "are kept apart, in validation too"
+    )
+    for source in corpus.sources:
+        first_N = np.asarray(source.tokens.ids_N[:_LOOKED_AT])
+        if separator not in first_N:
+            yield f"{source.name}: no end-of-text in its first {len(first_N):,} tokens, so nothing there is kept apart"
+
+
+# Tokens of a source among which a separator is looked for: more than a document has, and read at once.
+_LOOKED_AT = 2**20

@@ -19,6 +19,7 @@ from jaxgpt.training import trainable
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import model_loss
 from jaxgpt.training.optimizer import make_optimizer, schedule
+from jaxgpt.training.packing import separator_id
 
 TrainState = dict[str, Any]
 
@@ -110,6 +111,7 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
     """
     model, tx = GPT(config.model, config.compute), make_optimizer(config)
     rates = (config.model.drop_rate_emb, config.model.drop_rate_attn, config.model.drop_rate_shortcut)
+    separator = separator_id(config.model) if config.separate_documents else None
 
     def losses_and_grads(trained: Any, frozen: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
         def losses(trained):
@@ -117,7 +119,13 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
             inputs_BxT, labels_BxT = ids_BxT1[:, :-1], ids_BxT1[:, 1:]
             with trainable.applied(config, trained, frozen) as params:
                 return model_loss(
-                    model, params, inputs_BxT, labels_BxT, chunk=config.loss_chunk, dropout_key=dropout_key
+                    model,
+                    params,
+                    inputs_BxT,
+                    labels_BxT,
+                    chunk=config.loss_chunk,
+                    dropout_key=dropout_key,
+                    separator=separator,
                 )
 
         (total, count), grads = jax.value_and_grad(losses, has_aux=True)(trained)
