@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import gzip
 import io
@@ -33,6 +34,7 @@ from jaxgpt.data.tokenization import PROGRESS
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, MissingExtraError
 from jaxgpt.tokenizer import get_tokenizer
 from jaxgpt.training import Run, TrainConfig
+from jaxgpt.training.batches import check_enough
 from jaxgpt.training.preparation import notes
 
 BYTES = GPTConfig(vocab_size=257, context_length=8, emb_dim=8, n_heads=2, n_layers=1, tokenizer="bytes")
@@ -501,12 +503,20 @@ def test_a_text_that_the_tokenizer_cannot_encode_is_named(tmp_path):
         tokenize([tmp_path / "a.jsonl"], tmp_path / "out", characters)
 
 
+def made_by_another_tokenizer(path):
+    dataclasses.replace(open_tokens(path, BYTES), tokenizer="gpt2").save(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda out: (out / "shard-000002.tokens").unlink(), r"shard-000002\.tokens: missing: index.json lists it"),
         (lambda out: os.truncate(out / "shard-000002.tokens", 700), r"shard-000002\.tokens: damaged"),
         (lambda out: shutil.copy(out / "shard-000001.tokens", out / "shard-000002.tokens"), "not the shard that index"),
+        (
+            lambda out: made_by_another_tokenizer(out / "shard-000002.tokens"),
+            "tokens of 'gpt2' with .*, not .* of 'bytes'",
+        ),
         (lambda out: (out / "index.json").write_text("{"), r"index\.json: cannot be read as JSON"),
         (lambda out: (out / "index.json").unlink() or (out / PROGRESS).touch(), "not complete: the same"),
     ],
@@ -530,6 +540,18 @@ def test_a_run_reads_records_and_knows_under_which_key(tmp_path):
     assert np.asarray(again.sources[0].tokens.ids_N).tolist() == want
     with pytest.raises(DataError, match="line 2: no key 'text'"):
         open_corpus(run.data()[0], BYTES, text_key="text")
+
+
+def test_an_empty_document_leaves_nothing_behind_in_a_runs_own_reading(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines_of([{"text": text} for text in ("", "ab", "", "")]))
+    tokens = open_corpus(tmp_path / "a.jsonl", BYTES).sources[0].tokens
+    assert np.asarray(tokens.ids_N).tolist() == [97, 98, END]
+    (tmp_path / "empty.jsonl").write_bytes(lines_of([{"text": ""}]))
+    (tmp_path / "empty.txt").touch()
+    for name in ("empty.jsonl", "empty.txt"):
+        mixture, _ = open_corpus(tmp_path / name, BYTES).split(0.0)
+        with pytest.raises(DataError, match="the training split has 0 tokens; sequences of 8 need one more than that"):
+            check_enough(mixture, TrainConfig(model=BYTES), "training")
 
 
 def test_a_run_knows_whether_end_of_text_in_texts_is_the_token(tmp_path):

@@ -206,7 +206,7 @@ class _Lines(Documents):
         if not whole:
             raise _BadRecordError(f"longer than {LIMIT:,} bytes, the most that a record may have")
         try:
-            record = json.loads(line.decode("utf-8-sig"))
+            record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
         except (ValueError, RecursionError) as error:
             raise _BadRecordError(f"not JSON: {first_line(error)}") from None
         if not isinstance(record, dict):
