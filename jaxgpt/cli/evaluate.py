@@ -17,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="FILE", help="a token file, or a UTF-8 text")
+    what.add_argument(
+        "--data", metavar="FILE", help="a token file, a UTF-8 text, or records, of which only the responses count"
+    )
     what.add_argument(
         "--tasks",
         nargs="+",
@@ -39,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="with --data: tokens that a sequence reads, each of which predicts the next (default: the context)",
+    )
+    parser.add_argument(
+        "--template", default="", help="with --data: how records become prompt and response (see `jaxgpt train --help`)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="with --data: sequences per call (default: 8)")
     parser.add_argument(
@@ -72,7 +77,10 @@ def _run_text(args: argparse.Namespace) -> int:
         raise ValueError("--limit belongs to --tasks: --last-fraction takes a part of a text")
     local(args.data)
     model, params = load_model(args)
-    tokens = open_tokens(args.data, model.config, args.tokenizer)
+    longest = args.seq_len + 1 if args.seq_len else None
+    tokens = open_tokens(args.data, model.config, args.tokenizer, template=args.template, longest=longest)
+    for note in tokens.left_out:
+        print(f"left out: {note}", file=sys.stderr)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
         raise ValueError(f"--last-fraction must be above 0 and at most 1, not {args.last_fraction}")
     ids_N = tokens.ids_N if args.last_fraction is None else tokens.split(args.last_fraction)[1]
@@ -93,8 +101,8 @@ def _run_tasks(args: argparse.Namespace) -> int:
     from jaxgpt.parallel import memory_errors
     from jaxgpt.scoring import check_task, check_tasks, run_harness, run_task
 
-    if args.seq_len or args.last_fraction is not None:
-        raise ValueError("--seq-len and --last-fraction belong to --data")
+    if args.seq_len or args.last_fraction is not None or args.template:
+        raise ValueError("--seq-len, --last-fraction and --template belong to --data")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be 1 or more, not {args.limit}")
     built_in, others = parse_tasks(args.tasks)

@@ -30,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="[NAME=]PATH[:WEIGHT]",
-        help="a file of texts (plain, JSON lines, Parquet) or of tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's "
-        ".idx), a directory, such as `jaxgpt tokenize` writes, or a pattern of files; "
+        help="a file of texts (plain, JSON lines, Parquet), of prompts with responses or chats (the latter two), or of "
+        "tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's .idx), a directory, such as `jaxgpt tokenize` writes, or a "
+        "pattern of files; "
         "given several times, a mixture: by size, or by weights. A run that is resumed knows where its data is",
     )
     parser.add_argument(
@@ -44,6 +45,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer", metavar="NAME_OR_PATH", help="what made the ids of token files that do not say, such as gpt2"
     )
     add_text_key(parser)
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count records that cannot be used instead of stopping"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
@@ -145,6 +149,7 @@ def run(args: argparse.Namespace) -> int:
             val_data=args.val_data,
             tokenizer=args.tokenizer,
             text_key=args.text_key,
+            skip_bad=args.skip_bad,
             init_from=args.init_from,
         )
         for paragraph in paragraphs:
@@ -159,6 +164,7 @@ def run(args: argparse.Namespace) -> int:
         val_data=args.val_data,
         tokenizer=args.tokenizer,
         text_key=args.text_key,
+        skip_bad=args.skip_bad,
         verify=args.verify,
         resume=args.resume is not None,
         force=args.force,

@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.accounting import PEAK_FLOPS, forward_flops
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.data import Ids, Mixture, Source, Tokens, Verification
+from jaxgpt.data import Ids, Mixture, Records, Source, Tokens, Verification
 from jaxgpt.errors import MissingExtraError, TrainingError
 from jaxgpt.files import new_directory
 from jaxgpt.generation import Temperature, generate_text
@@ -82,6 +82,7 @@ def train(
     val_data: Data | Sequence[Data] | None = None,
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
+    skip_bad: bool = False,
     verify: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -103,7 +104,9 @@ def train(
         val_data: what to validate on (of a source that has a validation split, that); by default the validation split
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
-        text_key: where records of JSON lines or Parquet have their text; by default under "text".
+        text_key: where records of JSON lines or Parquet have their text; by default under "text", unless they have a
+            prompt and a response, or the turns of a chat: then the responses alone are learned (`config.template`).
+        skip_bad: leave out, and count, records that cannot be used instead of raising.
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
             training, unless the data is small.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
@@ -138,7 +141,7 @@ def train(
                 tokenizer = config.model.tokenizer if tokenizer is None else tokenizer
             assert config is not None  # so mypy sees what the checks above have made sure of
             config, mesh, corpus, train_data, val_N = prepare(
-                config, data, val_data, tokenizer, text_key, init_from, resume=began is not None
+                config, data, val_data, tokenizer, text_key, skip_bad, init_from, resume=began is not None
             )
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
@@ -204,7 +207,7 @@ class _Loop:
         config: TrainConfig,
         mesh: Mesh | None,
         train_data: Mixture,
-        val_N: Ids,
+        val_N: Ids | Records,
         run: Run,
         checkpoints: Checkpoints,
         progress: TrainProgress,

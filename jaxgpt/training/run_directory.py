@@ -210,12 +210,14 @@ class Run:
             if not os.path.exists(path) and not glob.has_magic(path):
                 raise ConfigError(f"the run's data is no longer at {path}: say where it is now ({option})")
             text_key = self._text("the text key of data", source.get("text_key"))
-            found.append(Reference(str(source.get("name")), path, weight, text_key))
+            skip_bad = source.get("skip_bad") is True
+            found.append(Reference(str(source.get("name")), path, weight, text_key, skip_bad))
         return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
         """Raises ConfigError, naming every difference, if a config file that names a new run is not this run's."""
-        if differences := self._differences(config):
+        unset = frozenset() if config.template else {"template"}  # the data decides then
+        if differences := self._differences(config, unset):
             raise ConfigError(
                 f"{source} differs from the config of {self.directory}: {'; '.join(differences)}. Leave {source} out: "
                 f"{self.resume_command} continues with the run's own"
@@ -333,6 +335,7 @@ def _described(source: Source) -> dict[str, Any]:
         "path": source.path,
         "weight": source.weight,
         "text_key": source.text_key,
+        "skip_bad": source.skip_bad,
         "tokens": len(source.tokens.ids_N),
         "tokenizer": source.tokens.tokenizer,
         "identity": source.tokens.identity,
