@@ -232,6 +232,8 @@ def test_records_longer_than_the_context_are_left_out_and_counted(tmp_path):
     assert any("left out: 2 records of more than 25 tokens" in line for line in dry_run_lines(config, path))
     with pytest.raises(DataError, match="the training split has no records"):
         list(dry_run(dataclasses.replace(config, seq_len=23), path))
+    with pytest.raises(DataError, match=r"the training split has a record of 25 tokens, above 23 \+ 1"):
+        list(dry_run(dataclasses.replace(config, seq_len=23), source))
 
 
 def dry_run_lines(config, path):
@@ -265,6 +267,11 @@ def test_kinds_of_data_are_not_mixed(file, tmp_path):
             open_corpus(data, MODEL, validation=validation, longest=99)
     with pytest.raises(DataError, match=r"text and .*chat\.jsonl cannot be mixed: text or tokens and records"):
         open_corpus(tmp_path, MODEL, longest=99)
+    (tmp_path / "split").mkdir()
+    write(tmp_path / "split" / "train.jsonl", RECORDS)
+    write(tmp_path / "split" / "val.txt", ["To be"])
+    with pytest.raises(DataError, match=r"split and the validation of split cannot be mixed: .* and text or tokens"):
+        open_corpus(tmp_path / "split", MODEL)
     for data in (text, Tokens.from_text("To be", "bytes")):
         with pytest.raises(DataError, match=r"expected records for the template 'x\{response\}', not text or tokens"):
             open_corpus(data, MODEL, template="x{response}")
@@ -342,7 +349,7 @@ def reference_loss(params, rows):
     return -np.log(probabilities[(*at, labels[at])]).mean()
 
 
-@pytest.mark.parametrize(("accumulation", "mesh"), [(2, "data=2"), exhaustive(1, ""), exhaustive(2, "")])
+@pytest.mark.parametrize(("accumulation", "mesh"), [(2, ""), exhaustive(1, ""), exhaustive(2, "data=2")])
 def test_the_gradient_is_that_of_the_mean_over_all_response_tokens(accumulation, mesh, file):
     config = dataclasses.replace(CONFIG, batch_size=4, clip_norm=0.0, template="{prompt}{response}")
     rows = batch(open_corpus(file, MODEL).split(0.0)[0], config, 1)

@@ -215,13 +215,13 @@ def open_corpus(
         if source.validation is not None:
             source = dataclasses.replace(source, tokens=source.validation, validation=None)
         apart.append(source)
+    corpus = Corpus(sources, tuple(apart))
     for source in (*sources, *apart):
-        if source.template != sources[0].template:
-            raise DataError(
-                f"{sources[0].name} and {source.name} cannot be mixed: {_kind(sources[0].tokens)} and "
-                f"{_kind(source.tokens)}"
-            )
-    return Corpus(sources, tuple(apart))
+        for name, tokens in ((source.name, source.tokens), (f"the validation of {source.name}", source.validation)):
+            if tokens is not None and _template(tokens) != corpus.template:
+                first = f"{sources[0].name} and {name} cannot be mixed"
+                raise DataError(f"{first}: {_kind(sources[0].tokens)} and {_kind(tokens)}")
+    return corpus
 
 
 def open_tokens(

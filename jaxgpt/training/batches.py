@@ -195,8 +195,8 @@ def _mix(x_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def check_enough(data: Mixture | Ids | Records, config: TrainConfig, split: str) -> None:
-    """Raises DataError if a source of the split cannot fill one sequence or has too small a share of them, or if the
-    sliding ones, or the records, of all of them do not fill one batch."""
+    """Raises DataError if a source of the split cannot fill one sequence or has too small a share of them, if a record
+    does not fit into one, or if the sliding ones, or the records, of all of them do not fill one batch."""
     mixture = data if isinstance(data, Mixture) else Mixture.of(data)
     total = 0
     for name, ids_N in zip(mixture.names, mixture.ids, strict=True):
@@ -204,6 +204,8 @@ def check_enough(data: Mixture | Ids | Records, config: TrainConfig, split: str)
         if isinstance(ids_N, Records):
             if not ids_N.count:
                 raise DataError(f"the {split} split{of} has no records")
+            if ids_N.longest > config.T + 1:
+                raise DataError(f"the {split} split{of} has a record of {ids_N.longest:,} tokens, above {config.T} + 1")
             total += ids_N.count
             continue
         if len(ids_N) <= config.T:
