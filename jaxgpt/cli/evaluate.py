@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data",
         metavar="FILE",
-        help="texts (plain, JSON lines, Parquet) or tokens: a file, a directory, or a pattern of files",
+        help="texts (plain, JSON lines, Parquet), records, of which only the responses count, or tokens: a file, a "
+        "directory, or a pattern of files",
     )
     what.add_argument(
         "--tasks",
@@ -45,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="with --data: tokens that a sequence reads, each of which predicts the next (default: the context)",
+    )
+    parser.add_argument(
+        "--template", default="", help="with --data: how records become prompt and response (see `jaxgpt train --help`)"
     )
     parser.add_argument("--batch-size", type=int, default=8, help="with --data: sequences per call (default: 8)")
     parser.add_argument(
@@ -85,8 +89,16 @@ def _run_text(args: argparse.Namespace) -> int:
     local(args.data)
     model, params = load_model(args)
     tokens = open_tokens(
-        args.data, model.config, args.tokenizer, text_key=args.text_key, allow_special=args.allow_special
+        args.data,
+        model.config,
+        args.tokenizer,
+        text_key=args.text_key,
+        allow_special=args.allow_special,
+        template=args.template,
+        longest=args.seq_len + 1 if args.seq_len else None,
     )
+    for note in tokens.left_out:
+        print(f"left out: {note}", file=sys.stderr)
     if any(shard.marked for shard in tokens.shards):
         print(f"note: {args.data} {MARKED}", file=sys.stderr)
     if args.last_fraction is not None and not 0 < args.last_fraction <= 1:
@@ -118,7 +130,14 @@ def _run_tasks(args: argparse.Namespace) -> int:
     from jaxgpt.scoring import check_task, check_tasks, run_harness, run_task
 
     if option := given(
-        args, "--seq-len", "--last-fraction", "--separate-documents", "--batch-size", "--text-key", "--allow-special"
+        args,
+        "--seq-len",
+        "--last-fraction",
+        "--separate-documents",
+        "--batch-size",
+        "--text-key",
+        "--allow-special",
+        "--template",
     ):
         advice = ": --tasks have --batch-tokens" if option == "--batch-size" else ""
         raise ValueError(f"{option} belongs to --data{advice}")

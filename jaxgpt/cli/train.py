@@ -33,8 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="[NAME=]PATH[:WEIGHT]",
-        help="a file of texts (plain, JSON lines, Parquet) or of tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's "
-        ".idx), a directory, such as `jaxgpt tokenize` writes, or a pattern of files; "
+        help="a file of texts (plain, JSON lines, Parquet), of prompts with responses or chats (the latter two), or of "
+        "tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's .idx), a directory, such as `jaxgpt tokenize` writes, or a "
+        "pattern of files; "
         "given several times, a mixture: by size, or by weights. A run that is resumed knows where its data is",
     )
     parser.add_argument(
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_key(parser)
     add_allow_special(parser)
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count records that cannot be used instead of stopping"
+    )
     parser.add_argument(
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
@@ -183,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
             tokenizer=args.tokenizer,
             text_key=args.text_key,
             allow_special=args.allow_special,
+            skip_bad=args.skip_bad,
             init_from=args.init_from,
         )
         for paragraph in paragraphs:
@@ -198,6 +203,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=args.tokenizer,
         text_key=args.text_key,
         allow_special=args.allow_special,
+        skip_bad=args.skip_bad,
         verify=args.verify,
         resume=args.resume is not None,
         force=args.force,

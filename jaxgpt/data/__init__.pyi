@@ -1,5 +1,7 @@
-from .documents import TEXT_KEY as TEXT_KEY
+from .contents import TEXT_KEY as TEXT_KEY
+from .contents import Template as Template
 from .encoding import MARKED as MARKED
+from .records import Records as Records
 from .shards import ShardIndex as ShardIndex
 from .shards import read_index as read_index
 from .sources import Corpus as Corpus

@@ -6,6 +6,8 @@
 | JSON lines | an object in the first line, or a name in `.jsonl` | one per line, under a key |
 | Parquet | its first bytes | one per row, in a column (extra `[data]`) |
 
+`jaxgpt.data.contents` documents what is taken from the records of the last two.
+
 Text and JSON lines may be compressed with gzip or zstd (extra `[data]`, before Python 3.14).
 """
 
@@ -26,16 +28,15 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxgpt.checks import first_line, short_repr
+from jaxgpt.data.contents import LIMIT, TEXT_KEY, BadRecordError, Content, UnderKey
 from jaxgpt.errors import DataError, require
 from jaxgpt.files import local, not_text
 
 # What a directory is searched for.
 TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
-# Where a record has its text, if nothing else is said.
-TEXT_KEY = "text"
-# Characters after which a document is cut, and bytes that a record, or a piece that cannot be cut, may have.
-PIECE, LIMIT = 2**19, 2**25
+# Characters after which a document is cut.
+PIECE = 2**19
 
 _JSON_LINES = re.compile(r".*\.(jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
 _BUFFER, _BLOCK = 2**16, 2**20
@@ -73,17 +74,14 @@ class Piece(NamedTuple):
         return self.source.where(self.document)
 
 
-class _BadRecordError(DataError):
-    """A record that is left out if that was asked."""
-
-
 @contextlib.contextmanager
-def open_documents(path: str | Path, text_key: str = TEXT_KEY) -> Iterator[Documents]:
+def open_documents(path: str | Path, text_key: str = TEXT_KEY, content: Content | None = None) -> Iterator[Documents]:
     """Opens a file, or a pipe, for its documents.
 
     Args:
         path: the file.
         text_key: where a record has its text: the key in a JSON object, the column in a table.
+        content: what is taken from a record instead.
 
     Raises:
         DataError: if it cannot be read, or is none of the formats of this module.
@@ -91,18 +89,18 @@ def open_documents(path: str | Path, text_key: str = TEXT_KEY) -> Iterator[Docum
     """
     with contextlib.ExitStack() as stack:
         with _readable(path):
-            documents = _recognise(path, text_key, stack)
+            documents = _recognise(path, content or UnderKey(text_key), stack)
         yield documents
 
 
-def _recognise(path: str | Path, text_key: str, stack: contextlib.ExitStack) -> Documents:
+def _recognise(path: str | Path, content: Content, stack: contextlib.ExitStack) -> Documents:
     raw: Any = stack.enter_context(local(path).open("rb", buffering=_BUFFER))
     if raw.peek(5).startswith(b"PAR1\x15"):
-        return _Table(path, raw, text_key)
+        return _Table(path, raw, content)
     file = _unpacked(path, raw, stack)
     head = file.peek(_BUFFER)
     if _is_json_lines(os.path.basename(path), head):
-        return _Lines(path, raw, file, text_key)
+        return _Lines(path, raw, file, content)
     if reason := not_text(head):
         raise DataError(f"{path}: {reason}; {_EXPECTED}")
     return _Text(path, raw, file)
@@ -118,8 +116,12 @@ class Documents:
 
     records = True
 
-    def __init__(self, path: str | Path, raw: BinaryIO):
-        self.path, self._raw = path, raw
+    def __init__(self, path: str | Path, raw: BinaryIO, whole: bool = False):
+        self.path, self._raw, self._whole = path, raw, whole
+
+    def keys(self) -> list[str]:
+        """The keys of the first good record, or the columns of the table; none of a plain text. To be asked first."""
+        return []
 
     def pieces(self, find_cut: FindCut, *, skip_bad: bool = False, start: tuple[int, int] = (0, 0)) -> Iterator[Piece]:
         """Yields the documents, cut where that does not change their ids.
@@ -136,11 +138,11 @@ class Documents:
         with _readable(self.path):
             for number, document in self._documents(start[0]):
                 try:
-                    parts = _cut(document(), find_cut)
+                    parts = _mark_last(document()) if self._whole else _cut(document(), find_cut)
                     for part, (text, last) in enumerate(parts):
                         if (number, part) >= start:
                             yield Piece(self, number, part, text, last, self._read())
-                except _BadRecordError as error:
+                except BadRecordError as error:
                     reason = f"{self.where(number)}: {error}"
                     if not skip_bad:
                         raise DataError(f"{reason} (--skip-bad leaves such records out)") from None
@@ -188,71 +190,95 @@ class _Text(Documents):
 
 
 class _Lines(Documents):
-    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, key: str):
-        super().__init__(path, raw)
-        self._file, self._key = file, key
+    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, content: Content):
+        super().__init__(path, raw, content.whole)
+        self._file, self._content = file, content
+
+    def keys(self) -> list[str]:
+        for _, line, whole in self._lines():
+            with contextlib.suppress(BadRecordError):
+                return list(self._record(line, whole))
+        return []
 
     def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        for number, line, whole in self._lines():
+            if number >= start:
+                yield number, lambda line=line, whole=whole: self._parts(line, whole)  # type: ignore[misc]
+
+    def _lines(self) -> Iterator[tuple[int, bytes, bool]]:
+        """Number and text of each line that is not blank, and whether that is all of it."""
         number = 0
         while line := self._file.readline(LIMIT):
             whole, end = len(line) < LIMIT or line.endswith(b"\n"), line
             while not whole and end and not end.endswith(b"\n"):
                 end = self._file.readline(_BLOCK)
-            if number >= start and not line.isspace():
-                yield number, lambda line=line, whole=whole: self._text(line, whole)  # type: ignore[misc]
+            if not line.isspace():
+                yield number, line, whole
             number += 1
 
-    def _text(self, line: bytes, whole: bool) -> Iterable[str]:
+    def _record(self, line: bytes, whole: bool) -> dict[str, Any]:
         if not whole:
-            raise _BadRecordError(f"longer than {LIMIT:,} bytes, the most that a record may have")
+            raise BadRecordError(f"longer than {LIMIT:,} bytes, the most that a record may have")
         try:
             record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
         except (ValueError, RecursionError) as error:
-            raise _BadRecordError(f"not JSON: {first_line(error)}") from None
+            raise BadRecordError(f"not JSON: {first_line(error)}") from None
         if not isinstance(record, dict):
-            raise _BadRecordError(f"expected a JSON object, not {short_repr(record)}")
-        if self._key not in record:
-            keys = ", ".join(short_repr(key) for key in list(record)[:10])
-            raise _BadRecordError(
-                f"no key {self._key!r} (--text-key says where the text is; there are {keys or 'none'})"
-            )
-        return _checked(record[self._key], self._key)
+            raise BadRecordError(f"expected a JSON object, not {short_repr(record)}")
+        return record
+
+    def _parts(self, line: bytes, whole: bool) -> Iterable[str]:
+        record = self._record(line, whole)
+        if (key := self._content.missing(record)) is not None:
+            raise BadRecordError(f"no key {key!r} ({self._content.hint}; there are {_known(record)})")
+        return self._content.parts(record)
 
 
 class _Table(Documents):
-    def __init__(self, path: str | Path, raw: BinaryIO, column: str):
-        super().__init__(path, raw)
+    def __init__(self, path: str | Path, raw: BinaryIO, content: Content):
+        super().__init__(path, raw, content.whole)
         if not raw.seekable():
             raise DataError(f"{path}: Parquet cannot be read from a pipe: give the file")
-        self._column = column
+        self._content = content
         parquet = require("pyarrow.parquet", "data", f"{path}, a Parquet file,")
         with _arrow(path):
             self._file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BLOCK)
-            names = self._file.schema_arrow.names
-        if column not in names:
-            known = ", ".join(short_repr(name) for name in names[:10])
-            raise DataError(f"{path}: no column {column!r} (--text-key says where the text is; there are {known})")
+            self._names = self._file.schema_arrow.names
+        if (key := content.missing(self._names)) is not None:
+            raise DataError(f"{path}: no column {key!r} ({content.hint}; there are {_known(self._names)})")
+
+    def keys(self) -> list[str]:
+        return self._names
 
     def where(self, document: int) -> str:
         return f"{self.path}, row {document + 1}"
 
     def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        columns = [name for name in self._names if name in self._content.keys]
         with _arrow(self.path):
             number, groups = 0, list(range(self._file.num_row_groups))
             while groups and number + (rows := self._file.metadata.row_group(groups[0]).num_rows) <= start:
                 number += rows
                 groups.pop(0)
-            for batch in self._file.iter_batches(64, groups, [self._column], use_threads=False):
-                for value in batch.column(0):
+            for batch in self._file.iter_batches(64, groups, columns, use_threads=False):
+                for values in zip(*batch.columns, strict=True):
                     if number >= start:
-                        yield number, lambda value=value: self._text(value)  # type: ignore[misc]
+                        row = dict(zip(batch.schema.names, values, strict=True))
+                        yield number, lambda row=row: self._parts(row)  # type: ignore[misc]
                     number += 1
 
-    def _text(self, value: Any) -> Iterable[str]:
-        try:
-            return _checked(value.as_py(), self._column)
-        except UnicodeDecodeError as error:
-            raise _BadRecordError(f"not UTF-8 text (byte {error.start} of {self._column!r})") from None
+    def _parts(self, row: dict[str, Any]) -> Iterable[str]:
+        record = {}
+        for name, value in row.items():
+            try:
+                record[name] = value.as_py()
+            except UnicodeDecodeError as error:
+                raise BadRecordError(f"not UTF-8 text (byte {error.start} of {name!r})") from None
+        return self._content.parts(record)
+
+
+def _known(keys: Iterable[str]) -> str:
+    return ", ".join(short_repr(key) for key in list(keys)[:10]) or "none"
 
 
 def find_files(path: str | Path, endings: tuple[str, ...]) -> list[Path]:
@@ -300,12 +326,10 @@ def _cut(blocks: Iterable[str], find_cut: FindCut) -> Iterator[tuple[str, bool]]
     yield pending, True
 
 
-def _checked(text: Any, key: str) -> Iterable[str]:
-    if not isinstance(text, str):
-        raise _BadRecordError(f"expected a text under {key!r}, not {short_repr(text)}")
-    if len(text) > LIMIT:
-        raise _BadRecordError(f"longer than {LIMIT:,} characters, the most that a record may have")
-    return (text[i : i + _BLOCK] for i in range(0, len(text), _BLOCK))
+def _mark_last(parts: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """(text, whether it is the last) of each part."""
+    *others, last = parts
+    return iter([*((part, False) for part in others), (last, True)])
 
 
 def _is_json_lines(name: str, head: bytes) -> bool:

@@ -15,8 +15,10 @@ import numpy as np
 
 from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
-from jaxgpt.data.documents import TEXT_ENDINGS, TEXT_KEY, find_files, open_documents
+from jaxgpt.data.contents import TEXT_KEY, recognise
+from jaxgpt.data.documents import TEXT_ENDINGS, find_files, open_documents
 from jaxgpt.data.encoding import Encoder, encode
+from jaxgpt.data.records import LeftOut, Records, RecordTokens, read_records, record_keys
 from jaxgpt.data.shards import open_shard, read_index
 from jaxgpt.data.token_files import open_bare, open_token_file, read_bytes
 from jaxgpt.data.tokens import Ids, Joined, Shard, Tokens, id_type, sha256
@@ -34,13 +36,14 @@ _WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d
 
 
 class Reference(NamedTuple):
-    """Where a source is, and how its texts are read (see `Source`)."""
+    """Where a source is, and how it is read (see `Source`)."""
 
     name: str
     path: str
     weight: float | None
     text_key: str | None = None
     allow_special: bool = False
+    skip_bad: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +56,10 @@ class Source:
         weight: its share of the sequences, relative to the other sources' weights; None for that of its size.
         validation: the validation split that came with it, if one did.
         path: where it is; None for tokens made in Python.
-        left_out: names of files in its directory that are not used, each with the reason.
-        text_key: where a record of JSON lines or Parquet has its text.
+        left_out: what is not used, each with the reason: files in its directory, and records.
+        text_key: where a record of JSON lines or Parquet has its text; None for records that are read by a template.
         allow_special: whether special tokens in its texts are tokens.
+        skip_bad: whether records that cannot be used are left out.
     """
 
     name: str
@@ -64,12 +68,18 @@ class Source:
     validation: Tokens | None = None
     path: str | None = None
     left_out: tuple[str, ...] = ()
-    text_key: str = TEXT_KEY
+    text_key: str | None = TEXT_KEY
     allow_special: bool = False
+    skip_bad: bool = False
 
     def __post_init__(self):
         if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
             raise DataError(f"{self.name}: a weight must be a number above 0, not {self.weight!r}")
+
+    @property
+    def template(self) -> str:
+        """What its records are read by; "" for texts and tokens."""
+        return _template(self.tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,17 +107,26 @@ class Corpus:
         return hashlib.sha256(repr((parts, validation)).encode()).hexdigest()
 
     @property
+    def tokens(self) -> list[Tokens]:
+        """Those of all sources and of all that is validated on."""
+        tokens = [source.tokens for source in (*self.sources, *self.validation)]
+        return tokens + [source.validation for source in self.sources if source.validation is not None]
+
+    @property
     def shards(self) -> list[Shard]:
         """All shards, those of the validation too."""
-        tokens = [source.tokens for source in (*self.sources, *self.validation)]
-        tokens += [source.validation for source in self.sources if source.validation is not None]
-        return [shard for one in tokens for shard in one.shards]
+        return [shard for one in self.tokens for shard in one.shards]
 
-    def split(self, val_fraction: float) -> tuple[Mixture, Ids]:
+    @property
+    def template(self) -> str:
+        """What the records of all sources are read by; "" for texts and tokens."""
+        return self.sources[0].template
+
+    def split(self, val_fraction: float) -> tuple[Mixture, Ids | Records]:
         """(what to train on, what to validate on): the latter is the validation that was given or came along or, of a
         source that has none, the last `val_fraction` of its ids."""
-        train: list[Ids] = []
-        val: list[Ids] = [source.tokens.ids_N for source in self.validation]
+        train: list[Ids | Records] = []
+        val: list[Ids | Records] = [source.tokens.ids_N for source in self.validation]
         for source in self.sources:
             if self.validation or source.validation is not None:
                 train.append(source.tokens.ids_N)
@@ -121,25 +140,25 @@ class Corpus:
             float(len(ids)) if source.weight is None else source.weight
             for source, ids in zip(self.sources, train, strict=True)
         )
-        return Mixture(names, tuple(train), weights), val[0] if len(val) == 1 else Joined(val)
+        return Mixture(names, tuple(train), weights), val[0] if len(val) == 1 else _one(val)
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Rows of ids to draw sequences from.
+    """Rows of ids, or records, to draw sequences from.
 
     Attributes:
         names: of the sources.
-        ids: the row of each.
+        ids: the row of each, or its records.
         weights: the share of each in the sequences, relative to the others'.
     """
 
     names: tuple[str, ...]
-    ids: tuple[Ids, ...]
+    ids: tuple[Ids | Records, ...]
     weights: tuple[float, ...]
 
     @classmethod
-    def of(cls, ids_N: Ids) -> Mixture:
+    def of(cls, ids_N: Ids | Records) -> Mixture:
         """That of a single source."""
         return cls(("the data",), (ids_N,), (1.0,))
 
@@ -155,6 +174,9 @@ def open_corpus(
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
     allow_special: bool = False,
+    template: str = "",
+    longest: int | None = None,
+    skip_bad: bool = False,
 ) -> Corpus:
     """Opens what a model is to be trained on.
 
@@ -164,15 +186,22 @@ def open_corpus(
         config: the model's config.
         validation: sources to validate on; of one that has a validation split, that is meant.
         tokenizer: what made the ids of files that do not say; by default those are refused.
-        text_key: where a record of JSON lines or Parquet has its text; by default under "text".
+        text_key: where a record of JSON lines or Parquet has its text. By default, a record with a prompt and a
+            response, or with the turns of a chat, is read by a template, and others have it under "text".
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
+        template: how records are read, in place of the template that they are recognised to need: see `Template`.
+        longest: the most ids that a record with a response may have; by default, what fits the model's context.
+        skip_bad: whether to leave out records without a text, or without what a template needs, instead of raising.
 
     Raises:
         DataError: if there is no source, or one cannot be opened or has another tokenizer than the model; if only some
-            have weights.
+            have weights; if only some have records with a response, or they need different templates.
     """
-    given = _Reading(tokenizer, text_key, allow_special)
-    sources = tuple(_open(one, config, given) for one in _listed(data))
+    if text_key and template:
+        raise DataError(f"a text key, {text_key!r}, is for texts, and a template for records: give one of them")
+    longest = longest or config.context_length + 1
+    how = _How(config, tokenizer, text_key, allow_special, template, longest, skip_bad)
+    sources = tuple(_open(one, how) for one in _listed(data))
     if not sources:
         raise DataError("there is no data to train on: expected at least one source")
     weighted = [source.name for source in sources if source.weight is not None]
@@ -186,13 +215,19 @@ def open_corpus(
         )
     apart = []
     for one in _listed(validation):
-        source = _open(one, config, given)
+        source = _open(one, how)
         if source.weight is not None:
             raise DataError(f"{source.name}: data to validate on is read once, so it has no weight")
         if source.validation is not None:
             source = dataclasses.replace(source, tokens=source.validation, validation=None)
         apart.append(source)
-    return Corpus(sources, tuple(apart))
+    corpus = Corpus(sources, tuple(apart))
+    for source in (*sources, *apart):
+        for name, tokens in ((source.name, source.tokens), (f"the validation of {source.name}", source.validation)):
+            if tokens is not None and _template(tokens) != corpus.template:
+                first = f"{sources[0].name} and {name} cannot be mixed"
+                raise DataError(f"{first}: {_kind(sources[0].tokens)} and {_kind(tokens)}")
+    return corpus
 
 
 def open_tokens(
@@ -202,6 +237,8 @@ def open_tokens(
     text_key: str | None = None,
     *,
     allow_special: bool = False,
+    template: str = "",
+    longest: int | None = None,
 ) -> Tokens:
     """Opens one source, a file, a directory or a pattern of files, for a model, and verifies it; with its validation
     split, if it has one. Text is encoded with the model's tokenizer.
@@ -209,13 +246,14 @@ def open_tokens(
     Args:
         path: where it is.
         config: the model's config.
-        tokenizer, text_key, allow_special: as for `open_corpus`.
+        tokenizer, text_key, allow_special, template, longest: as for `open_corpus`.
 
     Raises:
         DataError: if it cannot be read, is damaged, was made by another tokenizer, or holds ids outside the model's
             vocabulary.
     """
-    source = _open(path, config, _Reading(tokenizer, text_key, allow_special))
+    longest = longest or config.context_length + 1
+    source = _open(path, _How(config, tokenizer, text_key, allow_special, template, longest))
     if source.weight is not None:
         raise DataError(f"{source.name}: a weight is for one of several sources to train on")
     tokens = source.tokens if source.validation is None else _join([source.tokens, source.validation])
@@ -231,6 +269,7 @@ def read_text(
     *,
     separate: bool | None = None,
     allow_special: bool = False,
+    skip_bad: bool = False,
 ) -> Tokens:
     """Encodes the documents of a file.
 
@@ -240,6 +279,7 @@ def read_text(
         text_key: where a record has its text.
         separate: whether end-of-text follows each document; by default if these are records.
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
+        skip_bad: whether to leave out records without a text instead of raising.
 
     Raises:
         DataError: if it cannot be read or is not UTF-8 text; says what it looks like. For a record without a text.
@@ -247,10 +287,15 @@ def read_text(
     made_by = get_tokenizer(tokenizer)
     with open_documents(path, text_key) as documents:
         encoder = Encoder(made_by, documents.records if separate is None else separate, allow_special)
-        batches = list(encode(documents.pieces(made_by.find_cut), encoder))
-    ids_N = np.concatenate([np.zeros(0, id_type(made_by.vocab_size)), *(batch.ids_N for batch in batches)])
-    marked = any(batch.marked for batch in batches)
-    return Tokens((Shard(ids_N, sha256(ids_N), marked=marked),), made_by.name, made_by.vocab_size)
+        rows, marked, bad = [np.zeros(0, id_type(made_by.vocab_size))], False, LeftOut("without a text")
+        for batch in encode(documents.pieces(made_by.find_cut, skip_bad=skip_bad), encoder):
+            rows.append(batch.ids_N)
+            marked = marked or bool(batch.marked)
+            for piece in batch.pieces:
+                if piece.error:
+                    bad.add(piece.error)
+    ids_N = np.concatenate(rows)
+    return Tokens((Shard(ids_N, sha256(ids_N), marked=marked),), made_by.name, made_by.vocab_size, bad.notes)
 
 
 def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
@@ -262,41 +307,61 @@ def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:
         )
 
 
-class _Reading(NamedTuple):
-    """How files are read, where they or a `Reference` do not say; see `open_corpus`."""
-
-    tokenizer: str | Path | None
-    text_key: str | None
-    allow_special: bool
-
-
 def _listed(data: Any) -> list[Any]:
     several = isinstance(data, (list, tuple)) and not isinstance(data, Reference)
     return [] if data is None else list(data) if several else [data]
 
 
-def _open(given: Any, config: GPTConfig, reading: _Reading) -> Source:
+class _How(NamedTuple):
+    """How sources are read, as `open_corpus` is told."""
+
+    config: GPTConfig
+    tokenizer: str | Path | None
+    text_key: str | None
+    allow_special: bool
+    template: str
+    longest: int
+    skip_bad: bool = False
+
+
+def _open(given: Any, how: _How) -> Source:
     if isinstance(given, Source):
         source = given
     elif isinstance(given, Tokens):
         source = Source("the tokens", given)
     elif isinstance(given, (str, os.PathLike, Reference)):
-        name, path, weight, key, special = given if isinstance(given, Reference) else parse(given)
-        place, key, special = local(path), reading.text_key or key or TEXT_KEY, reading.allow_special or special
-        reading = reading._replace(text_key=key, allow_special=special)
-        validation, left_out = None, tuple[str, ...]()
-        if os.path.isdir(place) and (index := read_index(place)) is not None:
-            tokens = _join([open_shard(place, shard, index.tokenizer) for shard in index.shards])
-        else:
-            train, val, left_out = _paths(path)
-            tokens = _join(_open_files(train, config, reading))
-            validation = _join(_open_files(val, config, reading)) if val else None
-        source = Source(name, tokens, weight, validation, os.path.abspath(place), left_out, key, special)
+        source = _open_path(given if isinstance(given, Reference) else parse(given), how)
     else:
         raise TypeError(f"data must be a path, Tokens, or a list of these, not {short_repr(given)}")
+    if how.template and source.template != how.template:
+        raise DataError(
+            f"{source.path or source.name}: expected records for the template {how.template!r}, not "
+            f"{_kind(source.tokens)}"
+        )
     for tokens in filter(None, (source.tokens, source.validation)):
-        check_tokens(tokens, config, source.path or source.name)
+        check_tokens(tokens, how.config, source.path or source.name)
     return source
+
+
+def _open_path(given: Reference, how: _How) -> Source:
+    name, path, weight, text_key, allow_special, skip_bad = given
+    how = how._replace(
+        text_key=how.text_key or text_key,
+        allow_special=how.allow_special or allow_special,
+        skip_bad=how.skip_bad or skip_bad,
+    )
+    place, validation, left_out = local(path), None, tuple[str, ...]()
+    if os.path.isdir(place) and (index := read_index(place)) is not None:
+        tokens = _join([open_shard(place, shard, index.tokenizer) for shard in index.shards])
+    else:
+        train, val, left_out = _paths(path)
+        tokens = _open_files(train, how)
+        validation = _open_files(val, how) if val else None
+    for one in filter(None, (tokens, validation)):
+        left_out += one.left_out
+    text_key = None if isinstance(tokens, RecordTokens) else how.text_key or TEXT_KEY
+    where, flags = os.path.abspath(place), (how.allow_special, how.skip_bad)
+    return Source(name, tokens, weight, validation, where, left_out, text_key, *flags)
 
 
 def parse(given: str | os.PathLike[str]) -> Reference:
@@ -335,45 +400,84 @@ def _paths(path: str) -> tuple[list[Path], list[Path], tuple[str, ...]]:
     return train, val, (*left_out, *(f"{file.name} (a test split)" for file in test))
 
 
-def _open_files(paths: list[Path], config: GPTConfig, reading: _Reading) -> list[Tokens]:
+def _open_files(paths: list[Path], how: _How) -> Tokens:
     separate = True if len(paths) > 1 else None  # between the texts of two files is the end of a document
-    return [_open_file(path, config, reading, separate) for path in paths]
+    return _join([_open_file(path, how, separate) for path in paths])
 
 
-def _open_file(path: Path, config: GPTConfig, reading: _Reading, separate: bool | None) -> Tokens:
-    tokenizer, text_key, allow_special = reading
+def _open_file(path: Path, how: _How, separate: bool | None) -> Tokens:
     try:
         odd = path.exists() and not path.is_file()  # it is read twice, and opening a pipe could block indefinitely
     except (OSError, ValueError) as error:  # a name that no file can have
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
     if odd:
         raise DataError(f"{path}: is not a file (`jaxgpt tokenize` reads pipes)")
-    if (tokens := open_token_file(path, tokenizer)) is not None:
+    if (tokens := open_token_file(path, how.tokenizer)) is not None:
         return tokens
+    keys = [] if how.text_key else record_keys(path)
+    if template := keys and (how.template or recognise(keys)):
+        if how.allow_special:
+            raise DataError(
+                f"{path}: special tokens in the texts of prompts and responses are never tokens (--allow-special): the "
+                "template alone says where a response ends"
+            )
+        records = read_records(path, how.config.tokenizer, template, how.longest, skip_bad=how.skip_bad)
+        records.shards[0].verify(how.config.vocab_size)  # so that no batch needs to
+        return records
     bare = path.suffix.lower() == ".bin" and not_text(read_bytes(path, 2**20)) != ""
     if not bare:
-        return read_text(path, config.tokenizer, text_key or TEXT_KEY, separate=separate, allow_special=allow_special)
+        key = how.text_key or TEXT_KEY
+        return read_text(
+            path,
+            how.config.tokenizer,
+            key,
+            separate=separate,
+            allow_special=how.allow_special,
+            skip_bad=how.skip_bad,
+        )
     index = path.with_suffix(".idx")
-    if index.is_file() and (tokens := open_token_file(index, tokenizer)) is not None:
+    if index.is_file() and (tokens := open_token_file(index, how.tokenizer)) is not None:
         return tokens
-    if tokenizer is None:
+    if how.tokenizer is None:
         raise DataError(
             f"{path}: has no header that says what it holds: if these are uint16 ids, as nanoGPT writes them, say "
             "which tokenizer made them (--tokenizer NAME_OR_PATH)"
         )
-    return open_bare(path, tokenizer)
+    return open_bare(path, how.tokenizer)
 
 
 def _join(tokens: Sequence[Tokens]) -> Tokens:
     """The tokens of several files, one after another.
 
     Raises:
-        DataError: if they have different tokenizers.
+        DataError: if they have different tokenizers, or only some have records with a response.
     """
     first = tokens[0]
     for other in tokens[1:]:
+        where = f"{first.shards[0].path or 'text'} and {other.shards[0].path or 'text'}"
         if other.tokenizer != first.tokenizer:
-            where = f"{first.shards[0].path or 'text'} and {other.shards[0].path or 'text'}"
             raise DataError(f"{where} were made by different tokenizers, {first.tokenizer} and {other.tokenizer}")
+        if _template(other) != _template(first):
+            raise DataError(f"{where} cannot be mixed: {_kind(first)} and {_kind(other)}")
     shards = tuple(shard for one in tokens for shard in one.shards)
-    return Tokens(shards, first.tokenizer, max(one.vocab_size for one in tokens))
+    left_out = tuple(note for one in tokens for note in one.left_out)
+    if isinstance(first, RecordTokens):
+        records = Records.joined([one.records for one in tokens if isinstance(one, RecordTokens)])
+        return dataclasses.replace(first, shards=shards, left_out=left_out, records=records)
+    return Tokens(shards, first.tokenizer, max(one.vocab_size for one in tokens), left_out)
+
+
+def _one(parts: Sequence[Ids | Records]) -> Ids | Records:
+    """The rows or the records of several sources as one."""
+    records = [part for part in parts if isinstance(part, Records)]
+    return Records.joined(records) if records else Joined([part for part in parts if not isinstance(part, Records)])
+
+
+def _template(tokens: Tokens) -> str:
+    """What records are read by; "" for texts and tokens."""
+    return tokens.template if isinstance(tokens, RecordTokens) else ""
+
+
+def _kind(tokens: Tokens) -> str:
+    """What tokens are of, for messages."""
+    return f"records for the template {_template(tokens)!r}" if _template(tokens) else "text or tokens"

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxgpt.checks import short_repr
-from jaxgpt.data.documents import PIECE, TEXT_ENDINGS, TEXT_KEY, Piece, find_files, open_documents
+from jaxgpt.data.contents import TEXT_KEY
+from jaxgpt.data.documents import PIECE, TEXT_ENDINGS, Piece, find_files, open_documents
 from jaxgpt.data.encoding import Encoded, Encoder, encode
 from jaxgpt.data.shards import (
     INDEX,

@@ -196,11 +196,13 @@ class Tokens:
         shards: the ids, in one piece or in several that follow one another.
         tokenizer: name of the tokenizer that made them.
         vocab_size: ids are below this.
+        left_out: records of the files that are not among these, and why.
     """
 
     shards: tuple[Shard, ...]
     tokenizer: str
     vocab_size: int
+    left_out: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         several = f" in {len(self.shards):,} shards" if len(self.shards) > 1 else ""

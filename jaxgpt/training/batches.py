@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt.data import Ids, Mixture, out_of_range
+from jaxgpt.data import Ids, Mixture, Records, out_of_range
 from jaxgpt.errors import DataError
 from jaxgpt.training.config import TrainConfig
 
@@ -24,8 +24,13 @@ def count_sequences(n_tokens: int, seq_len: int, stride: int) -> int:
     return len(range(0, n_tokens - seq_len, stride))
 
 
-def batch(data: Mixture | Ids, config: TrainConfig, step: int, rows: slice = slice(None)) -> NDArray[np.int32]:
+def batch(
+    data: Mixture | Ids | Records, config: TrainConfig, step: int, rows: slice = slice(None)
+) -> NDArray[np.int32]:
     """The sequences of one step: int32 [`batch_size`, T + 1]; inputs are [:, :-1], labels [:, 1:].
+
+    Of records, each row is one, and an epoch has each once in an order of that epoch; an id that is read but not
+    learned, or padding, is its complement, ~id, from which `loss.inputs_and_labels` makes both.
 
     A pure function of its arguments. A process that needs only some rows reads only those, and gets the same ones
     whichever process reads the others.
@@ -46,16 +51,24 @@ def batch(data: Mixture | Ids, config: TrainConfig, step: int, rows: slice = sli
     start_B = np.zeros(len(index_B), np.int64)
     for i, ids_N in enumerate(mixture.ids):
         mine = source_B == i
-        if config.sequences == "random":
+        if isinstance(ids_N, Records):
+            start_B[mine] = _each_once(ids_N.count, config.seed, i, turn_B[mine])
+        elif config.sequences == "random":
             # Of the whole batch, so that a process that reads only some rows draws the same for them.
             generator = np.random.Generator(np.random.Philox(key=[config.seed, step]))
             start_B[mine] = generator.integers(0, len(ids_N) - T, config.batch_size)[rows][mine]
         else:
-            start_B[mine] = _sliding(len(ids_N), config, i, turn_B[mine])
+            stride = config.stride or T
+            n = count_sequences(len(ids_N), T, stride)
+            start_B[mine] = stride * _each_once(n, config.seed, i, turn_B[mine])
     ids_BxT1 = np.empty((len(index_B), T + 1), np.int32)
     read = list(zip(source_B.tolist(), start_B.tolist(), strict=True))
     for row_T1, (i, start) in zip(ids_BxT1, read, strict=True):
-        ids_T1 = np.asarray(mixture.ids[i][start : start + T + 1])
+        ids_N = mixture.ids[i]
+        if isinstance(ids_N, Records):
+            row_T1[:] = ids_N.row(start, T + 1)  # of ids that were checked when they were read
+            continue
+        ids_T1 = np.asarray(ids_N[start : start + T + 1])
         if (error := out_of_range(ids_T1, vocab_size, mixture.names[i], start)) is not None:
             raise error
         row_T1[:] = ids_T1  # ids of 64 bits beyond the vocabulary would wrap into it
@@ -131,15 +144,13 @@ def shares(weights: tuple[float, ...]) -> NDArray[np.int64]:
     return share
 
 
-def _sliding(n_tokens: int, config: TrainConfig, source: int, turn_B: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where the sequences of a source's turns start: each once per epoch, in an order of that epoch."""
-    stride = config.stride or config.T
-    n = count_sequences(n_tokens, config.T, stride)
-    epoch_B, start_B = turn_B // n, np.empty_like(turn_B)
+def _each_once(n: int, seed: int, source: int, turn_B: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which of a source's n sequences are those of its turns: each once per epoch, in an order of that epoch."""
+    epoch_B, chosen_B = turn_B // n, np.empty_like(turn_B)
     for epoch in np.unique(epoch_B).tolist():
         mine = epoch_B == epoch
-        start_B[mine] = stride * permute(turn_B[mine] % n, n, (config.seed, source, epoch))
-    return start_B
+        chosen_B[mine] = permute(turn_B[mine] % n, n, (seed, source, epoch))
+    return chosen_B
 
 
 def permute(index_N: NDArray[np.int64], n: int, key: tuple[int, ...]) -> NDArray[np.int64]:
@@ -180,13 +191,20 @@ def _mix(x_N: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x_N ^ x_N >> np.uint64(31)
 
 
-def check_enough(data: Mixture | Ids, config: TrainConfig, split: str) -> None:
-    """Raises DataError if a source of the split cannot fill one sequence or has too small a share of them, or if the
-    sliding ones of all of them do not fill one batch."""
+def check_enough(data: Mixture | Ids | Records, config: TrainConfig, split: str) -> None:
+    """Raises DataError if a source of the split cannot fill one sequence or has too small a share of them, if a record
+    does not fit into one, or if the sliding ones, or the records, of all of them do not fill one batch."""
     mixture = data if isinstance(data, Mixture) else Mixture.of(data)
     total = 0
     for name, ids_N in zip(mixture.names, mixture.ids, strict=True):
         of = f" of {name}" if len(mixture.ids) > 1 else ""
+        if isinstance(ids_N, Records):
+            if not ids_N.count:
+                raise DataError(f"the {split} split{of} has no records")
+            if ids_N.longest > config.T + 1:
+                raise DataError(f"the {split} split{of} has a record of {ids_N.longest:,} tokens, above {config.T} + 1")
+            total += ids_N.count
+            continue
         if len(ids_N) <= config.T:
             raise DataError(
                 f"the {split} split{of} has {len(ids_N)} tokens; sequences of {config.T} need one more than that"
@@ -198,7 +216,6 @@ def check_enough(data: Mixture | Ids, config: TrainConfig, split: str) -> None:
                 f"{mixture.names[int(share.argmin())]} would get less than one of {BLOCK:,} sequences: leave it out, "
                 "or give the sources weights that are closer to one another"
             )
-        if config.sequences == "sliding" and total < config.batch_size:
-            raise DataError(
-                f"the {split} split has {total} sliding sequences, too few for batch_size={config.batch_size}"
-            )
+        kind = "records" if config.template else "sliding sequences" if config.sequences == "sliding" else ""
+        if kind and total < config.batch_size:
+            raise DataError(f"the {split} split has {total} {kind}, too few for batch_size={config.batch_size}")

@@ -12,6 +12,7 @@ from typing import Any
 from jaxgpt.accounting import LINEAR_LAYERS
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.config import PRESETS, ComputeConfig, GPTConfig
+from jaxgpt.data import Template
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import SYNONYMS, check, check_keys, documented, from_table, setting, settings, to_table
 from jaxgpt.files import local
@@ -89,6 +90,12 @@ class TrainConfig:
         False,
         help="Whether documents that share a sequence are kept apart: attention and positions restart at each "
         "end-of-text, so that no document's loss depends on another. Validation follows the same rule.",
+    )
+    template: str = setting(
+        "",
+        help="How records become a prompt and the response that is learned: a format string over their keys that ends "
+        "in {response}, or, for the turns of a chat, one with {role} that ends in {content}; empty: by their keys, "
+        "'{prompt}{response}' or '### {role}:\\n{content}', or else as texts. Each record is one sequence.",
     )
     val_fraction: float = setting(
         0.1, low=0, high=0.9, help="Fraction of the tokens, taken from the end, to keep for validation."
@@ -179,6 +186,8 @@ class TrainConfig:
                 preset = ", such as GPTConfig.preset('gpt2')" if kind is GPTConfig else ""
                 raise ConfigError(f"{name} must be a {kind.__name__}{preset}, not {short_repr(value)}")
         check(self)
+        if self.template:
+            Template(self.template)
         if self.batch_size % self.grad_accumulation:
             raise ConfigError(f"grad_accumulation must divide batch_size: {self.batch_size} / {self.grad_accumulation}")
         if self.seq_len > self.model.context_length:

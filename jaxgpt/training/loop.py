@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.accounting import PEAK_FLOPS, forward_flops
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.data import Ids, Mixture, Source, Tokens, Verification
+from jaxgpt.data import Ids, Mixture, Records, Source, Tokens, Verification
 from jaxgpt.errors import MissingExtraError, TrainingError
 from jaxgpt.files import new_directory
 from jaxgpt.generation import Temperature, generate_text
@@ -84,6 +84,7 @@ def train(
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
     allow_special: bool = False,
+    skip_bad: bool = False,
     verify: bool = False,
     resume: bool = False,
     force: bool = False,
@@ -105,8 +106,10 @@ def train(
         val_data: what to validate on (of a source that has a validation split, that); by default the validation split
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
-        text_key: where records of JSON lines or Parquet have their text; by default under "text".
+        text_key: where records of JSON lines or Parquet have their text; by default under "text", unless they have a
+            prompt and a response, or the turns of a chat: then the responses alone are learned (`config.template`).
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
+        skip_bad: leave out, and count, records that cannot be used instead of raising.
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
             training, unless the data is small.
         resume: continue from the last good checkpoint in `out`; bit for bit as if the run had not been interrupted.
@@ -149,6 +152,7 @@ def train(
                 tokenizer=tokenizer,
                 text_key=text_key,
                 allow_special=allow_special,
+                skip_bad=skip_bad,
             )
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
@@ -214,7 +218,7 @@ class _Loop:
         config: TrainConfig,
         mesh: Mesh | None,
         train_data: Mixture,
-        val_N: Ids,
+        val_N: Ids | Records,
         run: Run,
         checkpoints: Checkpoints,
         progress: TrainProgress,

@@ -20,6 +20,15 @@ from jaxgpt.training.packing import document_starts
 IGNORE = -1
 
 
+def inputs_and_labels(ids_BxT1: Any, records: bool) -> tuple[Any, Any]:
+    """(inputs, labels) [B, T] of sequences, int32 [B, T + 1], of NumPy or JAX. Of records, an id that is read but not
+    learned is its complement, ~id, which is negative: so one array says both, and is laid out as any other batch."""
+    if not records:
+        return ids_BxT1[:, :-1], ids_BxT1[:, 1:]
+    read_BxT1 = ids_BxT1 ^ (ids_BxT1 >> 31)  # the complement of what is negative
+    return read_BxT1[:, :-1], ids_BxT1[:, 1:].clip(min=IGNORE)
+
+
 def cross_entropy(logits_xV: Array, labels_x: Array, custom_derivatives: bool = True) -> tuple[Array, Array]:
     """Sum of -log softmax(logits)[label] over the positions that count, and their number.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import Mesh
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import short_repr
 from jaxgpt.config import PRESETS, GPTConfig
-from jaxgpt.data import MARKED, Corpus, Ids, Mixture, open_corpus
+from jaxgpt.data import MARKED, Corpus, Ids, Mixture, Records, open_corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import to_table
 from jaxgpt.files import local
@@ -30,10 +31,10 @@ from jaxgpt.weights import BUNDLED
 
 def prepare(
     config: TrainConfig, data: Any, init_from: str | None, *, resume: bool = False, **reading: Any
-) -> tuple[TrainConfig, Mesh | None, Corpus, Mixture, Ids]:
+) -> tuple[TrainConfig, Mesh | None, Corpus, Mixture, Ids | Records]:
     """What `train` and `dry_run` need before anything is written: (config, mesh, corpus, training data, validation
-    ids). The config's model is that of `init_from`; a run that is resumed knows it already. The other
-    arguments are those of `open_corpus`.
+    ids). The config's model is that of `init_from`; a run that is resumed knows it already. Its template is the one
+    that the data is read by. The other arguments are those of `open_corpus`.
 
     Raises:
         ConfigError, DataError, CheckpointError: for input that cannot be used.
@@ -44,10 +45,13 @@ def prepare(
     if config.lora.rank and init_from is None:
         raise ConfigError("lora needs a model whose matrices it adapts: say which (--init-from MODEL)")
     mesh = _mesh(config)
-    corpus = open_corpus(data, config.model, **reading)
+    corpus = open_corpus(data, config.model, template=config.template, longest=config.T + 1, **reading)
+    config = dataclasses.replace(config, template=corpus.template)
     _check_samples(config)
     if config.separate_documents:
         separator_id(config.model)  # raises if there is none
+        if config.template:
+            raise ConfigError("separate_documents is for texts: each record is a sequence of its own")
     train_data, val_N = corpus.split(config.val_fraction)
     check_enough(train_data, config, "training")
     if len(val_N) or config.val_fraction:
@@ -135,8 +139,12 @@ def first_line(
     return (
         f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
         f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
-        f"{val_tokens:,} to validate; {devices}; {config.batch_size * config.T:,} tokens per step"
+        f"{val_tokens:,} to validate; {devices}; {_per_step(config)} per step"
     )
+
+
+def _per_step(config: TrainConfig) -> str:
+    return f"{config.batch_size:,} records" if config.template else f"{config.batch_size * config.T:,} tokens"
 
 
 def _trained(config: TrainConfig) -> str:
@@ -161,6 +169,13 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
         )
     if config.separate_documents:
         yield from _kept_apart(separator_id(config.model), corpus)
+    records = [tokens.ids_N for tokens in corpus.tokens if isinstance(tokens.ids_N, Records)]
+    if records:
+        yield (
+            f"{sum(each.count for each in records):,} records by the template {config.template!r}, each a sequence of "
+            f"its own: the loss counts on {sum(int(each.learned_N.sum()) for each in records):,} of "
+            f"{sum(map(len, records)):,} tokens, the responses and the end-of-text after each"
+        )
     for source in (*corpus.sources, *corpus.validation):
         if source.left_out:
             more = f" and {len(source.left_out) - 3:,} more" if len(source.left_out) > 3 else ""

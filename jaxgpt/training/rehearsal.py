@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -11,9 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
+from numpy.typing import NDArray
 
 from jaxgpt.accounting import format_bytes
+from jaxgpt.data import Records
 from jaxgpt.parallel import BATCH, capacity, check_memory
 from jaxgpt.parallel.sharding import default_device
 from jaxgpt.tokenizer import NONE, get_tokenizer
@@ -23,7 +27,7 @@ from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.step import abstract_state, jit_step
 
 # Of the first batch: rows, and characters of each.
-_ROWS, _CHARACTERS = 2, 300
+_ROWS, _CHARACTERS = 2, 1000
 
 
 def dry_run(
@@ -34,6 +38,7 @@ def dry_run(
     tokenizer: str | Path | None = None,
     text_key: str | None = None,
     allow_special: bool = False,
+    skip_bad: bool = False,
     init_from: str | None = None,
 ) -> Iterator[str]:
     """Prepares a run as `train` does, with the same arguments, up to the compiled step, and yields what it would be, a
@@ -54,14 +59,18 @@ def dry_run(
         tokenizer=tokenizer,
         text_key=text_key,
         allow_special=allow_special,
+        skip_bad=skip_bad,
     )
     yield _toml(config)
     yield preparation.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)
     yield from preparation.notes(config, None, corpus)
-    per_step = config.batch_size * config.T
+    what, per_step, size = "tokens", config.batch_size * config.T, len(train_data)
+    if config.template:
+        records = [ids for ids in train_data.ids if isinstance(ids, Records)]
+        what, per_step, size = "records", config.batch_size, sum(each.count for each in records)
     yield (
-        f"tokens: {per_step:,} per step, {config.steps * per_step:,} in {config.steps:,} steps, which is "
-        f"{config.steps * per_step / len(train_data):.3g} times the training data"
+        f"{what}: {per_step:,} per step, {config.steps * per_step:,} in {config.steps:,} steps, which is "
+        f"{config.steps * per_step / size:.3g} times the training data"
     )
     yield _first_batch(config, train_data)
     state = abstract_state(config, mesh)
@@ -111,8 +120,21 @@ def _first_batch(config: TrainConfig, train_data: Any) -> str:
     """The first rows of the first batch, as text where there is a tokenizer."""
     rows = []
     for ids_T1 in batch(train_data, config, 0, slice(0, min(_ROWS, config.batch_size))):
-        ids = ids_T1.tolist()
         known = config.model.tokenizer != NONE
-        text = repr(get_tokenizer(config.model.tokenizer).decode(ids, placeholders=True)) if known else str(ids)
+        text = repr(_text(ids_T1, config)) if known else str(ids_T1.tolist())
         rows.append(f"  {text}" if len(text) <= _CHARACTERS else f"  {text[:_CHARACTERS]}...")
-    return "\n".join([f"the first batch begins ({len(rows)} of {config.batch_size} rows):", *rows])
+    learned = ", ⟦what is learned⟧" if config.template else ""
+    return "\n".join([f"the first batch begins ({len(rows)} of {config.batch_size} rows{learned}):", *rows])
+
+
+def _text(ids_T1: NDArray[np.int32], config: TrainConfig) -> str:
+    """A row of a batch as text. Of a record, what is learned is in brackets, and padding is left out."""
+    tokenizer = get_tokenizer(config.model.tokenizer)
+    if not config.template:
+        return tokenizer.decode(ids_T1, placeholders=True)
+    learned_T1 = ids_T1 >= 0
+    text = ""
+    for learned, part in itertools.groupby(range(1 + int(learned_T1.nonzero()[0][-1])), lambda i: learned_T1[i]):
+        ids = ids_T1[list(part)]
+        text += f"⟦{tokenizer.decode(ids)}⟧" if learned else tokenizer.decode(~ids)
+    return text

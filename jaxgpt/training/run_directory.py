@@ -208,12 +208,14 @@ class Run:
             special = source.get("allow_special", False)
             if not isinstance(special, bool):
                 raise CheckpointError(self.description, f"damaged: allow_special of {path} is {short_repr(special)}")
-            found.append(Reference(str(source.get("name")), path, weight, text_key, special))
+            skip_bad = source.get("skip_bad") is True
+            found.append(Reference(str(source.get("name")), path, weight, text_key, special, skip_bad))
         return found
 
     def check_config(self, config: TrainConfig, source: str) -> None:
         """Raises ConfigError, naming every difference, if a config file that names a new run is not this run's."""
-        if differences := self._differences(config):
+        unset = frozenset() if config.template else {"template"}  # the data decides then
+        if differences := self._differences(config, unset):
             raise ConfigError(
                 f"{source} differs from the config of {self.directory}: {'; '.join(differences)}. Leave {source} out: "
                 f"{self.resume_command} continues with the run's own"
@@ -338,6 +340,7 @@ def _described(source: Source) -> dict[str, Any]:
         "weight": source.weight,
         "text_key": source.text_key,
         "allow_special": source.allow_special,
+        "skip_bad": source.skip_bad,
         "tokens": len(source.tokens.ids_N),
         "tokenizer": source.tokens.tokenizer,
         "identity": source.tokens.identity,

@@ -17,7 +17,7 @@ from jaxgpt.model import GPT
 from jaxgpt.parallel import sharding
 from jaxgpt.training import trainable
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.loss import model_loss
+from jaxgpt.training.loss import inputs_and_labels, model_loss
 from jaxgpt.training.optimizer import make_optimizer, schedule
 from jaxgpt.training.packing import separator_id
 
@@ -116,7 +116,7 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
     def losses_and_grads(trained: Any, frozen: Any, ids_BxT1: Array, key: Array) -> tuple[Array, Array, Any]:
         def losses(trained):
             dropout_key = key if any(rates) else None
-            inputs_BxT, labels_BxT = ids_BxT1[:, :-1], ids_BxT1[:, 1:]
+            inputs_BxT, labels_BxT = inputs_and_labels(ids_BxT1, records=bool(config.template))
             with trainable.applied(config, trained, frozen) as params:
                 return model_loss(
                     model,
