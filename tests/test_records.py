@@ -399,7 +399,7 @@ def bad(tmp_path):
 
 
 def test_a_run_knows_its_template_and_what_it_skips(bad, tmp_path):
-    config, _, corpus, *_ = prepare(CONFIG, bad, None, None, None, True, None)
+    config, _, corpus, *_ = prepare(CONFIG, bad, None, skip_bad=True)
     run = Run(tmp_path / "run")
     run.make()
     run.describe(config, corpus, None)
@@ -407,7 +407,8 @@ def test_a_run_knows_its_template_and_what_it_skips(bad, tmp_path):
     run.check_config(CONFIG, "config.toml")  # a config that leaves the template to the data
 
     def resume(*overrides):
-        again, _, corpus, *_ = prepare(run.config(overrides), *run.data(), None, None, False, None, resume=True)
+        data, validation = run.data()
+        again, _, corpus, *_ = prepare(run.config(overrides), data, None, resume=True, validation=validation)
         run.check_resume(again, corpus, None)
         return corpus.identity
 
