@@ -114,7 +114,7 @@ def _torch(work: Workload, directory: Path, compiled: bool = False) -> Run:
         from torch._inductor import config as inductor
 
         inductor.freezing = True  # weights are constants, laid out for the products
-    return _torch_forward(work, model, compiled) if work.kind == "forward" else _torch_generate(work, model, compiled)
+    return _torch_decode(work, model, compiled) if work.kind == "decode" else _torch_forward(work, model, compiled)
 
 
 def _torch_model(work: Workload) -> Any:
@@ -146,7 +146,7 @@ def _torch_ids(work: Workload, length: int) -> Any:
     return torch.randint(0, work.config().vocab_size, (work.batch, length))
 
 
-def _torch_generate(work: Workload, model: Any, compiled: bool) -> Run:
+def _torch_decode(work: Workload, model: Any, compiled: bool) -> Run:
     import torch
     from transformers import CompileConfig
 
@@ -177,10 +177,11 @@ def _torch_forward(work: Workload, model: Any, compiled: bool) -> Run:
 
     ids = _torch_ids(work, work.length)
     forward = torch.compile(model, mode="max-autotune") if compiled else model
+    positions = 1 if work.kind == "prompt" else 0  # whose logits are computed: the last so many, or all
 
     def run() -> None:
         with torch.no_grad():
-            forward(ids, use_cache=False)
+            forward(ids, use_cache=False, logits_to_keep=positions)
 
     return run
 
