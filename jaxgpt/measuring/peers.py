@@ -279,7 +279,7 @@ def _openvino(work: Workload, directory: Path) -> Run:
     ids = np.random.default_rng(0).integers(0, work.config().vocab_size, shape, np.int64)
     inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
     options = openvino_genai.GenerationConfig(
-        max_new_tokens=work.new_tokens, min_new_tokens=work.new_tokens, ignore_eos=True, do_sample=False
+        max_new_tokens=work.new_tokens, eos_token_id=0, ignore_eos=True, do_sample=False
     )
     return lambda: pipeline.generate(inputs, options)
 
