@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 
 import jax
+import numpy as np
 import pytest
 
 from jaxgpt import planning
 from jaxgpt.cli import main
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.measuring import benchmark
 from jaxgpt.measuring import peers as benchmark_peers
 from jaxgpt.measuring.benchmark import Workload
@@ -46,6 +49,13 @@ def test_the_limit_of_scoring_reads_a_prompt_once():
     assert benchmark.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(work.tokens * 1e11 / needed)
 
 
+def test_the_limit_of_a_first_token_computes_one_positions_logits():
+    work = Workload("prompt", "gpt2", "float32", 1, 512)
+    needed = 2 * (512 * 12 * 12 * 768**2 + 50257 * 768) + 4 * 512 * 513 / 2 * 768 * 12
+    assert work.tokens == 512
+    assert benchmark.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(512 * 1e11 / needed)
+
+
 def test_banded_attention_has_no_peers_and_needs_less():
     assert benchmark_peers.available(Workload("forward", "gpt3-125m")) == []
     rates = [
@@ -76,6 +86,81 @@ def test_the_costliest_operations_do_not_count_what_they_call(tmp_path):
     assert benchmark.costliest_operations(tmp_path) == [("dot x 2", 7.0), ("while x 1", 3.0), ("add x 1", 0.5)]
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("model name\t: EPYC\nflags\t: avx avx2 avx512f\n\nmodel name\t: EPYC\n", "EPYC, 3 cores, AVX-512"),
+        ("model name : Xeon\nflags : avx2 amx_bf16 avx512f\n", "Xeon, 3 cores, AMX"),
+        ("Features : fp asimd\n", "chip, 3 cores, NEON"),
+        ("", "chip, 3 cores"),
+    ],
+)
+def test_the_processor_is_named(monkeypatch, text, told):
+    monkeypatch.setattr(benchmark.Path, "read_text", lambda *_, **__: text)
+    monkeypatch.setattr(benchmark.platform, "processor", lambda: "chip")
+    monkeypatch.setattr(benchmark, "cores", lambda: 3)
+    assert benchmark.processor() == told
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """The modules and programs that are there, to be filled."""
+    there = set()
+    monkeypatch.setattr(benchmark_peers, "find_spec", lambda name: name in there or None)
+    monkeypatch.setattr(benchmark_peers.shutil, "which", lambda name: name in there or None)
+    return there
+
+
+def test_peers_need_their_packages_and_a_compiler(installed):
+    work = Workload("forward")
+    assert benchmark_peers.available(work) == []
+    lacking = "torch, transformers not installed"
+    assert benchmark_peers.missing(work) == {"torch": lacking, "torch.compile": lacking}
+    installed |= {"torch", "transformers"}
+    assert benchmark_peers.available(work) == ["torch"]
+    assert benchmark_peers.missing(work) == {"torch.compile": "no C++ compiler"}
+    installed.add("clang++")
+    assert benchmark_peers.available(work) == ["torch", "torch.compile"]
+    assert benchmark_peers.missing(work) == {}
+
+
+def test_the_table_of_peers_is_what_they_run():
+    header, _, *rows = re.findall(r"^\|.*\|$", benchmark_peers.__doc__, re.MULTILINE)
+    kinds = [cell.strip() for cell in header.strip("|").split("|")][1:]
+    told = [[cell.strip() for cell in row.strip("|").split("|")][1:] for row in rows]
+    run = [
+        ["all" if peer.rows.get(kind) == benchmark_peers.ALL else ", ".join(peer.rows.get(kind, ())) for kind in kinds]
+        for peer in benchmark_peers.PEERS.values()
+    ]
+    assert told == run
+
+
+@pytest.mark.exhaustive
+def test_a_peers_files_are_written_in_another_process(monkeypatch):
+    peer = benchmark_peers.Peer((), {}, lambda work, path: (path / "pid").read_text, _write_pid)
+    monkeypatch.setitem(benchmark_peers.PEERS, "peer", peer)
+    pids = []
+    monkeypatch.setattr(benchmark_peers, "timed", lambda run, repeats, warm_up: pids.append(int(run())) or 1.5)
+    assert benchmark_peers.measure(Workload("decode"), "peer").seconds == 1.5
+    assert pids != [os.getpid()]
+
+
+def _write_pid(work, path):
+    (path / "pid").write_text(str(os.getpid()))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_random_parameters_are_the_models(dtype):
+    config, compute = GPTConfig(**benchmark.CHARACTER_MODEL), ComputeConfig(param_dtype=dtype)
+    model, params = benchmark.model_and_params(config, compute, dtype)
+    want = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), want
+    )
+    assert np.std(np.asarray(params["tok_emb"]["weight"], np.float32)) > 0
+
+
 @pytest.mark.exhaustive
 def test_a_work_is_measured_and_profiled(tmp_path):
     measured, costliest = benchmark.measure(Workload("decode", "character", "int8"), tmp_path)
@@ -97,32 +182,37 @@ def test_a_limit_is_measured_in_its_own_process():
 
 @pytest.fixture
 def canned(monkeypatch):
-    """Every process takes 2 s; peers take 1 s; a second round takes longer."""
+    """Every process takes 2 s; torch takes 1 s, llama.cpp 4 s; a second round takes longer."""
     calls = []
 
     def run(module, name, preset, *arguments, **_):
         calls.append((module.rpartition(".")[2], name, *arguments))
-        seconds = (1.0 if module.endswith("peers") else 2.0) + calls.count(calls[-1]) - 1
+        seconds = {"torch": 1.0, "llama.cpp": 4.0}.get(arguments[0] if arguments else "", 2.0)
+        seconds += calls.count(calls[-1]) - 1
         return {"seconds": seconds, "peak_bytes": 3 * 10**9, "costliest": [["dot x 2", 1.5]] if arguments else []}
 
     monkeypatch.setattr(benchmark, "run_in_process", run)
     monkeypatch.setattr(benchmark, "cold_and_warm_start", lambda: (3.0, 2.0))
-    monkeypatch.setattr(benchmark_peers, "available", lambda work: ["transformers"])
+    monkeypatch.setattr(benchmark_peers, "available", lambda work: ["torch", "llama.cpp"])
+    monkeypatch.setattr(benchmark_peers, "missing", lambda work: {"OpenVINO": "not here"})
     return calls
 
 
 def test_the_report_takes_the_best_round_and_gives_ratios(canned, capsys):
     assert main(["benchmark", "--json", "--peers", "--rounds", "2", "--only", "decode-8-bfloat16"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["rows"]
-    assert row["tokens_per_s"] == {"jaxgpt": 8 * 128 / 2, "transformers": 8 * 128 / 1}
+    assert row["tokens_per_s"] == {"jaxgpt": 8 * 128 / 2, "torch": 8 * 128 / 1, "llama.cpp": 8 * 128 / 4}
     assert row["ms"] == 2000
     assert row["limit_tokens_per_s"] > 0
     turns = [call[0] for call in canned if call[1] == "decode-8-bfloat16"]
-    assert turns == ["benchmark", "peers"] * 2
+    assert turns == ["benchmark", "peers", "peers"] * 2
     canned.clear()
     assert main(["benchmark", "--peers", "--only", "decode-8-bfloat16"]) == 0
     table = capsys.readouterr().out
-    assert "0.50 (1,024)" in table
+    assert "0.50 (torch)" in table
+    assert "peers in decode-8-bfloat16, tokens/s (peak): torch 1,024.0 (3.0 GB), llama.cpp 256.0 (3.0 GB)" in table
+    assert "not compared with OpenVINO: not here" in table
+    assert f"gpt2 on {benchmark.processor()}. Limits" in table
     assert "peak GB" in table
     assert " 3.0 " in table  # of 3 * 10**9 bytes
     assert "rows x read bandwidth" in table
@@ -132,10 +222,10 @@ def test_the_whole_benchmark_covers_every_row(canned, capsys, tmp_path):
     assert main(["benchmark", "--json", "--profile", str(tmp_path)]) == 0
     report = json.loads(capsys.readouterr().out)
     rows = [row["work"] for row in report["rows"]]
-    decode = [f"decode-{batch}-{dtype}" for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")]
+    decode = [f"decode-{batch}-{dtype}" for batch in (1, 8, 32) for dtype in ("float32", "bfloat16", "int8")]
     rest = [
         f"{work}-{dtype}"
-        for work in ("forward-4x1024", "score-100", "train-2x512")
+        for work in ("prompt-512", "prompt-1024", "forward-4x1024", "score-100", "train-2x512")
         for dtype in ("float32", "bfloat16")
     ]
     train = ["character-train-32x256-float32", "character-train-32x256-bfloat16"]
@@ -171,17 +261,17 @@ def test_a_program_that_fails_costs_its_own_figure_only(canned, capsys, monkeypa
         if (module, name) in (
             ("jaxgpt.measuring.benchmark", "decode-1-int8"),
             ("jaxgpt.measuring.peers", "decode-8-int8"),
-        ):
+        ) and "llama.cpp" not in arguments:
             raise RuntimeError(f"{name}: no memory [left]")
         return run(module, name, preset, *arguments)
 
     monkeypatch.setattr(benchmark, "run_in_process", fail)
     assert main(["benchmark", "--json", "--peers", "--only", "int8"]) == 0
-    first, second = json.loads(capsys.readouterr().out)["rows"]
-    assert first["tokens_per_s"] == {"transformers": 128.0}
+    first, second, _ = json.loads(capsys.readouterr().out)["rows"]
+    assert first["tokens_per_s"] == {"torch": 128.0, "llama.cpp": 32.0}
     assert first["failures"] == {"jaxgpt": "decode-1-int8: no memory [left]"}
-    assert second["tokens_per_s"] == {"jaxgpt": 512.0}
-    assert second["failures"] == {"transformers": "decode-8-int8: no memory [left]"}
+    assert second["tokens_per_s"] == {"jaxgpt": 512.0, "llama.cpp": 256.0}
+    assert second["failures"] == {"torch": "decode-8-int8: no memory [left]"}
     assert main(["benchmark", "--peers", "--only", "int8"]) == 0
     table = capsys.readouterr().out
     assert re.search(r"decode-1-int8 +failed", table)

@@ -48,6 +48,17 @@ def test_dots_gradient_in_bfloat16_is_that_of_the_rounded_operands(subscripts):
             np.testing.assert_allclose(mine, theirs, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_weights_gradient_sums_over_one_axis(dtype):
+    # XLA on CPU makes a transposed copy of a gradient that it sums over two axes.
+    def gradient(x, y, g):
+        return jax.vjp(lambda y: ops.dot("BTD,OD->BTO", x, y, dtype), y)[1](g)
+
+    program = jax.jit(gradient).lower(normal(0, 2, 5, 7), normal(1, 3, 7), normal(2, 2, 5, 3)).as_text()
+    found = re.findall(r"dot_general .*contracting_dims = (.*), precision.*-> tensor<3x7x", program)
+    assert found == ["[0] x [0]" if dtype == "float32" else "[1] x [0]"]
+
+
 def test_dot_in_bfloat16_rounds_its_operands_only_and_returns_float32():
     x, y = normal(0, 2, 5, 64), normal(1, 3, 64).astype(jnp.bfloat16)
     got, pull_back = jax.vjp(lambda x, y: ops.dot("BTD,OD->BTO", x, y, "bfloat16"), x, y)

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--peers",
         action="store_true",
-        help="also run transformers, lm-evaluation-harness and CTranslate2, alternating (extra: bench)",
+        help="also run PyTorch, CTranslate2, llama.cpp and others, alternating (extra: bench)",
     )
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="keep the best of N processes per row")
     parser.add_argument("--profile", metavar="DIR", help="write traces, and print the costliest operations of each row")
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         names = ", ".join(work.name for work in benchmark.workloads(args.preset) if work.kind not in ("read", "matmul"))
         raise ValueError(f"--only {' '.join(args.only)} matches none of {names}, start")
     if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
-        raise MissingExtraError("transformers", "bench", "jaxgpt benchmark --peers")
+        raise MissingExtraError("torch", "bench", "jaxgpt benchmark --peers")
 
     def measured(module: str, name: str, *arguments: str) -> dict[str, Any]:
         print(f"{name} {' '.join(arguments)}".strip(), file=sys.stderr)
@@ -67,11 +67,15 @@ def run(args: argparse.Namespace) -> int:
     }
     report: dict[str, Any] = {
         "preset": args.preset,
+        "processor": benchmark.processor(),
         "read_bytes_per_s": read,
         "matmul_flops_per_s": flops,
         "native_kernel": kernel.available(),
+        "missing_peers": {},
         "rows": [],
     }
+    for work in chosen if args.peers else []:
+        report["missing_peers"] |= benchmark_peers.missing(work)
     for work in chosen:
         runs: dict[str, list[dict[str, Any]]] = {"jaxgpt": []}
         for peer in benchmark_peers.available(work) if args.peers else []:
@@ -114,6 +118,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _peers(row: dict[str, Any]) -> list[str]:
+    """The peers that were measured, the fastest first."""
+    rates = row["tokens_per_s"]
+    return sorted(rates.keys() - {"jaxgpt"}, key=rates.__getitem__, reverse=True)
+
+
 def _table(report: dict[str, Any]) -> str:
     from rich import box
     from rich.console import Console
@@ -122,36 +132,41 @@ def _table(report: dict[str, Any]) -> str:
     from jaxgpt import planning
 
     console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
-    peers = sorted({program for row in report["rows"] for program in row["tokens_per_s"]} - {"jaxgpt"})
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("workload", no_wrap=True)
-    for header in ("tokens/s", "ms", "% of limit", "peak GB", *(f"x {peer}" for peer in peers)):
+    with_peers = any(_peers(row) for row in report["rows"])
+    for header in ("tokens/s", "ms", "% of limit", "peak GB", *(("x best peer",) if with_peers else ())):
         table.add_column(header, justify="right", no_wrap=True)
     for row in report["rows"]:
         if "jaxgpt" not in row["tokens_per_s"]:
             table.add_row(row["work"], "failed")
             continue
-        rate = row["tokens_per_s"]["jaxgpt"]
-        ratios = [
-            f"{rate / row['tokens_per_s'][peer]:.2f} ({row['tokens_per_s'][peer]:,.0f})"
-            if peer in row["tokens_per_s"]
-            else ""
-            for peer in peers
-        ]
+        rate, peers = row["tokens_per_s"]["jaxgpt"], _peers(row)
+        ratio = f"{rate / row['tokens_per_s'][peers[0]]:.2f} ({peers[0]})" if peers else ""
         share, peak = rate / row["limit_tokens_per_s"], row["peak_bytes"]["jaxgpt"] / 1e9
-        table.add_row(row["work"], f"{rate:,.1f}", f"{row['ms']:,.0f}", f"{share:.0%}", f"{peak:.1f}", *ratios)
+        table.add_row(row["work"], f"{rate:,.1f}", f"{row['ms']:,.0f}", f"{share:.0%}", f"{peak:.1f}", ratio)
     matmul = ", ".join(
         f"{flops / 1e9:,.0f} GFLOP/s in {dtype}" for dtype, flops in report["matmul_flops_per_s"].items()
     )
     with console.capture() as capture:
         kernel = "in use" if report["native_kernel"] else "not in use (jaxgpt build-kernel)"
         console.print(
-            f"{report['preset']}. Limits: reading {report['read_bytes_per_s'] / 1e9:.1f} GB/s; "
-            f"matrix product {matmul}. Native kernel: {kernel}.",
+            f"{report['preset']} on {report['processor']}. "
+            f"Limits: reading {report['read_bytes_per_s'] / 1e9:.1f} GB/s; matrix product {matmul}. "
+            f"Native kernel: {kernel}.",
             soft_wrap=True,
         )
         if report["rows"]:
             console.print(table)
+        for row in report["rows"]:
+            if peers := _peers(row):
+                told = (
+                    f"{peer} {row['tokens_per_s'][peer]:,.1f} ({row['peak_bytes'][peer] / 1e9:.1f} GB)"
+                    for peer in peers
+                )
+                console.print(f"peers in {row['work']}, tokens/s (peak): {', '.join(told)}", soft_wrap=True)
+        for peer, lack in report["missing_peers"].items():
+            console.print(f"not compared with {peer}: {lack}", soft_wrap=True)
         for formula in dict.fromkeys(row["formula"] for row in report["rows"]):
             workloads = ", ".join(row["work"] for row in report["rows"] if row["formula"] == formula)
             console.print(f"limit of {workloads}: {formula}", soft_wrap=True)

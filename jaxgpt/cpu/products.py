@@ -91,6 +91,12 @@ def laid_out(x: Array, indices: str, wanted: str) -> Array:
     return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
+def computed_once(x: Array) -> Array:
+    """x, computed before the product that reads it. Where the product needs a transposed copy, as a weight's gradient
+    may, XLA would compute x again for it: here the whole chain of sums of the residual stream's gradients."""
+    return lax.optimization_barrier(x)
+
+
 def logsumexp(logits_xV: Array) -> Array:
     """log sum exp over the last axis, a few rows at a time: XLA on CPU computes the exponentials of a long sum in one
     thread."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -45,9 +47,10 @@ class Workload:
     """Something to measure.
 
     Attributes:
-        kind: "decode" (`PROMPT` ids in, `NEW` ids out), "forward" (logits at every position), "score" (the `questions`
-            of a benchmark), "train" (a whole optimizer step), "feed" (batches of a token file, without a model),
-            "read" or "matmul" (the machine's limits).
+        kind: "decode" (`PROMPT` ids in, `NEW` ids out), "prompt" (`length` ids in, one out: the time to the first
+            token), "forward" (logits at every position), "score" (the `questions` of a benchmark), "train" (a whole
+            optimizer step), "feed" (batches of a token file, without a model), "read" or "matmul" (the machine's
+            limits).
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: type of the parameters while decoding, and of the operands of matrix products.
         batch: number of rows; of questions to score.
@@ -68,10 +71,23 @@ class Workload:
         if self.kind == "matmul":
             return f"matmul-{self.dtype}"
         model = "character-" if self.preset == "character" else ""
-        size = f"{self.batch}" if self.kind in ("decode", "score") else f"{self.batch}x{self.length}"
+        if self.kind in ("decode", "score"):
+            size = f"{self.batch}"
+        else:
+            size = f"{self.length}" if self.kind == "prompt" else f"{self.batch}x{self.length}"
         if self.kind == "feed":
             return f"{self.kind}-{size}"
         return f"{model}{self.kind}-{size}-{self.dtype}"
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens that each row of a "decode" or "prompt" starts with."""
+        return self.length if self.kind == "prompt" else PROMPT
+
+    @property
+    def new_tokens(self) -> int:
+        """Tokens that each row of a "decode" or "prompt" gets."""
+        return 1 if self.kind == "prompt" else NEW
 
     @property
     def tokens(self) -> int:
@@ -105,7 +121,12 @@ def workloads(preset: str) -> list[Workload]:
         Workload("read"),
         Workload("matmul", dtype="float32"),
         Workload("matmul", dtype="bfloat16"),
-        *(Workload("decode", preset, dtype, batch) for batch in (1, 8) for dtype in ("float32", "bfloat16", "int8")),
+        *(
+            Workload("decode", preset, dtype, batch)
+            for batch in (1, 8, 32)
+            for dtype in ("float32", "bfloat16", "int8")
+        ),
+        *(Workload("prompt", preset, dtype, 1, length) for length in (512, 1024) for dtype in ("float32", "bfloat16")),
         *(Workload("forward", preset, dtype, 4, 1024) for dtype in ("float32", "bfloat16")),
         *(Workload("score", preset, dtype, QUESTIONS) for dtype in ("float32", "bfloat16")),
         *(Workload("train", preset, dtype, 2, 512) for dtype in ("float32", "bfloat16")),
@@ -137,6 +158,11 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
         return work.tokens * flops_per_s[work.dtype] / needed, formula
     if work.kind == "feed":
         return read_bytes_per_s / 2, "read bandwidth / 2 bytes per id"
+    if work.kind == "prompt":
+        whole, head = accounting.forward_flops(config, 1, work.length).linear, 2 * config.vocab_size * config.emb_dim
+        needed = whole - (work.length - 1) * head + accounting.causal_attention_flops(config, 1, work.length)
+        formula = "tokens x matrix product FLOP/s / FLOPs that read the prompt, causal, with one position's logits"
+        return work.length * flops_per_s[work.dtype] / needed, formula
     if work.kind in ("forward", "train"):
         passes = 3 if work.kind == "train" else 1
         linear = accounting.forward_flops(config, work.batch, work.length).linear
@@ -183,7 +209,8 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
     import jax
 
     make = {
-        "decode": _decode,
+        "decode": _generate,
+        "prompt": _generate,
         "forward": _forward,
         "score": _score,
         "train": _train,
@@ -202,6 +229,27 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
             run()
         costliest = costliest_operations(profile)
     return Measurement(seconds, peak), costliest
+
+
+def cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+# What /proc/cpuinfo calls the units that products run on, the widest first, and what others do.
+_UNITS = {"amx_bf16": "AMX", "avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+
+
+def processor() -> str:
+    """The processor's name, cores and widest vector units, as far as the system tells."""
+    known: dict[str, str] = {}
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = known.get("flags", known.get("Features", "")).split()
+    units = next((f", {name}" for flag, name in _UNITS.items() if flag in flags), "")
+    name = known.get("model name") or platform.processor() or platform.machine()
+    return f"{name}, {cores()} cores{units}"
 
 
 def peak_bytes() -> int:
@@ -235,21 +283,21 @@ def costliest_operations(directory: Path, most: int = 10) -> list[tuple[str, flo
     return [(f"{kind} x {times[kind]}", own[kind] / 1e6) for kind in ranked]
 
 
-def _decode(work: Workload) -> Callable[[], Any]:
+def _generate(work: Workload) -> Callable[[], Any]:
     import numpy as np
 
     from jaxgpt.generation import generate
 
-    model, params = _model(work.config(), ComputeConfig(param_dtype=work.dtype), work.dtype)
-    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, PROMPT))
-    return lambda: generate(model, params, ids, NEW)
+    model, params = model_and_params(work.config(), ComputeConfig(param_dtype=work.dtype), work.dtype)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.prompt_length))
+    return lambda: generate(model, params, ids, work.new_tokens)
 
 
 def _forward(work: Workload) -> Callable[[], Any]:
     import jax
     import numpy as np
 
-    model, params = _model(work.config(), ComputeConfig(dtype=work.dtype), None)
+    model, params = model_and_params(work.config(), ComputeConfig(dtype=work.dtype), None)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.length))
     forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     return lambda: forward(params, ids).block_until_ready()
@@ -273,7 +321,7 @@ def questions(work: Workload) -> tuple[list[Any], list[list[Any]]]:
 def _score(work: Workload) -> Callable[[], Any]:
     from jaxgpt.scoring import score
 
-    model, params = _model(work.config(), ComputeConfig(dtype=work.dtype), None)
+    model, params = model_and_params(work.config(), ComputeConfig(dtype=work.dtype), None)
     prompts, continuations = questions(work)
     return lambda: score(model, params, prompts, continuations)
 
@@ -324,17 +372,27 @@ def _feed(work: Workload) -> Callable[[], Any]:
     return run
 
 
-def _model(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tuple[Any, Any]:
-    """A model with random parameters, in the form that decodes fastest."""
+def model_and_params(config: GPTConfig, compute: ComputeConfig, dtype: str | None) -> tuple[Any, Any]:
+    """A model with random parameters, in the form that decodes fastest in `dtype`.
+
+    They are drawn one by one: `model.init` takes more memory than decoding does, and would be the peak that is told.
+    """
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from jaxgpt.generation import prepare
     from jaxgpt.model import GPT
 
-    model = GPT(config, compute)
-    params = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
-    return prepare(model, params, dtype)
+    model, rng = GPT(config, compute), np.random.default_rng(0)
+
+    def draw(leaf: Any) -> Any:
+        values = rng.standard_normal(leaf.shape, np.float32)
+        values *= 32 if leaf.dtype == jnp.int8 else 0.02
+        return jax.block_until_ready(jnp.asarray(values.astype(leaf.dtype, copy=False)))
+
+    shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
+    return prepare(model, jax.tree.map(draw, shapes), dtype)
 
 
 def _read(work: Workload) -> Callable[[], Any]:

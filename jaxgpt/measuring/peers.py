@@ -1,63 +1,123 @@
-"""Runs the workloads of `benchmark` with what a user could use instead: transformers on PyTorch, and CTranslate2.
+"""Runs the workloads of `benchmark` with what a user could use instead.
 
-Weights are random, in Hugging Face's layout; threads are as many as the process may use. `python -m
-jaxgpt.measuring.peers WORKLOAD PRESET PEER` prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
+| peer | decode | prompt | forward | score | train |
+|---|---|---|---|---|---|
+| transformers on PyTorch, eager | float32, bfloat16 | float32, bfloat16 | float32, bfloat16 | | float32, bfloat16 |
+| the same through `torch.compile` | float32, bfloat16 | float32, bfloat16 | float32, bfloat16 | | float32, bfloat16 |
+| lm-evaluation-harness's `hf` model | | | | float32, bfloat16 | |
+| CTranslate2 | float32, int8 | float32 | | | |
+| llama.cpp (float16 where the row says bfloat16, Q8_0 for int8) | all | float32, bfloat16 | | | |
+| OpenVINO GenAI | all | float32, bfloat16 | | | |
+
+KerasHub's GPT-2 also runs on JAX, but the package needs TensorFlow. Weights are random; threads are as many as the
+process may use; everything else is each program's default. `python -m jaxgpt.measuring.peers WORKLOAD PRESET PEER`
+prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+import multiprocessing
 import os
+import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.measuring.benchmark import NEW, PROMPT, Measurement, Workload, peak_bytes, questions, timed, workloads
+from jaxgpt.measuring.benchmark import (
+    Measurement,
+    Workload,
+    cores,
+    model_and_params,
+    peak_bytes,
+    questions,
+    timed,
+    workloads,
+)
 
-# Name: the packages that the peer needs, and the (kind, dtype) of the workloads that it can run.
-PEERS = {
-    "transformers": (
-        ("torch", "transformers"),
-        {(kind, dtype) for kind in ("decode", "forward", "train") for dtype in ("float32", "bfloat16")},
-    ),
-    "lm_eval": (
-        ("torch", "transformers", "lm_eval", "accelerate", "peft"),
-        {("score", "float32"), ("score", "bfloat16")},
-    ),
-    "ctranslate2": (("ctranslate2", "torch", "transformers"), {("decode", "float32"), ("decode", "int8")}),
-}
+Run = Callable[[], Any]
+
+FLOATS = ("float32", "bfloat16")
+ALL = (*FLOATS, "int8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A program to compare with.
+
+    Attributes:
+        packages: the modules that it needs.
+        rows: the kinds of workloads that it can run, each with the dtypes.
+        make: from a workload, and a directory of files, to what is timed.
+        convert: writes these files, in another process, whose memory does not count; None if there are none.
+        compiles: whether it needs a C++ compiler.
+    """
+
+    packages: tuple[str, ...]
+    rows: Mapping[str, tuple[str, ...]]
+    make: Callable[[Workload, Path], Run]
+    convert: Callable[[Workload, Path], None] | None = None
+    compiles: bool = False
+
+    def can_run(self, work: Workload) -> bool:
+        """Whether it has such a workload, installed or not. No peer has a GPT with banded attention."""
+        return work.dtype in self.rows.get(work.kind, ()) and not work.config().banded_layers
+
+    def lacks(self) -> str:
+        """What it lacks on this machine; '' if it can run."""
+        absent = [package for package in self.packages if not find_spec(package)]
+        if absent:
+            return f"{', '.join(absent)} not installed"
+        return "no C++ compiler" if self.compiles and not any(map(shutil.which, ("c++", "g++", "clang++"))) else ""
 
 
 def available(work: Workload) -> list[str]:
-    """The installed peers that can run a workload. None has a GPT with banded attention."""
-    if work.config().banded_layers:
-        return []
-    return [
-        name
-        for name, (packages, able) in PEERS.items()
-        if (work.kind, work.dtype) in able and all(find_spec(package) for package in packages)
-    ]
+    """The peers that can run a workload here."""
+    return [name for name, peer in PEERS.items() if peer.can_run(work) and not peer.lacks()]
 
 
-def measure(work: Workload, peer: str) -> Measurement:
+def missing(work: Workload) -> dict[str, str]:
+    """The peers that could run a workload if they did not lack something here, each with what it lacks."""
+    return {name: lacks for name, peer in PEERS.items() if peer.can_run(work) and (lacks := peer.lacks())}
+
+
+def measure(work: Workload, name: str) -> Measurement:
     """Runs a workload with a peer, in this process."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    peer = PEERS[name]
+    with tempfile.TemporaryDirectory() as directory:
+        if peer.convert is not None:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
+                other.submit(peer.convert, work, Path(directory)).result()
+        run = peer.make(work, Path(directory))
+        return Measurement(timed(run, repeats=3, warm_up=2), peak_bytes())
+
+
+# transformers on PyTorch, as it is and compiled
+
+
+def _torch(work: Workload, directory: Path, compiled: bool = False) -> Run:
     import torch
 
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(threads)
-    if peer == "ctranslate2":
-        return Measurement(_ctranslate2(work, threads), peak_bytes())
-    run = {"decode": _decode, "forward": _forward, "score": _score, "train": _train}[work.kind](work)
-    return Measurement(timed(run, repeats=3, warm_up=2), peak_bytes())
+    torch.set_num_threads(cores())
+    if work.kind == "train":
+        return _torch_train(work, compiled)
+    model = _torch_model(work).to(getattr(torch, work.dtype)).eval()
+    if compiled:
+        from torch._inductor import config as inductor
+
+        inductor.freezing = True  # weights are constants, laid out for the products
+    return _torch_decode(work, model, compiled) if work.kind == "decode" else _torch_forward(work, model, compiled)
 
 
-def _model(work: Workload) -> Any:
+def _torch_model(work: Workload) -> Any:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -80,75 +140,63 @@ def _model(work: Workload) -> Any:
     )
 
 
-def _ids(work: Workload, length: int) -> Any:
+def _torch_ids(work: Workload, length: int) -> Any:
     import torch
 
     return torch.randint(0, work.config().vocab_size, (work.batch, length))
 
 
-def _decode(work: Workload) -> Callable[[], Any]:
+def _torch_decode(work: Workload, model: Any, compiled: bool) -> Run:
     import torch
+    from transformers import CompileConfig
 
-    model, ids = _model(work).to(getattr(torch, work.dtype)).eval(), _ids(work, PROMPT)
+    ids = _torch_ids(work, work.prompt_length)
+    options: dict[str, Any] = {}
+    if compiled:
+        compile_config = CompileConfig(mode="default")
+        compile_config._compile_all_devices = True  # by default, generate compiles for accelerators only
+        options = {"cache_implementation": "static", "compile_config": compile_config}
 
     def run() -> None:
         with torch.no_grad():
             model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
+                max_new_tokens=work.new_tokens,
+                min_new_tokens=work.new_tokens,
                 do_sample=False,
                 pad_token_id=0,
+                **options,
             )
 
     return run
 
 
-def _forward(work: Workload) -> Callable[[], Any]:
+def _torch_forward(work: Workload, model: Any, compiled: bool) -> Run:
     import torch
 
-    model, ids = _model(work).to(getattr(torch, work.dtype)).eval(), _ids(work, work.length)
+    ids = _torch_ids(work, work.length)
+    forward = torch.compile(model, mode="max-autotune") if compiled else model
+    positions = 1 if work.kind == "prompt" else 0  # whose logits are computed: the last so many, or all
 
     def run() -> None:
         with torch.no_grad():
-            model(ids)
+            forward(ids, use_cache=False, logits_to_keep=positions)
 
     return run
 
 
-def _score(work: Workload) -> Callable[[], Any]:
-    """lm-evaluation-harness's own `hf` model."""
-    import torch
-    from lm_eval.models.huggingface import HFLM
-    from transformers import GPT2Tokenizer
-
-    from jaxgpt.tokenizer import get_tokenizer, write_tokenizer
-
-    with tempfile.TemporaryDirectory() as directory:
-        config = work.config()
-        write_tokenizer(Path(directory), get_tokenizer(config.tokenizer), context_length=config.context_length)
-        tokenizer = GPT2Tokenizer.from_pretrained(directory)
-    model = _model(work).to(getattr(torch, work.dtype)).eval()
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=32)
-    requests = [
-        (("", ""), prompt.tolist(), ids.tolist())
-        for prompt, choices in zip(*questions(work), strict=True)
-        for ids in choices
-    ]
-    return lambda: harness._loglikelihood_tokens(requests, disable_tqdm=True)
-
-
-def _train(work: Workload) -> Callable[[], Any]:
+def _torch_train(work: Workload, compiled: bool) -> Run:
     import torch
 
-    model, ids = _model(work).train(), _ids(work, work.length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    model, ids = _torch_model(work).train(), _torch_ids(work, work.length)
+    forward = torch.compile(model) if compiled else model
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
 
     def run() -> None:
         mixed = torch.autocast("cpu", torch.bfloat16) if work.dtype == "bfloat16" else contextlib.nullcontext()
         with mixed:
-            loss = model(ids, labels=ids).loss
+            loss = forward(ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -158,28 +206,139 @@ def _train(work: Workload) -> Callable[[], Any]:
     return run
 
 
-def _ctranslate2(work: Workload, threads: int) -> float:
-    import ctranslate2
+def _lm_eval(work: Workload, directory: Path) -> Run:
+    import torch
+    from lm_eval.models.huggingface import HFLM
     from transformers import GPT2Tokenizer
 
+    torch.set_num_threads(cores())
+    _write_tokenizer(work, directory)
+    model = _torch_model(work).to(getattr(torch, work.dtype)).eval()
+    harness = HFLM(pretrained=model, tokenizer=GPT2Tokenizer.from_pretrained(directory), batch_size=32)
+    requests = [
+        (("", ""), prompt.tolist(), ids.tolist())
+        for prompt, choices in zip(*questions(work), strict=True)
+        for ids in choices
+    ]
+    return lambda: harness._loglikelihood_tokens(requests, disable_tqdm=True)
+
+
+# Those that take Hugging Face's files
+
+
+def _write_tokenizer(work: Workload, directory: Path) -> None:
     from jaxgpt.tokenizer import get_tokenizer, write_tokenizer
 
-    with tempfile.TemporaryDirectory() as work_directory:
-        source, converted = Path(work_directory) / "source", Path(work_directory) / "converted"
-        _model(work).save_pretrained(source)
-        config = work.config()
-        write_tokenizer(source, get_tokenizer(config.tokenizer), context_length=config.context_length)
-        GPT2Tokenizer.from_pretrained(source).save_pretrained(source)
-        ctranslate2.converters.TransformersConverter(str(source)).convert(str(converted), quantization=work.dtype)
-        generator = ctranslate2.Generator(str(converted), device="cpu", intra_threads=threads, compute_type=work.dtype)
-        prompts = [["<|endoftext|>"] * PROMPT] * work.batch
+    config = work.config()
+    write_tokenizer(directory, get_tokenizer(config.tokenizer), context_length=config.context_length)
 
-        def run() -> None:
-            generator.generate_batch(
-                prompts, max_length=NEW, min_length=NEW, sampling_topk=1, include_prompt_in_result=False
-            )
 
-        return timed(run, repeats=3, warm_up=1)
+def _convert_to_ctranslate2(work: Workload, directory: Path) -> None:
+    from ctranslate2.converters import TransformersConverter
+    from transformers import GPT2Tokenizer
+
+    source = directory / "source"
+    _torch_model(work).save_pretrained(source)
+    _write_tokenizer(work, source)
+    GPT2Tokenizer.from_pretrained(source).save_pretrained(source)
+    TransformersConverter(str(source)).convert(str(directory / "converted"), quantization=work.dtype)
+
+
+def _ctranslate2(work: Workload, directory: Path) -> Run:
+    import ctranslate2
+
+    generator = ctranslate2.Generator(
+        str(directory / "converted"), device="cpu", intra_threads=cores(), compute_type=work.dtype
+    )
+    prompts = [["<|endoftext|>"] * work.prompt_length] * work.batch
+    new = work.new_tokens
+    return lambda: generator.generate_batch(
+        prompts, max_length=new, min_length=new, sampling_topk=1, include_prompt_in_result=False
+    )
+
+
+def _convert_to_openvino(work: Workload, directory: Path) -> None:
+    from optimum.intel import OVModelForCausalLM
+
+    source = directory / "source"
+    _torch_model(work).save_pretrained(source)
+    model = OVModelForCausalLM.from_pretrained(source, export=True, load_in_8bit=work.dtype == "int8", compile=False)
+    model.save_pretrained(directory / "converted")
+
+
+def _openvino(work: Workload, directory: Path) -> Run:
+    import numpy as np
+    import openvino
+    import openvino_genai
+
+    precision = "bf16" if work.dtype == "bfloat16" else "f32"
+    pipeline = openvino_genai.LLMPipeline(
+        str(directory / "converted"), "CPU", INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=cores()
+    )
+    shape = work.batch, work.prompt_length
+    ids = np.random.default_rng(0).integers(0, work.config().vocab_size, shape, np.int64)
+    inputs = openvino_genai.TokenizedInputs(openvino.Tensor(ids), openvino.Tensor(np.ones_like(ids)))
+    options = openvino_genai.GenerationConfig(
+        max_new_tokens=work.new_tokens, eos_token_id=0, ignore_eos=True, do_sample=False
+    )
+    return lambda: pipeline.generate(inputs, options)
+
+
+# llama.cpp, from xllamacpp's wheel
+
+_OUTTYPES = {"float32": "f32", "bfloat16": "f16", "int8": "q8_0"}
+
+
+def _convert_to_gguf(work: Workload, directory: Path) -> None:
+    from jaxgpt.config import ComputeConfig
+    from jaxgpt.weights import write_gguf
+
+    model, params = model_and_params(work.config(), ComputeConfig(), None)
+    write_gguf(directory / "model.gguf", model, params, outtype=_OUTTYPES[work.dtype])
+
+
+def _llama_cpp(work: Workload, directory: Path) -> Run:
+    import numpy as np
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(directory / "model.gguf")
+    settings.n_parallel, settings.warmup, settings.verbosity = work.batch, False, -1
+    settings.n_ctx = work.batch * (work.prompt_length + work.new_tokens)
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = cores()
+    server = xllamacpp.Server(settings)
+    config = work.config()
+    # The server keeps a slot free: of a prompt that fills the context, it gets all tokens but one.
+    shape = work.batch, min(work.prompt_length, config.context_length - 1)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, shape).tolist()
+    options = {"n_predict": work.new_tokens, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
+    rows = ThreadPoolExecutor(work.batch)  # the server decodes what is asked at once together
+
+    def complete(row: list[int]) -> None:
+        answer = server.handle_completions({"prompt": row, **options})
+        if answer.get("usage", {}).get("completion_tokens") != work.new_tokens:
+            raise RuntimeError(f"llama.cpp: {answer}")
+
+    return lambda: list(rows.map(complete, ids))
+
+
+_TORCH = ("torch", "transformers")
+_GENERATES = {"decode": ALL, "prompt": FLOATS}
+_TORCH_ROWS = dict.fromkeys(("decode", "prompt", "forward", "train"), FLOATS)
+
+PEERS = {
+    "torch": Peer(_TORCH, _TORCH_ROWS, _torch),
+    "torch.compile": Peer(_TORCH, _TORCH_ROWS, functools.partial(_torch, compiled=True), compiles=True),
+    "lm_eval": Peer((*_TORCH, "lm_eval", "accelerate", "peft"), {"score": FLOATS}, _lm_eval),
+    "CTranslate2": Peer(
+        ("ctranslate2", *_TORCH),
+        {"decode": ("float32", "int8"), "prompt": ("float32",)},
+        _ctranslate2,
+        _convert_to_ctranslate2,
+    ),
+    "llama.cpp": Peer(("xllamacpp", "gguf"), _GENERATES, _llama_cpp, _convert_to_gguf),
+    "OpenVINO": Peer(("openvino_genai", "optimum", "nncf", *_TORCH), _GENERATES, _openvino, _convert_to_openvino),
+}
 
 
 def main(arguments: list[str]) -> None:

@@ -60,17 +60,23 @@ def _dot_backward(subscripts, dtype, residuals, g):
     g = g.astype(dtype)
     dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype)
     summed = "".join(i for i in out if i in x_indices and i not in y_indices)
-    kept = "".join(i for i in out if i not in summed)
+    # Several axes to sum over become one ("BTO,BTD->OD" becomes "BO,BD->OD"): XLA on a CPU then transposes g inside the
+    # product, instead of making a transposed copy. On several devices, merging axes would gather the arrays.
+    if len(summed) > 1 and out.startswith(summed) and x_indices.startswith(summed) and not is_distributed(g):
+        g, x = (lax.collapse(array, 0, len(summed)) for array in (g, x))
+        out, x_indices, summed = (indices.replace(summed, summed[0]) for indices in (out, x_indices, summed))
+    transposed = "".join(i for i in out if i not in summed) + summed
 
     def dy_on_cpu(g: Array, x: Array) -> Array:
-        g = products.laid_out(g, out, kept + summed)
-        return dot(f"{kept}{summed},{x_indices}->{y_indices}", g, x, dtype)
+        if dtype == "bfloat16":
+            return dot(f"{transposed},{x_indices}->{y_indices}", products.laid_out(g, out, transposed), x, dtype)
+        return dy_elsewhere(products.computed_once(g), x)
 
     def dy_elsewhere(g: Array, x: Array) -> Array:
         return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype)
 
     # On several devices a layout constraint would gather the array.
-    cpu = dy_on_cpu if dtype == "bfloat16" and not is_distributed(g) else dy_elsewhere
+    cpu = dy_elsewhere if is_distributed(g) else dy_on_cpu
     dy = lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere)
     return dx.astype(x_type.dtype), dy.astype(y_type.dtype)
 
