@@ -1,5 +1,9 @@
-"""The optional C++ kernel for the operations of a decode step, `kernel.cc`: `jaxgpt build-kernel` builds it once, into
-the user's cache, and the models that `jaxgpt.prepare` returns then use it. Without it, XLA computes the same.
+"""The optional C++ kernel for the operations of a decode step, `kernel.cc`. Without it, XLA computes the same.
+
+It is built once, into the user's cache: by `jaxgpt build-kernel`, or without being asked, in the background, by the
+first process that prepares a large model where there is a compiler. From then on the models that `jaxgpt.prepare`
+returns use it. JAXGPT_KERNEL=0 switches both off. (A kernel in the wheel would have to make do with what the oldest
+processor has, or hold a variant for each, and would fit one jaxlib's interface; a compiler on the spot knows them.)
 
 With it, a token's result has the same bits whatever is computed beside it: other rows of a batch, or the tokens that
 follow, if there are at most `MOST_ROWS` in all.
@@ -120,7 +124,7 @@ def build() -> Path:
         KernelError: if there is no compiler, it fails, or the kernel computes wrong results.
         OSError: if the user's cache cannot be written, or others can write to it.
     """
-    compiler = next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         raise KernelError("no C++ compiler: install g++ or clang++, or name one in CXX; without it XLA does the work")
     file = path()
@@ -133,6 +137,65 @@ def build() -> Path:
     return file
 
 
+def can_build() -> bool:
+    """Whether there is no kernel yet, nothing forbids one, and building it has not failed before."""
+    if os.environ.get(VARIABLE) == "0" or _compiler() is None:
+        return False
+    try:
+        startup.private_directory(DIRECTORY)
+        return built() is None and not _failure().exists()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        return False
+
+
+def build_in_background() -> None:
+    """Starts a process that builds the kernel, for later ones, if it `can_build`."""
+    global _builder
+    if _builder is None and can_build():
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        _builder = subprocess.Popen([sys.executable, "-m", "jaxgpt.cpu.kernel"], start_new_session=True, **quiet)
+
+
+def builds_in_background() -> bool:
+    """Whether this process has started to build the kernel."""
+    return _builder is not None
+
+
+def build_once() -> None:
+    """Builds the kernel if it `can_build` and no other process is at it. If that fails, notes why, so that it is not
+    tried again."""
+    import fcntl
+
+    if not can_build():
+        return
+    descriptor = os.open(startup.private_directory(DIRECTORY), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if can_build():  # still
+            build()
+    except BlockingIOError:
+        return
+    except KernelError as error:
+        _failure().write_text(f"{error}\n", encoding="utf-8")
+    finally:
+        os.close(descriptor)
+
+
+def failure() -> str | None:
+    """Why the kernel could not be built without being asked, if that was tried."""
+    try:
+        return _failure().read_text(encoding="utf-8").strip()
+    except (OSError, RuntimeError):
+        return None
+
+
+def _failure() -> Path:
+    return path().with_suffix(".failed")
+
+
+_builder: subprocess.Popen[bytes] | None = None
+
+
 def check_apart(file: Path) -> None:
     """Runs `check` in a separate process, because a miscompiled kernel may crash it.
 
@@ -140,6 +203,10 @@ def check_apart(file: Path) -> None:
         KernelError: if the kernel does not load, or computes wrong results.
     """
     _run([sys.executable, "-m", "jaxgpt.cpu.kernel", str(file)], "the kernel is wrong")
+
+
+def _compiler() -> str | None:
+    return next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
 def _chosen() -> list[str]:
@@ -208,7 +275,11 @@ def _each_number_of_rows(x_RxD: Array, weight_OxD: Array) -> list[Array]:
 
 
 if __name__ == "__main__":
-    try:
-        check(Path(sys.argv[1]))
-    except KernelError as error:
-        sys.exit(str(error))
+    if not sys.argv[1:]:
+        os.nice(10)  # whoever started this is at work
+        build_once()
+    else:
+        try:
+            check(Path(sys.argv[1]))
+        except KernelError as error:
+            sys.exit(str(error))
