@@ -25,6 +25,7 @@ from jaxgpt import cli, generate, load, prepare, save, scan_generate
 from jaxgpt.cli.options import load_model
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel
+from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import decode, preparation, sampling
 from jaxgpt.model import Cache, ops
@@ -104,7 +105,7 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(built, inner, kind):
     @jax.jit
     def products(x, weight):
         """With each number of rows, as the last of them, and by some of the weight's rows."""
-        each = [kernel.few_rows(x[-rows:], weight) for rows in range(1, len(x) + 1)]
+        each = [kernel.few_rows(x[-rows:], weight) for rows in (*range(1, 10), 23, len(x))]
         return each, kernel.few_rows(x, weight[7:30])
 
     each, some = jax.device_get(products(x, weight))
@@ -135,16 +136,6 @@ def test_the_number_of_threads_changes_no_bit(cache):
     )
     assert len(one.stdout.split()) == 4
     assert one.stdout == all_of_them.stdout
-
-
-def attention_in_float64(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, slot, start_B, window):
-    scores = q_BxHxTxK.astype(float) @ np.swapaxes(k_BxHxSxK.astype(float), 2, 3)
-    s, t = np.arange(k_BxHxSxK.shape[2]), slot + np.arange(q_BxHxTxK.shape[2])[:, None]
-    seen = (s <= t) & (s >= start_B[:, None, None, None])
-    if window is not None:
-        seen &= s > t - window
-    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
-    return weights / weights.sum(-1, keepdims=True) @ v_BxHxSxK.astype(float)
 
 
 @needs_compiler

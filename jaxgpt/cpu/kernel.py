@@ -94,7 +94,7 @@ def available() -> bool:
     except OSError as error:
         warnings.warn(f"the native kernel is not used: {error}. {VARIABLE}=0 switches it off.", stacklevel=2)
         return False
-    return file is not None and _load(file)
+    return file is not None and load(file)
 
 
 def built() -> Path | None:
@@ -197,12 +197,12 @@ _builder: subprocess.Popen[bytes] | None = None
 
 
 def check_apart(file: Path) -> None:
-    """Runs `check` in a separate process, because a miscompiled kernel may crash it.
+    """Runs `jaxgpt.cpu.kernel_check` in a separate process, because a miscompiled kernel may crash it.
 
     Raises:
         KernelError: if the kernel does not load, or computes wrong results.
     """
-    _run([sys.executable, "-m", "jaxgpt.cpu.kernel", str(file)], "the kernel is wrong")
+    _run([sys.executable, "-m", "jaxgpt.cpu.kernel_check", str(file)], "the kernel is wrong")
 
 
 def _compiler() -> str | None:
@@ -232,7 +232,8 @@ def path() -> Path:
 _loaded: set[Path] = set()
 
 
-def _load(path: Path) -> bool:
+def load(path: Path) -> bool:
+    """Makes the kernel in this file the one that this module's functions call. Warns if it does not load."""
     if path in _loaded:
         return True
     try:
@@ -246,40 +247,6 @@ def _load(path: Path) -> bool:
     return True
 
 
-def check(file: Path) -> None:
-    """Loads a kernel and compares it with float64, for all its numbers of rows and dtypes, and for odd sizes.
-
-    Raises:
-        KernelError: if they differ, or if a row's result depends on how many rows come with it.
-    """
-    if not _load(file):
-        raise KernelError(f"{file} does not load")
-    rng = np.random.default_rng(0)
-    for inner, outer in ((7, 1), (100, 33), (768, 50), (3072, 700)):
-        for dtype in ("float32", "bfloat16", "int8"):
-            x = rng.normal(size=(MOST_ROWS, inner)).astype(np.float32)
-            weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(dtype))
-            *fewer, whole = jax.device_get(_each_number_of_rows(x, weight))
-            want = x.astype(np.float64) @ weight.astype(np.float64).T
-            if not (error := np.abs(whole - want).max()) < 1e-5 * np.abs(want).max():
-                raise KernelError(f"rows by [{outer}, {inner}] {dtype}: off by {error}")
-            for y in fewer:
-                if not np.array_equal(y, whole[: len(y)]):
-                    raise KernelError(f"{len(y)} rows by [{outer}, {inner}] {dtype}: not those of {MOST_ROWS} rows")
-
-
-@jax.jit
-def _each_number_of_rows(x_RxD: Array, weight_OxD: Array) -> list[Array]:
-    """The products of the first 1, 2, ... rows of x."""
-    return [few_rows(x_RxD[: rows + 1], weight_OxD) for rows in range(x_RxD.shape[0])]
-
-
 if __name__ == "__main__":
-    if not sys.argv[1:]:
-        os.nice(10)  # whoever started this is at work
-        build_once()
-    else:
-        try:
-            check(Path(sys.argv[1]))
-        except KernelError as error:
-            sys.exit(str(error))
+    os.nice(10)  # whoever started this is at work
+    build_once()
