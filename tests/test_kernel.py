@@ -3,28 +3,39 @@ built."""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import fcntl
+import functools
 import os
+import re
 import shutil
 import stat
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, exhaustive, make_model, random_ids
+from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, random_ids
 
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
+from jaxgpt.cli.options import load_model
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel
+from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
-from jaxgpt.model import ops
+from jaxgpt.generation import decode, preparation, sampling
+from jaxgpt.model import Cache, ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
+# No size is a multiple of a vector's.
+ODD = TINY.replace(emb_dim=150, n_heads=3)
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
@@ -39,9 +50,10 @@ def cache(tmp_path_factory):
     home.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, (home / "lock").open("w") as lock:
         patch.setenv("XDG_CACHE_HOME", str(home))
+        patch.delenv(kernel.VARIABLE)
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not kernel.path().is_file():
-            kernel.build()
+        kernel.build_once()
+        assert kernel.failure() is None
     return home
 
 
@@ -82,6 +94,133 @@ def test_the_kernels_products_equal_xlas(built, rows, kind):
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("inner", [5, 16, 150])
+def test_a_row_has_the_same_bits_whatever_comes_with_it(built, inner, kind):
+    assert kernel.available()
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(kernel.MOST_ROWS, inner)).astype(np.float32)
+    weight = np.asarray(jnp.asarray(30 * rng.normal(size=(61, inner))).astype(kind))
+
+    @jax.jit
+    def products(x, weight):
+        """With each number of rows, as the last of them, and by some of the weight's rows."""
+        each = [kernel.few_rows(x[-rows:], weight) for rows in (*range(1, 10), 23, len(x))]
+        return each, kernel.few_rows(x, weight[7:30])
+
+    each, some = jax.device_get(products(x, weight))
+    for y in each:
+        np.testing.assert_array_equal(y, each[-1][-len(y) :])
+    np.testing.assert_array_equal(some, each[-1][:, 7:30])
+
+
+@needs_compiler
+@pytest.mark.exhaustive
+def test_the_number_of_threads_changes_no_bit(cache):
+    """With one thread, a weight of several pieces is read from end to end."""
+    program = (
+        "import os, sys; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
+        "import hashlib, numpy as np, jax, jax.numpy as jnp; from jaxgpt.cpu import kernel\n"
+        "assert kernel.available()\n"
+        "rng = np.random.default_rng(0); w = rng.normal(size=(4001, 770)).astype(np.float32)\n"
+        "for rows in (1, 5):\n"
+        "    x = rng.normal(size=(rows, 770)).astype(np.float32)\n"
+        "    for dtype in ('float32', 'bfloat16'):\n"
+        "        y = kernel.few_rows(jnp.asarray(x), jnp.asarray(w).astype(dtype))\n"
+        "        print(hashlib.sha256(np.asarray(y).tobytes()).hexdigest())"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), kernel.VARIABLE: "1"}
+    one, all_of_them = (
+        subprocess.run([sys.executable, "-c", program, n], capture_output=True, text=True, env=environment, check=True)
+        for n in ("1", "1000")
+    )
+    assert len(one.stdout.split()) == 4
+    assert one.stdout == all_of_them.stdout
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 1, 7, 300])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),  # B, H, T, S, K
+    [((1, 2, 1, 50, 64), "float32"), ((3, 2, 4, 41, 80), "bfloat16"), ((2, 1, 3, 19, 5), "float32")],
+)
+def test_the_kernels_attention_equals_float64(built, shape, dtype, window):
+    assert kernel.available()
+    B, H, T, S, K = shape
+    rng = np.random.default_rng(0)
+    q = (rng.normal(size=(B, H, T, K)) / K**0.5).astype(np.float32)
+    k, v = (np.asarray(jnp.asarray(rng.normal(size=(B, H, S, K))).astype(dtype)) for _ in range(2))
+    start_B, attend = np.arange(B, dtype=np.int32) * 4, jax.jit(kernel.attention, static_argnums=5)
+    for slot in (max(8, T), S - T):
+        got = attend(q, k, v, np.int32(slot), start_B, window)
+        np.testing.assert_allclose(got, attention_in_float64(q, k, v, slot, start_B, window), atol=2e-6)
+    # Row, query, padding and first slot change no bit.
+    k, v = (np.pad(x[-1:, :, start_B[-1] :], ((0, 0), (0, 0), (2, 9), (0, 0))) for x in (k, v))
+    alone = attend(q[-1:, :, -1:], k, v, np.int32(S + 1 - start_B[-1]), np.full(1, 2, np.int32), window)
+    np.testing.assert_array_equal(alone[0, :, 0], got[-1, :, -1])
+
+
+@needs_compiler
+def test_attention_turns_what_is_not_finite_into_nan(built):
+    assert kernel.available()
+    k = np.ones((1, 3, 6, 8), np.float32)
+    k[0, 0, 2], k[0, 1, 2], k[0, 2, 5] = np.nan, np.inf, np.nan  # the last is not seen
+    got = kernel.attention(
+        np.ones((1, 3, 1, 8), np.float32), k, np.ones_like(k), np.int32(4), np.zeros(1, np.int32), None
+    )
+    assert np.isnan(got).all(axis=(0, 2, 3)).tolist() == [True, True, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 7, 32, 131])
+def test_the_kernels_layer_norm_equals_float64(built, size):
+    assert kernel.available()
+    rng = np.random.default_rng(0)
+    x, scale, shift = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, size), size, size))
+    x = 100 + x  # E[x^2] - E[x]^2 would cancel
+    wide = x.astype(float)
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-3) * scale
+    norm = jax.jit(ops.layer_norm, static_argnums=(3, 4))
+    np.testing.assert_allclose(norm(x, scale, shift, 1e-3, True), want + shift, atol=1e-4)
+    np.testing.assert_allclose(norm(x, scale, None, 1e-3, True), want, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "config"),
+    [
+        ("float32", None, ODD),
+        exhaustive("float32", "bfloat16", ALTERNATING),
+        exhaustive("bfloat16", "bfloat16", ODD),
+        exhaustive("bfloat16", None, ALTERNATING.replace(activation="gelu")),
+        exhaustive("int8", None, ODD.replace(bias=False, activation="silu")),
+        exhaustive("int8", "bfloat16", ALTERNATING.replace(activation="relu")),
+    ],
+)
+def test_tokens_read_together_have_the_bits_of_tokens_read_one_by_one(built, dtype, cache_dtype, config):
+    model, params = prepare(*make_model(config), dtype)
+
+    @jax.jit
+    def read(ids_BxT, cache):
+        x, cache = model.apply({"params": params}, ids_BxT, cache=cache, method="features")
+        return model.apply({"params": params}, x, method="logits"), cache
+
+    ids = jnp.asarray(random_ids(config, 1, 14))
+    cache = Cache.empty(config, model.compute, start_B=jnp.zeros(1, jnp.int32), slots=32, dtype=cache_dtype)
+    _, cache = model.apply({"params": params}, ids[:, :7], cache=cache, method="features")
+    cache = dataclasses.replace(cache, length=jnp.int32(7))
+    together, their_cache = read(ids[:, 7:], cache)
+    rows, _ = read(ids[:, 7:8].repeat(3, axis=0), cache.take(jnp.zeros(3, jnp.int32)))
+    for t in range(7):
+        alone, cache = read(ids[:, 7 + t : 8 + t], cache)
+        np.testing.assert_array_equal(alone[0, 0], together[0, t])
+        if t == 0:
+            np.testing.assert_array_equal(alone.repeat(3, axis=0), rows)
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(their_cache), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@needs_compiler
 def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
     """The kernel would use W without rounding it."""
     x, weight = jnp.ones((1, 1, 16)), jnp.full((4, 16), 1.001)
@@ -112,6 +251,26 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
 
 
 @needs_compiler
+@grid(1, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
+@pytest.mark.usefixtures("compiled_fully")
+def test_with_the_kernel_a_step_neither_copies_nor_converts_the_cache(built, batch, dtype, config):
+    model, params = prepare(*make_model(config.replace(context_length=128, emb_dim=64, n_heads=4), dtype=dtype))
+    none = np.zeros(0, np.int32)
+    read = functools.partial(decode.prefill, model, slots=112, sampler=sampling.Greedy())
+    state = jax.eval_shape(read, params, np.ones((batch, 16), np.int32), np.full(batch, 5), np.int32(5), None, none)
+    step = decode.decode_tokens.lower(model, params, state, np.int32(9), chunk=32, sampler=sampling.Greedy())
+    text = step.compile().as_text()
+    assert "jaxgpt_attention" in text
+    sizes = [
+        (np.prod([int(n) for n in shape.split(",")]), op)
+        for shape, op in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    ]
+    ops_ = [op for size, op in sizes if size == batch * 4 * 112 * 16]
+    assert ops_.count("dynamic-update-slice") == 2 * config.n_layers
+    assert not {"copy", "convert", "transpose"} & set(ops_)
+
+
+@needs_compiler
 def test_the_choice_of_kernel_is_not_saved(built, tmp_path):
     save(tmp_path / "model", *prepare(*make_model(TINY)))
     assert not load(tmp_path / "model")[0].compute.native_kernel
@@ -138,20 +297,76 @@ def test_a_missing_compiler_is_told(no_cache, monkeypatch, capsys):
 
 def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(KernelError, match=r"the compiler failed .*few_rows\.cc.*exit 1"):
+    with pytest.raises(KernelError, match=r"the compiler failed .*kernel\.cc.*exit 1"):
         kernel.build()
     assert not list(no_cache.glob("*/*"))
+
+
+@needs_compiler
+def test_preparing_a_large_model_starts_one_build(no_cache, monkeypatch, tmp_path, capsys):
+    started = Mock()
+    monkeypatch.setattr(kernel.subprocess, "Popen", started)
+    monkeypatch.setattr(kernel, "_builder", None)
+    arguments = argparse.Namespace(model=str(tmp_path / "model"), dtype=None, mesh=None, tokenizer=None)
+    save(arguments.model, *make_model(TINY))
+    load_model(arguments)
+    assert "building" not in capsys.readouterr().err
+    monkeypatch.setattr(preparation, "LARGE", 1)
+    with monkeypatch.context() as patch:
+        patch.setenv(kernel.VARIABLE, "0")
+        load_model(arguments)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.delenv("CXX", raising=False)
+        load_model(arguments)
+    started.assert_not_called()
+    load_model(arguments)
+    load_model(arguments)
+    started.assert_called_once()
+    assert started.call_args.args == ([sys.executable, "-m", "jaxgpt.cpu.kernel"],)
+    assert "building the CPU kernel for later commands (JAXGPT_KERNEL=0: never)" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_build_that_failed_is_not_repeated_unasked(no_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    assert kernel.can_build()
+    kernel.build_once()
+    assert not kernel.can_build()
+    assert "the compiler failed" in kernel.failure()
+    monkeypatch.setattr(kernel, "build", Mock(side_effect=AssertionError))
+    kernel.build_once()
+
+
+@needs_compiler
+def test_two_processes_do_not_build_the_kernel_at_once(no_cache, monkeypatch):
+    build = Mock()
+    monkeypatch.setattr(kernel, "build", build)
+    descriptor = os.open(kernel.startup.private_directory(kernel.DIRECTORY), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    kernel.build_once()
+    build.assert_not_called()
+    os.close(descriptor)
+    kernel.build_once()
+    build.assert_called_once()
+
+
+@needs_compiler
+def test_nothing_is_built_where_others_can_write(no_cache):
+    no_cache.mkdir()
+    no_cache.chmod(0o770)
+    assert not kernel.can_build()
 
 
 @needs_compiler
 @pytest.mark.exhaustive
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
     source = kernel.SOURCE.read_text()
-    assert source.count("sums[b][r][s] += ") == 1
-    wrong = tmp_path / "few_rows.cc"
-    wrong.write_text(source.replace("sums[b][r][s] += ", "sums[b][r][s] -= "))
+    assert source.count("Fma(ws[r], xs, sums[b][r])") == 1
+    wrong = tmp_path / "kernel.cc"
+    wrong.write_text(source.replace("Fma(ws[r], xs, sums[b][r])", "Fma(-ws[r], xs, sums[b][r])"))
     monkeypatch.setattr(kernel, "SOURCE", wrong)
-    with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*1 rows by .*off by"):
+    with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*rows by .*off by"):
         kernel.build()
     assert not list(no_cache.glob("*/*"))
 
