@@ -82,6 +82,51 @@ def test_the_kernels_products_equal_xlas(built, rows, kind):
 
 
 @needs_compiler
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("inner", [5, 16, 150])
+def test_a_row_has_the_same_bits_whatever_comes_with_it(built, inner, kind):
+    assert kernel.available()
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(kernel.MOST_ROWS, inner)).astype(np.float32)
+    weight = np.asarray(jnp.asarray(30 * rng.normal(size=(61, inner))).astype(kind))
+
+    @jax.jit
+    def products(x, weight):
+        """With each number of rows, as the last of them, and by some of the weight's rows."""
+        each = [kernel.few_rows(x[-rows:], weight) for rows in range(1, len(x) + 1)]
+        return each, kernel.few_rows(x, weight[7:30])
+
+    each, some = jax.device_get(products(x, weight))
+    for y in each:
+        np.testing.assert_array_equal(y, each[-1][-len(y) :])
+    np.testing.assert_array_equal(some, each[-1][:, 7:30])
+
+
+@needs_compiler
+@pytest.mark.exhaustive
+def test_the_number_of_threads_changes_no_bit(cache):
+    """With one thread, a weight of several pieces is read from end to end."""
+    program = (
+        "import os, sys; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
+        "import hashlib, numpy as np, jax, jax.numpy as jnp; from jaxgpt.cpu import kernel\n"
+        "assert kernel.available()\n"
+        "rng = np.random.default_rng(0); w = rng.normal(size=(4001, 770)).astype(np.float32)\n"
+        "for rows in (1, 5):\n"
+        "    x = rng.normal(size=(rows, 770)).astype(np.float32)\n"
+        "    for dtype in ('float32', 'bfloat16'):\n"
+        "        y = kernel.few_rows(jnp.asarray(x), jnp.asarray(w).astype(dtype))\n"
+        "        print(hashlib.sha256(np.asarray(y).tobytes()).hexdigest())"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), kernel.VARIABLE: "1"}
+    one, all_of_them = (
+        subprocess.run([sys.executable, "-c", program, n], capture_output=True, text=True, env=environment, check=True)
+        for n in ("1", "1000")
+    )
+    assert len(one.stdout.split()) == 4
+    assert one.stdout == all_of_them.stdout
+
+
+@needs_compiler
 def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
     """The kernel would use W without rounding it."""
     x, weight = jnp.ones((1, 1, 16)), jnp.full((4, 16), 1.001)
@@ -147,11 +192,11 @@ def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
 @pytest.mark.exhaustive
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
     source = kernel.SOURCE.read_text()
-    assert source.count("sums[b][r][s] += ") == 1
+    assert source.count("Fma(ws[r], xs, sums[b][r])") == 1
     wrong = tmp_path / "few_rows.cc"
-    wrong.write_text(source.replace("sums[b][r][s] += ", "sums[b][r][s] -= "))
+    wrong.write_text(source.replace("Fma(ws[r], xs, sums[b][r])", "Fma(-ws[r], xs, sums[b][r])"))
     monkeypatch.setattr(kernel, "SOURCE", wrong)
-    with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*1 rows by .*off by"):
+    with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*rows by .*off by"):
         kernel.build()
     assert not list(no_cache.glob("*/*"))
 

@@ -1,17 +1,23 @@
-// y = x W^T for 1 to 8 rows of x: all of XLA's threads together read W once, in the type it is stored in.
+// y = x W^T for 1 to 32 rows of x: all of XLA's threads together read W once, in the type it is stored in.
 //
-// Such a product takes as long as reading W. XLA's code for it converts W in narrower vectors and, with several rows of
-// x, runs as a general matrix product; here reading W is the only cost, and each of its cache lines is prefetched well
-// before it is needed. kernel.py builds and loads this file.
+// Such a product takes as long as reading W, at least for few rows. XLA's code for it converts W in narrower vectors
+// and, with several rows of x, runs as a general matrix product; here reading W is the only cost, and each of its cache
+// lines is prefetched well before it is needed. kernel.py builds and loads this file.
+//
+// A row's result has the same bits whatever rows come with it and however many threads there are: each element is one
+// sum in one order, written with explicit fused multiply-adds (kernel.py forbids the compiler to make any itself).
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <optional>
 #include <thread>
-#ifdef __AVX512F__
+#include <utility>
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -21,9 +27,17 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kLanes = 16, kLine = 64;  // floats per vector; bytes per cache line
-constexpr int64_t kAhead = 4096;            // bytes; 2048 to 8192 measured the same
-constexpr int64_t kBlock = 2 << 20;         // most bytes of W that a thread takes at a time
+#ifdef __AVX512F__
+constexpr int64_t kLanes = 16, kRegisters = 32;  // floats per vector; vectors that the processor holds
+#else
+constexpr int64_t kLanes = 8, kRegisters = 16;
+#endif
+constexpr int64_t kLine = 64;            // bytes per cache line
+constexpr int64_t kAhead = 4096;         // bytes; 2048 to 8192 measured the same
+constexpr int64_t kBlock = 2 << 20;      // most bytes of W that a thread takes at a time
+constexpr int kMostRows = 32;            // of x
+constexpr int kTile = kRegisters / 4;    // most rows of x at a time
+constexpr int kGroup = 24;               // rows of W that stay in cache for all rows of x
 
 template <typename T, int64_t N = kLanes>
 using Vector [[gnu::vector_size(sizeof(T) * N)]] = T;
@@ -41,11 +55,20 @@ inline T Read(const void* p) {
 }
 
 inline Floats Load(const float* p) { return Read<Floats>(p); }
-#ifdef __AVX512F__
+#if defined(__AVX512F__)
 inline Floats Load(const int8_t* p) { return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Read<__m128i>(p))); }
 inline Floats Load(const BF16* p) {
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(Read<__m256i>(p)), 16);
 }
+inline Floats Fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__AVX2__) && defined(__FMA__)
+inline Floats Load(const int8_t* p) {
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+inline Floats Load(const BF16* p) {
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(Read<__m128i>(p)), 16);
+}
+inline Floats Fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 #else
 inline Floats Load(const int8_t* p) {
   // Doubles the width step by step: GCC makes scalar code of a single wider conversion.
@@ -55,66 +78,80 @@ inline Floats Load(const int8_t* p) {
 inline Floats Load(const BF16* p) {
   return (Floats)(__builtin_convertvector(Read<Vector<uint16_t>>(p), Vector<uint32_t>) << 16);
 }
+inline Floats Fma(Floats a, Floats b, Floats c) {
+#ifdef __FP_FAST_FMAF
+  for (int64_t l = 0; l < kLanes; ++l) c[l] = std::fma(a[l], b[l], c[l]);
+  return c;
+#else
+  return a * b + c;
+#endif
+}
 #endif
 
-inline float Value(float w) { return w; }
-inline float Value(int8_t w) { return w; }
-inline float Value(BF16 w) {
-  const uint32_t bits = uint32_t{w.bits} << 16;
-  return Read<float>(&bits);
+// The first n of a vector's elements, then zeros.
+template <typename T>
+inline Floats LoadFew(const T* p, int64_t n) {
+  T few[kLanes] = {};
+  std::memcpy(few, p, n * sizeof(T));
+  return Load(few);
 }
 
-// y[b, o] for B rows of x and R rows of W.
+inline float Sum(Floats x) {
+  for (int64_t n = kLanes / 2; n > 0; n /= 2)
+    for (int64_t l = 0; l < n; ++l) x[l] += x[l + n];
+  return x[0];
+}
+
+constexpr int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
+
+constexpr int Divisor(int n, int most) {  // of n, the largest up to `most`
+  while (n % most != 0) --most;
+  return most;
+}
+
+// y[b, o] for B rows of x and R rows of W: the same bits for any B and R.
 template <int B, int R, typename W>
 void Tile(const float* x, const W* w, float* y, int64_t D, int64_t O) {
   constexpr int64_t kPerLine = kLine / sizeof(W);
-  // One sum per vector of a line if there is room for it: an addition takes longer than a load.
-  constexpr int64_t kSums = B * R == 1 ? kPerLine / kLanes : 1;
-  Floats sums[B][R][kSums] = {};
-  int64_t d = 0;
-  const auto step = [&](int64_t d, int64_t s) {
+  Floats sums[B][R] = {};
+  const auto step = [&](int64_t d, const auto& load) {
     Floats ws[R];
-    for (int r = 0; r < R; ++r) ws[r] = Load(w + r * D + d);
+    for (int r = 0; r < R; ++r) ws[r] = load(w + r * D + d);
     for (int b = 0; b < B; ++b) {
-      const Floats xs = Load(x + b * D + d);
-      for (int r = 0; r < R; ++r) sums[b][r][s] += ws[r] * xs;
+      const Floats xs = load(x + b * D + d);
+      for (int r = 0; r < R; ++r) sums[b][r] = Fma(ws[r], xs, sums[b][r]);
     }
   };
+  const auto whole = [](const auto* p) { return Load(p); };
+  int64_t d = 0;
   for (; d + kPerLine <= D; d += kPerLine) {
     for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(w + r * D + d) + kAhead);
-    for (int64_t v = 0; v < kPerLine / kLanes; ++v) step(d + v * kLanes, v % kSums);
+    for (int64_t v = 0; v < kPerLine; v += kLanes) step(d + v, whole);
   }
-  for (; d + kLanes <= D; d += kLanes) step(d, 0);
+  for (; d + kLanes <= D; d += kLanes) step(d, whole);
+  if (d < D) step(d, [n = D - d](const auto* p) { return LoadFew(p, n); });
   for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) {
-      float sum = 0;
-      for (int64_t s = 1; s < kSums; ++s) sums[b][r][0] += sums[b][r][s];
-      for (int64_t l = 0; l < kLanes; ++l) sum += sums[b][r][0][l];
-      for (int64_t e = d; e < D; ++e) sum += Value(w[r * D + e]) * x[b * D + e];
-      y[b * O + r] = sum;
-    }
+    for (int r = 0; r < R; ++r) y[b * O + r] = Sum(sums[b][r]);
 }
 
-// Rows [first, last) of W.
-template <int B, int R, typename W>
-void Rows(const float* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
+// Rows [first, last) of W, for 1 to B rows of x.
+template <int B = kTile, typename W>
+void Rows(int64_t rows, const float* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
+  if constexpr (B > 1)
+    if (rows < B) return Rows<B - 1>(rows, x, w, y, D, O, first, last);
+  // As many rows of W at a time as their vectors, the sums and a vector of x find registers.
+  constexpr int R = Divisor(kGroup, (kRegisters - 1) / (B + 1));
   int64_t o = first;
   for (; o + R <= last; o += R) Tile<B, R>(x, w + o * D, y + o, D, O);
   for (; o < last; ++o) Tile<B, 1>(x, w + o * D, y + o, D, O);
 }
 
+// A group of rows of W at a time, which comes from memory for the first rows of x and from cache for the others.
 template <typename W>
 void Block(int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
-  switch (B) {
-    case 1: return Rows<1, 1>(x, w, y, D, O, first, last);
-    case 2: return Rows<2, 4>(x, w, y, D, O, first, last);
-    case 3: return Rows<3, 4>(x, w, y, D, O, first, last);
-    case 4: return Rows<4, 4>(x, w, y, D, O, first, last);
-    case 5: return Rows<5, 2>(x, w, y, D, O, first, last);
-    case 6: return Rows<6, 2>(x, w, y, D, O, first, last);
-    case 7: return Rows<7, 2>(x, w, y, D, O, first, last);
-    case 8: return Rows<8, 2>(x, w, y, D, O, first, last);
-  }
+  for (int64_t o = first; o < last; o += kGroup)
+    for (int64_t b = 0; b < B; b += kTile)
+      Rows(std::min<int64_t>(kTile, B - b), x + b * D, w, y + b * O, D, O, o, std::min(last, o + kGroup));
 }
 
 // Calls work(i) for i in [0, n) from this thread and the free threads of the pool. A pool thread that starts late
@@ -136,17 +173,18 @@ void Share(ffi::ThreadPool& pool, int64_t n, const Work& work) {
 
 template <typename W>
 void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
-  // Longer stretches are read faster, but every thread should get some.
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads()), share = (O + threads - 1) / threads;
-  const int64_t rows = std::max<int64_t>(8, std::min(kBlock / (D * int64_t{sizeof(W)}), share) / 8 * 8);
-  Share(pool, (O + rows - 1) / rows,
+  // Longer stretches are read faster, but every thread should get as much as the others.
+  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t pieces = threads * Quotient(O * D * int64_t{sizeof(W)}, threads * kBlock);
+  const int64_t rows = kGroup * Quotient(O, pieces * kGroup);
+  Share(pool, Quotient(O, rows),
         [&](int64_t i) { Block(B, x, w, y, D, O, i * rows, std::min(O, (i + 1) * rows)); });
 }
 
 ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
   const auto xs = x.dimensions(), ws = w.dimensions();
-  if (xs.size() != 2 || ws.size() != 2 || xs[1] != ws[1] || xs[0] < 1 || xs[0] > 8)
-    return ffi::Error::InvalidArgument("x must be [1 to 8, D] and W [O, D]");
+  if (xs.size() != 2 || ws.size() != 2 || xs[1] != ws[1] || xs[0] < 1 || xs[0] > kMostRows)
+    return ffi::Error::InvalidArgument("x must be [1 to 32, D] and W [O, D]");
   const int64_t B = xs[0], D = xs[1], O = ws[0];
   const float* x_data = x.typed_data();
   float* y_data = y->typed_data();
