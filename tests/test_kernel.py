@@ -3,6 +3,7 @@ built."""
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -14,17 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import TINY, exhaustive, make_model, random_ids
+from helpers import ALTERNATING, TINY, exhaustive, make_model, random_ids
 
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import KernelError
-from jaxgpt.model import ops
+from jaxgpt.model import Cache, ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
+
+# No size is a multiple of a vector's.
+ODD = TINY.replace(emb_dim=150, n_heads=3)
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
@@ -126,6 +130,100 @@ def test_the_number_of_threads_changes_no_bit(cache):
     assert one.stdout == all_of_them.stdout
 
 
+def attention_in_float64(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, slot, start_B, window):
+    scores = q_BxHxTxK.astype(float) @ np.swapaxes(k_BxHxSxK.astype(float), 2, 3)
+    s, t = np.arange(k_BxHxSxK.shape[2]), slot + np.arange(q_BxHxTxK.shape[2])[:, None]
+    seen = (s <= t) & (s >= start_B[:, None, None, None])
+    if window is not None:
+        seen &= s > t - window
+    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    return weights / weights.sum(-1, keepdims=True) @ v_BxHxSxK.astype(float)
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 1, 7, 300])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),  # B, H, T, S, K
+    [((1, 2, 1, 50, 64), "float32"), ((3, 2, 4, 41, 80), "bfloat16"), ((2, 1, 3, 19, 5), "float32")],
+)
+def test_the_kernels_attention_equals_float64(built, shape, dtype, window):
+    assert kernel.available()
+    B, H, T, S, K = shape
+    rng = np.random.default_rng(0)
+    q = rng.normal(size=(B, H, T, K)).astype(np.float32)
+    k, v = (np.asarray(jnp.asarray(rng.normal(size=(B, H, S, K))).astype(dtype)) for _ in range(2))
+    start_B, attend = np.arange(B, dtype=np.int32) * 4, jax.jit(kernel.attention, static_argnums=5)
+    for slot in (max(8, T), S - T):
+        got = attend(q, k, v, np.int32(slot), start_B, window)
+        np.testing.assert_allclose(got, attention_in_float64(q, k, v, slot, start_B, window), atol=2e-6)
+    # Row, query, padding and first slot change no bit.
+    k, v = (np.pad(x[-1:, :, start_B[-1] :], ((0, 0), (0, 0), (2, 9), (0, 0))) for x in (k, v))
+    alone = attend(q[-1:, :, -1:], k, v, np.int32(S + 1 - start_B[-1]), np.full(1, 2, np.int32), window)
+    np.testing.assert_array_equal(alone[0, :, 0], got[-1, :, -1])
+
+
+@needs_compiler
+def test_attention_turns_what_is_not_finite_into_nan(built):
+    assert kernel.available()
+    k = np.ones((1, 3, 6, 8), np.float32)
+    k[0, 0, 2], k[0, 1, 2], k[0, 2, 5] = np.nan, np.inf, np.nan  # the last is not seen
+    got = kernel.attention(
+        np.ones((1, 3, 1, 8), np.float32), k, np.ones_like(k), np.int32(4), np.zeros(1, np.int32), None
+    )
+    assert np.isnan(got).all(axis=(0, 2, 3)).tolist() == [True, True, False]
+
+
+@needs_compiler
+@pytest.mark.parametrize("size", [1, 7, 32, 131])
+def test_the_kernels_layer_norm_equals_float64(built, size):
+    assert kernel.available()
+    rng = np.random.default_rng(0)
+    x, scale, shift = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, size), size, size))
+    x = 100 + x  # E[x^2] - E[x]^2 would cancel
+    for shift in (shift, None):
+        got, plain = (jax.jit(ops.layer_norm, static_argnums=(3, 4))(x, scale, shift, 1e-3, which) for which in (1, 0))
+        wide = x.astype(float)
+        want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-3) * scale
+        np.testing.assert_allclose(got, want if shift is None else want + shift, atol=1e-4)
+        np.testing.assert_allclose(got, plain, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype", "config"),
+    [
+        ("float32", None, ODD),
+        exhaustive("float32", "bfloat16", ALTERNATING),
+        exhaustive("bfloat16", "bfloat16", ODD),
+        exhaustive("bfloat16", None, ALTERNATING.replace(activation="gelu")),
+        exhaustive("int8", None, ODD.replace(bias=False, activation="silu")),
+        exhaustive("int8", "bfloat16", ALTERNATING.replace(activation="relu")),
+    ],
+)
+@pytest.mark.usefixtures("compiled_fully")
+def test_tokens_read_together_have_the_bits_of_tokens_read_one_by_one(built, dtype, cache_dtype, config):
+    model, params = prepare(*make_model(config), dtype)
+
+    @jax.jit
+    def read(ids_BxT, cache):
+        x, cache = model.apply({"params": params}, ids_BxT, cache=cache, method="features")
+        return model.apply({"params": params}, x, method="logits"), cache
+
+    ids = jnp.asarray(random_ids(config, 1, 14))
+    cache = Cache.empty(config, model.compute, start_B=jnp.zeros(1, jnp.int32), slots=32, dtype=cache_dtype)
+    _, cache = model.apply({"params": params}, ids[:, :7], cache=cache, method="features")
+    cache = dataclasses.replace(cache, length=jnp.int32(7))
+    together, their_cache = read(ids[:, 7:], cache)
+    rows, _ = read(ids[:, 7:8].repeat(3, axis=0), cache.take(jnp.zeros(3, jnp.int32)))
+    for t in range(7):
+        alone, cache = read(ids[:, 7 + t : 8 + t], cache)
+        np.testing.assert_array_equal(alone[0, 0], together[0, t])
+        if t == 0:
+            np.testing.assert_array_equal(alone.repeat(3, axis=0), rows)
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(their_cache), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 @needs_compiler
 def test_a_weight_that_is_to_be_rounded_on_the_way_stays_with_xla(built):
     """The kernel would use W without rounding it."""
@@ -183,7 +281,7 @@ def test_a_missing_compiler_is_told(no_cache, monkeypatch, capsys):
 
 def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
     monkeypatch.setenv("CXX", "false")
-    with pytest.raises(KernelError, match=r"the compiler failed .*few_rows\.cc.*exit 1"):
+    with pytest.raises(KernelError, match=r"the compiler failed .*kernel\.cc.*exit 1"):
         kernel.build()
     assert not list(no_cache.glob("*/*"))
 
@@ -193,7 +291,7 @@ def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
     source = kernel.SOURCE.read_text()
     assert source.count("Fma(ws[r], xs, sums[b][r])") == 1
-    wrong = tmp_path / "few_rows.cc"
+    wrong = tmp_path / "kernel.cc"
     wrong.write_text(source.replace("Fma(ws[r], xs, sums[b][r])", "Fma(-ws[r], xs, sums[b][r])"))
     monkeypatch.setattr(kernel, "SOURCE", wrong)
     with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*rows by .*off by"):

@@ -1,10 +1,15 @@
-"""The optional C++ kernel for products of few rows, `few_rows.cc`: `jaxgpt build-kernel` builds it once, into the
-user's cache, and the models that `jaxgpt.prepare` returns then use it. Without it, XLA computes the same products."""
+"""The optional C++ kernel for the operations of a decode step, `kernel.cc`: `jaxgpt build-kernel` builds it once, into
+the user's cache, and the models that `jaxgpt.prepare` returns then use it. Without it, XLA computes the same.
+
+With it, a token's result has the same bits whatever is computed beside it: other rows of a batch, or the tokens that
+follow, if there are at most `MOST_ROWS` in all.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import os
 import shlex
 import shutil
@@ -17,27 +22,60 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import jaxlib
+import numpy as np
 from jax import Array
 
 from jaxgpt import startup
 from jaxgpt.errors import KernelError
 
-SOURCE = Path(__file__).with_name("few_rows.cc")
+SOURCE = Path(__file__).with_name("kernel.cc")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-w")
 MOST_ROWS = 32
 # Set to 0 to disable a kernel that was built.
 VARIABLE = "JAXGPT_KERNEL"
 TARGET = "jaxgpt_few_rows"
+# The kernel's functions, by the names that XLA knows them by.
+FUNCTIONS = {TARGET: "JaxgptFewRows", "jaxgpt_attention": "JaxgptAttention", "jaxgpt_layer_norm": "JaxgptLayerNorm"}
 DIRECTORY = "kernel"  # in the user's cache
 
 
 def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
     """x W^T in float32, [R, O], for a float32 x of 1 to `MOST_ROWS` rows and W in float32, bfloat16 or int8.
 
-    Sums are float32. Each row's result has the same bits whatever rows come with it. Works only on a CPU and if `available()`; has no gradient.
+    Sums are float32. Like the others, this works only on a CPU and if `available()`, and has no gradient.
     """
     result = jax.ShapeDtypeStruct((x_RxD.shape[0], weight_OxD.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(x_RxD, weight_OxD)
+
+
+def attention(
+    q_BxHxTxK: Array, k_BxHxSxK: Array, v_BxHxSxK: Array, slot: Array, start_B: Array, window: int | None
+) -> Array:
+    """softmax(q k^T) v in float32, [B, H, T, K], for a float32 q and a cache in float32 or bfloat16, not rounding q.
+
+    Query t is at slot `slot` + t and sees the key slots from `start_B` up to its own, or the last `window` of them.
+    """
+    B, S = q_BxHxTxK.shape[0], k_BxHxSxK.shape[2]
+    if B == 1:  # as the cache holds them: otherwise XLA copies them
+        k_BxHxSxK, v_BxHxSxK = k_BxHxSxK[0], v_BxHxSxK[0]
+    result = jax.ShapeDtypeStruct(q_BxHxTxK.shape, jnp.float32)
+    call = jax.ffi.ffi_call("jaxgpt_attention", result, vmap_method="sequential")
+    return call(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, slot, start_B, window=np.int64(window or S))
+
+
+def layer_norm(x: Array, scale_D: Array, shift_D: Array | None, eps: float) -> Array:
+    """(x - mean) / sqrt(variance + eps) * scale + shift over the last axis, for a float32 x."""
+    scale_D = scale_D.astype(jnp.float32)
+    shift_D = jnp.zeros_like(scale_D) if shift_D is None else shift_D.astype(jnp.float32)
+    x_RxD = x.reshape(-1, x.shape[-1])
+    result = jax.ShapeDtypeStruct(x_RxD.shape, jnp.float32)
+    call = jax.ffi.ffi_call("jaxgpt_layer_norm", result, vmap_method="sequential")
+    return call(x_RxD, scale_D, shift_D, eps=np.float32(eps)).reshape(x.shape)
+
+
+def few(x: Array) -> bool:
+    """Whether the kernel is meant for as many rows as x [..., D] has."""
+    return math.prod(x.shape[:-1]) <= MOST_ROWS
 
 
 def available() -> bool:
@@ -120,7 +158,7 @@ def path() -> Path:
     """Where the kernel is or will be. Its name depends on the source, jaxlib and the flags."""
     parts = (SOURCE.read_text(encoding="utf-8"), jaxlib.__version__, *FLAGS)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-    return startup.cache_directory(DIRECTORY) / f"few_rows-{digest}.so"
+    return startup.cache_directory(DIRECTORY) / f"{digest}.so"
 
 
 # JAX accepts a kernel's name only once per process.
@@ -131,8 +169,9 @@ def _load(path: Path) -> bool:
     if path in _loaded:
         return True
     try:
-        handler = ctypes.CDLL(str(path)).JaxgptFewRows
-        jax.ffi.register_ffi_target(TARGET, jax.ffi.pycapsule(handler), platform="cpu")
+        library = ctypes.CDLL(str(path))
+        for target, name in FUNCTIONS.items():
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     except (OSError, AttributeError) as error:
         warnings.warn(f"{path} does not load, so XLA is used instead: {error}. Run jaxgpt build-kernel.", stacklevel=3)
         return False
@@ -146,8 +185,6 @@ def check(file: Path) -> None:
     Raises:
         KernelError: if they differ, or if a row's result depends on how many rows come with it.
     """
-    import numpy as np
-
     if not _load(file):
         raise KernelError(f"{file} does not load")
     rng = np.random.default_rng(0)

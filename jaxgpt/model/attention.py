@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jaxgpt.cpu import kernel
 from jaxgpt.model.cache import Seen
 from jaxgpt.model.ops import dot, dropout_mask, keep
 from jaxgpt.parallel import is_distributed, platform
@@ -57,6 +58,7 @@ def attend(
     banded: bool | Array = True,
     scale: float | Array | None = None,
     return_weights: bool = False,
+    native_kernel: bool = False,
     **options: Any,
 ) -> tuple[Array, Array | None]:
     """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
@@ -71,15 +73,24 @@ def attend(
         banded: whether `window` applies; an array where a scan alternates dense and banded layers.
         scale: what the scores are multiplied by; an array where it differs between the layers of a scan.
         return_weights: whether to also return all weights, at the cost of their memory.
+        native_kernel: whether a CPU uses `jaxgpt.cpu.kernel` while decoding.
         options: passed on to `blocked`: dropout, block sizes, derivatives.
 
     Returns:
         (context [B, H, T, K], weights [B, H, T, S] or None).
     """
 
+    decoding = not isinstance(seen.query_slot, int) and q_BxHxTxK.shape[2] <= kernel.MOST_ROWS
+    undropped = options.get("dropout_key") is None
+    native_kernel = native_kernel and decoding and undropped and not is_distributed(q_BxHxTxK)
+
     def form(window: int | None) -> tuple[Array, Array | None]:
         weights = attention_weights(q_BxHxTxK, seen, window, scale) if return_weights else None
-        return blocked(q_BxHxTxK, seen, window=window, scale=scale, **options), weights
+        context = functools.partial(blocked, q_BxHxTxK, seen, window=window, scale=scale, **options)
+        if native_kernel:
+            native = functools.partial(kernel.attention, _scaled(q_BxHxTxK, scale), *seen[:4], window)
+            return lax.platform_dependent(cpu=native, default=context), weights
+        return context(), weights
 
     if isinstance(banded, bool):
         return form(window if banded else None)

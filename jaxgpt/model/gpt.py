@@ -75,6 +75,7 @@ class MultiHeadAttention(ConfiguredModule):
             dropout_key=dropout_key(self, cfg.drop_rate_attn, deterministic),
             return_weights=self.is_mutable_collection("intermediates"),
             custom_derivatives=self.compute.custom_derivatives,
+            native_kernel=self.compute.native_kernel,
         )
         self.sow("intermediates", "weights", weights_BxHxTxS)
         context_BxTxD = lay(context_BxHxTxK, "BHTK").swapaxes(1, 2).reshape(B, T, D)

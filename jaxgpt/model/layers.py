@@ -107,7 +107,7 @@ class LayerNorm(ConfiguredModule):
         dtype = vector_dtype(self.compute)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], dtype)
         shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], dtype) if self.config.bias else None
-        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps)
+        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps, self.compute.native_kernel)
 
 
 class Dropout(nn.Module):

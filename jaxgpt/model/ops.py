@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxgpt.config import ComputeConfig
-from jaxgpt.cpu import products
+from jaxgpt.cpu import kernel, products
 from jaxgpt.parallel import is_distributed
 
 
@@ -122,17 +122,24 @@ def widen(x: Array, like: Array) -> Array:
     return lax.expand_dims(x, range(like.ndim - x.ndim))
 
 
-def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float) -> Array:
+def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float, native_kernel: bool = False) -> Array:
     """(x - mean) / sqrt(variance + eps) * scale + shift over the last axis, in float32.
 
     The variance is the biased one (divided by n), computed from the centred values: E[x^2] - E[x]^2
-    cancels catastrophically. Source: Ba et al. 2016; eps inside the root as in GPT-2.
+    cancels catastrophically. Source: Ba et al. 2016; eps inside the root as in GPT-2. On a CPU, few rows of x use
+    `native_kernel`.
     """
+
+    def plain(x: Array, scale: Array, shift: Array | None) -> Array:
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+        y = centred * lax.rsqrt(variance + eps) * widen(scale.astype(jnp.float32), x)
+        return y if shift is None else y + widen(shift.astype(jnp.float32), x)
+
     x = x.astype(jnp.float32)
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-    y = centred * lax.rsqrt(variance + eps) * widen(scale.astype(jnp.float32), x)
-    return y if shift is None else y + widen(shift.astype(jnp.float32), x)
+    if native_kernel and kernel.few(x) and not is_distributed(x):
+        return lax.platform_dependent(x, scale, shift, cpu=functools.partial(kernel.layer_norm, eps=eps), default=plain)
+    return plain(x, scale, shift)
 
 
 def activation(name: str) -> Callable[[Array], Array]:

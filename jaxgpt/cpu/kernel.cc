@@ -1,22 +1,22 @@
-// y = x W^T for 1 to 32 rows of x: all of XLA's threads together read W once, in the type it is stored in.
+// The operations of a decode step: products with few rows, attention over the key/value cache, and LayerNorm.
 //
-// Such a product takes as long as reading W, at least for few rows. XLA's code for it converts W in narrower vectors
-// and, with several rows of x, runs as a general matrix product; here reading W is the only cost, and each of its cache
-// lines is prefetched well before it is needed. kernel.py builds and loads this file.
+// A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors and,
+// with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the type
+// it is stored in, and each of its cache lines is prefetched well before it is needed. XLA runs attention's products on
+// one thread; here the threads share the heads. kernel.py builds and loads this file.
 //
-// A row's result has the same bits whatever rows come with it and however many threads there are: each element is one
-// sum in one order, written with explicit fused multiply-adds (kernel.py forbids the compiler to make any itself).
+// A row's result has the same bits whatever rows come with it, however many threads there are, and whatever slots of the
+// cache it starts at: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py forbids
+// the compiler to make any itself).
 
 #include <algorithm>
-#include <array>
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <thread>
-#include <utility>
+#include <vector>
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -95,6 +95,13 @@ inline Floats LoadFew(const T* p, int64_t n) {
   std::memcpy(few, p, n * sizeof(T));
   return Load(few);
 }
+
+template <typename T>
+inline Floats Load(const T* p, int64_t n) {
+  return n >= kLanes ? Load(p) : LoadFew(p, n);
+}
+
+inline void Store(float* p, Floats x, int64_t n) { std::memcpy(p, &x, std::min(n, kLanes) * sizeof(float)); }
 
 inline float Sum(Floats x) {
   for (int64_t n = kLanes / 2; n > 0; n /= 2)
@@ -181,6 +188,59 @@ void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float
         [&](int64_t i) { Block(B, x, w, y, D, O, i * rows, std::min(O, (i + 1) * rows)); });
 }
 
+// exp(x) for x <= 0, to 1e-7 of its value; NaN for NaN. Source: the Cephes library, expf.
+inline Floats Exp(Floats x) {
+  const Floats zero = {}, least = zero - 87.0f, magic = zero + 0x1.8p23f;  // adding `magic` rounds to an integer
+  x = x < least ? least : x;
+  const Floats shifted = Fma(x, zero + 1.44269504f, magic), n = shifted - magic;  // x = n ln 2 + r
+  const Floats r = Fma(n, zero + 2.12194440e-4f, Fma(n, zero - 0.693359375f, x));
+  Floats y = zero + 1.9875691500e-4f;
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    y = Fma(y, r, zero + c);
+  y = Fma(y, r * r, r) + 1.0f;
+  return y * (Floats)(((Vector<int32_t>)shifted << 23) + 0x3f800000);
+}
+
+// Turns n scores into the weights exp(score - the highest score). Returns their sum.
+float Weigh(float* scores, int64_t n) {
+  Floats highest = Floats{} - 1e30f, sum = {};
+  for (int64_t j = 0; j < n; j += kLanes) {
+    for (int64_t l = n - j; l < kLanes; ++l) scores[j + l] = -1e30f;  // the buffer has room for whole vectors
+    const Floats s = Load(scores + j);
+    highest = s > highest ? s : highest;
+  }
+  float most = highest[0];
+  for (int64_t l = 1; l < kLanes; ++l) most = std::max(most, highest[l]);
+  for (int64_t j = 0; j < n; j += kLanes) {
+    const Floats weights = Exp(Load(scores + j) - most);
+    Store(scores + j, weights, kLanes);
+    sum += weights;
+  }
+  return Sum(sum);
+}
+
+// y[k] = sum_j weights[j] v[j, k] / total, over n rows of v, for C vectors of its columns or for the `left` columns of the last one.
+template <int C, typename W>
+void Mix(const float* weights, float total, const W* v, float* y, int64_t n, int64_t K, int64_t left) {
+  if constexpr (C > 1) left = kLanes;  // none of them is cut off
+  Floats sums[C] = {};
+  for (int64_t j = 0; j < n; ++j)
+    for (int c = 0; c < C; ++c)
+      sums[c] = Fma(Load(v + j * K + c * kLanes, left), Floats{} + weights[j], sums[c]);
+  for (int c = 0; c < C; ++c) Store(y + c * kLanes, sums[c] / total, left);
+}
+
+// One query over the n keys and values that it sees.
+template <typename W>
+void Attend(const float* q, const W* k, const W* v, float* y, int64_t n, int64_t K, float* scores) {
+  Rows(1, q, k, scores, K, n, 0, n);
+  const float total = Weigh(scores, n);
+  constexpr int kColumns = 64 / kLanes;
+  int64_t d = 0;
+  for (; d + 64 <= K; d += 64) Mix<kColumns>(scores, total, v + d, y + d, n, K, K - d);
+  for (; d < K; d += kLanes) Mix<1>(scores, total, v + d, y + d, n, K, K - d);
+}
+
 ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer w, ffi::ResultBuffer<ffi::F32> y) {
   const auto xs = x.dimensions(), ws = w.dimensions();
   if (xs.size() != 2 || ws.size() != 2 || xs[1] != ws[1] || xs[0] < 1 || xs[0] > kMostRows)
@@ -197,6 +257,65 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
+// Query t of q [B, H, T, K] is at `slot` + t and sees the keys from its row's start to its own slot, at most `window`.
+ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                     ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> start, int64_t window,
+                     ffi::ResultBuffer<ffi::F32> y) {
+  const auto qs = q.dimensions(), ks = k.dimensions();
+  if (qs.size() != 4 || ks.size() < 2 || ks.back() != qs[3] || k.element_count() != v.element_count() ||
+      k.element_count() != size_t(qs[0] * qs[1] * ks[ks.size() - 2] * qs[3]) || k.element_type() != v.element_type() ||
+      slot.element_count() != 1 || start.element_count() != size_t(qs[0]) || window < 1)
+    return ffi::Error::InvalidArgument("q must be [B, H, T, K], k and v [B, H, S, K] of one type, and start [B]");
+  const int64_t B = qs[0], H = qs[1], T = qs[2], K = qs[3], S = ks[ks.size() - 2];
+  const auto attend = [&](const auto* keys, const auto* values) {
+    Share(pool, B * H, [&](int64_t i) {
+      std::vector<float> scores(S + kLanes);
+      for (int64_t t = 0; t < T; ++t) {
+        const int64_t end = std::min<int64_t>(S, slot.typed_data()[0] + t + 1);
+        const int64_t first = std::clamp<int64_t>(start.typed_data()[i / H], std::max<int64_t>(0, end - window), end - 1);
+        const int64_t at = (i * T + t) * K, seen = (i * S + first) * K;
+        Attend(q.typed_data() + at, keys + seen, values + seen, y->typed_data() + at, end - first, K, scores.data());
+      }
+    });
+  };
+  const auto as = [](const ffi::AnyBuffer& buffer, auto type) {
+    return static_cast<const decltype(type)*>(buffer.untyped_data());
+  };
+  switch (k.element_type()) {
+    case ffi::F32: attend(as(k, float{}), as(v, float{})); break;
+    case ffi::BF16: attend(as(k, BF16{}), as(v, BF16{})); break;
+    default: return ffi::Error::InvalidArgument("k and v must be float32 or bfloat16");
+  }
+  return ffi::Error::Success();
+}
+
+// (x - mean) / sqrt(variance + eps) scale + shift of each row.
+ffi::Error LayerNorm(ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> shift, float eps,
+                     ffi::ResultBuffer<ffi::F32> y) {
+  const auto xs = x.dimensions();
+  if (xs.size() != 2 || scale.element_count() != size_t(xs[1]) || shift.element_count() != size_t(xs[1]))
+    return ffi::Error::InvalidArgument("x must be [R, D], and scale and shift [D]");
+  const int64_t D = xs[1];
+  for (int64_t r = 0; r < xs[0]; ++r) {
+    const float* row = x.typed_data() + r * D;
+    float* out = y->typed_data() + r * D;
+    Floats sum = {}, squares = {};
+    for (int64_t d = 0; d < D; d += kLanes) sum += Load(row + d, D - d);
+    const float mean = Sum(sum) / D;
+    for (int64_t d = 0; d < D; d += kLanes) {
+      Store(out + d, Load(row + d, D - d) - mean, D - d);
+      const Floats centred = Load(out + d, D - d);  // zeros past the row's end
+      squares = Fma(centred, centred, squares);
+    }
+    const float factor = 1 / std::sqrt(Sum(squares) / D + eps);
+    for (int64_t d = 0; d < D; d += kLanes) {
+      const Floats scaled = Load(out + d, D - d) * factor;
+      Store(out + d, Fma(scaled, Load(scale.typed_data() + d, D - d), Load(shift.typed_data() + d, D - d)), D - d);
+    }
+  }
+  return ffi::Error::Success();
+}
+
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxgptFewRows, FewRows,
@@ -204,4 +323,23 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxgptFewRows, FewRows,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxgptAttention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Attr<int64_t>("window")
+                                  .Ret<ffi::Buffer<ffi::F32>>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxgptLayerNorm, LayerNorm,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Attr<float>("eps")
                                   .Ret<ffi::Buffer<ffi::F32>>());
