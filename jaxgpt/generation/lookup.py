@@ -31,7 +31,7 @@ from jaxgpt.errors import KernelError
 from jaxgpt.generation.decode import DecodeState, draw
 from jaxgpt.generation.history import History
 from jaxgpt.generation.sampling import Sampler
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, leaves
 from jaxgpt.parallel import to_device
 
 # How many ids of the text's end must have occurred before, and how many more are preferred.
@@ -50,8 +50,9 @@ class Lookup:
         rows: of the generation.
 
     Raises:
-        ValueError: unless `lookup` is an integer from 2 to the most that the kernel takes; for several rows.
-        KernelError: if the model does not use the kernel for all products.
+        ValueError: unless `lookup` is an integer from 2 to the most that the kernel takes; for several rows; if weights
+            are float32 and products are not, which the kernel leaves to XLA.
+        KernelError: if the model does not use the kernel.
     """
 
     def __init__(self, lookup: Any, model: GPT, params: Any, rows: int):
@@ -64,6 +65,13 @@ class Lookup:
             raise KernelError(
                 "lookup needs the C++ kernel, without which ids would depend on how many are read at once: run "
                 f"`jaxgpt build-kernel`, on one CPU and without {kernel.VARIABLE}=0, or leave lookup out"
+            )
+        weights = [leaf for name, leaf in leaves(params).items() if name.endswith("weight")]
+        dtype = model.compute.dtype
+        if dtype != "float32" and any(weight.dtype == jnp.float32 for weight in weights):
+            raise ValueError(
+                f"lookup needs weights in the type of the products, which the kernel does not round to {dtype}: "
+                f'model, params = jaxgpt.prepare(model, params, "{dtype}")'
             )
         self._drafting = to_device(_Drafting.none(number - 1), params)
 
@@ -191,6 +199,6 @@ def draft(history: History, N: int) -> tuple[Array, Array]:
     same_S, run_S = column_S < end, jnp.zeros(ids_S.size, jnp.int32)
     for j in range(LONGEST):
         same_S &= (jnp.roll(ids_S, j) == ids_S[end - j]) & (column_S - j >= history.start_B[0])
-        run_S += same_S
+        run_S += same_S.astype(jnp.int32)
     match = jnp.argmax(run_S * ids_S.size + column_S)
     return ids_S[match + 1 + jnp.arange(N) % (end - match)], run_S[match] >= SHORTEST
