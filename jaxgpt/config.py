@@ -231,7 +231,7 @@ class ComputeConfig:
     )
     native_kernel: bool = setting(
         False,
-        help="Whether products of few rows use the C++ kernel of jaxgpt.cpu.kernel on a CPU. jaxgpt.prepare turns it "
+        help="Whether decoding on a CPU uses the C++ kernel of jaxgpt.cpu.kernel. jaxgpt.prepare turns it "
         "on where the kernel is built; it is not for training, and is never saved.",
     )
 

@@ -43,7 +43,7 @@ def test_wrong_arithmetic_is_found_in_every_type(dtype, monkeypatch, capsys):
     only(monkeypatch, f"arithmetic in {dtype}")
     layer_norm = ops.layer_norm
     # A variance that is 10% too large, as if the sum were divided by the wrong number.
-    monkeypatch.setattr(ops, "layer_norm", lambda x, *rest: 0.9 * layer_norm(x, *rest))
+    monkeypatch.setattr(ops, "layer_norm", lambda *arguments, **options: 0.9 * layer_norm(*arguments, **options))
     assert main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert f"FAIL  arithmetic in {dtype}: logits: off by" in out

@@ -3,22 +3,30 @@ built."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import fcntl
+import functools
 import os
+import re
 import stat
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, exhaustive, make_model, needs_compiler, random_ids
+from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, needs_compiler, random_ids
 
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
+from jaxgpt.cli.options import load_model
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel
+from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
+from jaxgpt.generation import decode, preparation, sampling
 from jaxgpt.model import Cache, ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
@@ -71,7 +79,7 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(built, inner, kind):
     @jax.jit
     def products(x, weight):
         """With each number of rows, as the last of them, and by some of the weight's rows."""
-        each = [kernel.few_rows(x[-rows:], weight) for rows in range(1, len(x) + 1)]
+        each = [kernel.few_rows(x[-rows:], weight) for rows in (*range(1, 10), 23, len(x))]
         return each, kernel.few_rows(x, weight[7:30])
 
     each, some = jax.device_get(products(x, weight))
@@ -104,16 +112,6 @@ def test_the_number_of_threads_changes_no_bit(kernel_cache):
     assert one.stdout == all_of_them.stdout
 
 
-def attention_in_float64(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, slot, start_B, window):
-    scores = q_BxHxTxK.astype(float) @ np.swapaxes(k_BxHxSxK.astype(float), 2, 3)
-    s, t = np.arange(k_BxHxSxK.shape[2]), slot + np.arange(q_BxHxTxK.shape[2])[:, None]
-    seen = (s <= t) & (s >= start_B[:, None, None, None])
-    if window is not None:
-        seen &= s > t - window
-    weights = np.where(seen, np.exp(scores - scores.max(-1, keepdims=True)), 0)
-    return weights / weights.sum(-1, keepdims=True) @ v_BxHxSxK.astype(float)
-
-
 @needs_compiler
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 @pytest.mark.parametrize(
@@ -124,7 +122,7 @@ def test_the_kernels_attention_equals_float64(built, shape, dtype, window):
     assert kernel.available()
     B, H, T, S, K = shape
     rng = np.random.default_rng(0)
-    q = rng.normal(size=(B, H, T, K)).astype(np.float32)
+    q = (rng.normal(size=(B, H, T, K)) / K**0.5).astype(np.float32)
     k, v = (np.asarray(jnp.asarray(rng.normal(size=(B, H, S, K))).astype(dtype)) for _ in range(2))
     start_B, attend = np.arange(B, dtype=np.int32) * 4, jax.jit(kernel.attention, static_argnums=5)
     for slot in (max(8, T), S - T):
@@ -154,12 +152,11 @@ def test_the_kernels_layer_norm_equals_float64(built, size):
     rng = np.random.default_rng(0)
     x, scale, shift = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 3, size), size, size))
     x = 100 + x  # E[x^2] - E[x]^2 would cancel
-    for shift in (shift, None):
-        got, plain = (jax.jit(ops.layer_norm, static_argnums=(3, 4))(x, scale, shift, 1e-3, which) for which in (1, 0))
-        wide = x.astype(float)
-        want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-3) * scale
-        np.testing.assert_allclose(got, want if shift is None else want + shift, atol=1e-4)
-        np.testing.assert_allclose(got, plain, atol=1e-4)
+    wide = x.astype(float)
+    want = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-3) * scale
+    norm = jax.jit(ops.layer_norm, static_argnums=(3, 4))
+    np.testing.assert_allclose(norm(x, scale, shift, 1e-3, True), want + shift, atol=1e-4)
+    np.testing.assert_allclose(norm(x, scale, None, 1e-3, True), want, atol=1e-4)
 
 
 @needs_compiler
@@ -174,7 +171,6 @@ def test_the_kernels_layer_norm_equals_float64(built, size):
         exhaustive("int8", "bfloat16", ALTERNATING.replace(activation="relu")),
     ],
 )
-@pytest.mark.usefixtures("compiled_fully")
 def test_tokens_read_together_have_the_bits_of_tokens_read_one_by_one(built, dtype, cache_dtype, config):
     model, params = prepare(*make_model(config), dtype)
 
@@ -229,6 +225,26 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
 
 
 @needs_compiler
+@grid(1, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
+@pytest.mark.usefixtures("compiled_fully")
+def test_with_the_kernel_a_step_neither_copies_nor_converts_the_cache(built, batch, dtype, config):
+    model, params = prepare(*make_model(config.replace(context_length=128, emb_dim=64, n_heads=4), dtype=dtype))
+    none = np.zeros(0, np.int32)
+    read = functools.partial(decode.prefill, model, slots=112, sampler=sampling.Greedy())
+    state = jax.eval_shape(read, params, np.ones((batch, 16), np.int32), np.full(batch, 5), np.int32(5), None, none)
+    step = decode.decode_tokens.lower(model, params, state, np.int32(9), chunk=32, sampler=sampling.Greedy())
+    text = step.compile().as_text()
+    assert "jaxgpt_attention" in text
+    sizes = [
+        (np.prod([int(n) for n in shape.split(",")]), op)
+        for shape, op in re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
+    ]
+    ops_ = [op for size, op in sizes if size == batch * 4 * 112 * 16]
+    assert ops_.count("dynamic-update-slice") == 2 * config.n_layers
+    assert not {"copy", "convert", "transpose"} & set(ops_)
+
+
+@needs_compiler
 def test_the_choice_of_kernel_is_not_saved(built, tmp_path):
     save(tmp_path / "model", *prepare(*make_model(TINY)))
     assert not load(tmp_path / "model")[0].compute.native_kernel
@@ -258,6 +274,62 @@ def test_a_compiler_that_fails_leaves_nothing(no_cache, monkeypatch):
     with pytest.raises(KernelError, match=r"the compiler failed .*kernel\.cc.*exit 1"):
         kernel.build()
     assert not list(no_cache.glob("*/*"))
+
+
+@needs_compiler
+def test_preparing_a_large_model_starts_one_build(no_cache, monkeypatch, tmp_path, capsys):
+    started = Mock()
+    monkeypatch.setattr(kernel.subprocess, "Popen", started)
+    monkeypatch.setattr(kernel, "_builder", None)
+    arguments = argparse.Namespace(model=str(tmp_path / "model"), dtype=None, mesh=None, tokenizer=None)
+    save(arguments.model, *make_model(TINY))
+    load_model(arguments)
+    assert "building" not in capsys.readouterr().err
+    monkeypatch.setattr(preparation, "LARGE", 1)
+    with monkeypatch.context() as patch:
+        patch.setenv(kernel.VARIABLE, "0")
+        load_model(arguments)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "")
+        patch.delenv("CXX", raising=False)
+        load_model(arguments)
+    started.assert_not_called()
+    load_model(arguments)
+    load_model(arguments)
+    started.assert_called_once()
+    assert started.call_args.args == ([sys.executable, "-m", "jaxgpt.cpu.kernel"],)
+    assert "building the CPU kernel for later commands (JAXGPT_KERNEL=0: never)" in capsys.readouterr().err
+
+
+@needs_compiler
+def test_a_build_that_failed_is_not_repeated_unasked(no_cache, monkeypatch):
+    monkeypatch.setenv("CXX", "false")
+    assert kernel.can_build()
+    kernel.build_once()
+    assert not kernel.can_build()
+    assert "the compiler failed" in kernel.failure()
+    monkeypatch.setattr(kernel, "build", Mock(side_effect=AssertionError))
+    kernel.build_once()
+
+
+@needs_compiler
+def test_two_processes_do_not_build_the_kernel_at_once(no_cache, monkeypatch):
+    build = Mock()
+    monkeypatch.setattr(kernel, "build", build)
+    descriptor = os.open(kernel.startup.private_directory(kernel.DIRECTORY), os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    kernel.build_once()
+    build.assert_not_called()
+    os.close(descriptor)
+    kernel.build_once()
+    build.assert_called_once()
+
+
+@needs_compiler
+def test_nothing_is_built_where_others_can_write(no_cache):
+    no_cache.mkdir()
+    no_cache.chmod(0o770)
+    assert not kernel.can_build()
 
 
 @needs_compiler

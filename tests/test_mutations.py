@@ -47,7 +47,7 @@ def attention(*, scale=1.0, first_hidden=1, heads=slice(None), order=(0, 1, 2)):
 
 
 def layer_norm(*, eps=None, unbiased=False, with_scale=True, with_shift=True, stop_variance=False):
-    def normalise(x, scale, shift, config_eps):
+    def normalise(x, scale, shift, config_eps, **_):
         centred = x - x.mean(-1, keepdims=True)
         variance = (centred**2).sum(-1, keepdims=True) / (x.shape[-1] - unbiased)
         variance = jax.lax.stop_gradient(variance) if stop_variance else variance

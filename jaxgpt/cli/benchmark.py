@@ -55,6 +55,10 @@ def run(args: argparse.Namespace) -> int:
     if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
         raise MissingExtraError("transformers", "bench", "jaxgpt benchmark --peers")
 
+    if kernel.can_build():
+        print(f"building the CPU kernel ({kernel.VARIABLE}=0: never)", file=sys.stderr)
+        kernel.build_once()
+
     def measured(module: str, name: str, *arguments: str) -> dict[str, Any]:
         print(f"{name} {' '.join(arguments)}".strip(), file=sys.stderr)
         return benchmark.run_in_process(module, name, args.preset, *arguments)

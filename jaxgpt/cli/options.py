@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         CheckpointError, ConfigError, MissingExtraError, OSError: if the model cannot be read.
         ConfigError: also if the mesh cannot be made.
     """
+    from jaxgpt.cpu import kernel
     from jaxgpt.generation import prepare
     from jaxgpt.parallel import MeshConfig, sharding
     from jaxgpt.training import load
@@ -74,6 +76,8 @@ def load_model(args: argparse.Namespace) -> tuple[Any, Any]:
         given = {"param_dtype": args.dtype, "tokenizer": args.tokenizer}
         stored = {name: value for name, value in given.items() if value is not None}
         model, params = prepare(*load(args.model, **stored), args.dtype)
+    if kernel.builds_in_background():
+        print(f"building the CPU kernel for later commands ({kernel.VARIABLE}=0: never)", file=sys.stderr)
     if mesh is not None:
         sharding.check(mesh, model.config)
         params = sharding.shard(params, mesh)

@@ -1,5 +1,9 @@
-"""The optional C++ kernel for the operations of a decode step, `kernel.cc`: `jaxgpt build-kernel` builds it once, into
-the user's cache, and the models that `jaxgpt.prepare` returns then use it. Without it, XLA computes the same.
+"""The optional C++ kernel for the operations of a decode step, `kernel.cc`. Without it, XLA computes the same.
+
+It is built once, into the user's cache: by `jaxgpt build-kernel`, or without being asked, in the background, by the
+first process that prepares a large model where there is a compiler. From then on the models that `jaxgpt.prepare`
+returns use it. JAXGPT_KERNEL=0 switches both off. (A kernel in the wheel would have to make do with what the oldest
+processor has, or hold a variant for each, and would fit one jaxlib's interface; a compiler on the spot knows them.)
 
 With it, a token's result has the same bits whatever is computed beside it: other rows of a batch, or the tokens that
 follow, if there are at most `MOST_ROWS` in all.
@@ -90,7 +94,7 @@ def available() -> bool:
     except OSError as error:
         warnings.warn(f"the native kernel is not used: {error}. {VARIABLE}=0 switches it off.", stacklevel=2)
         return False
-    return file is not None and _load(file)
+    return file is not None and load(file)
 
 
 def built() -> Path | None:
@@ -120,7 +124,7 @@ def build() -> Path:
         KernelError: if there is no compiler, it fails, or the kernel computes wrong results.
         OSError: if the user's cache cannot be written, or others can write to it.
     """
-    compiler = next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    compiler = _compiler()
     if compiler is None:
         raise KernelError("no C++ compiler: install g++ or clang++, or name one in CXX; without it XLA does the work")
     file = path()
@@ -133,13 +137,76 @@ def build() -> Path:
     return file
 
 
+def can_build() -> bool:
+    """Whether there is no kernel yet, nothing forbids one, and building it has not failed before."""
+    if os.environ.get(VARIABLE) == "0" or _compiler() is None:
+        return False
+    try:
+        startup.private_directory(DIRECTORY)
+        return built() is None and not _failure().exists()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        return False
+
+
+def build_in_background() -> None:
+    """Starts a process that builds the kernel, for later ones, if it `can_build`."""
+    global _builder
+    if _builder is None and can_build():
+        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        _builder = subprocess.Popen([sys.executable, "-m", "jaxgpt.cpu.kernel"], start_new_session=True, **quiet)
+
+
+def builds_in_background() -> bool:
+    """Whether this process has started to build the kernel."""
+    return _builder is not None
+
+
+def build_once() -> None:
+    """Builds the kernel if it `can_build` and no other process is at it. If that fails, notes why, so that it is not
+    tried again."""
+    import fcntl
+
+    if not can_build():
+        return
+    descriptor = os.open(startup.private_directory(DIRECTORY), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if can_build():  # still
+            build()
+    except BlockingIOError:
+        return
+    except KernelError as error:
+        _failure().write_text(f"{error}\n", encoding="utf-8")
+    finally:
+        os.close(descriptor)
+
+
+def failure() -> str | None:
+    """Why the kernel could not be built without being asked, if that was tried."""
+    try:
+        return _failure().read_text(encoding="utf-8").strip()
+    except (OSError, RuntimeError):
+        return None
+
+
+def _failure() -> Path:
+    return path().with_suffix(".failed")
+
+
+_builder: subprocess.Popen[bytes] | None = None
+
+
 def check_apart(file: Path) -> None:
-    """Runs `check` in a separate process, because a miscompiled kernel may crash it.
+    """Runs `jaxgpt.cpu.kernel_check` in a separate process, because a miscompiled kernel may crash it.
 
     Raises:
         KernelError: if the kernel does not load, or computes wrong results.
     """
-    _run([sys.executable, "-m", "jaxgpt.cpu.kernel", str(file)], "the kernel is wrong")
+    _run([sys.executable, "-m", "jaxgpt.cpu.kernel_check", str(file)], "the kernel is wrong")
+
+
+def _compiler() -> str | None:
+    return next((found for name in (*_chosen(), "c++", "g++", "clang++") if (found := shutil.which(name))), None)
 
 
 def _chosen() -> list[str]:
@@ -165,7 +232,8 @@ def path() -> Path:
 _loaded: set[Path] = set()
 
 
-def _load(path: Path) -> bool:
+def load(path: Path) -> bool:
+    """Makes the kernel in this file the one that this module's functions call. Warns if it does not load."""
     if path in _loaded:
         return True
     try:
@@ -179,36 +247,6 @@ def _load(path: Path) -> bool:
     return True
 
 
-def check(file: Path) -> None:
-    """Loads a kernel and compares it with float64, for all its numbers of rows and dtypes, and for odd sizes.
-
-    Raises:
-        KernelError: if they differ, or if a row's result depends on how many rows come with it.
-    """
-    if not _load(file):
-        raise KernelError(f"{file} does not load")
-    rng = np.random.default_rng(0)
-    for inner, outer in ((7, 1), (100, 33), (768, 50), (3072, 700)):
-        for dtype in ("float32", "bfloat16", "int8"):
-            x = rng.normal(size=(MOST_ROWS, inner)).astype(np.float32)
-            weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(dtype))
-            *fewer, whole = jax.device_get(_each_number_of_rows(x, weight))
-            want = x.astype(np.float64) @ weight.astype(np.float64).T
-            if not (error := np.abs(whole - want).max()) < 1e-5 * np.abs(want).max():
-                raise KernelError(f"rows by [{outer}, {inner}] {dtype}: off by {error}")
-            for y in fewer:
-                if not np.array_equal(y, whole[: len(y)]):
-                    raise KernelError(f"{len(y)} rows by [{outer}, {inner}] {dtype}: not those of {MOST_ROWS} rows")
-
-
-@jax.jit
-def _each_number_of_rows(x_RxD: Array, weight_OxD: Array) -> list[Array]:
-    """The products of the first 1, 2, ... rows of x."""
-    return [few_rows(x_RxD[: rows + 1], weight_OxD) for rows in range(x_RxD.shape[0])]
-
-
 if __name__ == "__main__":
-    try:
-        check(Path(sys.argv[1]))
-    except KernelError as error:
-        sys.exit(str(error))
+    os.nice(10)  # whoever started this is at work
+    build_once()

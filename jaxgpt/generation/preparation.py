@@ -13,13 +13,17 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.model import GPT, cast_params, check_model, unstack_layers
 from jaxgpt.parallel import sharding
 
+# Bytes of parameters from which on the kernel is worth building unasked: with fewer, a text takes a few seconds anyway.
+LARGE = 2**26
+
 
 def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any]:
     """Converts a model and its parameters to the form that `generate` decodes fastest, in `dtype`.
 
     Layers are unstacked (`scan_layers=False`), because a scan copies the stacked cache for every token. Matrices are
-    already [out, in], the order in which one token's products read them. If `jaxgpt build-kernel` has been run,
-    products of few rows use its kernel (`native_kernel=True`). What is already in that form is returned unchanged.
+    already [out, in], the order in which one token's products read them. If the C++ kernel is built, decoding uses it
+    (`native_kernel=True`); if not, and parameters are too large for a processor's cache, a separate process builds it
+    for later ones, where there is a compiler (`jaxgpt.cpu.kernel`). What is already in that form is returned unchanged.
 
     Args:
         model: the model.
@@ -43,4 +47,8 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
             params = cast_params(params, dtype)
         compute = compute.replace(param_dtype=dtype, dtype=compute.dtype if dtype == "int8" else dtype)
     one_cpu = jax.default_backend() == "cpu" and sharding.mesh_of(params) is None
-    return GPT(model.config, compute.replace(scan_layers=False, native_kernel=one_cpu and kernel.available())), params
+    native_kernel = one_cpu and kernel.available()
+    parameter_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
+    if one_cpu and not native_kernel and parameter_bytes >= LARGE:
+        kernel.build_in_background()
+    return GPT(model.config, compute.replace(scan_layers=False, native_kernel=native_kernel)), params

@@ -53,7 +53,7 @@ class GenerationResult:
         finish_reasons: per row, "stop" if a stop id or a stop string ended it, otherwise "length".
         logprobs: per row, the log-probabilities that the model gave its new ids and the likeliest ones, if asked for.
         sampler_logprobs: the same after the sampler's controls and filters, from which the ids were drawn.
-        looked_up: how many of the ids drawn `lookup` had guessed, so that they took no reading of the weights of their own;
+        looked_up: how many of the ids drawn `lookup` had guessed, which took no reading of the weights of their own;
             those past a stop string count too.
     """
 

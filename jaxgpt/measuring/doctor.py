@@ -174,7 +174,8 @@ def _kernel() -> str:
     try:
         file = kernel.built()
         if file is None:
-            return "not built: jaxgpt build-kernel makes decoding on a CPU faster"
+            failure = kernel.failure()
+            return f"not built: {failure or 'jaxgpt build-kernel makes decoding on a CPU faster'}"
         kernel.check_apart(file)
     except (KernelError, OSError) as error:
         raise Wrong(str(error), f"run jaxgpt build-kernel, or set {kernel.VARIABLE}=0 to do without") from None

@@ -107,7 +107,8 @@ class LayerNorm(ConfiguredModule):
         dtype = vector_dtype(self.compute)
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], dtype)
         shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], dtype) if self.config.bias else None
-        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps, self.compute.native_kernel)
+        native_kernel = self.compute.native_kernel
+        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps, native_kernel=native_kernel)
 
 
 class Dropout(nn.Module):

@@ -1,0 +1,88 @@
+"""Compares a kernel with float64. `jaxgpt.cpu.kernel` runs `python -m jaxgpt.cpu.kernel_check FILE` on what it has
+built."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jaxgpt.cpu import kernel
+from jaxgpt.errors import KernelError
+
+
+def check(file: Path) -> None:
+    """Loads a kernel and compares it with float64, for all its dtypes, and for odd sizes.
+
+    Raises:
+        KernelError: if they differ, or if a row's result depends on how many rows come with it.
+    """
+    if not kernel.load(file):
+        raise KernelError(f"{file} does not load")
+    rng = np.random.default_rng(0)
+    for sizes, dtype in itertools.product([(7, 1), (100, 33), (768, 50), (3072, 700)], ("float32", "bfloat16", "int8")):
+        _check_products(rng, *sizes, dtype)
+    for K, dtype, window in [(5, "float32", None), (80, "bfloat16", 7), (64, "float32", 3)]:
+        _check_attention(rng, K, dtype, window)
+    for size in (7, 768):
+        _check_layer_norm(rng, size)
+
+
+def attention_in_float64(q_BxHxTxK: Any, k_BxHxSxK: Any, v_BxHxSxK: Any, slot: int, start_B: Any, window: int | None):
+    """What `kernel.attention` computes, as the formula says it."""
+    scores_BxHxTxS = q_BxHxTxK.astype(float) @ np.swapaxes(k_BxHxSxK.astype(float), 2, 3)
+    slot_S, slot_Tx1 = np.arange(k_BxHxSxK.shape[2]), slot + np.arange(q_BxHxTxK.shape[2])[:, None]
+    seen = (slot_S <= slot_Tx1) & (slot_S >= start_B[:, None, None, None])
+    if window is not None:
+        seen &= slot_S > slot_Tx1 - window
+    weights = np.where(seen, np.exp(scores_BxHxTxS - scores_BxHxTxS.max(-1, keepdims=True)), 0)
+    return weights / weights.sum(-1, keepdims=True) @ v_BxHxSxK.astype(float)
+
+
+def _check_products(rng: np.random.Generator, inner: int, outer: int, dtype: str) -> None:
+    x = rng.normal(size=(kernel.MOST_ROWS, inner)).astype(np.float32)
+    weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(dtype))
+    *fewer, whole = jax.device_get(_products(x, weight))
+    _compare(f"rows by [{outer}, {inner}] {dtype}", whole, x.astype(np.float64) @ weight.astype(np.float64).T)
+    for y in fewer:
+        if not np.array_equal(y, whole[: len(y)]):
+            raise KernelError(f"{len(y)} rows by [{outer}, {inner}] {dtype}: not those of {len(whole)} rows")
+
+
+@jax.jit
+def _products(x_RxD: Array, weight_OxD: Array) -> list[Array]:
+    """The products of the first rows of x: 1 to more than the kernel takes at a time, and all."""
+    return [kernel.few_rows(x_RxD[:rows], weight_OxD) for rows in (*range(1, 10), x_RxD.shape[0])]
+
+
+def _check_attention(rng: np.random.Generator, K: int, dtype: str, window: int | None) -> None:
+    q = (rng.normal(size=(2, 3, 4, K)) / K**0.5).astype(np.float32)
+    k, v = (np.asarray(jnp.asarray(rng.normal(size=(2, 3, 50, K))).astype(dtype)) for _ in range(2))
+    slot, start_B = np.int32(45), np.array([0, 9], np.int32)
+    got = kernel.attention(q, k, v, slot, start_B, window)
+    _compare(f"attention, {K} {dtype}, window {window}", got, attention_in_float64(q, k, v, slot, start_B, window))
+
+
+def _check_layer_norm(rng: np.random.Generator, size: int) -> None:
+    x, scale, shift = (rng.normal(size=shape).astype(np.float32) for shape in ((3, size), size, size))
+    wide = x.astype(float)
+    normed = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
+    _compare(f"LayerNorm of {size}", kernel.layer_norm(x, scale, shift, 1e-5), normed * scale + shift)
+
+
+def _compare(what: str, got: Any, want: np.ndarray) -> None:
+    if not (error := np.abs(np.asarray(got) - want).max()) < 1e-5 * np.abs(want).max():
+        raise KernelError(f"{what}: off by {error}")
+
+
+if __name__ == "__main__":
+    try:
+        check(Path(sys.argv[1]))
+    except KernelError as error:
+        sys.exit(str(error))
