@@ -111,8 +111,8 @@ class _Drafting:
         """For the first reading, on the host."""
         return cls(np.zeros(N, np.int32), np.bool(False), *np.zeros(3, np.int32))
 
-    def after(self, state: DecodeState, drawn: Array) -> _Drafting:
-        """For the next reading, after one that has drawn so many ids.
+    def after(self, state: Any, drawn: Array) -> _Drafting:
+        """For the next reading, after one that has drawn so many ids and left this `DecodeState`.
 
         Reading T ids takes up to twice as long as reading one, so drafts pay if a quarter of T is drawn."""
         T = self.ids_N.size + 1
@@ -149,7 +149,8 @@ def _decode_tokens(
         state, drafting, new = carry
         memory, before = state.memory, state.drawn
         ids_T = jnp.concatenate([state.token_B, drafting.ids_N])[:T]
-        x_1xTxD, written = model.apply({"params": params}, ids_T[None], cache=memory, method="features")
+        features: Any = model.apply({"params": params}, ids_T[None], cache=memory, method="features")
+        x_1xTxD, written = features
         logits_1xTxV: Any = model.apply({"params": params}, x_1xTxD, method="logits")
 
         def is_read(carry: Any) -> Array:
@@ -169,8 +170,7 @@ def _decode_tokens(
         state, new = lax.while_loop(is_read, draw_next, (dataclasses.replace(state, memory=None), new))
         drawn = state.drawn - before
         # The slots of drafts that were not drawn are written anew.
-        memory = dataclasses.replace(written, length=memory.length + drawn)
-        state = dataclasses.replace(state, memory=memory)
+        state = dataclasses.replace(state, memory=written.replace(length=memory.length + drawn))
         return state, drafting.after(state, drawn), new
 
     def goes_on(carry: Any) -> Array:
