@@ -1,13 +1,13 @@
 // The operations of a decode step: products with few rows, attention over the key/value cache, and LayerNorm.
 //
-// A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors and,
-// with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the type
-// it is stored in, and each of its cache lines is prefetched well before it is needed. XLA runs attention's products on
-// one thread; here the threads share the heads. kernel.py builds and loads this file.
+// A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors
+// and, with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the
+// type it is stored in, and each of its cache lines is prefetched well before it is needed. XLA runs attention's
+// products on one thread; here the threads share the heads. kernel.py builds and loads this file.
 //
-// A row's result has the same bits whatever rows come with it, however many threads there are, and whatever slots of the
-// cache it starts at: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py forbids
-// the compiler to make any itself).
+// A row's result has the same bits whatever rows come with it, however many threads there are, and at whatever slot of
+// the cache it starts: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py
+// forbids the compiler to make any itself).
 
 #include <algorithm>
 #include <atomic>
@@ -219,7 +219,8 @@ float Weigh(float* scores, int64_t n) {
   return Sum(sum);
 }
 
-// y[k] = sum_j weights[j] v[j, k] / total, over n rows of v, for C vectors of its columns or for the `left` columns of the last one.
+// y[k] = sum_j weights[j] v[j, k] / total, over n rows of v, for C vectors of its columns, or for the `left` columns
+// that make no whole one.
 template <int C, typename W>
 void Mix(const float* weights, float total, const W* v, float* y, int64_t n, int64_t K, int64_t left) {
   if constexpr (C > 1) left = kLanes;  // none of them is cut off
@@ -272,7 +273,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
       std::vector<float> scores(S + kLanes);
       for (int64_t t = 0; t < T; ++t) {
         const int64_t end = std::min<int64_t>(S, slot.typed_data()[0] + t + 1);
-        const int64_t first = std::clamp<int64_t>(start.typed_data()[i / H], std::max<int64_t>(0, end - window), end - 1);
+        const int64_t lowest = std::max<int64_t>(0, end - window);
+        const int64_t first = std::clamp<int64_t>(start.typed_data()[i / H], lowest, end - 1);
         const int64_t at = (i * T + t) * K, seen = (i * S + first) * K;
         Attend(q.typed_data() + at, keys + seen, values + seen, y->typed_data() + at, end - first, K, scores.data());
       }

@@ -53,18 +53,24 @@ def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
 
 
 def attention(
-    q_BxHxTxK: Array, k_BxHxSxK: Array, v_BxHxSxK: Array, slot: Array, start_B: Array, window: int | None
+    q_BxHxTxK: Array,
+    k_BxHxSxK: Array,
+    v_BxHxSxK: Array,
+    slot: int | Array,
+    start_B: Array | None,
+    window: int | None,
 ) -> Array:
     """softmax(q k^T) v in float32, [B, H, T, K], for a float32 q and a cache in float32 or bfloat16, not rounding q.
 
-    Query t is at slot `slot` + t and sees the key slots from `start_B` up to its own, or the last `window` of them.
+    Query t is at slot `slot` + t and sees the key slots from `start_B` (0) up to its own, or the last `window` of them.
     """
     B, S = q_BxHxTxK.shape[0], k_BxHxSxK.shape[2]
+    start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if B == 1:  # as the cache holds them: otherwise XLA copies them
         k_BxHxSxK, v_BxHxSxK = k_BxHxSxK[0], v_BxHxSxK[0]
     result = jax.ShapeDtypeStruct(q_BxHxTxK.shape, jnp.float32)
     call = jax.ffi.ffi_call("jaxgpt_attention", result, vmap_method="sequential")
-    return call(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, slot, start_B, window=np.int64(window or S))
+    return call(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, jnp.asarray(slot, jnp.int32), start_B, window=np.int64(window or S))
 
 
 def layer_norm(x: Array, scale_D: Array, shift_D: Array | None, eps: float) -> Array:
@@ -152,8 +158,9 @@ def build_in_background() -> None:
     """Starts a process that builds the kernel, for later ones, if it `can_build`."""
     global _builder
     if _builder is None and can_build():
-        quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        _builder = subprocess.Popen([sys.executable, "-m", "jaxgpt.cpu.kernel"], start_new_session=True, **quiet)
+        nowhere = subprocess.DEVNULL
+        command = [sys.executable, "-m", "jaxgpt.cpu.kernel"]
+        _builder = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def builds_in_background() -> bool:

@@ -34,7 +34,9 @@ def check(file: Path) -> None:
         _check_layer_norm(rng, size)
 
 
-def attention_in_float64(q_BxHxTxK: Any, k_BxHxSxK: Any, v_BxHxSxK: Any, slot: int, start_B: Any, window: int | None):
+def attention_in_float64(
+    q_BxHxTxK: Any, k_BxHxSxK: Any, v_BxHxSxK: Any, slot: Any, start_B: Any, window: int | None
+) -> Any:
     """What `kernel.attention` computes, as the formula says it."""
     scores_BxHxTxS = q_BxHxTxK.astype(float) @ np.swapaxes(k_BxHxSxK.astype(float), 2, 3)
     slot_S, slot_Tx1 = np.arange(k_BxHxSxK.shape[2]), slot + np.arange(q_BxHxTxK.shape[2])[:, None]
@@ -62,18 +64,20 @@ def _products(x_RxD: Array, weight_OxD: Array) -> list[Array]:
 
 
 def _check_attention(rng: np.random.Generator, K: int, dtype: str, window: int | None) -> None:
-    q = (rng.normal(size=(2, 3, 4, K)) / K**0.5).astype(np.float32)
-    k, v = (np.asarray(jnp.asarray(rng.normal(size=(2, 3, 50, K))).astype(dtype)) for _ in range(2))
-    slot, start_B = np.int32(45), np.array([0, 9], np.int32)
-    got = kernel.attention(q, k, v, slot, start_B, window)
-    _compare(f"attention, {K} {dtype}, window {window}", got, attention_in_float64(q, k, v, slot, start_B, window))
+    q: Any = (rng.normal(size=(2, 3, 4, K)) / K**0.5).astype(np.float32)
+    k, v = (jnp.asarray(rng.normal(size=(2, 3, 50, K))).astype(dtype) for _ in range(2))
+    slot, start_B = 45, jnp.array([0, 9], jnp.int32)
+    want = attention_in_float64(q, np.asarray(k), np.asarray(v), slot, np.asarray(start_B), window)
+    _compare(f"attention, {K} {dtype}, window {window}", kernel.attention(q, k, v, slot, start_B, window), want)
 
 
 def _check_layer_norm(rng: np.random.Generator, size: int) -> None:
-    x, scale, shift = (rng.normal(size=shape).astype(np.float32) for shape in ((3, size), size, size))
-    wide = x.astype(float)
+    x, scale, shift = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, size), size, size))
+    wide = np.asarray(x, float)
     normed = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)
-    _compare(f"LayerNorm of {size}", kernel.layer_norm(x, scale, shift, 1e-5), normed * scale + shift)
+    _compare(
+        f"LayerNorm of {size}", kernel.layer_norm(x, scale, shift, 1e-5), normed * np.asarray(scale) + np.asarray(shift)
+    )
 
 
 def _compare(what: str, got: Any, want: np.ndarray) -> None:
