@@ -9,7 +9,9 @@ import pytest
 from helpers import TINY, make_model
 from hypothesis import HealthCheck, settings
 
-# A kernel that the developer has built must affect only tests/test_kernel.py.
+from jaxgpt.cpu import kernel
+
+# A kernel that the developer has built must not affect the tests. Those that use one build it themselves: `built`.
 os.environ["JAXGPT_KERNEL"] = "0"
 # Simulated devices for tests/test_sharding.py; all other tests use the first one.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -68,3 +70,27 @@ def compiled_fully():
 def tiny():
     """(model, params) of the smallest configuration, with random parameters in every leaf."""
     return make_model(TINY)
+
+
+@pytest.fixture(scope="session")
+def kernel_cache(tmp_path_factory):
+    """A user's cache with the kernel in it, shared by all test processes."""
+    import fcntl  # not on Windows, where no test uses this
+
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel"
+    home.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, (home / "lock").open("w") as lock:
+        patch.setenv("XDG_CACHE_HOME", str(home))
+        patch.delenv(kernel.VARIABLE)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        kernel.build_once()
+        assert kernel.failure() is None
+    return home
+
+
+@pytest.fixture
+def built(kernel_cache, monkeypatch):
+    """The kernel is built, and `prepare` takes it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kernel_cache))
+    monkeypatch.delenv(kernel.VARIABLE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -23,6 +25,10 @@ TINY = GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_laye
 ALTERNATING = TINY.replace(n_layers=3, attention_pattern="alternating", attention_window=5)
 # Three layers with three scales of the scores, and a band in the middle one.
 SCALED = ALTERNATING.replace(scale_attn_by_inverse_layer_idx=True)
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
+)
 
 
 def grid(strength: int, **axes: Iterable[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:

@@ -9,7 +9,6 @@ import fcntl
 import functools
 import os
 import re
-import shutil
 import stat
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, random_ids
+from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, needs_compiler, random_ids
 
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
 from jaxgpt.cli.options import load_model
@@ -36,31 +35,6 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 # No size is a multiple of a vector's.
 ODD = TINY.replace(emb_dim=150, n_heads=3)
-
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
-)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """A user's cache with the kernel in it, shared by all test processes."""
-    base = tmp_path_factory.getbasetemp()
-    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "kernel"
-    home.mkdir(exist_ok=True)
-    with pytest.MonkeyPatch.context() as patch, (home / "lock").open("w") as lock:
-        patch.setenv("XDG_CACHE_HOME", str(home))
-        patch.delenv(kernel.VARIABLE)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        kernel.build_once()
-        assert kernel.failure() is None
-    return home
-
-
-@pytest.fixture
-def built(cache, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    monkeypatch.delenv(kernel.VARIABLE)
 
 
 @pytest.fixture
@@ -116,7 +90,7 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(built, inner, kind):
 
 @needs_compiler
 @pytest.mark.exhaustive
-def test_the_number_of_threads_changes_no_bit(cache):
+def test_the_number_of_threads_changes_no_bit(kernel_cache):
     """With one thread, a weight of several pieces is read from end to end."""
     program = (
         "import os, sys; os.sched_setaffinity(0, list(os.sched_getaffinity(0))[:int(sys.argv[1])])\n"
@@ -129,7 +103,7 @@ def test_the_number_of_threads_changes_no_bit(cache):
         "        y = kernel.few_rows(jnp.asarray(x), jnp.asarray(w).astype(dtype))\n"
         "        print(hashlib.sha256(np.asarray(y).tobytes()).hexdigest())"
     )
-    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), kernel.VARIABLE: "1"}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(kernel_cache), kernel.VARIABLE: "1"}
     one, all_of_them = (
         subprocess.run([sys.executable, "-c", program, n], capture_output=True, text=True, env=environment, check=True)
         for n in ("1", "1000")
@@ -277,8 +251,8 @@ def test_the_choice_of_kernel_is_not_saved(built, tmp_path):
 
 
 @needs_compiler
-def test_the_kernel_is_the_users_own(cache):
-    (directory,) = (cache / "jaxgpt").glob("kernel-*")
+def test_the_kernel_is_the_users_own(kernel_cache):
+    (directory,) = (kernel_cache / "jaxgpt").glob("kernel-*")
     assert stat.S_IMODE(directory.stat().st_mode) == 0o700
     assert [file.suffix for file in directory.iterdir()] == [".so"]
 
@@ -410,14 +384,14 @@ def test_the_kernel_is_left_to_single_devices(built):
 
 @needs_compiler
 @pytest.mark.exhaustive
-def test_the_command_finds_the_kernel_in_a_later_process(cache):
+def test_the_command_finds_the_kernel_in_a_later_process(kernel_cache):
     program = (
         "import jaxgpt; print(jaxgpt.prepare(*jaxgpt.load('shakespeare'))[0].compute.native_kernel);"
         "print(jaxgpt.generate_text(*jaxgpt.load('shakespeare'), 'ROMEO:', 20))"
     )
     printed = {}
     for setting in ("0", "1"):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), kernel.VARIABLE: setting}
+        environment = {**os.environ, "XDG_CACHE_HOME": str(kernel_cache), kernel.VARIABLE: setting}
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
         printed[setting] = done.stdout.splitlines()
     assert [printed["0"][0], printed["1"][0]] == ["False", "True"]

@@ -103,6 +103,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per text, one per line")
     count("--logprobs", help="with --json: log-probabilities of each token and the N likeliest")
     parser.add_argument(
+        "--lookup",
+        type=int,
+        nargs="?",
+        const=8,
+        metavar="N",
+        help="guess what the text repeats, and read up to N tokens at once: same text, sooner (%(const)s)",
+    )
+    parser.add_argument(
         "--cache-dtype",
         choices=DTYPES,
         help="type of the key/value cache (default: see jaxgpt.Cache.empty)",
@@ -138,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
         sampler = _sampler(args)
         check_num_return_sequences(args.num_return_sequences, sampler)
         key = as_key(args.seed) if sampler.draws else None
-        options |= {"sampler": sampler, "logprobs": args.logprobs}
+        options |= {"sampler": sampler, "logprobs": args.logprobs, "lookup": args.lookup}
     model, params = load_model(args)
     rows = [encode_prompt(model.config, prompt) for prompt in prompts]
     options["stop_ids"] = default_stop_ids(model.config)
@@ -169,7 +177,7 @@ def _refuse_other_mode(args: argparse.Namespace, searches: bool) -> None:
     from jaxgpt.generation import SAMPLING
 
     sampling = (f"--{name.replace('_', '-')}" for name in SAMPLING)
-    if option := given(args, *sampling, "--seed", "--greedy", "--stop", "--logprobs"):
+    if option := given(args, *sampling, "--seed", "--greedy", "--stop", "--logprobs", "--lookup"):
         raise ValueError(f"{option} and --num-beams exclude each other: a search only ranks what the model says")
 
 
@@ -336,4 +344,6 @@ def _report(results) -> None:
     rates = [result.tokens_per_second for result in results if result.tokens_per_second]
     if rates:
         line += f", compilation included; {sum(rates) / len(rates):,.0f} tokens/s without it"
+    if looked_up := sum(result.looked_up for result in results):
+        line += f"; {looked_up} looked up"
     print(line, file=sys.stderr)

@@ -52,6 +52,11 @@ class DecodeState:
     history: History | None = None
     logprobs: tuple[Logprobs, Logprobs] | None = None
 
+    @property
+    def top(self) -> int | None:
+        """How many of the likeliest ids are reported with each draw; None for no log-probabilities."""
+        return None if self.logprobs is None else self.logprobs[0].top.shape[-1]
+
 
 @functools.partial(jax.jit, static_argnames=("model", "slots", "cache_dtype", "logprobs", "copies"))
 def prefill(
@@ -107,7 +112,7 @@ def prefill(
         broken_B=jnp.full(B, -1, jnp.int32),
         history=history,
     )
-    return _draw(model, params, state, x_Bx1xD, sampler, logprobs)
+    return _read_out(model, params, state, x_Bx1xD, sampler, logprobs)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "chunk"), donate_argnames=("state",))
@@ -126,7 +131,6 @@ def decode_tokens(
         (state, (ids_BxN, their log-probabilities)): N is `chunk`; only the first columns count, as many as
         `state.drawn` has grown by. The latter are [B, N] and [B, N, K], or None for a state without any.
     """
-    top = None if state.logprobs is None else state.logprobs[0].top.shape[-1]
 
     def step(state: DecodeState) -> DecodeState:
         if isinstance(state.memory, RecentTokens):
@@ -138,7 +142,7 @@ def decode_tokens(
             x_BxTxD, memory = model.apply(
                 {"params": params}, state.token_B[:, None], cache=state.memory, method="features"
             )
-        return _draw(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler, top)
+        return _read_out(model, params, dataclasses.replace(state, memory=memory), x_BxTxD, sampler, state.top)
 
     def step_if_needed(state: DecodeState, i: Array) -> tuple[DecodeState, Any]:
         state = lax.cond((i < steps) & ~jnp.all(state.done_B), step, lambda state: state, state)
@@ -217,12 +221,16 @@ def scan_generate(
     return jnp.concatenate(pieces[1:], axis=1)
 
 
-def _draw(
+def _read_out(
     model: GPT, params: Any, state: DecodeState, x_Bx1xD: Array, sampler: Sampler, top: int | None
 ) -> DecodeState:
     """The next id of each row, from the features of the row's last token."""
     logits_Bx1xV: Any = model.apply({"params": params}, x_Bx1xD, method="logits")
-    logits_BxV = logits_Bx1xV[:, 0]
+    return draw(state, logits_Bx1xV[:, 0], sampler, top)
+
+
+def draw(state: DecodeState, logits_BxV: Array, sampler: Sampler, top: int | None) -> DecodeState:
+    """The state with one more id per row, drawn from these logits, and with the `top` likeliest if that is not None."""
     with jax.named_scope("sample"):
         keys_B = None if state.keys_B is None else jax.vmap(jax.random.fold_in, (0, None))(state.keys_B, state.drawn)
         history = state.history

@@ -90,6 +90,7 @@ _OTHERS = {
     "pad_token_id": "nothing: rows end where they end",
     "bos_token_id": "prompts that begin with it",
     "logits_processor": "sampler=..., which may be a Sampler of your own",
+    "prompt_lookup_num_tokens": "lookup=n, which counts the last id too",
     "generation_config": "the options themselves",
     "n": "num_return_sequences",
 }
@@ -112,6 +113,7 @@ _OPTIONS = (
     "beyond_context",
     "cache_dtype",
     "logprobs",
+    "lookup",
     "num_return_sequences",
     *SAMPLING,
 )

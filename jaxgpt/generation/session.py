@@ -15,6 +15,7 @@ from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.generation import decode
 from jaxgpt.generation.history import History
 from jaxgpt.generation.logprobs import Logprobs
+from jaxgpt.generation.lookup import Lookup
 from jaxgpt.generation.options import SAMPLING, chosen_sampler
 from jaxgpt.generation.preparation import prepare
 from jaxgpt.generation.prompts import (
@@ -52,6 +53,8 @@ class GenerationResult:
         finish_reasons: per row, "stop" if a stop id or a stop string ended it, otherwise "length".
         logprobs: per row, the log-probabilities that the model gave its new ids and the likeliest ones, if asked for.
         sampler_logprobs: the same after the sampler's controls and filters, from which the ids were drawn.
+        looked_up: how many of the ids drawn `lookup` had guessed, which took no reading of the weights of their own;
+            those past a stop string count too.
     """
 
     tokens: list[np.ndarray]
@@ -61,6 +64,7 @@ class GenerationResult:
     finish_reasons: list[str]
     logprobs: list[Logprobs] | None = None
     sampler_logprobs: list[Logprobs] | None = None
+    looked_up: int = 0
 
     @property
     def new_tokens(self) -> list[np.ndarray]:
@@ -82,6 +86,7 @@ def generate(
     cache_dtype: str | None = None,
     num_return_sequences: int = 1,
     logprobs: int | None = None,
+    lookup: int | None = None,
     **options: Any,
 ) -> GenerationResult:
     """Continues each prompt by up to `max_new_tokens` ids.
@@ -112,6 +117,10 @@ def generate(
             were repeated as often, but each is read only once.
         logprobs: report the log-probability of each new id, and of so many likeliest ones, before and after the
             sampler; None for none, which costs nothing.
+        lookup: for one row, with the kernel of `jaxgpt build-kernel`: the most ids to read at once, from 2 to 8; None
+            for one at a time. The same ids result, sooner where the text repeats itself or its prompt: ids that
+            followed the same words before are guessed, and several guesses are checked in one reading of the weights
+            (`jaxgpt.generation.lookup`). Past the context, every token is drawn alone.
         options: the sampler in words, instead of `sampler`: `temperature`, `top_k`, `top_p`, `min_p`,
             `repetition_penalty`, `presence_penalty`, `frequency_penalty`, `no_repeat_ngram_size`, `logit_bias`,
             `bad_words_ids`, `min_new_tokens` (see `from_options`). Other libraries' options are refused, with what to
@@ -123,6 +132,7 @@ def generate(
             empty prompt; for arguments out of range; for a random sampler without a key; for several rows per prompt
             without one.
         FloatingPointError: if logits are NaN or infinite, naming the row and the step.
+        KernelError: for `lookup` without the kernel.
         OutOfMemoryError: if the key/value cache alone needs more memory than there is.
     """
     run = Generation(
@@ -138,6 +148,7 @@ def generate(
         cache_dtype=cache_dtype,
         num_return_sequences=num_return_sequences,
         logprobs=logprobs,
+        lookup=lookup,
         **options,
     )
     for _ in run:
@@ -166,6 +177,7 @@ class Generation:
         cache_dtype: str | None = None,
         num_return_sequences: int = 1,
         logprobs: int | None = None,
+        lookup: int | None = None,
         chunk: int = CHUNK,
         **options: Any,
     ):
@@ -192,6 +204,7 @@ class Generation:
         self.logprobs = None if logprobs is None else whole_number("logprobs", logprobs)
         if self.logprobs is not None and self.logprobs > config.vocab_size:
             raise ValueError(f"logprobs must be at most the vocabulary's {config.vocab_size} ids, not {self.logprobs}")
+        self.lookup = None if lookup is None else Lookup(lookup, model, params, len(self.prompts))
         longest = max(map(len, self.prompts))
         if beyond_context == "error" and longest + self.max_new_tokens > config.context_length:
             raise ValueError(
@@ -220,6 +233,7 @@ class Generation:
             finish_reasons=["stop" if self._has_ended(r) else "length" for r in range(len(self.prompts))],
             logprobs=self._logprobs(0),
             sampler_logprobs=self._logprobs(1),
+            looked_up=self.lookup.accepted if self.lookup else 0,
         )
 
     def end_row(self, r: int, length: int) -> None:
@@ -253,14 +267,14 @@ class Generation:
             if work == "cached" and longest + drawn + steps - 1 > slots:
                 slots = self._slots(min(4 * slots, longest + cached - 1))
                 state = decode.grow(state, slots)
-            state, new = decode.decode_tokens(
-                self.model,
-                self.params,
-                state,
-                to_device(np.int32(steps), self.params),
-                chunk=CHUNK,
-                sampler=to_device(self.sampler, self.params),
-            )
+            arguments = self.model, self.params, state, to_device(np.int32(steps), self.params)
+            options: dict[str, Any] = {"chunk": CHUNK, "sampler": to_device(self.sampler, self.params)}
+            if self.lookup and work == "cached":
+                state, new = self.lookup.decode_tokens(
+                    *arguments, to_device(np.int32(end - drawn), self.params), **options
+                )
+            else:
+                state, new = decode.decode_tokens(*arguments, **options)
             before, drawn = drawn, int(jax.device_get(state.drawn))
             yield self._accept(state, new, _Timing(f"{work} {slots}", drawn - before, started))
 
@@ -283,7 +297,7 @@ class Generation:
             row[longest - len(prompt) : longest] = prompt
         lengths_B = np.array([min(C, len(prompt)) for prompt in prompts], np.int32)
         history = None
-        if self.sampler.sees_text:
+        if self.sampler.sees_text or self.lookup:
             columns = max(map(len, self.prompts)) + self.max_new_tokens
             history = History.of(self.prompts, bucket(columns, CACHE_BUCKET, 2**31))
         arguments = (ids_BxT, lengths_B, np.int32(longest), self.key, self._padded_stop_ids())

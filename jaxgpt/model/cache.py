@@ -31,7 +31,7 @@ class Cache:
 
     Attributes:
         layers: one (k, v) pair per block, each [B, H, S, K], or [H, S, K] where B is 1; with `scan_layers` a single
-            pair with a leading axis [L, ...]. Only `remember` and `take` need to know this layout.
+            pair with a leading axis [L, ...]. Only `remember`, `take` and `slots` need to know this layout.
         start_B: first slot of each row, int32.
         length: slots in use, the same for all rows; also the next token's slot. A Python int where it is known at
             trace time, so that attention can skip keys that are certainly masked.
@@ -61,6 +61,11 @@ class Cache:
         else:
             layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
         return cls(layers=layers, start_B=start_B, length=0)
+
+    @property
+    def slots(self) -> int:
+        """Size of the cache."""
+        return jax.tree.leaves(self.layers)[0].shape[-2]
 
     def advance(self, layers: Any, T: int) -> Cache:
         """The cache T slots later, with the `layers` in which they are written."""
