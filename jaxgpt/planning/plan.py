@@ -191,13 +191,30 @@ def resolve(
 
 def check(config: TrainConfig, rows: int | None = None) -> None:
     """Raises ConfigError unless the mesh divides the model and the rows (default: those of a micro-batch)."""
-    from jax.sharding import AbstractMesh
-
     from jaxgpt.parallel import sharding
 
     rows = config.batch_size // config.grad_accumulation if rows is None else rows
-    mesh: Any = AbstractMesh(config.mesh.resolve(0), AXES)
-    sharding.check(mesh, config.model, rows)
+    sharding.check(_mesh(config), config.model, rows)
+
+
+def attention(config: TrainConfig) -> str:
+    """The backend of attention that training on a TPU uses.
+
+    Raises:
+        ConfigError: if the config asks for one that cannot compute it.
+    """
+    from jaxgpt.model import backend_of
+
+    rows, dropout = config.batch_size // config.grad_accumulation, config.model.drop_rate_attn > 0
+    return backend_of(config.model, config.compute, rows, config.T, dropout, _mesh(config))
+
+
+def _mesh(config: TrainConfig) -> Any:
+    """The config's mesh, of TPUs that need not be there."""
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    device = AbstractDevice(device_kind="TPU", num_cores=None, platform="tpu")
+    return AbstractMesh(config.mesh.resolve(0), AXES, abstract_device=device)
 
 
 def model_flops(config: TrainConfig) -> int:
