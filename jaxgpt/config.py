@@ -233,10 +233,10 @@ class ComputeConfig:
     attention: str = setting(
         "auto",
         choices=ATTENTION,
-        help="What computes attention: plain XLA (reference), XLA in blocks of queries (blocked), or one kernel, cuDNN's "
-        "on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name raises where it cannot compute "
-        "what is needed, such as float32, dropout of the attention weights, or decoding with a cache; auto takes the "
-        "platform's kernel wherever that can, and else blocked.",
+        help="What computes attention: plain XLA (reference), XLA in blocks of queries (blocked), or one kernel, "
+        "cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name raises where it cannot "
+        "compute what is needed: the kernels have no float32, no dropout of the attention weights and no decoding with "
+        "a cache. The default, auto, takes the platform's kernel wherever that can, and else blocked.",
     )
     native_kernel: bool = setting(
         False,

@@ -9,8 +9,8 @@ from typing import Any
 
 
 def product_flops(jaxpr: Any) -> int:
-    """Operations of the matrix products of a traced program, those in kernels included. Unlike `accounting`, it excludes
-    the blocks that attention skips, and includes the scores that it recomputes. A conditional counts as the mean of the
+    """Operations of the matrix products of a traced program, in kernels too. Unlike `accounting`, it excludes the
+    blocks that attention skips, and includes the scores that it recomputes. A conditional counts as the mean of the
     branches that multiply at all, because dense and banded layers alternate."""
     return _total(jaxpr, _flops)
 
@@ -31,9 +31,11 @@ def _total(jaxpr: Any, count: Callable[[Any], int | None]) -> int:
             branches = [found for branch in parameters["branches"] if (found := _total(branch.jaxpr, count))]
             total += sum(branches) // max(1, len(branches))
         else:
-            # Within shard_map, shapes are those of one device.
-            runs = {"scan": lambda: parameters["length"], "shard_map": lambda: parameters["mesh"].size}
-            times = runs.get(name, lambda: 1)()
+            times = 1
+            if name == "scan":
+                times = parameters["length"]
+            elif name == "shard_map":  # within it, shapes are those of one device
+                times = parameters["mesh"].size
             inner = (getattr(value, "jaxpr", value) for value in parameters.values())
             total += times * sum(_total(part, count) for part in inner if hasattr(part, "eqns"))
     return total
@@ -67,8 +69,8 @@ def _kernel_bytes(equation: Any) -> int | None:
 
 
 def _steps(equation: Any) -> int:
-    """Steps of Splash's grid [..., n, w] that compute something: masks are bands of blocks, in whose row i (counted from
-    the band's corner) min(i + 1, w) of the n blocks are not wholly masked."""
+    """Steps of Splash's grid [..., n, w] that compute something: masks are bands of blocks, in whose row i, counted
+    from the corner, min(i + 1, w) of the n blocks are not wholly masked."""
     mapping = equation.params["grid_mapping"]
     queries, width = mapping.block_mappings[0], mapping.grid[-1]
     n = queries.array_aval.shape[-2] // queries.block_shape[-2].block_size

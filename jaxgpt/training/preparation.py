@@ -139,7 +139,8 @@ def first_line(
     return (
         f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
         f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
-        f"{val_tokens:,} to validate; {devices}, attention {attention}; {config.batch_size * config.T:,} tokens per step"
+        f"{val_tokens:,} to validate; {devices}, attention {attention}; "
+        f"{config.batch_size * config.T:,} tokens per step"
     )
 
 

@@ -132,9 +132,7 @@ def backend_of(
         seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, None, compute.dtype)
         key = jax.random.key(0) if dropout else None
         chosen.append(
-            choose(
-                compute.attention, q_BxHxTxK, seen, dropout_key=key, custom_derivatives=compute.custom_derivatives
-            )
+            choose(compute.attention, q_BxHxTxK, seen, dropout_key=key, custom_derivatives=compute.custom_derivatives)
         )
         return q_BxHxTxK
 

@@ -67,7 +67,9 @@ def visible_slots(query_slot: int | Array, queries: slice, keys: slice, start_B:
     return visible_Bx1xTxS & (slot_S[None] > before_Tx1)[None, None]
 
 
-def masked_scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, custom_derivatives: bool = True) -> Array:
+def masked_scores(
+    q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, custom_derivatives: bool = True
+) -> Array:
     """q k^T, float32, with `MASKED_SCORE` where a query may not see a slot."""
     scores_BxHxTxS = dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype, custom_derivatives)
     return jnp.where(visible, scores_BxHxTxS, MASKED_SCORE)
