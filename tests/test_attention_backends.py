@@ -1,7 +1,7 @@
 """Every backend of attention against float64, what each refuses, and how one is chosen.
 
-cuDNN's kernel needs an NVIDIA GPU. Elsewhere, `jax.nn.dot_product_attention` computes the same call through XLA, which
-tests everything around the kernel. Splash is interpreted.
+cuDNN's kernel needs an NVIDIA GPU. Elsewhere the reference stands in for it, which tests everything around the kernel.
+Splash is interpreted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from helpers import TINY, exhaustive, make_model, random_ids
 from jaxgpt.config import ATTENTION, ComputeConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import backend_of, reference
-from jaxgpt.model.attention import attend, choice, choose, cudnn, fused, splash
+from jaxgpt.model.attention import attend, blocked, choice, choose, cudnn, fused, splash
+from jaxgpt.model.attention import reference as reference_attention
 from jaxgpt.model.cache import Seen
 from jaxgpt.parallel import MeshConfig, make_mesh, shard
 
@@ -25,8 +26,8 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 ON_GPU = jax.default_backend() == "gpu"
 # The compute type and the largest error, with that of rounding the operands and the result.
 BACKENDS = {
-    "reference": (choice.BACKENDS["reference"].context, "float32", 5e-6),
-    "blocked": (choice.BACKENDS["blocked"].context, "float32", 5e-6),
+    "reference": (reference_attention, "float32", 5e-6),
+    "blocked": (blocked, "float32", 5e-6),
     "cudnn": (cudnn, "bfloat16", 0.06),
     "splash": (functools.partial(splash, interpret=True), "bfloat16", 0.06),
 }
@@ -34,15 +35,19 @@ BACKENDS = {
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The arguments of the calls of cuDNN, which XLA computes instead unless there is a GPU."""
+    """The arguments of the calls of cuDNN, which the reference computes instead unless there is a GPU."""
     seen, function = [], jax.nn.dot_product_attention
 
     def call(q, k, v, **options):
         seen.append({"shape": q.shape, "dtype": q.dtype.name, **options})
         if ON_GPU:
             return function(q, k, v, **options)
-        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # XLA's form needs both
-            return function(q, k, v, **options | {"implementation": "xla"})
+        assert options["is_causal"]
+        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+        before, after = options["local_window_size"] or (q.shape[2], 0)
+        assert after == 0
+        y = reference_attention(q, Seen(k, v, 0, None, "bfloat16"), window=before + 1, scale=options["scale"])
+        return y.astype("bfloat16").swapaxes(1, 2)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", call)
     return seen
@@ -124,6 +129,35 @@ def test_what_cudnn_is_asked_for(calls):
     cudnn(q, Seen(k, v, 0, None, "bfloat16"), window=5, scale=0.3)
     expected = {"shape": (2, 24, 3, 8), "dtype": "bfloat16", "scale": 1.0, "is_causal": True}
     assert calls == [expected | {"local_window_size": (4, 0), "implementation": "cudnn"}]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(ON_GPU, reason="there is a GPU")
+def test_cudnns_calls_forward_and_backward_are_lowered_for_cuda_without_a_gpu(monkeypatch):
+    # All that JAX misses here is the library's version.
+    stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
+    monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)
+    monkeypatch.setattr(fused, "platform", lambda _: "gpu")
+    x = jax.ShapeDtypeStruct((2, 3, 64, 8), jnp.float32)
+    start_B = jax.ShapeDtypeStruct((2,), jnp.int32)
+
+    def total(q, k, v, start_B):
+        seen = Seen(k, v, 0, start_B, "bfloat16")
+        assert choose("cudnn", q, seen) == "cudnn"
+        return jnp.sum(cudnn(q, seen, window=20))
+
+    calls = ["__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
+    gradient = jax.jit(jax.grad(total, (0, 1, 2)))
+    text = jax.export.export(gradient, platforms=["cuda"], disabled_checks=unchecked)(x, x, x, start_B).mlir_module()
+    for call in calls:
+        assert f"@{call}(" in text
+    assert text.count("CAUSAL") == text.count(r"sliding_window_length\22: 20") == 2
+    # JAX knows what its kernel can do.
+    q = jnp.zeros((2, 3, 64, 20))
+    assert "head dim must be <= 128 and a multiple of 8, but got 20" in fused.cudnn_refusal(
+        q, Seen(q, q, 0, None, "bfloat16")
+    )
 
 
 @pytest.mark.parametrize("backend", ["reference", "cudnn"])
