@@ -16,6 +16,7 @@ from helpers import TINY, exhaustive, make_model, random_ids
 
 from jaxgpt.config import ATTENTION, ComputeConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.generation import generate
 from jaxgpt.model import backend_of, reference
 from jaxgpt.model.attention import attend, blocked, choice, choose, cudnn, fused, splash
 from jaxgpt.model.attention import reference as reference_attention
@@ -254,6 +255,13 @@ def test_a_model_can_ask_for_a_backend_by_name():
     model, _ = make_model(TINY, attention="splash")  # initialises: only its shapes count
     with pytest.raises(ConfigError, match="attention='splash' cannot compute this: it needs a TPU"):
         model.apply({"params": params}, ids)
+
+
+def test_decoding_by_a_kernel_by_name_is_refused(monkeypatch, calls):
+    monkeypatch.setattr(fused, "platform", lambda _: "gpu")
+    model, params = make_model(TINY, attention="cudnn", dtype="bfloat16")
+    with pytest.raises(ConfigError, match="these queries continue one in a cache"):
+        generate(model, params, [[1, 2, 3]], 4)
 
 
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(monkeypatch, calls):
