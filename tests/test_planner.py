@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import TINY
+from jax.sharding import PartitionSpec
 
 from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model.gpt import GPT
+from jaxgpt.parallel import MeshConfig, make_mesh
 from jaxgpt.planning import plan as planner
 from jaxgpt.planning.hlo import Program, _group
 from jaxgpt.planning.plan import Cost, Topology
@@ -369,6 +371,15 @@ def test_a_kernels_cost_is_that_of_the_blocks_that_it_computes(window, steps):
     # Queries, the result, their positions in 128 lanes of int32; keys and values per block; one block of three sums.
     once, lanes, block = 2 * B * H * T * K, 4 * B * H * T * 128, 2 * B * H * 128 * K
     assert kernel_bytes(forward) == 2 * once + lanes + 2 * steps * block + B * 128 * 4 * (128 + 128 + K)
+
+
+def test_operations_within_shard_map_count_once_per_device():
+    from jaxgpt.planning.traced import product_flops
+
+    mesh = make_mesh(MeshConfig(data=2))
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    assert product_flops(jax.make_jaxpr(product)(jnp.ones((4, 8)), jnp.ones((8, 16))).jaxpr) == 2 * 4 * 8 * 16
 
 
 def test_formulae_of_the_activations():

@@ -5,6 +5,9 @@ arranged around them: scores are scaled by scaling the queries, rows with paddin
 where causality alone hides the padding, and on several devices each runs the kernel on its own rows and heads. The rest
 is refused, by `cudnn_refusal` and `splash_refusal`, and nowhere else.
 
+Neither kernel has run on its own hardware yet. Splash is tested interpreted on a CPU, and compiled for TPUs by `jaxgpt
+plan`; of cuDNN, the calls that reach it are tested, and that they are lowered for CUDA.
+
 Source: Dao et al. 2022 (FlashAttention). Sizes: B batch, H heads, T queries and keys, K head_dim.
 """
 
