@@ -198,9 +198,10 @@ def refused(backend, dtype="bfloat16", T=128, S=None, slot=0, **options):
         ({"dropout_key": 0}, "no dropout of the attention weights"),
         ({"custom_derivatives": False}, "no forward-mode derivatives, which custom_derivatives=False asks for"),
         ({"slot": 5, "S": 140}, "these queries continue one in a cache"),
+        ({"S": 140}, "these queries continue one in a cache"),
         ({"slot": jnp.int32(0)}, "these queries continue one in a cache"),
     ],
-    ids=["float32", "weights", "dropout", "forward-mode", "cached", "traced"],
+    ids=["float32", "weights", "dropout", "forward-mode", "cached", "longer", "traced"],
 )
 def test_what_a_kernel_cannot_compute_is_refused_by_name_and_left_by_auto(backend, options, reason, monkeypatch, calls):
     platform = {"cudnn": "gpu", "splash": "tpu"}[backend]
