@@ -262,7 +262,7 @@ def test_decoding_by_a_kernel_by_name_is_refused(monkeypatch, calls):
     monkeypatch.setattr(fused, "platform", lambda _: "gpu")
     model, params = make_model(TINY, attention="cudnn", dtype="bfloat16")
     with pytest.raises(ConfigError, match="these queries continue one in a cache"):
-        generate(model, params, [[1, 2, 3]], 4)
+        generate(model, params, [[1, 2, 3]], 4, cache_dtype="bfloat16")
 
 
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(monkeypatch, calls):

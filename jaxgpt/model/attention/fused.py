@@ -125,8 +125,12 @@ def _splash_kernel(window: int | None, interpret: bool, *operands: Array) -> Arr
     kernel = library.make_splash_mha(
         library.MultiHeadMask([mask] * H),
         block_sizes=library.BlockSizes(
-            *(block, block),  # forward: queries, keys
-            **dict.fromkeys(("block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"), block),
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
         ),
         head_shards=1,
         q_seq_shards=1,
