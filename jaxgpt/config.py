@@ -16,6 +16,7 @@ from jaxgpt.tokenizer import BUILTIN, NAME_FORM, is_name
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
+ATTENTION = ("auto", "reference", "blocked", "cudnn", "splash")
 
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
@@ -230,6 +231,14 @@ class ComputeConfig:
         help="Whether to use hand-written derivatives, which are the fastest in reverse mode. Forward mode (jax.jvp, "
         "jax.jacfwd, jax.hessian) needs them off; the derivatives are then JAX's own.",
     )
+    attention: str = setting(
+        "auto",
+        choices=ATTENTION,
+        help="What computes attention: plain XLA (reference), XLA in blocks of queries (blocked), or one kernel, "
+        "cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name raises where it cannot "
+        "compute what is needed: the kernels have no float32, no dropout of the attention weights and no decoding with "
+        "a cache. The default, auto, takes the platform's kernel wherever that can, and else blocked.",
+    )
     native_kernel: bool = setting(
         False,
         help="Whether decoding on a CPU uses the C++ kernel of jaxgpt.cpu.kernel. jaxgpt.prepare turns it "
@@ -257,8 +266,8 @@ class ComputeConfig:
         return type(self).from_dict({**self.to_dict(), **changes})
 
     def portable(self) -> ComputeConfig:
-        """Returns a copy without what other machines may lack: the native kernel."""
-        return self.replace(native_kernel=False)
+        """Returns a copy without what other machines may lack: the native kernel, and attention by name."""
+        return self.replace(native_kernel=False, attention="auto")
 
 
 def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_the_fields_above_are_all_there_are():
         "tokenizer",
     } == fields
     assert {*COMPUTE_BOOLS, *COMPUTE_CHOICES} == set(ComputeConfig().to_dict())
-    assert set(COMPUTE_CHOICES) == {"dtype", "param_dtype", "remat"}
+    assert set(COMPUTE_CHOICES) == {"dtype", "param_dtype", "remat", "attention"}
 
 
 def with_field(name, value):
@@ -516,7 +516,7 @@ def test_every_config_comes_back_from_a_dict_from_json_and_from_toml(config, tmp
 def test_every_compute_config_comes_back_from_a_dict_and_from_json(compute):
     assert ComputeConfig.from_dict(json.loads(json.dumps(compute.to_dict()))) == compute
     assert compute.replace() == compute
-    assert compute.portable() == compute.replace(native_kernel=False)
+    assert compute.portable() == compute.replace(native_kernel=False, attention="auto")
 
 
 @given(config=st.one_of(train_configs, adapter_configs))

@@ -34,7 +34,7 @@ def test_a_good_installation_passes_every_check(home, capsys):
     assert main(["doctor", "--json"]) == 0
     checks = json.loads(capsys.readouterr().out)["checks"]
     assert [check["name"] for check in checks] == list(doctor.CHECKS)
-    assert len(checks) == 13
+    assert len(checks) == 15
     assert all(check["good"] and check["found"] and not check["advice"] for check in checks)
 
 

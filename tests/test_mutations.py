@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import pytest
 from helpers import ALTERNATING, SCALED, TINY, exhaustive, gradient_errors, grid, logits_error, make_model, random_ids
 
-import jaxgpt.model.attention as attention_module
 import jaxgpt.model.gpt as model_module
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.model import ops
+from jaxgpt.model.attention import blocked, choice
 from jaxgpt.model.gpt import Embedding, FeedForward, LayerNorm, Linear, MultiHeadAttention
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
@@ -98,12 +98,11 @@ BANDS = {
 def test_a_wrong_band_is_seen(wrong, scan_layers, monkeypatch):
     model, params = make_model(ALTERNATING, scan_layers=scan_layers)
     assert logits_error(model, params, IDS) < TOLERANCE
-    right = attention_module.blocked
-    monkeypatch.setattr(
-        attention_module,
-        "blocked",
-        lambda q, seen, *, window, **options: right(q, seen, window=wrong(window), **options),
-    )
+
+    def wrongly(q, seen, *, window, **options):
+        return blocked(q, seen, window=wrong(window), **options)
+
+    monkeypatch.setitem(choice.BACKENDS, "blocked", choice.BACKENDS["blocked"]._replace(context=wrongly))
     assert logits_error(model, params, IDS) > 20 * TOLERANCE
 
 

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from helpers import TINY
+from jax.sharding import PartitionSpec
 
 from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model.gpt import GPT
+from jaxgpt.parallel import MeshConfig, make_mesh
 from jaxgpt.planning import plan as planner
 from jaxgpt.planning.hlo import Program, _group
 from jaxgpt.planning.plan import Cost, Topology
@@ -253,7 +255,8 @@ def test_batches_that_the_mesh_does_not_divide():
 
 
 def test_formulae_of_a_training_step():
-    config, topology = plan_of("gpt3-13b", "v5p:4x8x8", "data=2,fsdp=32,tensor=4", batch=128)
+    blocked = "compute.attention=blocked"
+    config, topology = plan_of("gpt3-13b", "v5p:4x8x8", "data=2,fsdp=32,tensor=4", blocked, batch=128)
     P = accounting.count_parameters(config.model).total
     cost = planner.analytic_training(config, topology)
     assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimizer"] / 2 == 4 * P / 128
@@ -305,9 +308,12 @@ def test_the_formulae_are_as_close_to_the_compiled_programs_as_the_command_says(
         assert stated - 0.02 < max(map(abs, found)) < stated < 0.3
 
 
+DENSE = ("model.attention_pattern=dense", "compute.attention=blocked")
+
+
 def test_formulae_of_the_memory_traffic():
     def traffic(*overrides):
-        config, _ = plan_of("gpt3-1.3b", "v5e:8x8", None, "model.attention_pattern=dense", *overrides, batch=512)
+        config, _ = plan_of("gpt3-1.3b", "v5e:8x8", None, *DENSE, *overrides, batch=512)
         return planner._hbm_bytes(config)
 
     tokens, D, L = 8 * 2048, 2048, 24
@@ -323,9 +329,57 @@ def test_formulae_of_the_memory_traffic():
     recomputed = 2 * P * 2 + 2 * L * tokens * (2 * D + 5 * D + 4 * D) * 4 + 3 * scores
     assert traffic() - traffic("compute.remat=none") == pytest.approx(recomputed)
     # Up to 32 chips weights go round a ring.
-    config, _ = plan_of("gpt3-1.3b", "v5e:4x8", None, "model.attention_pattern=dense", "loss_chunk=0", batch=256)
+    config, _ = plan_of("gpt3-1.3b", "v5e:4x8", None, *DENSE, "loss_chunk=0", batch=256)
     ring = planner._hbm_bytes(config) - traffic("loss_chunk=0")
     assert ring == pytest.approx(32 * L * tokens * 12 * D * 4 + 28 * P * (1 / 32 - 1 / 64))
+
+
+def test_formulae_of_attention_in_a_kernel():
+    def cost(backend):
+        config, topology = plan_of("gpt3-1.3b", "v5e:8x8", None, DENSE[0], f"compute.attention={backend}", batch=512)
+        return planner.analytic_training(config, topology), planner._attention_bytes(config)
+
+    (kernel, in_kernels), (blocks, in_blocks) = cost("auto"), cost("blocked")
+    rows, heads, layers, T, K = 8, 16, 24, 2048, 128
+    # No block of scores is in memory or passes through HBM.
+    spared = blocks.memory["activations"] - kernel.memory["activations"]
+    assert spared == pytest.approx(4 * rows * heads * 128 * T * 4)
+    assert blocks.hbm_bytes - kernel.hbm_bytes == pytest.approx(in_blocks - in_kernels)
+    # 10 of the 4 x 4 blocks of 512 are not wholly masked. Two products forward, twice, and seven backward.
+    scored = 2 * rows * heads * layers * K * 512**2 * 10 * (2 * 2 + 7)
+    in_blocks_of_128 = 2 * rows * heads * layers * K * T * (T + 128) / 2 * (2 * 2 + 5)
+    assert kernel.flops - blocks.flops == pytest.approx(scored - in_blocks_of_128)
+
+
+@pytest.mark.parametrize(("window", "steps"), [(None, 1 + 2 + 3), (100, 1 + 2 + 2)])
+def test_a_kernels_cost_is_that_of_the_blocks_that_it_computes(window, steps):
+    from jaxgpt.model.attention import splash
+    from jaxgpt.model.cache import Seen
+    from jaxgpt.planning.traced import kernel_bytes, product_flops
+
+    B, H, T, K = 2, 3, 384, 64  # three blocks of 128
+
+    def total(q, k, v):
+        return splash(q, Seen(k, v, 0, None, "bfloat16"), window=window).sum()
+
+    x = jax.ShapeDtypeStruct((B, H, T, K), jnp.float32)
+    forward, both = (jax.make_jaxpr(f)(x, x, x).jaxpr for f in (total, jax.grad(total, (0, 1, 2))))
+    product = 2 * B * H * steps * K * 128**2
+    assert product_flops(forward) == 2 * product
+    inner = 2 * B * H * T * K  # sum_K of the result times its gradient
+    assert product_flops(both) == (2 + 7) * product + inner
+    # Queries, the result, their positions in 128 lanes of int32; keys and values per block; one block of three sums.
+    once, lanes, block = 2 * B * H * T * K, 4 * B * H * T * 128, 2 * B * H * 128 * K
+    assert kernel_bytes(forward) == 2 * once + lanes + 2 * steps * block + B * 128 * 4 * (128 + 128 + K)
+
+
+def test_operations_within_shard_map_count_once_per_device():
+    from jaxgpt.planning.traced import product_flops
+
+    mesh = make_mesh(MeshConfig(data=2))
+    whole, rows = PartitionSpec(), PartitionSpec("data")
+    product = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(rows, whole), out_specs=rows)
+    assert product_flops(jax.make_jaxpr(product)(jnp.ones((4, 8)), jnp.ones((8, 16))).jaxpr) == 2 * 4 * 8 * 16
 
 
 def test_formulae_of_the_activations():
@@ -461,6 +515,7 @@ def test_gpt2_compiled_for_four_chips():
 def test_gpt3_compiled_for_a_pod_it_fits():
     pytest.importorskip("libtpu")
     config, topology = plan_of("gpt3-175b", "v5p:8x8x16", "fsdp=128,tensor=8", batch=256)
+    assert planner.attention(config) == "splash"
     report = planner.make_plan(config, topology, decode_batch=0, quick=True)
     training, analytic = report["training"]["compiled"], report["training"]["analytic"]
     assert training["fits"]

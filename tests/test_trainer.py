@@ -774,7 +774,7 @@ def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers,
     for part in (
         f"fine-tuning {two_layers}: 2 layers of width 24, context 8, {count:,} parameters",
         f"{len(train_N):,} tokens to train on, {len(val_N):,} to validate",
-        "1 device (cpu)",
+        "1 device (cpu), attention blocked",
         "32 tokens per step",
     ):
         assert part in first

@@ -12,7 +12,7 @@ from helpers import ALTERNATING, TINY, exhaustive, make_model, random_ids, to_nu
 
 from jaxgpt import ComputeConfig, Temperature, evaluate, generate, look_inside, prepare, score
 from jaxgpt.model import GPT, reference
-from jaxgpt.model import attention as attention_module
+from jaxgpt.model.attention import blocked, choice
 from jaxgpt.training import model_loss
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -34,7 +34,8 @@ def variants(default):
 
 @pytest.fixture(autouse=True)
 def _several_query_blocks(monkeypatch):
-    monkeypatch.setattr(attention_module, "blocked", functools.partial(attention_module.blocked, query_block=4))
+    in_blocks = choice.BACKENDS["blocked"]._replace(context=functools.partial(blocked, query_block=4))
+    monkeypatch.setitem(choice.BACKENDS, "blocked", in_blocks)
 
 
 def both(config, compute):

@@ -110,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
                 "formula": bound[1],
                 "peak_bytes": {program: result["peak_bytes"] for program, result in best.items()},
                 "costliest": best.get("jaxgpt", {}).get("costliest", []),
+                "attention": best.get("jaxgpt", {}).get("attention"),
                 "failures": failures,
             }
         )
@@ -180,6 +181,9 @@ def _table(report: dict[str, Any]) -> str:
                 f"{report['host_takes_tokens_per_s']:,.0f} tokens/s of them (training on {planning.HOST})",
                 soft_wrap=True,
             )
+        for backend in dict.fromkeys(row["attention"] for row in report["rows"] if row["attention"]):
+            workloads = ", ".join(row["work"] for row in report["rows"] if row["attention"] == backend)
+            console.print(f"attention of {workloads}: {backend}", soft_wrap=True)
         if "start_seconds" in report:
             seconds = report["start_seconds"]
             console.print(

@@ -421,6 +421,17 @@ def _matmul(work: Workload) -> Callable[[], Any]:
     return lambda: product(x, y).block_until_ready()
 
 
+def attention(work: Workload) -> str | None:
+    """The backend of attention that a workload over whole sequences uses; None for other workloads."""
+    from jaxgpt.model import backend_of
+
+    if work.kind not in ("forward", "train"):
+        return None
+    config = work.config()
+    dropout = work.kind == "train" and config.drop_rate_attn > 0
+    return backend_of(config, ComputeConfig(dtype=work.dtype), work.batch, work.length, dropout)
+
+
 def _start_up() -> float:
     """Seconds that a whole `jaxgpt generate` process takes."""
     started = time.perf_counter()
@@ -451,7 +462,7 @@ def main(arguments: list[str]) -> None:
     name, preset, *profile = arguments
     work = next(work for work in workloads(preset) if work.name == name)
     measurement, costliest = measure(work, Path(profile[0]) if profile else None)
-    print(json.dumps({**dataclasses.asdict(measurement), "costliest": costliest}))
+    print(json.dumps({**dataclasses.asdict(measurement), "costliest": costliest, "attention": attention(work)}))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 from jaxgpt import startup
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import DTYPES, GPTConfig
 
 ASSETS = Path(__file__).parent.parent / "assets"
 # Of the bundled model as released. (The tokenizer checks its own file whenever it is built.)
@@ -102,6 +102,23 @@ def _arithmetic(dtype: str) -> str:
     got = np.asarray(jax.jit(lambda params, ids: model.apply({"params": params}, ids))(params, ids), np.float64)
     want = reference.gpt(rounded, model.config, ids)
     return _compare("logits", got, want, TOLERANCES[dtype])
+
+
+def _attention(dtype: str) -> str:
+    """Compares the backend of attention that this machine chooses with float64, at a length that kernels take."""
+    import jax
+    import numpy as np
+
+    from jaxgpt.config import ComputeConfig
+    from jaxgpt.model import Seen, attend, backend_of, reference
+
+    config, T = GPTConfig(emb_dim=128, n_heads=2), 128
+    q, k, v = np.random.default_rng(3).normal(size=(3, 1, config.n_heads, T, config.head_dim)).astype(np.float32)
+    got, _ = jax.jit(lambda q, k, v: attend(q, Seen(k, v, 0, None, dtype)))(q, k, v)
+    exact = [x[0].astype(np.float64) for x in (q, k, v)]
+    want = np.stack([reference.attention_weights(q, k) @ v for q, k, v in zip(*exact, strict=True)])
+    backend = backend_of(config, ComputeConfig(dtype=dtype), 1, T)
+    return _compare(f"attention by {backend}", np.asarray(got)[0], want, TOLERANCES[dtype])
 
 
 def _generation() -> str:
@@ -242,6 +259,7 @@ CHECKS: dict[str, Callable[[], str]] = {
     "versions": _versions,
     "machine": _machine,
     **{f"arithmetic in {dtype}": functools.partial(_arithmetic, dtype) for dtype in TOLERANCES},
+    **{f"attention in {dtype}": functools.partial(_attention, dtype) for dtype in DTYPES},
     "generation": _generation,
     "gradient": _gradient,
     "large product": _large_product,

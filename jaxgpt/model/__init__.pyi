@@ -1,8 +1,11 @@
 from . import ops as ops
 from . import reference as reference
 from .arguments import check_model as check_model
+from .attention import attend as attend
+from .attention import backend_of as backend_of
 from .cache import Cache as Cache
 from .cache import RecentTokens as RecentTokens
+from .cache import Seen as Seen
 from .cache import default_dtype as default_dtype
 from .gpt import GPT as GPT
 from .gpt import FeedForward as FeedForward

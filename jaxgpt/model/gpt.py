@@ -69,6 +69,8 @@ class MultiHeadAttention(ConfiguredModule):
         context_BxHxTxK, weights_BxHxTxS = attend(
             q,
             seen,
+            # Initialisation only needs shapes, and its ids may have any.
+            backend="auto" if self.is_initializing() else self.compute.attention,
             window=cfg.attention_window,
             banded=banded,
             scale=cfg.attention_scales[0] if scale is None else scale,

@@ -7,9 +7,12 @@ from .memory import memory_errors as memory_errors
 from .mesh import AXES as AXES
 from .mesh import BATCH as BATCH
 from .mesh import MeshConfig as MeshConfig
+from .sharding import divides as divides
 from .sharding import is_distributed as is_distributed
 from .sharding import lay as lay
+from .sharding import layout as layout
 from .sharding import make_mesh as make_mesh
+from .sharding import per_device as per_device
 from .sharding import platform as platform
 from .sharding import replicate as replicate
 from .sharding import shard as shard

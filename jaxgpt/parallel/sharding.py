@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -208,9 +208,34 @@ def lay(x: Array, letters: str) -> Array:
     mesh = jax.typeof(x).sharding.mesh
     if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):  # a mesh of the caller's own is the caller's to lay out
         return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, layout(x.shape, letters, mesh)))
+
+
+def layout(shape: tuple[int, ...], letters: str, mesh: Any) -> P:
+    """The layout that `lay` gives an array of this shape."""
     axes = [LETTERS[letter] for letter in letters]
-    spec = P(*(part if size >= _size(mesh, part) else None for size, part in zip(x.shape, axes, strict=True)))
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return P(*(part if size >= _size(mesh, part) else None for size, part in zip(shape, axes, strict=True)))
+
+
+def divides(x: Array, letters: str) -> bool:
+    """Whether `per_device` can cut x: all its parts would be equal, or it is on one device."""
+    if not is_distributed(x):
+        return True
+    mesh = jax.typeof(x).sharding.mesh
+    if not set(AXES) <= set(mesh.axis_names):
+        return False
+    spec = layout(x.shape, letters, mesh)
+    return not any(size % _size(mesh, part) for size, part in zip(x.shape, spec, strict=True))
+
+
+def per_device(function: Callable[..., Array], letters: Sequence[str], *arrays: Array) -> Array:
+    """function(*arrays), for a function that XLA cannot divide, such as a kernel: each device runs it on its own part
+    of the arrays, cut by their `letters` as `lay` would. The result is laid out as the first array."""
+    if not is_distributed(arrays[0]):
+        return function(*arrays)
+    mesh = jax.typeof(arrays[0]).sharding.mesh
+    parts = tuple(layout(x.shape, axes, mesh) for x, axes in zip(arrays, letters, strict=False))
+    return jax.shard_map(function, mesh=mesh, in_specs=parts, out_specs=parts[0], check_vma=False)(*arrays)
 
 
 def replicate(x: Array) -> Array:

@@ -22,6 +22,7 @@ from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, sharding
 from jaxgpt.planning.hlo import Program
 from jaxgpt.planning.plan import Cost, Topology
+from jaxgpt.planning.traced import kernel_bytes, product_flops
 from jaxgpt.training import TrainConfig, abstract_state, jit_step
 
 # XLA's lowest effort takes a sixth of the time. Memory and communication come out about the same, but HBM traffic is
@@ -82,7 +83,7 @@ def _cost(
     """What the compiled step costs per chip; if it makes several `runs`, the cost of one."""
     memory = {name: float(sum(_shard_bytes(leaf) for leaf in jax.tree.leaves(tree))) for name, tree in kept.items()}
     traced = step.trace(*arguments)
-    flops = product_flops(traced.jaxpr.jaxpr) / mesh.size / runs
+    flops, in_kernels = (count(traced.jaxpr.jaxpr) / mesh.size / runs for count in (product_flops, kernel_bytes))
     try:
         compiled = traced.lower().compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -103,33 +104,11 @@ def _cost(
         spanned = [len(set(along)) for along in zip(*(places[i][: len(topology.axes)] for i in group), strict=True)]
         sent[kind] = sent.get(kind, 0) + wire_bytes / runs
         seconds += wire_bytes / runs / topology.bandwidth(spanned)
-    return Cost(memory, flops, traffic.hbm_bytes / runs, sent, seconds)
+    return Cost(memory, flops, traffic.hbm_bytes / runs + in_kernels, sent, seconds)
 
 
 def _shard_bytes(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-
-def product_flops(jaxpr: Any) -> int:
-    """Operations of the matrix products of a traced program, with loop bodies counted once per iteration. Unlike
-    `accounting`, it excludes the blocks that attention skips, and includes the scores that it recomputes. A conditional
-    counts as the mean of the branches that multiply at all, because dense and banded layers alternate."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * terms
-        if equation.primitive.name == "cond":
-            branches = [flops for branch in equation.params["branches"] if (flops := product_flops(branch.jaxpr))]
-            total += sum(branches) // max(1, len(branches))
-            continue
-        runs = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += runs * product_flops(inner)
-    return total
 
 
 if __name__ == "__main__":

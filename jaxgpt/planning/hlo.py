@@ -4,9 +4,9 @@ The text is parsed because no library provides these counts: `compiled.cost_anal
 once, does not distinguish HBM from on-chip memory, and has no entry for collectives; `jax.experimental.roofline` reads
 the jaxpr, before XLA fuses and partitions it, and also counts the body of a loop once. Here a loop body counts once
 per iteration, and only arrays in the chip's main memory (HBM) count. What collectives read and write there does not
-count, because the links limit them. The text comes from `compiled.as_text()` on TPU: an array's layout ends in S(n)
-if the array is in a memory other than HBM, and a collective that overlaps with other work appears in several fusions
-with the same channel.
+count, because the links limit them; what kernels do is counted in `traced.py`. The text comes from `compiled.as_text()`
+on TPU: an array's layout ends in S(n) if the array is in a memory other than HBM, and a collective that overlaps with
+other work appears in several fusions with the same channel.
 """
 
 from __future__ import annotations

@@ -191,13 +191,30 @@ def resolve(
 
 def check(config: TrainConfig, rows: int | None = None) -> None:
     """Raises ConfigError unless the mesh divides the model and the rows (default: those of a micro-batch)."""
-    from jax.sharding import AbstractMesh
-
     from jaxgpt.parallel import sharding
 
     rows = config.batch_size // config.grad_accumulation if rows is None else rows
-    mesh: Any = AbstractMesh(config.mesh.resolve(0), AXES)
-    sharding.check(mesh, config.model, rows)
+    sharding.check(_mesh(config), config.model, rows)
+
+
+def attention(config: TrainConfig) -> str:
+    """The backend of attention that training on a TPU uses.
+
+    Raises:
+        ConfigError: if the config asks for one that cannot compute it.
+    """
+    from jaxgpt.model import backend_of
+
+    rows, dropout = config.batch_size // config.grad_accumulation, config.model.drop_rate_attn > 0
+    return backend_of(config.model, config.compute, rows, config.T, dropout, _mesh(config))
+
+
+def _mesh(config: TrainConfig) -> Any:
+    """The config's mesh, of TPUs that need not be there."""
+    from jax.sharding import AbstractDevice, AbstractMesh
+
+    device = AbstractDevice(device_kind="TPU", num_cores=None, platform="tpu")
+    return AbstractMesh(config.mesh.resolve(0), AXES, abstract_device=device)
 
 
 def model_flops(config: TrainConfig) -> int:
@@ -206,10 +223,11 @@ def model_flops(config: TrainConfig) -> int:
 
 
 # How far the formulae for training are at most from the compiled programs of docs/scaling.md's eight sizes.
-ANALYTIC_ERROR = {"memory": 0.22, "tokens_per_s": 0.18}
+ANALYTIC_ERROR = {"memory": 0.24, "tokens_per_s": 0.18}
 
-# What the formulae know of the compiled programs. Queries that attention takes at a time: `model.attention.blocked`.
-QUERY_BLOCK = 128
+# What the formulae know of the compiled programs. Queries that attention takes at a time: `model.attention.blocked`,
+# and Splash, of whose other arrays the lanes are 128 numbers per query.
+QUERY_BLOCK, KERNEL_BLOCK, KERNEL_LANES = 128, 512, 128
 # XLA's partitioner passes a weight's parts round a ring, instead of gathering it, if there are at most so many:
 # `max_windowed_einsum_iteration` in xla/service/spmd/spmd_partitioner.h.
 RING = 32
@@ -223,10 +241,11 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
 
     Memory: parameters 4 P / (f t), Adam's moments 8 P / (f t), gradients 4 P / (f t); for each layer its input,
     4 rows T D, and except with remat "block" the results of its products too; the activations inside the widest layer;
-    four blocks of attention's scores; and the logits twice.
+    four blocks of attention's scores, unless a kernel keeps them on the chip; and the logits twice.
 
     Operations: the linear layers' as `accounting.training_flops` counts them. Attention's are those of the blocks that
-    are not wholly masked: two products forward, and five backward, which recompute the scores.
+    are not wholly masked: two products forward, and five backward, which recompute the scores; the kernel's two
+    backward passes recompute them twice, with seven products.
 
     HBM: `_hbm_bytes`.
 
@@ -243,7 +262,8 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     products = (5 * D + F) / t
     kept = tokens * 4 * (D + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
     logits, layer = rows * _positions(config) * V / t * 4, (P / L) * item / t
-    scores = rows * model.n_heads / t * min(QUERY_BLOCK, T) * T * 4
+    kernel = attention(config) == "splash"
+    scores = 0 if kernel else rows * model.n_heads / t * min(QUERY_BLOCK, T) * T * 4
     partial = 2 * tokens * F / t * 4 if 1 < f <= RING else 0
     memory = {
         "parameters": 4 * shard,
@@ -260,8 +280,8 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     }
     linear = accounting.training_flops(model, config.batch_size, T, compute.remat).linear
     forwards = 1 if compute.remat == "none" else 2
-    attention = 2 * config.batch_size * D * _pairs(config) * (2 * forwards + 5)
-    return _analytic(config, topology, memory, (linear + attention) / (d * f * t), _hbm_bytes(config), sent)
+    scored = 2 * config.batch_size * D * _pairs(config) * (2 * forwards + (7 if kernel else 5))
+    return _analytic(config, topology, memory, (linear + scored) / (d * f * t), _hbm_bytes(config), sent)
 
 
 def _hbm_bytes(config: TrainConfig) -> float:
@@ -271,10 +291,7 @@ def _hbm_bytes(config: TrainConfig) -> float:
 
     - weights are written when gathered, and read;
     - a layer's input, its norms' results and its products' results are written and read, in float32;
-    - attention's scores are three times written or read in float32 per forward pass, to make them, to sum their
-      exponentials and to weigh the values, and five times in the backward pass; there each block of queries also adds
-      to the gradients of the keys and values that it sees, of which the summands and the sums are written and read,
-      unless both sums fit in on-chip memory;
+    - attention: `_attention_bytes`;
     - logits are written, and read for their sum and for the two gradients; each chunk of them adds to the head's;
     - where weights go round a ring of f chips, the sums of those products that contract the divided axis (forward of
       qkv and fc_in, backward of out_proj and fc_out) are read or written f times.
@@ -282,17 +299,40 @@ def _hbm_bytes(config: TrainConfig) -> float:
     model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
     L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
     P, rows = accounting.count_parameters(model).total, config.batch_size / config.grad_accumulation / (d * f)
-    passes, forwards = (4 if compute.remat == "block" else 3), (1 if compute.remat == "none" else 2)
+    passes = 4 if compute.remat == "block" else 3
     tokens = rows * T
     weights = 2 * passes * P / t * accounting.DTYPE_BYTES[compute.dtype]
     block = 2 * passes * L * tokens * (2 * D + (5 * D + F) / t) * 4
-    scores = rows * model.n_heads / t * _pairs(config) * 4
-    fits = 2 * tokens * D / t * 4 < VMEM
-    attention = scores * (3 * forwards + 5 + (0 if fits else 4 * 2 * model.head_dim / min(QUERY_BLOCK, T)))
     chunks = math.ceil(T / _positions(config))
     loss = 4 * tokens * V / t * 4 + 2 * chunks * V * D / t * 4
     ring = f * L * tokens * (4 * D + 2 * F) / t * 4 if 1 < f <= RING else 0
-    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + attention + loss + ring)
+    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + _attention_bytes(config) + loss + ring)
+
+
+def _attention_bytes(config: TrainConfig) -> float:
+    """Bytes that attention reads and writes in HBM per micro-batch.
+
+    Block by block: scores are three times written or read in float32 per forward pass, to make them, to sum their
+    exponentials and to weigh the values, and five times in the backward pass; there each block of queries also adds to
+    the gradients of the keys and values that it sees, of which the summands and the sums are written and read, unless
+    both sums fit in on-chip memory.
+
+    In Splash, three kernels read and write per query and head: forward q, the result and the queries' positions;
+    backward q, its gradient and the result's, those of the keys and values, and twice some lanes. Keys and values, or
+    q and the result's gradient, are read again for each block of the others.
+    """
+    model, (d, f, t), T = config.model, config.mesh.resolve(0), config.T
+    rows, K = config.batch_size / config.grad_accumulation / (d * f), model.head_dim
+    forwards, pairs = (1 if config.compute.remat == "none" else 2), _pairs(config)
+    if attention(config) == "splash":
+        item, lanes = accounting.DTYPE_BYTES[config.compute.dtype], 4 * KERNEL_LANES
+        queries, again = model.n_layers * T, pairs / KERNEL_BLOCK
+        forward = queries * (2 * K * item + lanes) + again * 2 * K * item
+        backward = queries * (7 * K * item + 2 * lanes) + again * 4 * K * item
+        return rows * model.n_heads / t * (forwards * forward + backward)
+    fits = 2 * rows * T * model.emb_dim / t * 4 < VMEM
+    sums = 0 if fits else 4 * 2 * K / min(QUERY_BLOCK, T)
+    return rows * model.n_heads / t * pairs * 4 * (3 * forwards + 5 + sums)
 
 
 def _positions(config: TrainConfig) -> int:
@@ -306,7 +346,7 @@ def _pairs(config: TrainConfig) -> float:
     """Pairs of a query and a key, over all layers, of which attention computes the scores for one row and head: a block
     of queries meets the keys that any of them sees."""
     model, T = config.model, config.T
-    block = min(QUERY_BLOCK, T)
+    block = min(KERNEL_BLOCK if attention(config) == "splash" else QUERY_BLOCK, T)
     dense, band = T * (T + block) / 2, T * min(model.attention_window + block, (T + block) / 2)
     return sum(band if i in model.banded_layers else dense for i in range(model.n_layers))
 

@@ -228,7 +228,8 @@ class _Loop:
         self.run, self.checkpoints, self.progress, self.verification = run, checkpoints, progress, verification
         self.train_data = train_data
         self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
-        self.model = GPT(config.model, config.compute.replace(remat="none"))
+        # A sample is decoded, which not every backend of attention can do.
+        self.model = GPT(config.model, config.compute.replace(remat="none", attention="auto"))
         # By convention, utilisation counts three forward passes, whatever is recomputed (Chowdhery et al. 2022,
         # appendix B).
         self.flops = 3 * forward_flops(config.model, config.batch_size, config.T).total

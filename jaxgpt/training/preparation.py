@@ -19,6 +19,7 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.fields import to_table
 from jaxgpt.files import local
 from jaxgpt.generation import encode_prompt
+from jaxgpt.model import backend_of
 from jaxgpt.parallel import sharding
 from jaxgpt.tokenizer import NONE
 from jaxgpt.training import trainable
@@ -136,10 +137,12 @@ def first_line(
     what = f"training {preset}" if init_from is None else f"fine-tuning {init_from}"
     done = f", from step {start:,}" if start else ""
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
+    rows = config.batch_size // config.grad_accumulation
+    attention = backend_of(model, config.compute, rows, config.T, dropout=model.drop_rate_attn > 0, mesh=mesh)
     return (
         f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
         f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
-        f"{val_tokens:,} to validate; {devices}; {_per_step(config)} per step"
+        f"{val_tokens:,} to validate; {devices}, attention {attention}; {_per_step(config)} per step"
     )
 
 

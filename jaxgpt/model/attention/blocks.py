@@ -1,9 +1,8 @@
-"""Causal scaled dot-product attention, dense or banded, forward and backward. The [T, T] weights are never held as a
-whole. (With dropout, the backward pass keeps the dropout mask, one byte per weight.)
+"""Attention in blocks of queries, dense or banded, forward and backward, for CPUs and wherever no kernel fits. The
+[T, T] weights are never held as a whole. (With dropout, the backward pass keeps the dropout mask, one byte per weight.)
 
-Source: Vaswani et al. 2017, section 3.2.1. The backward pass, which recomputes the weights instead of storing them,
-follows Dao et al. 2022 (FlashAttention), section 3. The band is the local part of Child et al. 2019 (Sparse
-Transformer), section 4.3.
+The backward pass, which recomputes the weights instead of storing them, follows Dao et al. 2022 (FlashAttention),
+section 3.
 
 Sizes: B batch, H heads, T queries, S keys, K head_dim.
 """
@@ -18,13 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jaxgpt.cpu import kernel
+from jaxgpt.model.attention.plain import masked_scores, scaled, visible_slots
 from jaxgpt.model.cache import Seen
 from jaxgpt.model.ops import dot, dropout_mask, keep
 from jaxgpt.parallel import is_distributed, platform
 
-# Finite, so that a row in which every score is masked becomes uniform rather than NaN.
-MASKED_SCORE = -1e30
 # Scores that a CPU computes at a time: few enough to stay in a core's cache until they are used.
 CPU_SCORES = 3 * 2**16
 
@@ -48,64 +45,6 @@ class _Plan(NamedTuple):
                 lowest = 0 if self.window is None else max(0, self.query_slot + first + 1 - self.window)
                 keys = slice(lowest, min(S, self.query_slot + last))
             yield slice(first, last), keys
-
-
-def attend(
-    q_BxHxTxK: Array,
-    seen: Seen,
-    *,
-    window: int | None = None,
-    banded: bool | Array = True,
-    scale: float | Array | None = None,
-    return_weights: bool = False,
-    native_kernel: bool = False,
-    **options: Any,
-) -> tuple[Array, Array | None]:
-    """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
-
-    Query t is at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
-    with a `window`, only the last `window` of them.
-
-    Args:
-        q_BxHxTxK: queries.
-        seen: keys and values, and the slots at which queries and rows start.
-        window: width of the band, at least 1: the slots that a query sees, including its own; None for no band.
-        banded: whether `window` applies; an array where a scan alternates dense and banded layers.
-        scale: what the scores are multiplied by; an array where it differs between the layers of a scan.
-        return_weights: whether to also return all weights, at the cost of their memory.
-        native_kernel: whether a CPU uses `jaxgpt.cpu.kernel` while decoding.
-        options: passed on to `blocked`: dropout, block sizes, derivatives.
-
-    Returns:
-        (context [B, H, T, K], weights [B, H, T, S] or None).
-    """
-
-    decoding = not isinstance(seen.query_slot, int) and q_BxHxTxK.shape[2] <= kernel.MOST_ROWS
-    undropped = options.get("dropout_key") is None
-    native_kernel = native_kernel and decoding and undropped and not is_distributed(q_BxHxTxK)
-
-    def form(window: int | None) -> tuple[Array, Array | None]:
-        weights = attention_weights(q_BxHxTxK, seen, window, scale) if return_weights else None
-        context = functools.partial(blocked, q_BxHxTxK, seen, window=window, scale=scale, **options)
-        if native_kernel:
-            native = functools.partial(kernel.attention, _scaled(q_BxHxTxK, scale), *seen[:4], window)
-            return lax.platform_dependent(cpu=native, default=context), weights
-        return context(), weights
-
-    if isinstance(banded, bool):
-        return form(window if banded else None)
-    # Two static patterns rather than one data-dependent mask: the band's blocks still skip what they cannot see, and
-    # a scan still compiles each pattern only once, whatever the depth. (Without rematerialisation the backward pass
-    # reserves memory for the residuals of both: about a tenth more.)
-    return lax.cond(banded, lambda: form(window), lambda: form(None))
-
-
-def attention_weights(q_BxHxTxK: Array, seen: Seen, window: int | None, scale: float | Array | None) -> Array:
-    """All weights, softmax(q k^T scale): [B, H, T, S]."""
-    B, _, T, _ = q_BxHxTxK.shape
-    start_B = jnp.zeros(B, jnp.int32) if seen.start_B is None else seen.start_B
-    visible = _visible(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start_B, window)
-    return jax.nn.softmax(_scores(_scaled(q_BxHxTxK, scale), seen.k_BxHxSxK, visible, seen.dtype))
 
 
 def blocked(
@@ -141,7 +80,7 @@ def blocked(
     k_BxHxSxK, v_BxHxSxK, query_slot, start_B, dtype = seen
     B, H, T, K = q_BxHxTxK.shape
     S = k_BxHxSxK.shape[2]
-    q_BxHxTxK = _scaled(q_BxHxTxK, scale)
+    q_BxHxTxK = scaled(q_BxHxTxK, scale)
     start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if window is not None and window >= S:
         window = None  # everything is in the band
@@ -178,36 +117,11 @@ def blocked(
     return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
 
 
-def _scaled(q_BxHxTxK: Array, scale: float | Array | None) -> Array:
-    """The queries times the scores' scale: fewer products than with the scores, in float32, before any rounding."""
-    return q_BxHxTxK * (q_BxHxTxK.shape[-1] ** -0.5 if scale is None else scale)
-
-
 def _group(B: int, H: int, most: int) -> tuple[int, int]:
     """(rows, heads) per group, with at most `most` heads in all but at least one: whole rows, or heads of one row."""
     if most >= H:
         return next(rows for rows in range(min(B, most // H), 0, -1) if B % rows == 0), H
     return 1, next(heads for heads in range(max(1, most), 0, -1) if H % heads == 0)
-
-
-def _visible(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
-    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]. `start_B` is that of
-    `Seen`, of all queries."""
-    slot_S = jnp.arange(keys.start, keys.stop)
-    query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
-    causal_TxS = slot_S[None] <= query_slot_Tx1
-    start_Bx1xTx1 = start_B[:, None, None, None] if start_B.ndim == 1 else start_B[:, None, queries, None]
-    started_Bx1xTxS = slot_S[None, None, None] >= start_Bx1xTx1
-    visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1xTxS
-    if window is None:
-        return visible_Bx1xTxS
-    before_Tx1 = query_slot_Tx1 - window
-    return visible_Bx1xTxS & (slot_S[None] > before_Tx1)[None, None]
-
-
-def _scores(q_BxHxTxK: Array, k_BxHxSxK: Array, visible: Array, dtype: str, custom_derivatives: bool = True) -> Array:
-    scores_BxHxTxS = dot("BHTK,BHSK->BHTS", q_BxHxTxK, k_BxHxSxK, dtype, custom_derivatives)
-    return jnp.where(visible, scores_BxHxTxS, MASKED_SCORE)
 
 
 def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
@@ -246,8 +160,8 @@ def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
     T, S = q.shape[2], k.shape[2]
     outs, highests, totals, masks = [], [], [], []
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
-        visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
-        scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype, plan.custom_derivatives)
+        visible = visible_slots(plan.query_slot, block, keys, start_B, plan.window)
+        scores = masked_scores(q[:, :, block], k[:, :, keys], visible, plan.dtype, plan.custom_derivatives)
         # The result does not depend on this value, so no derivative passes through it.
         highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.exp(scores - highest)
@@ -268,9 +182,9 @@ def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
     inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
-        visible = _visible(plan.query_slot, block, keys, start_B, plan.window)
+        visible = visible_slots(plan.query_slot, block, keys, start_B, plan.window)
         # Not exp(scores - logsumexp): in a row that sees nothing, float32 loses the logarithm next to MASKED_SCORE.
-        scores = _scores(q[:, :, block], k[:, :, keys], visible, plan.dtype)
+        scores = masked_scores(q[:, :, block], k[:, :, keys], visible, plan.dtype)
         weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]
         d_weights = dot("BHTK,BHSK->BHTS", g[:, :, block], v[:, :, keys], plan.dtype)
         dropped = weights

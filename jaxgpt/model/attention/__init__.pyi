@@ -1,0 +1,9 @@
+from .blocks import blocked as blocked
+from .choice import attend as attend
+from .choice import backend_of as backend_of
+from .choice import choose as choose
+from .fused import cudnn as cudnn
+from .fused import cudnn_refusal as cudnn_refusal
+from .fused import splash as splash
+from .fused import splash_refusal as splash_refusal
+from .plain import reference as reference

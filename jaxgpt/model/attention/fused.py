@@ -1,0 +1,144 @@
+"""Attention as one kernel, which keeps the scores on the chip: cuDNN's on NVIDIA GPUs, Splash on TPUs.
+
+Both are those that JAX brings along. What they do not know is arranged around them: scores are scaled by scaling the
+queries; rows with padding on the left are rolled to the left, where causality alone hides the padding; documents that
+are kept apart are Splash's segments; and on several devices each runs the kernel on its own rows and heads. The rest
+is refused, by `cudnn_refusal` and `splash_refusal`, and nowhere else.
+
+Neither kernel has run on its own hardware yet. Splash is tested interpreted on a CPU, and compiled for TPUs by `jaxgpt
+plan`; of cuDNN, the calls that reach it are tested, and that they are lowered for CUDA.
+
+Source: Dao et al. 2022 (FlashAttention). Sizes: B batch, H heads, T queries and keys, K head_dim.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jaxgpt.model.attention.plain import scaled
+from jaxgpt.model.cache import Seen
+from jaxgpt.parallel import divides, per_device, platform
+
+# Queries and keys of a block of Splash, largest first: multiples of 128 lanes, of which one divides the length.
+SPLASH_BLOCKS = (512, 256, 128)
+
+
+def cudnn(q_BxHxTxK: Array, seen: Seen, *, window: int | None = None, scale: Any = None, **_: Any) -> Array:
+    """Attention by cuDNN, through `jax.nn.dot_product_attention`. The arguments are those of `blocked`."""
+    return _fused(functools.partial(_cudnn_kernel, window), q_BxHxTxK, seen, scale)
+
+
+def splash(
+    q_BxHxTxK: Array, seen: Seen, *, window: int | None = None, scale: Any = None, interpret: bool = False, **_: Any
+) -> Array:
+    """Attention by Splash, the Pallas kernel in `jax.experimental`. The arguments are those of `blocked`.
+
+    `interpret` runs the kernel on any platform, operation by operation and slowly, for tests.
+    """
+    return _fused(functools.partial(_splash_kernel, window, interpret), q_BxHxTxK, seen, scale)
+
+
+def cudnn_refusal(q_BxHxTxK: Array, seen: Seen, **options: Any) -> str | None:
+    """Why cuDNN cannot compute a call; None if it can. The arguments are those of `choice.choose`."""
+    if reason := _refusal(q_BxHxTxK, seen, "gpu", "an NVIDIA GPU", **options):
+        return reason
+    if seen.start_B is not None and seen.start_B.ndim == 2:
+        return "it does not keep the documents of a sequence apart (separate_documents)"
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, seen.dtype) for x in (q_BxHxTxK, seen.k_BxHxSxK, seen.v_BxHxSxK))
+    try:  # JAX knows which versions, GPUs and head_dim there is a kernel for, and checks it as it traces
+        jax.eval_shape(functools.partial(_cudnn_kernel, None), q, k, v)
+    except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
+        return f"JAX says: {error}"
+    return None
+
+
+def splash_refusal(q_BxHxTxK: Array, seen: Seen, **options: Any) -> str | None:
+    """Why Splash cannot compute a call; None if it can. The arguments are those of `choice.choose`."""
+    if reason := _refusal(q_BxHxTxK, seen, "tpu", "a TPU", **options):
+        return reason
+    T = q_BxHxTxK.shape[2]
+    return f"{T} positions are not a multiple of {SPLASH_BLOCKS[-1]}" if T % SPLASH_BLOCKS[-1] else None
+
+
+def _refusal(
+    q_BxHxTxK: Array,
+    seen: Seen,
+    needed: str,
+    name: str,
+    *,
+    return_weights: bool = False,
+    dropout_key: Array | None = None,
+    custom_derivatives: bool = True,
+    **_: Any,
+) -> str | None:
+    """What neither kernel can compute."""
+    here, whole = platform(q_BxHxTxK), q_BxHxTxK.shape == seen.k_BxHxSxK.shape
+    at_start = isinstance(seen.query_slot, int) and seen.query_slot == 0
+    reasons = {
+        f"it needs {name}, and the program is for a {here}": here != needed,
+        f"it multiplies in bfloat16, and dtype is {seen.dtype}": seen.dtype != "bfloat16",
+        "it does not return the attention weights": return_weights,
+        "it has no dropout of the attention weights": dropout_key is not None,
+        "it has no forward-mode derivatives, which custom_derivatives=False asks for": not custom_derivatives,
+        "it reads a sequence from its start, and these queries continue one in a cache": not (whole and at_start),
+        f"the mesh divides no batch of {q_BxHxTxK.shape[0]} rows and {q_BxHxTxK.shape[1]} heads": not divides(
+            q_BxHxTxK, "BHTK"
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def _fused(kernel: Callable[..., Array], q_BxHxTxK: Array, seen: Seen, scale: Any) -> Array:
+    """Runs a kernel that maps q, k and v of the compute type, and where each document starts, if there are several in a
+    row, to the causal context, on every device."""
+
+    def run(q_BxHxTxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, *start_B: Array) -> Array:
+        operands = (x.astype(seen.dtype) for x in (scaled(q_BxHxTxK, scale), k_BxHxTxK, v_BxHxTxK))
+        if not start_B or start_B[0].ndim == 2:
+            return kernel(*operands, *start_B).astype(jnp.float32)
+        # A row's padding goes to its end, where no query of the row sees it, and back.
+        roll = jax.vmap(functools.partial(jnp.roll, axis=1))
+        return roll(kernel(*(roll(x, -start_B[0]) for x in operands)).astype(jnp.float32), start_B[0])
+
+    start_B = () if seen.start_B is None else (seen.start_B,)
+    starts = "BT"[: start_B[0].ndim] if start_B else ""
+    return per_device(run, ("BHTK", "BHTK", "BHTK", starts), q_BxHxTxK, seen.k_BxHxSxK, seen.v_BxHxSxK, *start_B)
+
+
+def _cudnn_kernel(window: int | None, *operands: Array) -> Array:
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (x.swapaxes(1, 2) for x in operands)
+    # The band is counted in positions before the query's own. None is the dense form.
+    band = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(
+        q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, scale=1.0, is_causal=True, local_window_size=band, implementation="cudnn"
+    ).swapaxes(1, 2)
+
+
+def _splash_kernel(window: int | None, interpret: bool, *operands: Array) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as library  # takes half a second to import
+
+    (_, H, T, _), segments = operands[0].shape, operands[3:]
+    block = next(size for size in SPLASH_BLOCKS if T % size == 0)
+    mask = library.CausalMask((T, T)) if window is None else library.LocalMask((T, T), (window - 1, 0), 0)
+    kernel = library.make_splash_mha(
+        library.MultiHeadMask([mask] * H),
+        block_sizes=library.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    # A document's tokens have one start, which no other document of the row has.
+    return jax.vmap(kernel)(*operands[:3], *(library.SegmentIds(start_BxT, start_BxT) for start_BxT in segments))
