@@ -35,7 +35,7 @@ from jaxgpt.parallel.mesh import MeshConfig
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 # No size is a multiple of a vector's.
-ODD = TINY.replace(emb_dim=150, n_heads=3)
+ODD = TINY.replace(emb_dim=150, n_heads=3, n_layers=1)
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("c++", "g++", "clang++"))) or sys.platform == "win32", reason="no C++ compiler"
