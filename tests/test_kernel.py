@@ -34,7 +34,7 @@ from jaxgpt.parallel.mesh import MeshConfig
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 # No size is a multiple of a vector's.
-ODD = TINY.replace(emb_dim=150, n_heads=3)
+ODD = TINY.replace(emb_dim=150, n_heads=3, n_layers=1)
 
 
 @pytest.fixture
