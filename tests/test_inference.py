@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,6 @@ from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.generation import decode
 from jaxgpt.generation.sampling import Greedy
 from jaxgpt.generation.session import Generation, generate
-from jaxgpt.measuring import benchmark
 from jaxgpt.model import ops
 from jaxgpt.model.gpt import GPT
 from jaxgpt.model.params import quantise
@@ -263,34 +260,3 @@ def test_a_short_answer_does_not_pay_for_the_longest_allowed(monkeypatch):
     first = int(generate(model, params, [[1, 2, 3]], 1).tokens[0][-1])
     generate(model, params, [[1, 2, 3]], 900, stop_ids=[first])
     assert slots == [64, 256]
-
-
-_MEMORY = """
-import sys
-
-import jax, jaxgpt
-from jaxgpt import startup
-from jaxgpt.generation import prepare
-from jaxgpt.measuring import benchmark
-
-startup.keep_freed_memory()
-tiny = jaxgpt.GPT(jaxgpt.GPTConfig(vocab_size=97, context_length=16, emb_dim=24, n_heads=3, n_layers=2))
-params = tiny.init(jax.random.key(0), jax.numpy.zeros((1, 1), int))["params"]
-jaxgpt.generate(tiny, params, [[1, 2]], 8)  # what the compiler takes is not counted
-before = benchmark.peak_bytes()
-model, params = prepare(*jaxgpt.load(sys.argv[1], param_dtype=sys.argv[2]), sys.argv[2])
-jaxgpt.generate(model, params, [[1, 2]], 8)
-print((benchmark.peak_bytes() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
-"""
-
-
-@pytest.mark.exhaustive
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_memory_holds_the_parameters_of_a_checkpoint_once(tmp_path, dtype):
-    config = TINY.replace(vocab_size=16_384, emb_dim=1024, n_heads=4)
-    model, params = benchmark.model_and_params(config, ComputeConfig(), None)
-    weights.save(tmp_path / "model", model, params)
-    command = [sys.executable, "-c", _MEMORY, str(tmp_path / "model"), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    # In bfloat16 one array is read in float32: the embedding, which has two fifths of the parameters.
-    assert 0.9 < float(done.stdout) < {"float32": 1.5, "bfloat16": 2.3}[dtype]
