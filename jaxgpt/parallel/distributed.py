@@ -155,14 +155,15 @@ def end_together(advice: str) -> Iterator[None]:
     # The store of keys and values of jax.distributed, for which there is no public name.
     from jax._src.distributed import global_state
 
+    client: Any = global_state.client
     key, left = f"jaxgpt/failed/{next(_blocks)}", threading.Event()
-    watching = threading.Thread(target=_watch, args=(global_state.client, key, left, advice), daemon=True)
+    watching = threading.Thread(target=_watch, args=(client, key, left, advice), daemon=True)
     watching.start()
     try:
         yield
     except BaseException:
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # another one failed first, or nobody is left to tell
-            global_state.client.key_value_set(key, str(jax.process_index()))
+            client.key_value_set(key, str(jax.process_index()))
         raise
     finally:
         left.set()
