@@ -1,7 +1,6 @@
 """A run's directory: what was run, on which data, and what it measured. Only one trainer may use it at a time.
 
-DIR/run.json        the resolved config, where the data is and its hashes, the model that it started from, versions, the
-                    id that trackers know it by
+DIR/run.json        the resolved config, where the data is and its hashes, what it started from, its id, versions
 DIR/metrics.jsonl   one line per logged step or evaluation
 DIR/checkpoints/    see checkpoints.py
 DIR/tokenizer/      the files of the tokenizer, unless it is in the package
