@@ -17,7 +17,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     add_model_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", metavar="FILE", help="a token file, or a UTF-8 text")
+    what.add_argument(
+        "--data",
+        metavar="PATH",
+        help="texts or tokens to read whole: a file, a directory or a pattern of files, as for `jaxgpt train`",
+    )
     what.add_argument(
         "--tasks",
         nargs="+",
