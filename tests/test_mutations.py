@@ -173,9 +173,9 @@ class PostNormBlock(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False, scale=None):
+    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False, scale=None, start=None):
         attended, layer = MultiHeadAttention(self.config, self.compute, name="att")(
-            x, cache, layer, deterministic, banded, scale
+            x, cache, layer, deterministic, banded, scale, start
         )
         x = LayerNorm(self.config, self.compute, name="norm1")(x + attended)
         return LayerNorm(self.config, self.compute, name="norm2")(
@@ -188,10 +188,10 @@ class ParallelBlock(nn.Module):
     compute: ComputeConfig
 
     @nn.compact
-    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False, scale=None):
+    def __call__(self, x, cache=None, layer=None, deterministic=True, banded=False, scale=None, start=None):
         normed = LayerNorm(self.config, self.compute, name="norm1")(x)
         attended, layer = MultiHeadAttention(self.config, self.compute, name="att")(
-            normed, cache, layer, deterministic, banded, scale
+            normed, cache, layer, deterministic, banded, scale, start
         )
         return x + attended + FeedForward(self.config, self.compute, name="ff")(
             LayerNorm(self.config, self.compute, name="norm2")(x)
