@@ -75,7 +75,7 @@ def as_restructured_text(lines: list[str]) -> None:
             if not opens.startswith(("    ", "- ", "  ")):
                 result += ["::", ""]
         if line.startswith("|"):
-            cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+            cells = [cell.strip() for cell in re.split(r" \|(?= )", line.strip("|"))]
             if not before:
                 result += [".. list-table::", "   :header-rows: 1", ""]
             if set(line) <= set("|-: "):

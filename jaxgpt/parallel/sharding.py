@@ -229,7 +229,7 @@ def divides(x: Array, letters: str) -> bool:
 
 
 def per_device(function: Callable[..., Array], letters: Sequence[str], *arrays: Array) -> Array:
-    """function(*arrays), for a function that XLA cannot divide, such as a kernel: each device runs it on its own part
+    """`function(*arrays)`, for a function that XLA cannot divide, such as a kernel: each device runs it on its own part
     of the arrays, cut by their `letters` as `lay` would. The result is laid out as the first array."""
     if not is_distributed(arrays[0]):
         return function(*arrays)
