@@ -46,6 +46,8 @@ def main() -> None:
         return ids_BxT1
 
     def global_batch(loop, step, make=trainer._Loop.global_batch):
+        if mode == "crash" and step == 3:
+            loop.checkpoints.finish()  # of step 2, which would otherwise be lost with the process
         if process == "1" and step in deadly:
             os.kill(os.getpid(), deadly.pop(step))
         return make(loop, step)

@@ -88,7 +88,8 @@ def test_processes_that_lose_one_and_start_again_end_as_a_single_one(tmp_path, p
 
     alone = train(dataclasses.replace(RUN, steps=6, log_interval=1), tokens(), tmp_path / "alone")
     with np.load(tmp_path / "run" / "params.npz") as saved:
-        assert_close(list(saved.values()), jax.tree.leaves(alone.params))
+        # Adam divides a gradient by its size, and so turns the rounding of one that is almost 0 into a part of a step.
+        assert_close(list(saved.values()), jax.tree.leaves(alone.params), atol=5e-5)
 
 
 def saved_steps(directory):
