@@ -15,6 +15,7 @@ import json
 import re
 import shutil
 import subprocess
+import textwrap
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -46,6 +47,8 @@ class _HTMLBlocks(HTMLParser):
             self.end_block()
         if tag == "body":
             self.blocks.clear()  # the head's
+        if tag == "br":
+            self._text += " "
 
     def handle_endtag(self, tag: str) -> None:
         if tag in PARAGRAPHS:
@@ -79,7 +82,7 @@ def pod_blocks(path: Path) -> Iterator[Block]:
             heading, _, text = text.partition("\n")
             yield Block(heading.strip(), heading=True)
         if text:
-            yield Block(re.sub("^    ", "", text, flags=re.MULTILINE), heading=False)
+            yield Block(textwrap.dedent(text), heading=False)  # GPT-2 has one token for each space of an indent
 
 
 def passages(blocks: Iterable[Block]) -> Iterator[str]:
