@@ -60,7 +60,7 @@ def link_to_pages(text: str, base: Path) -> str:
         page = PAGES.get(str(target)) or (target.name if target.parts[0] == "docs" else None)
         return f"[{label}](/{page}{anchor})" if page else label
 
-    return LINK.sub(replaced, text)
+    return LINK.sub(replaced, text).replace("](docs/pictures/", "](/pictures/")
 
 
 def as_restructured_text(lines: list[str]) -> None:

@@ -364,11 +364,11 @@ def test_the_harness_is_an_extra(model_and_params, capsys, monkeypatch):
         assert hint in capsys.readouterr().err
 
 
-def test_help_and_readme_name_every_task(capsys):
+def test_help_and_page_name_every_task(capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "--help"])
     shown = "".join(capsys.readouterr().out.split())
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "scoring.md").read_text(encoding="utf-8")
     for name in TASKS:
         assert f"{name}=" in shown
-        assert f"| `{name}` |" in readme
+        assert f"| `{name}` |" in page
