@@ -20,8 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.generation import DecodeState, Greedy, decode_tokens, prefill
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, sharding
+from jaxgpt.planning.chips import Topology
 from jaxgpt.planning.hlo import Program
-from jaxgpt.planning.plan import Cost, Topology
+from jaxgpt.planning.plan import Cost
 from jaxgpt.planning.traced import kernel_bytes, product_flops
 from jaxgpt.training import TrainConfig, abstract_state, jit_step
 
