@@ -366,7 +366,7 @@ def test_decoding_by_splash_by_name_is_refused(monkeypatch):
     cache = Cache.empty(model.config, model.compute, start_B=jnp.zeros(1, jnp.int32), slots=8, dtype="bfloat16")
     cache = dataclasses.replace(cache, length=jnp.int32(3))
     with pytest.raises(ConfigError, match="these queries continue one in a cache"):
-        model.apply({"params": params}, jnp.ones((1, 1), jnp.int32), cache=cache)
+        model.apply({"params": params}, jnp.ones((1, 1), jnp.int32), cache=cache, method="features")
 
 
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(monkeypatch, calls):

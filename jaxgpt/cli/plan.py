@@ -135,6 +135,8 @@ def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
     table.add_section()
     row(f"operations per {unit}", lambda way: _shown(way.get("flops"), "{:.3g}".format))
     row("read and written in HBM", lambda way: _shown(way.get("hbm_bytes"), format_bytes))
+    if name == "decoding" and "compiled" in part:
+        row("times the weights and the cache", lambda way: _shown(way.get("times_weights_and_cache"), "{:.2f}".format))
     rows("sent: {}", "wire_bytes", format_bytes)
     table.add_section()
     rows("ms: {}", "seconds", lambda seconds: f"{1000 * seconds:,.2f}")

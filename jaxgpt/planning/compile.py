@@ -40,7 +40,7 @@ def main() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     mesh = sharding.make_mesh(config.mesh, devices)
     cost = functools.partial(_cost, topology, mesh, QUICK if task["quick"] else {})
-    costs = {"training": cost(*training(config, mesh))}
+    costs = {"training": cost(*training(config, mesh))} if task["train"] else {}
     if rows := task["decode_batch"]:
         costs["decoding"] = cost(*decoding(config, mesh, rows), runs=CHUNK)
     print(json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()}))
@@ -57,8 +57,9 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
 
 
 def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Returns the same as `training`, for `decode_tokens` at the end of a full context."""
-    model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none"))
+    """Returns the same as `training`, for `decode_tokens` at the end of a full context, of a model in the form that
+    `generation.prepare` gives it: with layers unstacked, because a scan over them copies the cache for every token."""
+    model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none", scan_layers=False))
     C = model.config.context_length
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     params = sharding.abstract(params, sharding.shardings(mesh, params))

@@ -386,8 +386,10 @@ def make_plan(
     }
     if topology.platform == "tpu" and compiler_available():
         for name, cost in _compiled(config, topology, rows, quick).items():
-            _, n, useful = parts[name]
+            least, n, useful = parts[name]
             report[name]["compiled"] = roofline(cost, topology, n, useful)
+            if name == "decoding" and not cost.does_not_fit:
+                report[name]["compiled"]["times_weights_and_cache"] = cost.hbm_bytes / least.hbm_bytes
     return report
 
 
@@ -404,7 +406,9 @@ def host_takes(preset: str) -> float:
     return roofline(cost, topology, tokens, model_flops(config))["tokens_per_s"]["overlapped"]
 
 
-def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool) -> dict[str, Cost]:
+def _compiled(
+    config: TrainConfig, topology: Topology, rows: int, quick: bool, train: bool = True
+) -> dict[str, Cost]:
     """Runs `jaxgpt.planning.compile` in a separate process, because it sets up other devices and libtpu is noisy."""
     # No TPU is touched: do not look for one in the cloud's metadata, and do not lock it against other processes.
     quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -413,7 +417,7 @@ def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool) -
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
-    task = {"config": config.to_dict(), "topology": topology.name, "decode_batch": rows, "quick": quick}
+    task = {"config": config.to_dict(), "topology": topology.name, "decode_batch": rows, "quick": quick, "train": train}
     done = subprocess.run(
         [sys.executable, "-m", "jaxgpt.planning.compile"],
         input=json.dumps(task),
