@@ -21,6 +21,7 @@ from jaxgpt.model.gpt import GPT
 from jaxgpt.parallel import MeshConfig, make_mesh
 from jaxgpt.planning import chips
 from jaxgpt.planning import plan as planner
+from jaxgpt.planning.compile import decoding
 from jaxgpt.planning.hlo import Program, _group
 from jaxgpt.planning.plan import Cost, Topology
 
@@ -575,6 +576,35 @@ def test_gpt2_compiled_for_four_chips():
     # Each chip gathers the weights.
     weights = accounting.parameter_bytes(GPTConfig.preset("gpt2"), "bfloat16")
     assert decoding["wire_bytes"]["all-gather"] == pytest.approx(3 / 4 * weights, rel=0.1)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rows", [1, 64])
+def test_decoding_reads_little_more_than_the_weights_and_the_cache(rows):
+    pytest.importorskip("libtpu")
+    config, topology = plan_of("gpt2", "v5e:1x1")
+    cost = planner._compiled(config, topology, rows, quick=False, train=False)["decoding"]
+    # A scan over the layers, which the training step has and decoding must not, reads 1.19 and 10.6 times as much.
+    assert 0.7 < cost.hbm_bytes / planner.analytic_decoding(config, topology, rows).hbm_bytes < 1.15
+
+
+def test_a_plan_says_how_much_decoding_reads(monkeypatch, capsys):
+    config, topology = plan_of("gpt2", "v5e:2x2")
+    least = planner.analytic_decoding(config, topology, 4).hbm_bytes
+    costs = {name: Cost({"parameters": 1e9}, 1, 1.5 * least, {}, 0) for name in ("training", "decoding")}
+    monkeypatch.setattr(planner, "compiler_available", lambda: True)
+    monkeypatch.setattr(planner, "_compiled", lambda *_: costs)
+    assert main(["plan", "gpt2", "--topology", "v5e:2x2"]) == 0
+    (line,) = re.findall(r"^ times the weights and the cache .*$", capsys.readouterr().out, re.MULTILINE)
+    assert line.split()[-1] == "1.50"
+
+
+def test_decoding_is_planned_in_the_form_that_generate_runs():
+    config, _ = plan_of("gpt2", "v5e:1x1", None, "model.n_layers=2")
+    assert config.compute.scan_layers
+    _, (params, state, _), _ = decoding(config, make_mesh(MeshConfig()), 3)
+    assert {"trf_blocks_0", "trf_blocks_1"} <= set(params)
+    assert [kept.shape for kept in jax.tree.leaves(state.memory.layers)] == 4 * [(3, 12, 1024, 64)]
 
 
 @pytest.mark.exhaustive

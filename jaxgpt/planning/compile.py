@@ -37,7 +37,9 @@ def main() -> None:
     """Reads the task, compiles, and prints the costs."""
     task = json.load(sys.stdin)
     config, topology = TrainConfig.from_dict(task["config"]), Topology.parse(task["topology"])
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    # By default a host has 2x2 chips, which do not divide a slice of one.
+    host = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host).devices
     mesh = sharding.make_mesh(config.mesh, devices)
     cost = functools.partial(_cost, topology, mesh, QUICK if task["quick"] else {})
     costs = {"training": cost(*training(config, mesh))} if task["train"] else {}

@@ -406,9 +406,7 @@ def host_takes(preset: str) -> float:
     return roofline(cost, topology, tokens, model_flops(config))["tokens_per_s"]["overlapped"]
 
 
-def _compiled(
-    config: TrainConfig, topology: Topology, rows: int, quick: bool, train: bool = True
-) -> dict[str, Cost]:
+def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool, train: bool = True) -> dict[str, Cost]:
     """Runs `jaxgpt.planning.compile` in a separate process, because it sets up other devices and libtpu is noisy."""
     # No TPU is touched: do not look for one in the cloud's metadata, and do not lock it against other processes.
     quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
