@@ -17,11 +17,11 @@ from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.generation import session
 from jaxgpt.model.gpt import GPT
 from jaxgpt.parallel import MeshConfig, make_mesh
-from jaxgpt.planning import chips
+from jaxgpt.planning import chips, compile
 from jaxgpt.planning import plan as planner
-from jaxgpt.planning.compile import decoding
 from jaxgpt.planning.hlo import Program, _group
 from jaxgpt.planning.plan import Cost, Topology
 
@@ -584,7 +584,7 @@ def test_decoding_reads_little_more_than_the_weights_and_the_cache(rows):
     pytest.importorskip("libtpu")
     config, topology = plan_of("gpt2", "v5e:1x1")
     cost = planner._compiled(config, topology, rows, quick=False, train=False)["decoding"]
-    # A scan over the layers, which the training step has and decoding must not, reads 1.19 and 10.6 times as much.
+    # A scan over the layers, which the training step has and decoding must not, reads up to ten times as much.
     assert 0.7 < cost.hbm_bytes / planner.analytic_decoding(config, topology, rows).hbm_bytes < 1.15
 
 
@@ -602,7 +602,8 @@ def test_a_plan_says_how_much_decoding_reads(monkeypatch, capsys):
 def test_decoding_is_planned_in_the_form_that_generate_runs():
     config, _ = plan_of("gpt2", "v5e:1x1", None, "model.n_layers=2")
     assert config.compute.scan_layers
-    _, (params, state, _), _ = decoding(config, make_mesh(MeshConfig()), 3)
+    assert compile.CHUNK == session.CHUNK
+    _, (params, state, _), _ = compile.decoding(config, make_mesh(MeshConfig()), 3)
     assert {"trf_blocks_0", "trf_blocks_1"} <= set(params)
     assert [kept.shape for kept in jax.tree.leaves(state.memory.layers)] == 4 * [(3, 12, 1024, 64)]
 
