@@ -29,8 +29,8 @@ from jaxgpt.training import TrainConfig, abstract_state, jit_step
 # XLA's lowest effort takes a sixth of the time. Memory and communication come out about the same, but HBM traffic is
 # two to three times as large: less is fused, and less is kept in on-chip memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
-# Tokens per call of the compiled decoding loop, as in `generation.session`: at its start and end, XLA converts the cache
-# between two layouts.
+# Tokens per call of the compiled decoding loop, as in `generation.session`: at its start and end, XLA converts the
+# cache between two layouts.
 CHUNK = 32
 
 
