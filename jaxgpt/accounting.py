@@ -30,6 +30,7 @@ PEAK_FLOPS = {
     "NVIDIA A100-SXM4-80GB": 312e12,
     "NVIDIA H100 80GB HBM3": 989e12,
     "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
 }
 
 Shapes = dict[str, tuple[int, ...]]

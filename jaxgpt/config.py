@@ -236,8 +236,9 @@ class ComputeConfig:
         choices=ATTENTION,
         help="What computes attention: plain XLA (reference), XLA in blocks of queries (blocked), or one kernel, "
         "cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name raises where it cannot "
-        "compute what is needed: the kernels have no float32, no dropout of the attention weights and no decoding with "
-        "a cache. The default, auto, takes the platform's kernel wherever that can, and else blocked.",
+        "compute what is needed: the kernels have no float32 and no dropout of the attention weights, and Splash no "
+        "decoding with a cache. The default, auto, takes the platform's kernel for whole sequences wherever that can, "
+        "and else blocked.",
     )
     native_kernel: bool = setting(
         False,

@@ -31,7 +31,7 @@ def configure() -> None:
 
 # By platform, as JAX_PLATFORMS names it: the modules of which one brings it to JAX, and how to install it. JAX also
 # takes "gpu", for whichever kind there is.
-_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "pip install -U 'jax[cuda13]', or 'jax[cuda12]' for older drivers"
+_CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "pip install 'jaxgpt[cuda]', or 'jax[cuda12]' for older drivers"
 _PLATFORMS = {"cuda": _CUDA, "gpu": _CUDA, "tpu": (("libtpu",), "pip install 'jaxgpt[tpu]'")}
 
 

@@ -6,7 +6,9 @@ Splash is interpreted.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,7 @@ from jaxgpt.generation import generate
 from jaxgpt.model import backend_of, reference
 from jaxgpt.model.attention import attend, blocked, choice, choose, cudnn, fused, splash
 from jaxgpt.model.attention import reference as reference_attention
-from jaxgpt.model.cache import Seen
+from jaxgpt.model.cache import Cache, Seen
 from jaxgpt.parallel import MeshConfig, make_mesh, shard
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
@@ -43,12 +45,21 @@ def calls(monkeypatch):
         seen.append({"shape": q.shape, "dtype": q.dtype.name, **options})
         if ON_GPU:
             return function(q, k, v, **options)
+        if q.shape[1] == 1 < k.shape[1]:
+            return decode(q, k, v, **options)
         assert options["is_causal"]
         q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
         before, after = options["local_window_size"] or (q.shape[2], 0)
         assert after == 0
         y = reference_attention(q, Seen(k, v, 0, None, "bfloat16"), window=before + 1, scale=options["scale"])
         return y.astype("bfloat16").swapaxes(1, 2)
+
+    def decode(q, k, v, *, mask, key_value_seq_lengths, scale, implementation):
+        assert (q.dtype, k.dtype, v.dtype, implementation) == (*["bfloat16"] * 3, "cudnn")
+        within = jnp.arange(k.shape[1])[None, None, None] < key_value_seq_lengths[:, None, None, None]
+        scores = jnp.einsum("BTNK,BSNK->BNTS", q, k, preferred_element_type="float32") * scale
+        weights = jax.nn.softmax(jnp.where(mask & within, scores, -jnp.inf))
+        return jnp.einsum("BNTS,BSNK->BTNK", weights, v.astype("float32")).astype(q.dtype)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", call)
     return seen
@@ -89,6 +100,9 @@ def exact(q, k, v, g, window, start_B):
         exhaustive("splash", 384, None, [0, 150]),
         exhaustive("splash", 384, 100, None),
         ("splash", 128, 40, [0, 9]),
+        # Padded to 128, and to 256.
+        ("splash", 100, None, [0, 9]),
+        exhaustive("splash", 200, 40, None),
     ],
 )
 def test_values_and_gradients_equal_those_of_float64(backend, T, window, starts, calls):
@@ -126,9 +140,10 @@ def test_no_gradient_reaches_a_later_position_or_one_before_the_band(backend, ca
 
 
 @pytest.mark.exhaustive
-def test_splash_keeps_documents_apart():
-    q, k, v, g = inputs(128)
-    first_T = np.arange(128)
+@pytest.mark.parametrize("T", [128, 120])
+def test_splash_keeps_documents_apart(T):
+    q, k, v, g = inputs(T)
+    first_T = np.arange(T)
     start_BxT = jnp.asarray(np.stack([np.where(first_T < 70, 0, 70), first_T // 50 * 50]), jnp.int32)
     context, dtype, atol = BACKENDS["splash"]
 
@@ -147,6 +162,37 @@ def test_what_cudnn_is_asked_for(calls):
     assert calls == [expected | {"local_window_size": (4, 0), "implementation": "cudnn"}]
 
 
+@pytest.mark.parametrize("slot", [17, jnp.int32(17)], ids=["known", "traced"])
+@pytest.mark.parametrize(("window", "starts"), [(None, [0, 9]), (5, [0, 15]), (None, None)])
+def test_cudnn_decodes_one_query_per_row(slot, window, starts, calls):
+    q, k, v, _ = inputs(24, H=3)
+    start_B = None if starts is None else jnp.asarray(starts, jnp.int32)
+    # What a cache holds beyond its length must not count, whatever it is.
+    k, v = (x.at[:, :, 18:].set(1e4) for x in (k, v))
+
+    def run(slot):
+        return cudnn(q[:, :, 17:18], Seen(k, v, slot, start_B, "bfloat16"), window=window, scale=0.3)
+
+    y = run(slot) if isinstance(slot, int) else jax.jit(run)(slot)
+    assert y.dtype == jnp.float32
+    for b, h in np.ndindex(2, 3):
+        first = max((starts or [0, 0])[b], 0 if window is None else 18 - window)
+        seen = slice(first, 18)
+        scores = np.asarray(k[b, h, seen], np.float64) @ np.asarray(q[b, h, 17], np.float64) * 0.3
+        weights = np.exp(scores - scores.max())
+        want = weights @ np.asarray(v[b, h, seen], np.float64) / weights.sum()
+        np.testing.assert_allclose(y[b, h, 0], want, atol=0.03)
+    # The cache as it lies in memory: heads count as rows.
+    (call,) = calls
+    assert (call["shape"], call["mask"].shape) == ((6, 1, 1, 8), (6, 1, 1, 24))
+    # Only by name: nobody has measured whether it pays.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "platform", lambda _: "gpu")
+        seen = Seen(k, v, slot, start_B, "bfloat16")
+        assert choose("auto", q[:, :, :1], seen) == "blocked"
+        assert choose("cudnn", q[:, :, :1], seen) == "cudnn"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.skipif(ON_GPU, reason="there is a GPU")
 def test_cudnns_calls_forward_and_backward_are_lowered_for_cuda_without_a_gpu(monkeypatch):
@@ -154,6 +200,7 @@ def test_cudnns_calls_forward_and_backward_are_lowered_for_cuda_without_a_gpu(mo
     stablehlo = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
     monkeypatch.setattr(stablehlo, "check_cudnn_version", lambda: 91200)
     monkeypatch.setattr(fused, "platform", lambda _: "gpu")
+    monkeypatch.setattr(fused, "_gpu_is_here", lambda: True)
     x = jax.ShapeDtypeStruct((2, 3, 64, 8), jnp.float32)
     start_B = jax.ShapeDtypeStruct((2,), jnp.int32)
 
@@ -169,6 +216,22 @@ def test_cudnns_calls_forward_and_backward_are_lowered_for_cuda_without_a_gpu(mo
     for call in calls:
         assert f"@{call}(" in text
     assert text.count("CAUSAL") == text.count(r"sliding_window_length\22: 20") == 2
+
+    def decode(q, k, v, start_B, slot):
+        seen = Seen(k, v, slot, start_B, "bfloat16")
+        assert choose("cudnn", q, seen) == "cudnn"
+        return cudnn(q, seen, window=20)
+
+    query, cache = (jax.ShapeDtypeStruct((2, 3, T, 8), "bfloat16") for T in (1, 64))
+    (call,) = calls = ["__cudnn$fmhaScaleBiasSoftmax"]
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(call) for call in calls]
+    slot = jax.ShapeDtypeStruct((), jnp.int32)
+    step = jax.export.export(jax.jit(decode), platforms=["cuda"], disabled_checks=unchecked)
+    text = step(query, cache, cache, start_B, slot).mlir_module()
+    assert f"@{call}(" in text
+    assert "PADDING" in text
+    # The kernel reads the cache where it lies: nothing transposes or copies it.
+    assert not re.search(r"transpose.*64x8x|transpose.*64x3x", text)
     # JAX knows what its kernel can do.
     q = jnp.zeros((2, 3, 64, 20))
     assert "head dim must be <= 128 and a multiple of 8, but got 20" in fused.cudnn_refusal(
@@ -204,6 +267,12 @@ def refused(backend, dtype="bfloat16", T=128, S=None, slot=0, **options):
     return str(error.value)
 
 
+CONTINUED = {
+    "cudnn": "continues a sequence in a cache by one query per row, and these are 128",
+    "splash": "these queries continue one in a cache",
+}
+
+
 @pytest.mark.parametrize("backend", ["cudnn", "splash"])
 @pytest.mark.parametrize(
     ("options", "reason"),
@@ -212,9 +281,9 @@ def refused(backend, dtype="bfloat16", T=128, S=None, slot=0, **options):
         ({"return_weights": True}, "does not return the attention weights"),
         ({"dropout_key": 0}, "no dropout of the attention weights"),
         ({"custom_derivatives": False}, "no forward-mode derivatives, which custom_derivatives=False asks for"),
-        ({"slot": 5, "S": 140}, "these queries continue one in a cache"),
-        ({"S": 140}, "these queries continue one in a cache"),
-        ({"slot": jnp.int32(0)}, "these queries continue one in a cache"),
+        ({"slot": 5, "S": 140}, CONTINUED),
+        ({"S": 140}, CONTINUED),
+        ({"slot": jnp.int32(0)}, CONTINUED),
     ],
     ids=["float32", "weights", "dropout", "forward-mode", "cached", "longer", "traced"],
 )
@@ -223,7 +292,7 @@ def test_what_a_kernel_cannot_compute_is_refused_by_name_and_left_by_auto(backen
     monkeypatch.setattr(fused, "platform", lambda _: platform)
     message = refused(backend, **options)
     assert message.startswith(f"attention='{backend}' cannot compute this: it ")
-    assert reason in message
+    assert (reason if isinstance(reason, str) else reason[backend]) in message
     assert message.endswith("; attention='auto' takes what can")
 
 
@@ -235,9 +304,14 @@ def test_a_kernel_of_another_platform_is_refused(backend, reason):
     assert f"{reason} program is for a cpu" in refused(backend)
 
 
-def test_splash_refuses_lengths_that_its_blocks_do_not_divide(monkeypatch):
-    monkeypatch.setattr(fused, "platform", lambda _: "tpu")
-    assert "200 positions are not a multiple of 128" in refused("splash", T=200)
+def test_a_plan_for_gpus_knows_which_heads_cudnn_takes(monkeypatch):
+    monkeypatch.setattr(fused, "platform", lambda _: "gpu")
+    monkeypatch.setattr(fused, "_gpu_is_here", lambda: False)
+    for K, reason in ((20, "its head_dim is a multiple of 8 up to 128, and this is 20"), (136, "this is 136")):
+        q = jnp.zeros((1, 1, 4, K))
+        assert reason in fused.cudnn_refusal(q, Seen(q, q, 0, None, "bfloat16"))
+    q = jnp.zeros((1, 1, 4, 128))
+    assert fused.cudnn_refusal(q, Seen(q, q, 0, None, "bfloat16")) is None
 
 
 def test_what_jax_says_of_cudnn_is_the_reason(monkeypatch):
@@ -245,6 +319,7 @@ def test_what_jax_says_of_cudnn_is_the_reason(monkeypatch):
         raise RuntimeError("cuDNN is not detected.")
 
     monkeypatch.setattr(fused, "platform", lambda _: "gpu")
+    monkeypatch.setattr(fused, "_gpu_is_here", lambda: True)
     monkeypatch.setattr(jax.nn, "dot_product_attention", missing)
     assert "JAX says: cuDNN is not detected." in refused("cudnn")
 
@@ -273,11 +348,25 @@ def test_a_model_can_ask_for_a_backend_by_name():
         model.apply({"params": params}, ids)
 
 
-def test_decoding_by_a_kernel_by_name_is_refused(monkeypatch, calls):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_model_decodes_by_cudnn_if_asked_by_name(rows, monkeypatch, calls):
     monkeypatch.setattr(fused, "platform", lambda _: "gpu")
-    model, params = make_model(TINY, attention="cudnn", dtype="bfloat16")
+    prompts, ids = [[1, 2, 3], [4]][:rows], {}
+    for attention in ("cudnn", "blocked"):
+        model, params = make_model(TINY, attention=attention, dtype="bfloat16")
+        ids[attention] = generate(model, params, prompts, 4, cache_dtype="bfloat16").tokens
+    assert [list(row) for row in ids["cudnn"]] == [list(row) for row in ids["blocked"]]
+    shapes = {call["shape"] for call in calls}
+    assert (rows * TINY.n_heads, 1, 1, TINY.head_dim) in shapes
+
+
+def test_decoding_by_splash_by_name_is_refused(monkeypatch):
+    monkeypatch.setattr(fused, "platform", lambda _: "tpu")
+    model, params = make_model(TINY, attention="splash", dtype="bfloat16")
+    cache = Cache.empty(model.config, model.compute, start_B=jnp.zeros(1, jnp.int32), slots=8, dtype="bfloat16")
+    cache = dataclasses.replace(cache, length=jnp.int32(3))
     with pytest.raises(ConfigError, match="these queries continue one in a cache"):
-        generate(model, params, [[1, 2, 3]], 4, cache_dtype="bfloat16")
+        model.apply({"params": params}, jnp.ones((1, 1), jnp.int32), cache=cache, method="features")
 
 
 def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(monkeypatch, calls):

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxgpt import planning
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.measuring import benchmark
+from jaxgpt.measuring import benchmark, limits
 from jaxgpt.measuring import peers as benchmark_peers
 from jaxgpt.measuring.benchmark import Workload
 from jaxgpt.training import batches
@@ -102,6 +105,78 @@ def test_the_processor_is_named(monkeypatch, text, told):
     assert benchmark.processor() == told
 
 
+@pytest.mark.parametrize("kind", ["read", "matmul-float32", "matmul-tf32", "matmul-bfloat16", "launch"])
+def test_a_limit_of_any_device_is_measured_by_the_same_program(kind, monkeypatch):
+    monkeypatch.setattr(limits, "ACCELERATOR", limits.Sizes(2**12, 16))
+    (work,) = [work for work in benchmark.workloads("gpt2", "gpu") if work.name == kind]
+    measured, _ = benchmark.measure(work)
+    assert measured.seconds > 0
+
+
+def test_what_the_limits_are_follows_from_what_they_took():
+    took = {"read": 0.5, "matmul-float32": 2.0, "matmul-bfloat16": 0.25, "launch": 1e-5}
+    assert benchmark.limit_rates(took, "cpu") == (2**30, {"float32": 2048**3, "bfloat16": 8 * 2048**3}, 1e-5)
+    read, flops, _ = benchmark.limit_rates(took, "gpu")
+    assert (read, flops["bfloat16"]) == (2**33, 8 * 8192**3)
+
+
+def test_products_of_limits_are_what_they_are_called():
+    def product(name):
+        x = jnp.full((4, 4), 1 + 2**-12, jnp.float32).astype(limits.PRODUCTS[name][0])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jax.random, "normal", lambda *_: x)
+            return limits.matmul(4, name)()
+
+    assert product("float32").dtype == product("bfloat16").dtype == jnp.float32
+    assert float(product("float32")[0, 0]) == pytest.approx(4 * (1 + 2**-12) ** 2, rel=1e-7)
+    assert float(product("bfloat16")[0, 0]) == 4  # which does not hold 1 + 2**-12
+    assert [limits.PRODUCTS[name][1].name for name in ("float32", "tf32")] == ["HIGHEST", "DEFAULT"]
+
+
+def test_the_cache_of_a_gpu_is_of_the_compute_type():
+    work = Workload("decode", "gpt2", "bfloat16", 64, platform="gpu")
+    rate, _ = benchmark.limit(work, 3e12, {})
+    assert rate == pytest.approx(64 * 3e12 / ((124_439_808 - 1024 * 768) * 2 + 2 * 12 * 64 * 96 * 768 * 2))
+
+
+def test_on_a_gpu_the_rows_and_the_peers_are_others(canned, where, capsys, monkeypatch):
+    where |= {"platform": "gpu", "device": "NVIDIA H100 80GB HBM3"}
+    assert main(["benchmark", "--json", "--peers", "--only", "train-32"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["device"], [row["work"] for row in report["rows"]]) == (
+        "NVIDIA H100 80GB HBM3",
+        ["train-32x1024-bfloat16"],
+    )
+    assert list(report["matmul_flops_per_s"]) == ["float32", "tf32", "bfloat16"]
+    assert report["launch_seconds"] == 2.0
+    # A peer is told where; the package asks JAX.
+    assert ("peers", "train-32x1024-bfloat16", "torch", "gpu") in canned
+    assert ("benchmark", "train-32x1024-bfloat16") in canned
+    assert main(["benchmark", "--only", "decode-64", "--only", "forward"]) == 0
+    table = capsys.readouterr().out
+    assert "gpt2 on NVIDIA H100 80GB HBM3. Limits: reading" in table
+    assert "starting a program and waiting for it 3,000,000 µs.\n" in table
+    assert "Native kernel" not in table
+    rows = [work.name for work in benchmark.workloads("gpt2", "gpu") if work.kind not in benchmark.LIMITS]
+    assert {"decode-1-bfloat16", "decode-64-bfloat16", "forward-32x1024-bfloat16", "train-32x1024-bfloat16"} <= set(
+        rows
+    )
+    monkeypatch.undo()
+    monkeypatch.setattr(benchmark_peers, "find_spec", lambda name: True)
+    monkeypatch.setattr(benchmark_peers.shutil, "which", lambda name: name)
+    for platform, peers in (("gpu", ["torch", "torch.compile"]), ("tpu", [])):
+        (work,) = [work for work in benchmark.workloads("gpt2", platform) if work.name == "decode-64-bfloat16"]
+        assert benchmark_peers.available(work) == peers
+
+
+def test_a_torch_without_a_gpu_says_so(monkeypatch):
+    cuda = SimpleNamespace(is_available=lambda: False)
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda, __version__="2.13+cpu"))
+    with pytest.raises(RuntimeError, match=r"torch 2\.13\+cpu sees no GPU: install a build for CUDA"):
+        benchmark_peers._torch_device(Workload("forward", platform="gpu"))
+    assert benchmark_peers._torch_device(Workload("forward")) == "cpu"
+
+
 @pytest.fixture
 def installed(monkeypatch):
     """The modules and programs that are there, to be filled."""
@@ -181,11 +256,19 @@ def test_a_limit_is_measured_in_its_own_process():
 
 
 @pytest.fixture
-def canned(monkeypatch):
+def where():
+    """The device that the processes tell, to be changed."""
+    return {"platform": "cpu", "device": "cpu"}
+
+
+@pytest.fixture
+def canned(monkeypatch, where):
     """Every process takes 2 s; torch takes 1 s, llama.cpp 4 s; a second round takes longer."""
     calls = []
 
     def run(module, name, preset, *arguments, **_):
+        if name == "device":
+            return where
         calls.append((module.rpartition(".")[2], name, *arguments))
         seconds = {"torch": 1.0, "llama.cpp": 4.0}.get(arguments[0] if arguments else "", 2.0)
         seconds += calls.count(calls[-1]) - 1

@@ -17,8 +17,10 @@ from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
+from jaxgpt.generation import session
 from jaxgpt.model.gpt import GPT
 from jaxgpt.parallel import MeshConfig, make_mesh
+from jaxgpt.planning import chips, compile
 from jaxgpt.planning import plan as planner
 from jaxgpt.planning.hlo import Program, _group
 from jaxgpt.planning.plan import Cost, Topology
@@ -173,7 +175,9 @@ def test_products_of_layers_that_take_turns_are_counted_in_turn():
     assert count(True, "alternating") == count(False, "alternating") < 0.9 * count(True, "dense")
 
 
-@pytest.mark.parametrize(("name", "size"), [("v5e:4x8", 32), ("v5p:8x8x16", 1024), ("v4:2x2x1", 4), ("v6e:16x16", 256)])
+@pytest.mark.parametrize(
+    ("name", "size"), [("v5e:4x8", 32), ("v5p:8x8x16", 1024), ("v4:2x2x1", 4), ("h100:8", 8), ("h200:4x8", 32)]
+)
 def test_slices(name, size):
     assert Topology.parse(name).size == size
 
@@ -181,14 +185,19 @@ def test_slices(name, size):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v9:4x4", r"no TPU 'v9' \(known: v4, v5e, v5p, v6e, as in v5e:4x8\)"),
-        ("v5:4x4", "no TPU 'v5'; did you mean 'v5[ep]'"),
+        ("v9:4x4", r"no chip 'v9' \(known: v4, v5e, .*, b200, as in v5e:4x8 or h100:8\)"),
+        ("v5:4x4", "no chip 'v5'; did you mean 'v5[ep]'"),
         ("v5e", r"v5e has no slice '' \(known: 1x1, 2x2, .*16x16\)$"),
         ("v5e:5x5", r"v5e has no slice '5x5' \(known: 1x1"),
         ("v5p:16x16", r"v5p has no slice '16x16' \(known: 2x2x1, .*multiples of 4, up to 6,144 chips\)"),
         ("v5p:16x16x28", "v5p has no slice '16x16x28'"),
         ("v4:0x4x4", "v4 has no slice '0x4x4'"),
         ("v4:4x4x4x", "v4 has no slice '4x4x4x'"),
+        ("h300:8", "no chip 'h300'; did you mean 'h[12]00'"),
+        ("h100", r"h100 has no shape '': expected the GPUs of one node \(1, 2, 4, 8\), as in h100:8, or the number of"),
+        ("h100:16", "h100 has no shape '16': .* as in h100:4x8"),
+        ("b200:0x8", "b200 has no shape '0x8'"),
+        ("a100:2x2x8", "a100 has no shape '2x2x8'"),
     ],
 )
 def test_slices_that_do_not_exist(name, message):
@@ -203,6 +212,64 @@ def test_bandwidth_counts_the_links_that_close_to_rings():
     assert v5e.bandwidth((8, 16)) == 3 * 5e10
     assert v5p.bandwidth((4, 8, 4)) == 5 * 1e11
     assert v5p.bandwidth((1, 1, 1)) == 1e11
+
+
+def test_bandwidth_between_gpus():
+    node, nodes = Topology.parse("h100:8"), Topology.parse("h100:4x8")
+    assert node.bandwidth((1, 8)) == 4.5e11  # NVLink
+    assert nodes.bandwidth((4, 1)) == 5e10  # one network card each
+    assert nodes.bandwidth((4, 8)) == 8 * 5e10  # eight of them, less than NVLink
+    assert Topology.parse("a100:2x8").bandwidth((2, 8)) == 8 * 2.5e10
+    assert node.mesh_bandwidth((1, 4, 2)) == {"tensor": 4.5e11, "fsdp": 4.5e11, "data": 4.5e11}
+    # Neighbours along tensor share a node: of 8 parts along fsdp, 4 do, and 2 nodes; data is between nodes.
+    assert nodes.mesh_bandwidth((2, 8, 2)) == {"tensor": 4.5e11, "fsdp": 4 * 5e10, "data": 5e10}
+
+
+def test_a_gpu_is_what_its_data_sheet_says():
+    # H100 SXM: 1,979 TFLOPS with sparsity; 80 GB; 3.35 TB/s; NVLink 900 GB/s in both directions; a card of 400 Gb/s.
+    h100 = chips.GPUS["h100"]
+    assert h100 == chips.GPU(pytest.approx(1979e12 / 2, rel=1e-3), 80e9, 3.35e12, 900e9 / 2, 400e9 / 8)
+    # DGX B200, of eight: 36 PFLOPS with sparsity, 1,440 GB, 64 TB/s, NVLink 14.4 TB/s in both directions.
+    assert chips.GPUS["b200"] == chips.GPU(36e15 / 2 / 8, 1440e9 / 8, 64e12 / 8, 14.4e12 / 2 / 8, 400e9 / 8)
+
+
+def test_formulae_of_a_training_step_on_a_gpu():
+    overrides = ("model.drop_rate=0", "compute.remat=none", "loss_chunk=0")
+    config, topology = plan_of("gpt2", "h100:1", None, *overrides, batch=32)
+    assert planner.attention(config, "gpu") == "cudnn"
+    cost = planner.analytic_training(config, topology)
+    P, tokens, T = 124_439_808, 32 * 1024, 1024
+    assert cost.memory["parameters"] == 4 * P
+    # Attention in blocks of 128 queries and keys: two products forward, and five backward.
+    scored = 12 * 32 * T * (T + 128) / 2 * 2 * 768 * (2 + 5)
+    assert cost.flops == pytest.approx(3 * 2 * tokens * (12 * 12 * 768**2 + 50257 * 768) + scored)
+    # Per head and query, of 64 bfloat16 numbers: 4 forward, q, k, v and the result; 11 backward, as in Splash; and one
+    # float32 forward, two backward.
+    once = 12 * 32 * 12 * T
+    attention = once * ((4 + 11) * 64 * 2 + 3 * 4)
+    assert planner._attention_bytes(config, "gpu") == attention
+    bounds = planner.roofline(cost, topology, tokens, planner.model_flops(config))
+    assert bounds["seconds"]["compute"] == pytest.approx(cost.flops / 989e12)
+    assert bounds["seconds"]["memory"] == pytest.approx(cost.hbm_bytes / 3.35e12)
+    # On TPUs, weights that few chips share go round a ring; on GPUs they are gathered.
+    ring = [planner._hbm_bytes(plan_of("gpt2", "h100:8", None, *DENSE, batch=64)[0], name) for name in ("tpu", "gpu")]
+    assert ring[0] - ring[1] == pytest.approx(8 * 12 * 8 * T * (4 * 768 + 2 * 3072) * 4)
+
+
+def test_the_command_plans_gpus_by_formula(monkeypatch, capsys):
+    monkeypatch.setattr(planner, "compiler_available", lambda: True)  # which would compile for TPUs
+    arguments = ["plan", "gpt3-6.7b", "--topology", "h100:4x8", "--batch", "1024"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("by formula: nothing is compiled for GPUs. The formulas were fitted to programs for TPUs")
+    for text in ("on h100:4x8, 32 chips", "attention in training: cudnn", "analytic", "fits 74.51 GiB"):
+        assert text in out
+    assert "compiled\n" not in out
+    assert main([*arguments, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert not report["compiled"]
+    assert report["attention"] == "cudnn"
+    assert report["training"]["analytic"]["memory_bytes"]["parameters"] == pytest.approx(4 * 6.66e9 / 32, rel=0.01)
 
 
 def test_what_the_config_does_not_say_is_chosen_and_told(tmp_path):
@@ -485,7 +552,7 @@ def test_the_command_tells_what_does_not_fit(monkeypatch, capsys):
 
 def test_the_commands_errors_are_one_line(capsys):
     assert main(["plan", "gpt2", "--topology", "v7:1x1"]) == 2
-    assert capsys.readouterr().err.startswith("jaxgpt: error: no TPU 'v7'")
+    assert capsys.readouterr().err.startswith("jaxgpt: error: no chip 'v7'")
 
 
 @pytest.mark.exhaustive
@@ -509,6 +576,36 @@ def test_gpt2_compiled_for_four_chips():
     # Each chip gathers the weights.
     weights = accounting.parameter_bytes(GPTConfig.preset("gpt2"), "bfloat16")
     assert decoding["wire_bytes"]["all-gather"] == pytest.approx(3 / 4 * weights, rel=0.1)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("rows", [1, 64])
+def test_decoding_reads_little_more_than_the_weights_and_the_cache(rows):
+    pytest.importorskip("libtpu")
+    config, topology = plan_of("gpt2", "v5e:1x1")
+    cost = planner._compiled(config, topology, rows, quick=False, train=False)["decoding"]
+    # A scan over the layers, which the training step has and decoding must not, reads up to ten times as much.
+    assert 0.7 < cost.hbm_bytes / planner.analytic_decoding(config, topology, rows).hbm_bytes < 1.15
+
+
+def test_a_plan_says_how_much_decoding_reads(monkeypatch, capsys):
+    config, topology = plan_of("gpt2", "v5e:2x2")
+    least = planner.analytic_decoding(config, topology, 4).hbm_bytes
+    costs = {name: Cost({"parameters": 1e9}, 1, 1.5 * least, {}, 0) for name in ("training", "decoding")}
+    monkeypatch.setattr(planner, "compiler_available", lambda: True)
+    monkeypatch.setattr(planner, "_compiled", lambda *_: costs)
+    assert main(["plan", "gpt2", "--topology", "v5e:2x2"]) == 0
+    (line,) = re.findall(r"^ times the weights and the cache .*$", capsys.readouterr().out, re.MULTILINE)
+    assert line.split()[-1] == "1.50"
+
+
+def test_decoding_is_planned_in_the_form_that_generate_runs():
+    config, _ = plan_of("gpt2", "v5e:1x1", None, "model.n_layers=2")
+    assert config.compute.scan_layers
+    assert compile.CHUNK == session.CHUNK
+    _, (params, state, _), _ = compile.decoding(config, make_mesh(MeshConfig()), 3)
+    assert {"trf_blocks_0", "trf_blocks_1"} <= set(params)
+    assert [kept.shape for kept in jax.tree.leaves(state.memory.layers)] == 4 * [(3, 12, 1024, 64)]
 
 
 @pytest.mark.exhaustive

@@ -126,8 +126,8 @@ print(faults())
 @pytest.mark.parametrize(
     ("asked", "installed", "found", "advice"),
     [
-        ("cuda", ["cpu"], "has no 'cuda'; installed: cpu", "or install it: pip install -U 'jax[cuda13]'"),
-        ("gpu,cpu", ["cpu", "tpu"], "has no 'gpu'; installed: cpu, tpu", "or install it: pip install -U 'jax[cuda13]'"),
+        ("cuda", ["cpu"], "has no 'cuda'; installed: cpu", "or install it: pip install 'jaxgpt[cuda]'"),
+        ("gpu,cpu", ["cpu", "tpu"], "has no 'gpu'; installed: cpu, tpu", "or install it: pip install 'jaxgpt[cuda]'"),
         (
             "tpu",
             ["cpu", "cuda", "gpu"],

@@ -33,7 +33,7 @@ COMMANDS = {
     "evaluate": ("jaxgpt.cli.evaluate", "measure a model's loss on a text, or by benchmarks"),
     "benchmark": ("jaxgpt.cli.benchmark", "measure speed, and compare it with the machine's limits"),
     "doctor": ("jaxgpt.cli.doctor", "check that this installation works"),
-    "plan": ("jaxgpt.cli.plan", "estimate what a model needs on a TPU pod slice"),
+    "plan": ("jaxgpt.cli.plan", "estimate what a model needs on TPUs or GPUs"),
     "build-kernel": ("jaxgpt.cli.build_kernel", "compile the CPU kernel that decodes faster"),
     "export": ("jaxgpt.cli.export", "make a loadable model from a training run"),
 }

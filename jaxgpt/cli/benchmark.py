@@ -45,18 +45,19 @@ def run(args: argparse.Namespace) -> int:
     profile = None if args.profile is None else new_directory(args.profile, force=True)
     if args.rounds < 1:
         raise ValueError(f"--rounds must be 1 or more, not {args.rounds}")
-    chosen = [
-        work
-        for work in benchmark.workloads(args.preset)
-        if work.kind not in ("read", "matmul") and (not args.only or any(part in work.name for part in args.only))
-    ]
+    # Not asked here: this process must not hold a device that the others need.
+    device = benchmark.run_in_process("jaxgpt.measuring.benchmark", "device", args.preset)
+    platform = device["platform"]
+    everything = benchmark.workloads(args.preset, platform)
+    measurable = [work for work in everything if work.kind not in benchmark.LIMITS]
+    chosen = [work for work in measurable if not args.only or any(part in work.name for part in args.only)]
     if not chosen and args.only != ["start"]:
-        names = ", ".join(work.name for work in benchmark.workloads(args.preset) if work.kind not in ("read", "matmul"))
+        names = ", ".join(work.name for work in measurable)
         raise ValueError(f"--only {' '.join(args.only)} matches none of {names}, start")
     if args.peers and chosen and not any(benchmark_peers.available(work) for work in chosen):
         raise MissingExtraError("torch", "bench", "jaxgpt benchmark --peers")
 
-    if kernel.can_build():
+    if platform == "cpu" and kernel.can_build():
         print(f"building the CPU kernel ({kernel.VARIABLE}=0: never)", file=sys.stderr)
         kernel.build_once()
 
@@ -64,16 +65,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"{name} {' '.join(arguments)}".strip(), file=sys.stderr)
         return benchmark.run_in_process(module, name, args.preset, *arguments)
 
-    read = benchmark.READ_BYTES / measured("jaxgpt.measuring.benchmark", "read")["seconds"]
-    flops = {
-        dtype: 2 * benchmark.MATMUL**3 / measured("jaxgpt.measuring.benchmark", f"matmul-{dtype}")["seconds"]
-        for dtype in ("float32", "bfloat16")
+    took = {
+        work.name: measured("jaxgpt.measuring.benchmark", work.name)["seconds"]
+        for work in everything
+        if work.kind in benchmark.LIMITS
     }
+    read, flops, launch = benchmark.limit_rates(took, platform)
     report: dict[str, Any] = {
         "preset": args.preset,
+        "platform": platform,
+        "device": benchmark.processor() if platform == "cpu" else device["device"],
         "processor": benchmark.processor(),
         "read_bytes_per_s": read,
         "matmul_flops_per_s": flops,
+        "launch_seconds": launch,
         "native_kernel": kernel.available(),
         "missing_peers": {},
         "rows": [],
@@ -88,6 +93,8 @@ def run(args: argparse.Namespace) -> int:
         for _ in range(args.rounds):  # alternating, so that a busy moment affects all of them
             for program, results in runs.items():
                 module, extra = "jaxgpt.measuring.peers", [program]
+                if work.platform != "cpu":
+                    extra.append(work.platform)
                 if program == "jaxgpt":
                     module, extra = (
                         "jaxgpt.measuring.benchmark",
@@ -156,9 +163,10 @@ def _table(report: dict[str, Any]) -> str:
     with console.capture() as capture:
         kernel = "in use" if report["native_kernel"] else "not in use (jaxgpt build-kernel)"
         console.print(
-            f"{report['preset']} on {report['processor']}. "
-            f"Limits: reading {report['read_bytes_per_s'] / 1e9:.1f} GB/s; matrix product {matmul}. "
-            f"Native kernel: {kernel}.",
+            f"{report['preset']} on {report['device']}. "
+            f"Limits: reading {report['read_bytes_per_s'] / 1e9:,.1f} GB/s; matrix product {matmul}; starting a "
+            f"program and waiting for it {1e6 * report['launch_seconds']:,.0f} µs."
+            + (f" Native kernel: {kernel}." if report["platform"] == "cpu" else ""),
             soft_wrap=True,
         )
         if report["rows"]:

@@ -1,4 +1,4 @@
-"""`jaxgpt plan`: estimates a model's memory, time and communication on a TPU pod slice, with no TPU at hand."""
+"""`jaxgpt plan`: estimates a model's memory, time and communication on TPUs or GPUs, with none at hand."""
 
 from __future__ import annotations
 
@@ -15,13 +15,20 @@ MISSING = (
     "docs/scaling.md, training's memory is within {memory:.0%} of the compiler's and tokens/s within "
     "{tokens_per_s:.0%}; other models may be further off"
 )
+BY_FORMULA = (
+    "by formula: nothing is compiled for GPUs. The formulas were fitted to programs for TPUs, and have been compared "
+    "with no GPU's program and no measurement"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds this command's arguments."""
     parser.add_argument("config", metavar="CONFIG", help="a preset's name, or a config file as for jaxgpt train")
     parser.add_argument(
-        "--topology", required=True, metavar="CHIP:SHAPE", help="the slice, such as v5e:8x8 or v5p:4x4x8"
+        "--topology",
+        required=True,
+        metavar="CHIP:SHAPE",
+        help="such as v5e:8x8, v5p:4x4x8, h100:8, or h100:4x8 (nodes)",
     )
     parser.add_argument(
         "--mesh", metavar="AXES", help="devices, such as fsdp=16,tensor=4; default: the config's, or fsdp=-1"
@@ -58,9 +65,10 @@ def run(args: argparse.Namespace) -> int:
         "batch": config.batch_size,
         "length": config.T,
         "chosen": chosen,
-        "compiled": planning.compiler_available(),
+        "compiled": topology.platform == "tpu" and planning.compiler_available(),
         "quick": args.quick,
         "analytic_error": planning.ANALYTIC_ERROR,
+        "attention": planning.attention(config, topology.platform),
         **parts,
     }
     print(json.dumps(report, indent=2) if args.json else _render(report, topology))
@@ -72,7 +80,9 @@ def _render(report: dict[str, Any], topology: Any) -> str:
 
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     with console.capture() as capture:
-        if not report["compiled"]:
+        if topology.platform == "gpu":
+            console.print(BY_FORMULA, markup=False, soft_wrap=True)
+        elif not report["compiled"]:
             console.print(MISSING.format(**report["analytic_error"]), markup=False, soft_wrap=True)
         chosen = ", ".join(f"{key} = {value}" for key, value in report["chosen"].items())
         console.print(
@@ -84,6 +94,7 @@ def _render(report: dict[str, Any], topology: Any) -> str:
         )
         if report["compiled"] and report["quick"]:
             console.print("compiled quickly: HBM traffic, and times bound by it, are overestimated", soft_wrap=True)
+        console.print(f"attention in training: {report['attention']}", markup=False)
         for name in ("training", "decoding"):
             if name in report:
                 console.print(_table(name, report[name], topology))
@@ -124,6 +135,8 @@ def _table(name: str, part: dict[str, Any], topology: Any) -> Any:
     table.add_section()
     row(f"operations per {unit}", lambda way: _shown(way.get("flops"), "{:.3g}".format))
     row("read and written in HBM", lambda way: _shown(way.get("hbm_bytes"), format_bytes))
+    if name == "decoding" and "compiled" in part:
+        row("times the weights and the cache", lambda way: _shown(way.get("times_weights_and_cache"), "{:.2f}".format))
     rows("sent: {}", "wire_bytes", format_bytes)
     table.add_section()
     rows("ms: {}", "seconds", lambda seconds: f"{1000 * seconds:,.2f}")

@@ -49,12 +49,12 @@ class Workload:
     Attributes:
         kind: "decode" (`PROMPT` ids in, `NEW` ids out), "prompt" (`length` ids in, one out: the time to the first
             token), "forward" (logits at every position), "score" (the `questions` of a benchmark), "train" (a whole
-            optimizer step), "feed" (batches of a token file, without a model), "read" or "matmul" (the machine's
-            limits).
+            optimizer step), "feed" (batches of a token file, without a model), or one of `LIMITS`.
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: type of the parameters while decoding, and of the operands of matrix products.
         batch: number of rows; of questions to score.
         length: tokens per row.
+        platform: where it runs, as JAX names it.
     """
 
     kind: str
@@ -62,11 +62,12 @@ class Workload:
     dtype: str = "float32"
     batch: int = 1
     length: int = 1024
+    platform: str = "cpu"
 
     @property
     def name(self) -> str:
         """Its name on the command line."""
-        if self.kind == "read":
+        if self.kind in ("read", "launch"):
             return self.kind
         if self.kind == "matmul":
             return f"matmul-{self.dtype}"
@@ -115,12 +116,19 @@ class Measurement:
     peak_bytes: int
 
 
-def workloads(preset: str) -> list[Workload]:
-    """All workloads for a preset, starting with the machine's limits."""
+# The kinds of workloads that measure what the machine can do at most.
+LIMITS = ("read", "matmul", "launch")
+
+
+def workloads(preset: str, platform: str = "cpu") -> list[Workload]:
+    """All workloads for a preset on a platform, starting with the machine's limits."""
+    if platform != "cpu":
+        return [dataclasses.replace(work, platform=platform) for work in _on_accelerators(preset, platform)]
     return [
         Workload("read"),
         Workload("matmul", dtype="float32"),
         Workload("matmul", dtype="bfloat16"),
+        Workload("launch"),
         *(
             Workload("decode", preset, dtype, batch)
             for batch in (1, 8, 32)
@@ -135,6 +143,21 @@ def workloads(preset: str) -> list[Workload]:
     ]
 
 
+def _on_accelerators(preset: str, platform: str) -> list[Workload]:
+    tensor_cores = ("tf32",) if platform == "gpu" else ()
+    return [
+        Workload("read"),
+        *(Workload("matmul", dtype=dtype) for dtype in ("float32", *tensor_cores, "bfloat16")),
+        Workload("launch"),
+        *(Workload("decode", preset, "bfloat16", batch) for batch in (1, 8, 64)),
+        Workload("prompt", preset, "bfloat16", 1, 1024),
+        *(Workload("forward", preset, dtype, 32, 1024) for dtype in ("float32", "bfloat16")),
+        Workload("score", preset, "bfloat16", QUESTIONS),
+        Workload("train", preset, "bfloat16", 32, 1024),
+        Workload("train", "character", "bfloat16", 64, 256),
+    ]
+
+
 def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]) -> tuple[float, str] | None:
     """Returns (tokens/s that the machine allows, the formula), or None if no limit applies."""
     config = work.config()
@@ -144,7 +167,8 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
         counts, size = accounting.count_parameters(config), accounting.parameter_bytes(config, work.dtype)
         unread = counts.pos_emb + (0 if config.tie_embeddings else counts.tok_emb)
         weights = size - unread * size / counts.total
-        cache = accounting.cache_bytes(config, work.batch, PROMPT + NEW // 2, "float32")
+        cache_dtype = "float32" if work.platform == "cpu" else work.dtype  # see `model.default_dtype`
+        cache = accounting.cache_bytes(config, work.batch, PROMPT + NEW // 2, cache_dtype)
         return (
             work.batch * read_bytes_per_s / (weights + cache),
             "rows x read bandwidth / (bytes of weights + of the mean cache)",
@@ -208,21 +232,24 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
     ms."""
     import jax
 
-    make = {
+    from jaxgpt.measuring import limits
+
+    sizes = limits.sizes(work.platform)
+    make: dict[str, Callable[[Workload], Callable[[], Any]]] = {
         "decode": _generate,
         "prompt": _generate,
         "forward": _forward,
         "score": _score,
         "train": _train,
         "feed": _feed,
-        "read": _read,
-        "matmul": _matmul,
+        "read": lambda work: limits.read(sizes.read_bytes),
+        "matmul": lambda work: limits.matmul(sizes.matrix, work.dtype),
+        "launch": lambda work: limits.launch(),
     }
     run = make[work.kind](work)
     # A limit is the best time observed.
-    is_limit = work.kind in ("read", "matmul")
-    seconds = timed(run, 30, 2, min) if is_limit else timed(run, repeats=3, warm_up=2)
-    peak = peak_bytes()  # before tracing adds to it
+    seconds = timed(run, 30, 2, min) if work.kind in LIMITS else timed(run, repeats=3, warm_up=2)
+    peak = limits.peak_device_bytes() or peak_bytes()  # before tracing adds to it
     costliest: list[tuple[str, float]] = []
     if profile is not None:
         with jax.profiler.trace(str(profile)):
@@ -395,30 +422,16 @@ def model_and_params(config: GPTConfig, compute: ComputeConfig, dtype: str | Non
     return prepare(model, jax.tree.map(draw, shapes), dtype)
 
 
-def _read(work: Workload) -> Callable[[], Any]:
-    """Sums 512 MiB."""
-    import jax
-    import jax.numpy as jnp
+def limit_rates(seconds: dict[str, float], platform: str) -> tuple[float, dict[str, float], float]:
+    """From the seconds that the workloads of `LIMITS` took, by name: bytes read per second, operations per second of
+    the products of each type, and the seconds to start a program and wait for it."""
+    from jaxgpt.measuring import limits
 
-    x = jnp.ones(2**27, jnp.float32)
-    total = jax.jit(jnp.sum)
-    return lambda: total(x).block_until_ready()
-
-
-READ_BYTES = 2**29
-MATMUL = 2048
-
-
-def _matmul(work: Workload) -> Callable[[], Any]:
-    import jax
-    import jax.numpy as jnp
-
-    from jaxgpt.model import dot
-
-    x, y = (jax.random.normal(jax.random.key(i), (MATMUL, MATMUL)).astype(work.dtype) for i in range(2))
-    product = jax.jit(lambda x, y: dot("ij,kj->ik", x, y, work.dtype))
-    x, y = jnp.asarray(x), jnp.asarray(y)
-    return lambda: product(x, y).block_until_ready()
+    sizes = limits.sizes(platform)
+    flops = {
+        name.partition("-")[2]: 2 * sizes.matrix**3 / took for name, took in seconds.items() if name[:7] == "matmul-"
+    }
+    return sizes.read_bytes / seconds["read"], flops, seconds["launch"]
 
 
 def attention(work: Workload) -> str | None:
@@ -457,10 +470,17 @@ def cold_and_warm_start() -> tuple[float, float]:
 
 
 def main(arguments: list[str]) -> None:
-    """`python -m jaxgpt.measuring.benchmark WORKLOAD PRESET [PROFILE_DIR]`: runs it and prints the measurement."""
+    """`python -m jaxgpt.measuring.benchmark WORKLOAD PRESET [PROFILE_DIR]`: runs it and prints the measurement. The
+    workload "device" prints only on what device the others run."""
     startup.configure()
+    from jaxgpt.measuring import limits
+
     name, preset, *profile = arguments
-    work = next(work for work in workloads(preset) if work.name == name)
+    device = limits.device()
+    if name == "device":
+        print(json.dumps(device))
+        return
+    work = next(work for work in workloads(preset, device["platform"]) if work.name == name)
     measurement, costliest = measure(work, Path(profile[0]) if profile else None)
     print(json.dumps({**dataclasses.asdict(measurement), "costliest": costliest, "attention": attention(work)}))
 

@@ -9,9 +9,11 @@
 | llama.cpp (float16 where the row says bfloat16, Q8_0 for int8) | all | float32, bfloat16 | | | |
 | OpenVINO GenAI | all | float32, bfloat16 | | | |
 
+On an NVIDIA GPU the first two run there, with its `scaled_dot_product_attention`, and the others are left out.
+
 KerasHub's GPT-2 also runs on JAX, but the package needs TensorFlow. Weights are random; threads are as many as the
-process may use; everything else is each program's default. `python -m jaxgpt.measuring.peers WORKLOAD PRESET PEER`
-prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
+process may use; everything else is each program's default. `python -m jaxgpt.measuring.peers WORKLOAD PRESET PEER
+[PLATFORM]` prints one JSON object, as `python -m jaxgpt.measuring.benchmark` does.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Peer:
         make: from a workload, and a directory of files, to what is timed.
         convert: writes these files, in another process, whose memory does not count; None if there are none.
         compiles: whether it needs a C++ compiler.
+        on_gpus: whether it runs on NVIDIA GPUs here; the packages of the extra [bench] may, or may be for CPUs only.
     """
 
     packages: tuple[str, ...]
@@ -65,10 +68,12 @@ class Peer:
     make: Callable[[Workload, Path], Run]
     convert: Callable[[Workload, Path], None] | None = None
     compiles: bool = False
+    on_gpus: bool = False
 
     def can_run(self, work: Workload) -> bool:
         """Whether it has such a workload, installed or not. No peer has a GPT with banded attention."""
-        return work.dtype in self.rows.get(work.kind, ()) and not work.config().banded_layers
+        here = work.platform == "cpu" or (work.platform == "gpu" and self.on_gpus)
+        return here and work.dtype in self.rows.get(work.kind, ()) and not work.config().banded_layers
 
     def lacks(self) -> str:
         """What it lacks on this machine; '' if it can run."""
@@ -97,7 +102,7 @@ def measure(work: Workload, name: str) -> Measurement:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as other:
                 other.submit(peer.convert, work, Path(directory)).result()
         run = peer.make(work, Path(directory))
-        return Measurement(timed(run, repeats=3, warm_up=2), peak_bytes())
+        return Measurement(timed(run, repeats=3, warm_up=2), _torch_peak_bytes(work) or peak_bytes())
 
 
 # transformers on PyTorch, as it is and compiled
@@ -107,14 +112,52 @@ def _torch(work: Workload, directory: Path, compiled: bool = False) -> Run:
     import torch
 
     torch.set_num_threads(cores())
+    device = _torch_device(work)
     if work.kind == "train":
-        return _torch_train(work, compiled)
-    model = _torch_model(work).to(getattr(torch, work.dtype)).eval()
-    if compiled:
-        from torch._inductor import config as inductor
+        run = _torch_train(work, compiled)
+    else:
+        model = _torch_model(work).to(getattr(torch, work.dtype)).eval()
+        if compiled:
+            from torch._inductor import config as inductor
 
-        inductor.freezing = True  # weights are constants, laid out for the products
-    return _torch_decode(work, model, compiled) if work.kind == "decode" else _torch_forward(work, model, compiled)
+            inductor.freezing = device == "cpu"  # weights are constants, laid out for the products
+        run = _torch_decode(work, model, compiled) if work.kind == "decode" else _torch_forward(work, model, compiled)
+    return run if device == "cpu" else _until_done(run)
+
+
+def _torch_device(work: Workload) -> str:
+    """What torch calls the device.
+
+    Raises:
+        RuntimeError: if this torch does not see the GPU that JAX runs on.
+    """
+    import torch
+
+    if work.platform == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"torch {torch.__version__} sees no GPU: install a build for CUDA from pytorch.org")
+    return "cuda"
+
+
+def _until_done(run: Run) -> Run:
+    """`run`, and then waits until the GPU has done all of it."""
+    import torch
+
+    def both() -> None:
+        run()
+        torch.cuda.synchronize()
+
+    return both
+
+
+def _torch_peak_bytes(work: Workload) -> int:
+    """The GPU memory that torch had at most; 0 on a CPU."""
+    if work.platform == "cpu":
+        return 0
+    import torch
+
+    return torch.cuda.max_memory_allocated()
 
 
 def _torch_model(work: Workload) -> Any:
@@ -136,14 +179,15 @@ def _torch_model(work: Workload) -> Any:
             tie_word_embeddings=config.tie_embeddings,
             bos_token_id=None,
             eos_token_id=None,
+            attn_implementation="sdpa",
         )
-    )
+    ).to(_torch_device(work))
 
 
 def _torch_ids(work: Workload, length: int) -> Any:
     import torch
 
-    return torch.randint(0, work.config().vocab_size, (work.batch, length))
+    return torch.randint(0, work.config().vocab_size, (work.batch, length), device=_torch_device(work))
 
 
 def _torch_decode(work: Workload, model: Any, compiled: bool) -> Run:
@@ -153,8 +197,10 @@ def _torch_decode(work: Workload, model: Any, compiled: bool) -> Run:
     ids = _torch_ids(work, work.prompt_length)
     options: dict[str, Any] = {}
     if compiled:
-        compile_config = CompileConfig(mode="default")
-        compile_config._compile_all_devices = True  # by default, generate compiles for accelerators only
+        compile_config = CompileConfig()  # whose mode is that for accelerators, and generate compiles for these only
+        if work.platform == "cpu":
+            compile_config = CompileConfig(mode="default")
+            compile_config._compile_all_devices = True
         options = {"cache_implementation": "static", "compile_config": compile_config}
 
     def run() -> None:
@@ -190,11 +236,12 @@ def _torch_train(work: Workload, compiled: bool) -> Run:
     import torch
 
     model, ids = _torch_model(work).train(), _torch_ids(work, work.length)
+    device = _torch_device(work)
     forward = torch.compile(model) if compiled else model
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
 
     def run() -> None:
-        mixed = torch.autocast("cpu", torch.bfloat16) if work.dtype == "bfloat16" else contextlib.nullcontext()
+        mixed = torch.autocast(device, torch.bfloat16) if work.dtype == "bfloat16" else contextlib.nullcontext()
         with mixed:
             loss = forward(ids, labels=ids, use_cache=False).loss
         loss.backward()
@@ -327,8 +374,8 @@ _GENERATES = {"decode": ALL, "prompt": FLOATS}
 _TORCH_ROWS = dict.fromkeys(("decode", "prompt", "forward", "train"), FLOATS)
 
 PEERS = {
-    "torch": Peer(_TORCH, _TORCH_ROWS, _torch),
-    "torch.compile": Peer(_TORCH, _TORCH_ROWS, functools.partial(_torch, compiled=True), compiles=True),
+    "torch": Peer(_TORCH, _TORCH_ROWS, _torch, on_gpus=True),
+    "torch.compile": Peer(_TORCH, _TORCH_ROWS, functools.partial(_torch, compiled=True), compiles=True, on_gpus=True),
     "lm_eval": Peer((*_TORCH, "lm_eval", "accelerate", "peft"), {"score": FLOATS}, _lm_eval),
     "CTranslate2": Peer(
         ("ctranslate2", *_TORCH),
@@ -342,9 +389,9 @@ PEERS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Runs a workload and prints the measurement."""
-    name, preset, peer = arguments
-    work = next(work for work in workloads(preset) if work.name == name)
+    """Runs a workload, by default of a CPU, and prints the measurement."""
+    name, preset, peer, *platform = arguments
+    work = next(work for work in workloads(preset, *platform) if work.name == name)
     print(json.dumps(dataclasses.asdict(measure(work, peer))))
 
 

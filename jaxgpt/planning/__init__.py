@@ -1,5 +1,5 @@
-"""Estimates what a model needs on a TPU pod slice, with no TPU at hand. `__init__.pyi` lists what other packages may
-use."""
+"""Estimates what a model needs on a TPU pod slice or on nodes of GPUs, with none at hand. `__init__.pyi` lists what
+other packages may use."""
 
 import lazy_loader
 

@@ -20,26 +20,30 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt.generation import DecodeState, Greedy, decode_tokens, prefill
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, sharding
+from jaxgpt.planning.chips import Topology
 from jaxgpt.planning.hlo import Program
-from jaxgpt.planning.plan import Cost, Topology
+from jaxgpt.planning.plan import Cost
 from jaxgpt.planning.traced import kernel_bytes, product_flops
 from jaxgpt.training import TrainConfig, abstract_state, jit_step
 
 # XLA's lowest effort takes a sixth of the time. Memory and communication come out about the same, but HBM traffic is
 # two to three times as large: less is fused, and less is kept in on-chip memory.
 QUICK = {"exec_time_optimization_effort": -1.0}
-# Tokens per call of the compiled decoding loop.
-CHUNK = 8
+# Tokens per call of the compiled decoding loop, as in `generation.session`: at its start and end, XLA converts the
+# cache between two layouts.
+CHUNK = 32
 
 
 def main() -> None:
     """Reads the task, compiles, and prints the costs."""
     task = json.load(sys.stdin)
     config, topology = TrainConfig.from_dict(task["config"]), Topology.parse(task["topology"])
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
+    # By default a host has 2x2 chips, which do not divide a slice of one.
+    host = {"chips_per_host_bounds": (1, 1, 1)} if topology.size == 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **host).devices
     mesh = sharding.make_mesh(config.mesh, devices)
     cost = functools.partial(_cost, topology, mesh, QUICK if task["quick"] else {})
-    costs = {"training": cost(*training(config, mesh))}
+    costs = {"training": cost(*training(config, mesh))} if task["train"] else {}
     if rows := task["decode_batch"]:
         costs["decoding"] = cost(*decoding(config, mesh, rows), runs=CHUNK)
     print(json.dumps({name: dataclasses.asdict(cost) for name, cost in costs.items()}))
@@ -56,8 +60,9 @@ def training(config: TrainConfig, mesh: Mesh) -> tuple[Any, tuple[Any, ...], dic
 
 
 def decoding(config: TrainConfig, mesh: Mesh, rows: int) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Returns the same as `training`, for `decode_tokens` at the end of a full context."""
-    model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none"))
+    """Returns the same as `training`, for `decode_tokens` at the end of a full context, of a model in the form that
+    `generation.prepare` gives it: with layers unstacked, because a scan over them copies the cache for every token."""
+    model = GPT(config.model, config.compute.replace(param_dtype="bfloat16", remat="none", scan_layers=False))
     C = model.config.context_length
     params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32)))["params"]
     params = sharding.abstract(params, sharding.shardings(mesh, params))

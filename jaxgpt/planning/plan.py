@@ -1,10 +1,10 @@
-"""Estimates what training and decoding need on a TPU pod slice, with no TPU at hand: memory, operations, bytes moved,
-and the time that follows from them.
+"""Estimates what training and decoding need on a TPU pod slice or on nodes of NVIDIA GPUs, with none at hand: memory,
+operations, bytes moved, and the time that follows from them.
 
 With the extra [tpu], XLA compiles the step that `jaxgpt train` runs and that of `generation/decode.py` for the chips
-of the slice, from shapes alone; without it the numbers come from formulae. Either way the time is a roofline estimate:
-each chip's operations, memory traffic and link traffic run at full speed, all three overlapped at best and one after
-another at worst.
+of the slice, from shapes alone; without it, and for GPUs, the numbers come from formulae. Either way the time is a
+roofline estimate: each chip's operations, memory traffic and link traffic run at full speed, all three overlapped at
+best and one after another at worst.
 """
 
 from __future__ import annotations
@@ -14,99 +14,22 @@ import importlib.util
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxgpt import accounting
 from jaxgpt.checks import did_you_mean
 from jaxgpt.config import PRESETS
 from jaxgpt.errors import ConfigError
 from jaxgpt.parallel import AXES, MeshConfig
+from jaxgpt.planning.chips import Topology
 from jaxgpt.textfile import read_toml
 from jaxgpt.training import TrainConfig, check_tables, override
 
 GIB = accounting.GIB
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A TPU chip, as documented by Google.
-
-    Attributes:
-        flops: peak of matrix products in bfloat16, in operations per second.
-        hbm_bytes: size of the main memory.
-        hbm_bandwidth: bandwidth of the main memory, in bytes per second.
-        link_bandwidth: one-way bandwidth of one link to a neighbour, in bytes per second. A torus axis has two links.
-        ring: a slice's axis closes to a ring if its size is a multiple of this.
-        most: number of chips in the largest slice.
-        slices: slices smaller than `ring` along some axis; all others have axes that are multiples of `ring`.
-    """
-
-    flops: float
-    hbm_bytes: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    ring: int
-    most: int
-    slices: tuple[str, ...]
-
-
-_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-# Memory and slices: https://cloud.google.com/tpu/docs/v4 (and v5e, v5p, v6e). Links: the table in "How to
-# Scale Your Model", part 2, https://jax-ml.github.io/scaling-book/tpus, which agrees with the two-way totals of
-# Google's pages for v5e (400 GB/s), v5p (1,200) and v6e (800).
-PEAK = accounting.PEAK_FLOPS
-CHIPS = {
-    "v4": Chip(PEAK["TPU v4"], 32 * GIB, 1.2e12, 4.5e10, 4, 4096, _DEEP),
-    "v5e": Chip(PEAK["TPU v5 lite"], 16 * GIB, 0.819e12, 5e10, 16, 256, _FLAT),
-    "v5p": Chip(PEAK["TPU v5"], 95 * GIB, 2.765e12, 1e11, 4, 6144, _DEEP),
-    "v6e": Chip(PEAK["TPU v6 lite"], 32 * GIB, 1.64e12, 1e11, 16, 256, _FLAT),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """A slice of a pod: "v5e:4x8" is 32 chips of v5e."""
-
-    name: str
-    chip: Chip
-    axes: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """Number of chips."""
-        return math.prod(self.axes)
-
-    @classmethod
-    def parse(cls, name: str) -> Topology:
-        """Reads "v5e:4x8".
-
-        Raises:
-            ConfigError: for a chip or a slice that does not exist; lists those that do.
-        """
-        kind, _, shape = name.partition(":")
-        if kind not in CHIPS:
-            raise ConfigError(f"no TPU {kind!r}{did_you_mean(kind, CHIPS)} (known: {', '.join(CHIPS)}, as in v5e:4x8)")
-        chip, axes = CHIPS[kind], tuple(int(n) for n in shape.split("x") if n.isdecimal())
-        rings = chip.slices is _DEEP and re.fullmatch(r"\d+x\d+x\d+", shape) and not any(n % chip.ring for n in axes)
-        if shape not in chip.slices and not (rings and 0 < math.prod(axes) <= chip.most):
-            more = f", or AxBxC of multiples of {chip.ring}, up to {chip.most:,} chips" if chip.slices is _DEEP else ""
-            raise ConfigError(f"{kind} has no slice {shape!r} (known: {', '.join(chip.slices)}{more})")
-        return cls(name, chip, axes)
-
-    def bandwidth(self, spanned: Sequence[int]) -> float:
-        """Bytes per second that a chip can send within a group that spans `spanned[i]` chips along axis i. An axis
-        contributes two links if it closes to a ring and is spanned whole, and one link otherwise."""
-        chip = self.chip
-        links = sum(
-            2 if n == axis and n % chip.ring == 0 else 1 for n, axis in zip(spanned, self.axes, strict=True) if n > 1
-        )
-        return max(1, links) * chip.link_bandwidth
 
 
 @dataclasses.dataclass
@@ -197,8 +120,8 @@ def check(config: TrainConfig, rows: int | None = None) -> None:
     sharding.check(_mesh(config), config.model, rows)
 
 
-def attention(config: TrainConfig) -> str:
-    """The backend of attention that training on a TPU uses.
+def attention(config: TrainConfig, platform: str = "tpu") -> str:
+    """The backend of attention that training on TPUs or GPUs uses.
 
     Raises:
         ConfigError: if the config asks for one that cannot compute it.
@@ -206,14 +129,14 @@ def attention(config: TrainConfig) -> str:
     from jaxgpt.model import backend_of
 
     rows, dropout = config.batch_size // config.grad_accumulation, config.model.drop_rate_attn > 0
-    return backend_of(config.model, config.compute, rows, config.T, dropout, _mesh(config))
+    return backend_of(config.model, config.compute, rows, config.T, dropout, _mesh(config, platform))
 
 
-def _mesh(config: TrainConfig) -> Any:
-    """The config's mesh, of TPUs that need not be there."""
+def _mesh(config: TrainConfig, platform: str = "tpu") -> Any:
+    """The config's mesh, of devices that need not be there."""
     from jax.sharding import AbstractDevice, AbstractMesh
 
-    device = AbstractDevice(device_kind="TPU", num_cores=None, platform="tpu")
+    device = AbstractDevice(device_kind=platform.upper(), num_cores=None, platform=platform)
     return AbstractMesh(config.mesh.resolve(0), AXES, abstract_device=device)
 
 
@@ -225,11 +148,31 @@ def model_flops(config: TrainConfig) -> int:
 # How far the formulae for training are at most from the compiled programs of docs/scaling.md's eight sizes.
 ANALYTIC_ERROR = {"memory": 0.24, "tokens_per_s": 0.18}
 
-# What the formulae know of the compiled programs. Queries that attention takes at a time: `model.attention.blocked`,
-# and Splash, of whose other arrays the lanes are 128 numbers per query.
-QUERY_BLOCK, KERNEL_BLOCK, KERNEL_LANES = 128, 512, 128
+
+class Kernel(NamedTuple):
+    """What the formulae know of a kernel of attention.
+
+    Attributes:
+        block: queries, and keys, that it takes at a time.
+        lanes: float32 numbers per query in its other arrays, such as a row's sum of exponentials.
+        backward_products: products of the backward pass.
+        rereads: whether each block of queries reads the keys and values that it sees from HBM again.
+    """
+
+    block: int
+    lanes: int
+    backward_products: int
+    rereads: bool
+
+
+# Splash as in the compiled programs: its two backward passes both recompute the scores. cuDNN's has one such pass (Dao
+# 2023, FlashAttention-2, algorithm 2); a head's keys and values stay in the GPU's L2 cache.
+KERNELS = {"splash": Kernel(512, 128, 7, True), "cudnn": Kernel(128, 1, 5, False)}
+# Queries that `model.attention.blocked` takes at a time.
+QUERY_BLOCK = 128
 # XLA's partitioner passes a weight's parts round a ring, instead of gathering it, if there are at most so many:
-# `max_windowed_einsum_iteration` in xla/service/spmd/spmd_partitioner.h.
+# `max_windowed_einsum_iteration` in xla/service/spmd/spmd_partitioner.h. For GPUs it does not: there the weights would
+# have to be larger than `xla_gpu_threshold_for_windowed_einsum_mib`, 100 GB.
 RING = 32
 # On-chip memory, where XLA keeps what fits: v5e's, by "How to Scale Your Model", part 2; taken for all chips.
 VMEM = 128 * 2**20
@@ -262,9 +205,9 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     products = (5 * D + F) / t
     kept = tokens * 4 * (D + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
     logits, layer = rows * _positions(config) * V / t * 4, (P / L) * item / t
-    kernel = attention(config) == "splash"
+    kernel = KERNELS.get(attention(config, topology.platform))
     scores = 0 if kernel else rows * model.n_heads / t * min(QUERY_BLOCK, T) * T * 4
-    partial = 2 * tokens * F / t * 4 if 1 < f <= RING else 0
+    partial = 2 * tokens * F / t * 4 if _ring(f, topology.platform) else 0
     memory = {
         "parameters": 4 * shard,
         "optimizer": 8 * shard,
@@ -280,11 +223,18 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     }
     linear = accounting.training_flops(model, config.batch_size, T, compute.remat).linear
     forwards = 1 if compute.remat == "none" else 2
-    scored = 2 * config.batch_size * D * _pairs(config) * (2 * forwards + (7 if kernel else 5))
-    return _analytic(config, topology, memory, (linear + scored) / (d * f * t), _hbm_bytes(config), sent)
+    backward = kernel.backward_products if kernel else 5
+    scored = 2 * config.batch_size * D * _pairs(config, kernel) * (2 * forwards + backward)
+    hbm_bytes = _hbm_bytes(config, topology.platform)
+    return _analytic(config, topology, memory, (linear + scored) / (d * f * t), hbm_bytes, sent)
 
 
-def _hbm_bytes(config: TrainConfig) -> float:
+def _ring(fsdp: int, platform: str) -> int:
+    """Chips round which XLA passes the parts of a weight, or 0."""
+    return fsdp if platform == "tpu" and 1 < fsdp <= RING else 0
+
+
+def _hbm_bytes(config: TrainConfig, platform: str = "tpu") -> float:
     """Bytes that a chip reads and writes in HBM per training step. The optimizer reads and writes parameters and
     moments, and reads gradients: 28 bytes per parameter. The rest happens per micro-batch and pass (forward,
     recomputation, and backward, which counts twice):
@@ -305,11 +255,12 @@ def _hbm_bytes(config: TrainConfig) -> float:
     block = 2 * passes * L * tokens * (2 * D + (5 * D + F) / t) * 4
     chunks = math.ceil(T / _positions(config))
     loss = 4 * tokens * V / t * 4 + 2 * chunks * V * D / t * 4
-    ring = f * L * tokens * (4 * D + 2 * F) / t * 4 if 1 < f <= RING else 0
-    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + _attention_bytes(config) + loss + ring)
+    ring = _ring(f, platform) * L * tokens * (4 * D + 2 * F) / t * 4
+    scores = _attention_bytes(config, platform)
+    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + scores + loss + ring)
 
 
-def _attention_bytes(config: TrainConfig) -> float:
+def _attention_bytes(config: TrainConfig, platform: str = "tpu") -> float:
     """Bytes that attention reads and writes in HBM per micro-batch.
 
     Block by block: scores are three times written or read in float32 per forward pass, to make them, to sum their
@@ -319,14 +270,17 @@ def _attention_bytes(config: TrainConfig) -> float:
 
     In Splash, three kernels read and write per query and head: forward q, the result and the queries' positions;
     backward q, its gradient and the result's, those of the keys and values, and twice some lanes. Keys and values, or
-    q and the result's gradient, are read again for each block of the others.
+    q and the result's gradient, are read again for each block of the others. cuDNN's are taken to do the same, but to
+    read these once (`Kernel.rereads`).
     """
     model, (d, f, t), T = config.model, config.mesh.resolve(0), config.T
     rows, K = config.batch_size / config.grad_accumulation / (d * f), model.head_dim
-    forwards, pairs = (1 if config.compute.remat == "none" else 2), _pairs(config)
-    if attention(config) == "splash":
-        item, lanes = accounting.DTYPE_BYTES[config.compute.dtype], 4 * KERNEL_LANES
-        queries, again = model.n_layers * T, pairs / KERNEL_BLOCK
+    kernel = KERNELS.get(attention(config, platform))
+    forwards, pairs = (1 if config.compute.remat == "none" else 2), _pairs(config, kernel)
+    if kernel:
+        item, lanes = accounting.DTYPE_BYTES[config.compute.dtype], 4 * kernel.lanes
+        queries = model.n_layers * T
+        again = pairs / kernel.block if kernel.rereads else queries
         forward = queries * (2 * K * item + lanes) + again * 2 * K * item
         backward = queries * (7 * K * item + 2 * lanes) + again * 4 * K * item
         return rows * model.n_heads / t * (forwards * forward + backward)
@@ -342,11 +296,11 @@ def _positions(config: TrainConfig) -> int:
     return min(config.T, max(1, config.loss_chunk * config.grad_accumulation // config.batch_size))
 
 
-def _pairs(config: TrainConfig) -> float:
+def _pairs(config: TrainConfig, kernel: Kernel | None) -> float:
     """Pairs of a query and a key, over all layers, of which attention computes the scores for one row and head: a block
     of queries meets the keys that any of them sees."""
     model, T = config.model, config.T
-    block = min(KERNEL_BLOCK if attention(config) == "splash" else QUERY_BLOCK, T)
+    block = min(kernel.block if kernel else QUERY_BLOCK, T)
     dense, band = T * (T + block) / 2, T * min(model.attention_window + block, (T + block) / 2)
     return sum(band if i in model.banded_layers else dense for i in range(model.n_layers))
 
@@ -368,16 +322,9 @@ def analytic_decoding(config: TrainConfig, topology: Topology, rows: int) -> Cos
 
 
 def _analytic(config, topology, memory, flops, hbm, sent) -> Cost:
-    """Assumes that the mesh's tensor axis occupies one axis of the torus, and that the others share the rest."""
-    d, f, t = config.mesh.resolve(0)
-    axes = sorted(topology.axes)
-    rest = axes[1:] if t > 1 and len(axes) > 1 else axes
-    spans = {"tensor": [axes[0]], "fsdp": rest if d == 1 else rest[-1:], "data": rest if f == 1 else rest[:1]}
-    seconds = 0.0
-    for size, axis in sent.values():
-        span = [*spans[axis], *[1] * (len(axes) - len(spans[axis]))]
-        whole = dataclasses.replace(topology, axes=tuple(span))
-        seconds += size / whole.bandwidth(span)
+    """The cost of what is `sent`: bytes, and the mesh axis, by kind."""
+    bandwidth = topology.mesh_bandwidth(config.mesh.resolve(0))
+    seconds = sum(size / bandwidth[axis] for size, axis in sent.values())
     return Cost(memory, flops, hbm, {kind: size for kind, (size, _) in sent.items() if size}, seconds)
 
 
@@ -412,8 +359,8 @@ def make_plan(
     config: TrainConfig, topology: Topology, decode_batch: int | None = None, quick: bool = False
 ) -> dict[str, Any]:
     """Returns the whole plan as plain values, ready for JSON. "training" and "decoding" each hold the roofline from the
-    formulae, "analytic", and if the compiler is installed, the one of the compiled program, "compiled". Sizes are in
-    bytes.
+    formulae, "analytic", and if the compiler is installed, that of the program compiled for TPUs, "compiled". Sizes are
+    in bytes.
 
     Args:
         config: the run, from `resolve`.
@@ -437,10 +384,12 @@ def make_plan(
         name: {"tokens": n, "analytic": roofline(cost, topology, n, useful)}
         for name, (cost, n, useful) in parts.items()
     }
-    if compiler_available():
+    if topology.platform == "tpu" and compiler_available():
         for name, cost in _compiled(config, topology, rows, quick).items():
-            _, n, useful = parts[name]
+            least, n, useful = parts[name]
             report[name]["compiled"] = roofline(cost, topology, n, useful)
+            if name == "decoding" and not cost.does_not_fit:
+                report[name]["compiled"]["times_weights_and_cache"] = cost.hbm_bytes / least.hbm_bytes
     return report
 
 
@@ -457,7 +406,7 @@ def host_takes(preset: str) -> float:
     return roofline(cost, topology, tokens, model_flops(config))["tokens_per_s"]["overlapped"]
 
 
-def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool) -> dict[str, Cost]:
+def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool, train: bool = True) -> dict[str, Cost]:
     """Runs `jaxgpt.planning.compile` in a separate process, because it sets up other devices and libtpu is noisy."""
     # No TPU is touched: do not look for one in the cloud's metadata, and do not lock it against other processes.
     quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
@@ -466,7 +415,7 @@ def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool) -
     environment["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
     )
-    task = {"config": config.to_dict(), "topology": topology.name, "decode_batch": rows, "quick": quick}
+    task = {"config": config.to_dict(), "topology": topology.name, "decode_batch": rows, "quick": quick, "train": train}
     done = subprocess.run(
         [sys.executable, "-m", "jaxgpt.planning.compile"],
         input=json.dumps(task),

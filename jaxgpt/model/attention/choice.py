@@ -1,7 +1,7 @@
 """What the model calls, `attend`, and which backend computes it.
 
-A backend asked for by name raises if it cannot compute the call. "auto" takes the fastest that can: that of the
-platform if there is one, or else the blocks of `blocks.py`, which compute everything.
+A backend asked for by name raises if it cannot compute the call. "auto" takes the fastest that can: for whole
+sequences that of the platform if there is one, or else the blocks of `blocks.py`, which compute everything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import ConfigError
 from jaxgpt.model.attention.blocks import blocked
-from jaxgpt.model.attention.fused import cudnn, cudnn_refusal, splash, splash_refusal
+from jaxgpt.model.attention.fused import cudnn, cudnn_refusal, from_start, splash, splash_refusal
 from jaxgpt.model.attention.plain import attention_weights, reference, scaled
 from jaxgpt.model.cache import Seen
 from jaxgpt.parallel import is_distributed, layout
@@ -112,6 +112,8 @@ def choose(backend: str, q_BxHxTxK: Array, seen: Seen, **options: Any) -> str:
     Raises:
         ConfigError: as `attend`.
     """
+    if backend == "auto" and not from_start(q_BxHxTxK, seen):
+        return "blocked"
     if backend == "auto":
         return next(name for name, other in BACKENDS.items() if other.refusal(q_BxHxTxK, seen, **options) is None)
     if reason := BACKENDS[backend].refusal(q_BxHxTxK, seen, **options):
