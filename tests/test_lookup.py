@@ -145,19 +145,47 @@ def test_a_text_ends_at_a_stop_id_within_drafts(built):
     assert (result.new_tokens[0].tolist(), result.finish_reasons, result.looked_up) == ([3, 4, 5, 6], ["stop"], 1)
 
 
-def test_drafts_that_do_not_pay_become_rare():
+def after_readings(N, chosen, readings):
+    """What readings cost and draw where a match is always found: rows (drafts were read, ids drawn). With drafts,
+    `chosen(i)` of them are right."""
     history = History.of([[1, 2, 3, 4, 1, 2, 3]], 64)
     state = SimpleNamespace(history=jax.device_put(history), memory=SimpleNamespace(length=7, slots=64))
-    drafting, drafted = lookup._Drafting.none(7), []
     after = jax.jit(lambda drafting, drawn: drafting.after(state, drawn))
-    for _ in range(200):
-        drafting = after(drafting, 1)
-        drafted.append(bool(drafting.there))
-    assert np.diff(np.flatnonzero(drafted)).tolist() == [2, 4, 8, 16, 32, 64, 64]
-    drafting = drafting.replace(there=True)
-    paid, failed = after(drafting, 3), after(drafting, 2)
-    assert (int(paid.pause), bool(paid.there), int(paid.accepted)) == (0, True, 2)
-    assert (int(failed.pause), bool(failed.there), int(failed.accepted)) == (lookup.LONGEST_PAUSE, False, 1)
+    drafting, rows = after(lookup._Drafting.first(N), 1), [(False, 1)]
+    for i in range(readings):
+        there = bool(drafting.there)
+        rows.append((there, 1 + chosen(i) if there else 1))
+        drafting = after(drafting, rows[-1][1])
+    assert int(drafting.accepted) == sum(drawn - 1 for _, drawn in rows)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("N", [1, 7, 31])
+def test_drafts_cost_at_most_what_was_granted_wherever_they_fail(N):
+    rng = np.random.default_rng(N)
+    cost = lookup.DRAFT_COST * N
+    for rate in (0, 0.1, 0.5, 0.9):
+        # Never right; sometimes; and all right for a while, then none for a while.
+        right = rng.random(200) < rate if rate < 0.9 else np.arange(200) % 40 < 20
+        there, drawn = after_readings(N, lambda i, right=right: N * int(right[i]), 200).T
+        # What lookup took more than plain decoding up to each reading, in hundredths of a reading.
+        more = np.cumsum(100 + cost * there - 100 * drawn)
+        allowed = lookup.ALLOWANCE * np.cumsum(drawn)
+        assert np.all(more <= allowed + cost)
+        later = (more - allowed)[None] - (more - allowed)[:, None]  # of any stretch of the text
+        assert later[np.triu_indices(201)].max() <= lookup.MOST_FAILURES * cost
+        # And no credit is left unused.
+        assert np.all(np.diff(np.flatnonzero(there), append=200) <= cost / lookup.ALLOWANCE + 1)
+
+
+def test_drafts_that_fail_become_rare_and_return_at_once_where_they_are_right():
+    there, _ = after_readings(7, lambda i: 0, 200).T
+    assert np.diff(np.flatnonzero(there)).tolist() == [41, 42, 42, 42]
+    there, _ = after_readings(7, lambda i: 7, 200).T
+    assert there[1:].all()
+    # Four failures after a stretch of right ones.
+    there, _ = after_readings(7, lambda i: 7 * (i < 20), 60).T
+    assert np.flatnonzero(there).tolist() == list(range(1, 25))
 
 
 def test_drafts_follow_the_last_of_the_longest_matches():
