@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxgpt.config import ComputeConfig
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import lookup
 from jaxgpt.generation.history import History
-from jaxgpt.generation.sampling import REMOVED, Control, Greedy
+from jaxgpt.measuring.scripts import Script, copying, misleading
 from jaxgpt.model import GPT
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
@@ -26,19 +25,8 @@ CONFIG = TINY.replace(context_length=128)
 REPEATED = [*range(20), *range(10)]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Script(Control):
-    """Draws the given ids, whatever the model says."""
-
-    ids_N: Any
-
-    def control(self, logits_BxV, history):
-        wanted = jnp.arange(logits_BxV.shape[1])[None] == self.ids_N[history.drawn]
-        return jnp.where(wanted, logits_BxV, REMOVED)
-
-
 def script(text):
-    return Script(np.array(text + [0] * (16 - len(text)), np.int32)) | Greedy()
+    return Script.of(text + [0] * (16 - len(text)))
 
 
 def prepared(config=CONFIG, dtype=None, **compute):
@@ -186,6 +174,38 @@ def test_drafts_that_fail_become_rare_and_return_at_once_where_they_are_right():
     # Four failures after a stretch of right ones.
     there, _ = after_readings(7, lambda i: 7 * (i < 20), 60).T
     assert np.flatnonzero(there).tolist() == list(range(1, 25))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("text", "most"), [(misleading(), None), (copying(128, 128, 97 + 128), 56)])
+def test_readings_cost_at_most_what_is_allowed(built, monkeypatch, text, most):
+    """Counts the readings of the weights with each number of ids. Without lookup there are 127 after the prompt's."""
+    readings = collections.Counter()
+    after = lookup._Drafting.after
+
+    def counted(drafting, state, drawn):
+        jax.debug.callback(lambda there: readings.update([bool(there)]), drafting.there)
+        return after(drafting, state, drawn)
+
+    monkeypatch.setattr(lookup._Drafting, "after", counted)
+    model, params = prepared(CONFIG.replace(context_length=256, vocab_size=97 + 128))
+    result = generate(model, params, [text[:128]], 128, sampler=Script.of(text[128:]), lookup=8)
+    jax.effects_barrier()
+    assert result.tokens[0].tolist() == text
+    assert sum(readings.values()) == 127 - result.looked_up
+    cost = sum(readings.values()) + lookup.DRAFT_COST * 7 / 100 * readings[True]
+    assert cost <= 127 * (1 + lookup.ALLOWANCE / 100) + lookup.DRAFT_COST * 7 / 100
+    if most is None:
+        assert result.looked_up == 0
+        assert readings[True] == 3  # a fourth would not fit into the context
+    else:
+        assert cost < most
+
+
+def test_no_four_ids_of_the_misleading_text_occur_twice():
+    text = misleading()
+    assert len(text) == 256
+    assert len({tuple(text[i : i + 4]) for i in range(253)}) == 253
 
 
 def test_drafts_follow_the_last_of_the_longest_matches():
