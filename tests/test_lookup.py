@@ -70,6 +70,7 @@ CONTROLS = {
         ("float32", CONFIG, 90, SAMPLED),
         exhaustive("float32", CONFIG, 110, {**SAMPLED, **CONTROLS}),
         exhaustive("bfloat16", SCALED.replace(context_length=128), 110, {"cache_dtype": "bfloat16"}),
+        exhaustive("float32", SCALED.replace(context_length=128), 110, {**SAMPLED, "cache_dtype": "int8"}),
         exhaustive("int8", CONFIG, 110, {"temperature": 0.2, "min_p": 0.05, "seed": 2}),
         exhaustive("float32", CONFIG, 110, {"temperature": 0.2, "seed": 3, "lookup": 32}),
         exhaustive("bfloat16", CONFIG, 110, {"temperature": 0.2, "top_p": 0.9, "seed": 4, "lookup": 2}),

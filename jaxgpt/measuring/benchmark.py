@@ -51,9 +51,9 @@ class Workload:
     Attributes:
         kind: "decode" (`PROMPT` ids in, `NEW` ids out), "prompt" (`length` ids in, one out: the time to the first
             token), "copy" and "mislead" (`LOOKUP_PROMPT` ids in, `NEW` out, with lookup: a text that repeats its prompt
-            with changes, and one that misleads every guess), "forward" (logits at every position), "score" (the `questions` of a benchmark), "train" (a whole
-            optimizer step), "feed" (batches of a token file, without a model), "read" or "matmul" (the machine's
-            limits).
+            with changes, and one that misleads every guess), "forward" (logits at every position), "score" (the
+            `questions` of a benchmark), "train" (a whole optimizer step), "feed" (batches of a token file, without a
+            model), "read" or "matmul" (the machine's limits).
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: type of the parameters while decoding, and of the operands of matrix products.
         batch: number of rows; of questions to score.
@@ -150,7 +150,10 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
         weights = size - unread * size / counts.total
         read = PROMPT if work.kind == "decode" else LOOKUP_PROMPT
         cache = accounting.cache_bytes(config, work.batch, read + NEW // 2, "float32")
-        rate, formula = work.batch * read_bytes_per_s / (weights + cache), "read bandwidth / (bytes of weights + of the mean cache)"
+        rate, formula = (
+            work.batch * read_bytes_per_s / (weights + cache),
+            "read bandwidth / (bytes of weights + of the mean cache)",
+        )
         if work.kind == "copy":
             return LOOKUP * rate, f"ids per reading, {LOOKUP} x {formula}"
         return rate, f"rows x {formula}"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jaxgpt.generation import History
 from jaxgpt.generation.sampling import REMOVED, Control, Greedy, Sampler
 
 
@@ -25,7 +26,7 @@ class Script(Control):
         """A sampler that draws these ids."""
         return cls(np.array(ids, np.int32)) | Greedy()
 
-    def control(self, logits_BxV: Array, history: Any) -> Array:
+    def control(self, logits_BxV: Array, history: History) -> Array:
         wanted_V = jnp.arange(logits_BxV.shape[1]) == jnp.take(self.ids_N, history.drawn, mode="clip")
         return jnp.where(wanted_V[None], logits_BxV, REMOVED)
 
