@@ -238,12 +238,18 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
 
 
 @needs_compiler
-@grid(1, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
+@grid(
+    1,
+    dtype=["float32", "bfloat16"],
+    batch=[1, 2],
+    config={"dense": TINY, "alternating": ALTERNATING},
+    cache_dtype={"default": None, "int8": "int8"},
+)
 @pytest.mark.usefixtures("compiled_fully")
-def test_with_the_kernel_a_step_neither_copies_nor_converts_the_cache(built, batch, dtype, config):
+def test_with_the_kernel_a_step_neither_copies_nor_converts_the_cache(built, batch, dtype, config, cache_dtype):
     model, params = prepare(*make_model(config.replace(context_length=128, emb_dim=64, n_heads=4), dtype=dtype))
     none = np.zeros(0, np.int32)
-    read = functools.partial(decode.prefill, model, slots=112, sampler=sampling.Greedy())
+    read = functools.partial(decode.prefill, model, slots=112, sampler=sampling.Greedy(), cache_dtype=cache_dtype)
     state = jax.eval_shape(read, params, np.ones((batch, 16), np.int32), np.full(batch, 5), np.int32(5), None, none)
     step = decode.decode_tokens.lower(model, params, state, np.int32(9), chunk=32, sampler=sampling.Greedy())
     text = step.compile().as_text()

@@ -169,7 +169,7 @@ def test_drafts_cost_at_most_what_was_granted_wherever_they_fail(N):
 
 def test_drafts_that_fail_become_rare_and_return_at_once_where_they_are_right():
     there, _ = after_readings(7, lambda i: 0, 200).T
-    assert np.diff(np.flatnonzero(there)).tolist() == [41, 42, 42, 42]
+    assert np.diff(np.flatnonzero(there)).tolist() == [69, 70]
     there, _ = after_readings(7, lambda i: 7, 200).T
     assert there[1:].all()
     # Four failures after a stretch of right ones.
@@ -178,7 +178,7 @@ def test_drafts_that_fail_become_rare_and_return_at_once_where_they_are_right():
 
 
 @needs_compiler
-@pytest.mark.parametrize(("text", "most"), [(misleading(), None), (copying(128, 128, 97 + 128), 56)])
+@pytest.mark.parametrize(("text", "most"), [(misleading(), None), (copying(128, 128, 97 + 128), 48)])
 def test_readings_cost_at_most_what_is_allowed(built, monkeypatch, text, most):
     """Counts the readings of the weights with each number of ids. Without lookup there are 127 after the prompt's."""
     readings = collections.Counter()
@@ -198,9 +198,9 @@ def test_readings_cost_at_most_what_is_allowed(built, monkeypatch, text, most):
     assert cost <= 127 * (1 + lookup.ALLOWANCE / 100) + lookup.DRAFT_COST * 7 / 100
     if most is None:
         assert result.looked_up == 0
-        assert readings[True] == 3  # a fourth would not fit into the context
+        assert readings[True] == 2
     else:
-        assert cost < most
+        assert sum(readings.values()) <= most
 
 
 def test_no_four_ids_of_the_misleading_text_occur_twice():

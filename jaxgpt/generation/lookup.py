@@ -10,7 +10,7 @@ result alone as among others. XLA does not, so there is no lookup without the ke
 Drafts that fail cost time, so each has to be paid for in advance: with what drafts have saved, and with `ALLOWANCE` for
 each id. For n ids the readings therefore take, wherever drafts fail, at most 1.02 n readings of one id, and what the
 drafts of one reading cost, which is granted at the start. That holds where reading T ids takes no longer than
-1 + 0.12 (T - 1) readings of one; on the processors measured it takes less (see `DRAFT_COST`).
+1 + 0.2 (T - 1) readings of one; on the processor measured it takes less (see `DRAFT_COST`).
 
 Source: Saxena 2023, "Prompt Lookup Decoding"; verification by exact match instead of Leviathan et al. 2023, so that
 sampling draws the same ids too.
@@ -41,9 +41,12 @@ from jaxgpt.parallel import to_device
 
 # How many ids of the text's end must have occurred before, and how many more are preferred.
 SHORTEST, LONGEST = 3, 8
-# Costs are counted in hundredths of a reading of one id, rounded up: what each draft adds to a reading, and what each
-# id may take more than without lookup. A few drafts in a row may fail where earlier ones have earned it.
-DRAFT_COST, ALLOWANCE, MOST_FAILURES = 12, 2, 4
+# In hundredths of a reading of one id: what each draft adds to a reading (measured with AVX2: products take 4 to 8 in
+# float32, 1 to 12 in bfloat16 and 2 to 17 in int8, more the more ids there are), and what each id may take more than
+# without lookup.
+DRAFT_COST, ALLOWANCE = 20, 2
+# How many readings' drafts may fail in a row where earlier ones have paid for them.
+MOST_FAILURES = 4
 
 
 class Lookup:
