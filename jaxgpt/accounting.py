@@ -274,14 +274,16 @@ def causal_attention_flops(config: GPTConfig, batch: int, length: int) -> int:
 
 
 def cache_bytes(config: GPTConfig, batch: int, slots: int, dtype: str) -> int:
-    """Bytes of the keys and values of a cache: 2 L B S D elements of `dtype`. `Cache.empty` documents its dtype.
+    """Bytes of the keys and values of a cache: 2 L B S D elements of `dtype`, and for int8 2 L B S H scales in float32.
+    `Cache.empty` documents its dtype.
 
     Raises:
         ValueError: if `batch` or `slots` is not positive.
         ConfigError: for a dtype that is not one of `DTYPE_BYTES`.
     """
     _check_positive(batch=batch, slots=slots)
-    return 2 * config.n_layers * batch * slots * config.emb_dim * _itemsize(dtype)
+    scales = 4 * config.n_heads if dtype == "int8" else 0
+    return 2 * config.n_layers * batch * slots * (config.emb_dim * _itemsize(dtype) + scales)
 
 
 def _linear_flops(config: GPTConfig, batch: int, length: int) -> tuple[int, int]:

@@ -178,7 +178,7 @@ def test_what_a_training_step_computes_again_is_what_its_program_does():
         assert programs[remat].attention == programs["none"].attention + forward
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_cache_bytes_are_those_of_the_cache(dtype, batch):
     cache = jax.eval_shape(

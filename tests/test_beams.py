@@ -187,7 +187,7 @@ def test_texts_from_beams():
         ({"early_stopping": 1}, 'early_stopping must be False, True or "never", not 1'),
         ({"early_stopping": "always"}, "early_stopping must be False, True or \"never\", not 'always'"),
         ({"stop_ids": [97]}, r"stop_ids\[0\] is 97"),
-        ({"cache_dtype": "int8"}, "cache_dtype"),
+        ({"cache_dtype": "int4"}, '"bfloat16", "int8" or None, not .int4'),
         ({"max_new_tokens": 15}, "2 ids and max_new_tokens=15 exceed context_length=16"),
         ({"prompts": [[1], []]}, r"prompts\[1\] is empty"),
         ({"sampler": Greedy()}, "beam_search has no option 'sampler': it only ranks what the model says"),

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import needs_compiler
 
 from jaxgpt import planning
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.cpu import kernel
 from jaxgpt.measuring import benchmark, limits
 from jaxgpt.measuring import peers as benchmark_peers
 from jaxgpt.measuring.benchmark import Workload
@@ -316,6 +318,28 @@ def test_the_whole_benchmark_covers_every_row(canned, capsys, tmp_path):
     assert report["start_seconds"] == {"cold": 3.0, "compiled": 2.0}
     assert report["rows"][0]["costliest"] == [["dot x 2", 1.5]]
     assert ("benchmark", rows[0], str(tmp_path / rows[0])) in canned
+
+
+def test_lookup_is_measured_where_the_kernel_is(canned, capsys, monkeypatch):
+    names = [f"{kind}-1-{dtype}" for kind in ("copy", "mislead") for dtype in ("float32", "bfloat16", "int8")]
+    monkeypatch.setattr(kernel, "available", lambda: True)
+    assert main(["benchmark", "--json", "--only", "copy", "--only", "mislead"]) == 0
+    rows = {row["work"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert list(rows) == names
+    assert rows["copy-1-int8"]["tokens_per_s"]["jaxgpt"] == 128 / 2
+    # One reading gives at most 8 ids, or one where every guess is wrong.
+    assert rows["copy-1-int8"]["limit_tokens_per_s"] == 8 * rows["mislead-1-int8"]["limit_tokens_per_s"]
+
+
+@needs_compiler
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("kind", "looked_up"), [("copy", range(30, 48)), ("mislead", [0])])
+def test_lookup_guesses_a_copy_and_not_what_misleads(built, monkeypatch, kind, looked_up):
+    monkeypatch.setattr(benchmark, "LOOKUP_PROMPT", 60)
+    monkeypatch.setattr(benchmark, "NEW", 60)
+    result = benchmark._look_up(Workload(kind, "character"))()
+    assert len(result.new_tokens[0]) == 60
+    assert result.looked_up in looked_up
 
 
 def test_what_one_host_feeds_stands_beside_what_a_pods_host_takes(canned, capsys):

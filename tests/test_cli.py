@@ -328,6 +328,7 @@ def test_inspect_json_holds_the_numbers(capsys):
         "lora_rank_16_bfloat16": 2 * 163_009_536 + 16 * adapters,
     }
     assert report["cache_bytes"]["float32"] == 2 * 12 * 2 * 1024 * 768 * 4
+    assert report["cache_bytes"]["int8"] == 2 * 12 * 2 * 1024 * (768 + 4 * 12)  # a float32 scale per head
     assert report["tree"][2] == {"path": "trf_blocks_0/norm1/scale", "shape": [768], "parameters": 768}
     assert sum(leaf["parameters"] for leaf in report["tree"]) == report["parameters"]["total"]
 

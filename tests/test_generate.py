@@ -640,7 +640,7 @@ def test_integers_of_any_kind_are_ids(tiny):
         ({"num_return_sequences": 2.0}, "num_return_sequences must be an integer of 1 or more, not 2.0"),
         ({"num_return_sequences": 2}, r"num_return_sequences=2 needs a random sampler.*Greedy\(\) gives the same row"),
         ({"beyond_context": "crop"}, "beyond_context"),
-        ({"cache_dtype": "int8"}, "cache_dtype"),
+        ({"cache_dtype": "int4"}, '"bfloat16", "int8" or None, not .int4'),
         ({"beyond_context": "error", "max_new_tokens": 15}, "2 ids and max_new_tokens=15 exceed context_length=16"),
     ],
 )

@@ -27,7 +27,7 @@ from jaxgpt.cpu import kernel
 from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import decode, preparation, sampling
-from jaxgpt.model import Cache, ops
+from jaxgpt.model import Cache, Quantised, ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
 
@@ -116,21 +116,32 @@ def test_the_number_of_threads_changes_no_bit(kernel_cache):
 @pytest.mark.parametrize("window", [None, 1, 7, 300])
 @pytest.mark.parametrize(
     ("shape", "dtype"),  # B, H, T, S, K
-    [((1, 2, 1, 50, 64), "float32"), ((3, 2, 4, 41, 80), "bfloat16"), ((2, 1, 3, 19, 5), "float32")],
+    [
+        ((1, 2, 1, 50, 64), "float32"),
+        ((3, 2, 4, 41, 80), "bfloat16"),
+        ((2, 1, 3, 19, 5), "float32"),
+        ((1, 3, 2, 50, 24), "int8"),
+        ((3, 2, 4, 41, 80), "int8"),
+    ],
 )
 def test_the_kernels_attention_equals_float64(built, shape, dtype, window):
     assert kernel.available()
     B, H, T, S, K = shape
     rng = np.random.default_rng(0)
     q = (rng.normal(size=(B, H, T, K)) / K**0.5).astype(np.float32)
-    k, v = (np.asarray(jnp.asarray(rng.normal(size=(B, H, S, K))).astype(dtype)) for _ in range(2))
+    cache = [jnp.asarray(rng.normal(size=(B, H, S, K)), "float32") for _ in range(2)]
+    if dtype == "int8":
+        cache = [Quantised.of(x) for x in cache]
+        k, v = (np.float64(x.values) * np.float64(x.scale) for x in cache)
+    else:
+        cache = k, v = [np.asarray(x.astype(dtype)) for x in cache]
     start_B, attend = np.arange(B, dtype=np.int32) * 4, jax.jit(kernel.attention, static_argnums=5)
     for slot in (max(8, T), S - T):
-        got = attend(q, k, v, np.int32(slot), start_B, window)
+        got = attend(q, *cache, np.int32(slot), start_B, window)
         np.testing.assert_allclose(got, attention_in_float64(q, k, v, slot, start_B, window), atol=2e-6)
     # Row, query, padding and first slot change no bit.
-    k, v = (np.pad(x[-1:, :, start_B[-1] :], ((0, 0), (0, 0), (2, 9), (0, 0))) for x in (k, v))
-    alone = attend(q[-1:, :, -1:], k, v, np.int32(S + 1 - start_B[-1]), np.full(1, 2, np.int32), window)
+    cache = jax.tree.map(lambda x: np.pad(x[-1:, :, start_B[-1] :], ((0, 0), (0, 0), (2, 9), (0, 0))), cache)
+    alone = attend(q[-1:, :, -1:], *cache, np.int32(S + 1 - start_B[-1]), np.full(1, 2, np.int32), window)
     np.testing.assert_array_equal(alone[0, :, 0], got[-1, :, -1])
 
 
@@ -164,9 +175,11 @@ def test_the_kernels_layer_norm_equals_float64(built, size):
     ("dtype", "cache_dtype", "config"),
     [
         ("float32", None, ODD),
+        ("float32", "int8", ODD),
         exhaustive("float32", "bfloat16", ALTERNATING),
         exhaustive("bfloat16", "bfloat16", ODD),
         exhaustive("bfloat16", None, ALTERNATING.replace(activation="gelu")),
+        exhaustive("bfloat16", "int8", ALTERNATING),
         exhaustive("int8", None, ODD.replace(bias=False, activation="silu")),
         exhaustive("int8", "bfloat16", ALTERNATING.replace(activation="relu")),
     ],
@@ -225,12 +238,18 @@ def test_generate_uses_the_kernel_and_draws_the_same_ids(built, dtype, rows, mon
 
 
 @needs_compiler
-@grid(1, dtype=["float32", "bfloat16"], batch=[1, 2], config={"dense": TINY, "alternating": ALTERNATING})
+@grid(
+    1,
+    dtype=["float32", "bfloat16"],
+    batch=[1, 2],
+    config={"dense": TINY, "alternating": ALTERNATING},
+    cache_dtype={"default": None, "int8": "int8"},
+)
 @pytest.mark.usefixtures("compiled_fully")
-def test_with_the_kernel_a_step_neither_copies_nor_converts_the_cache(built, batch, dtype, config):
+def test_with_the_kernel_a_step_neither_copies_nor_converts_the_cache(built, batch, dtype, config, cache_dtype):
     model, params = prepare(*make_model(config.replace(context_length=128, emb_dim=64, n_heads=4), dtype=dtype))
     none = np.zeros(0, np.int32)
-    read = functools.partial(decode.prefill, model, slots=112, sampler=sampling.Greedy())
+    read = functools.partial(decode.prefill, model, slots=112, sampler=sampling.Greedy(), cache_dtype=cache_dtype)
     state = jax.eval_shape(read, params, np.ones((batch, 16), np.int32), np.full(batch, 5), np.int32(5), None, none)
     step = decode.decode_tokens.lower(model, params, state, np.int32(9), chunk=32, sampler=sampling.Greedy())
     text = step.compile().as_text()

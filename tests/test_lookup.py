@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from jaxgpt.config import ComputeConfig
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import lookup
 from jaxgpt.generation.history import History
-from jaxgpt.generation.sampling import REMOVED, Control, Greedy
+from jaxgpt.measuring.scripts import Script, copying, misleading
 from jaxgpt.model import GPT
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
@@ -26,19 +25,8 @@ CONFIG = TINY.replace(context_length=128)
 REPEATED = [*range(20), *range(10)]
 
 
-@dataclasses.dataclass(frozen=True, repr=False)
-class Script(Control):
-    """Draws the given ids, whatever the model says."""
-
-    ids_N: Any
-
-    def control(self, logits_BxV, history):
-        wanted = jnp.arange(logits_BxV.shape[1])[None] == self.ids_N[history.drawn]
-        return jnp.where(wanted, logits_BxV, REMOVED)
-
-
 def script(text):
-    return Script(np.array(text + [0] * (16 - len(text)), np.int32)) | Greedy()
+    return Script.of(text + [0] * (16 - len(text)))
 
 
 def prepared(config=CONFIG, dtype=None, **compute):
@@ -82,6 +70,7 @@ CONTROLS = {
         ("float32", CONFIG, 90, SAMPLED),
         exhaustive("float32", CONFIG, 110, {**SAMPLED, **CONTROLS}),
         exhaustive("bfloat16", SCALED.replace(context_length=128), 110, {"cache_dtype": "bfloat16"}),
+        exhaustive("float32", SCALED.replace(context_length=128), 110, {**SAMPLED, "cache_dtype": "int8"}),
         exhaustive("int8", CONFIG, 110, {"temperature": 0.2, "min_p": 0.05, "seed": 2}),
         exhaustive("float32", CONFIG, 110, {"temperature": 0.2, "seed": 3, "lookup": 32}),
         exhaustive("bfloat16", CONFIG, 110, {"temperature": 0.2, "top_p": 0.9, "seed": 4, "lookup": 2}),
@@ -145,19 +134,79 @@ def test_a_text_ends_at_a_stop_id_within_drafts(built):
     assert (result.new_tokens[0].tolist(), result.finish_reasons, result.looked_up) == ([3, 4, 5, 6], ["stop"], 1)
 
 
-def test_drafts_that_do_not_pay_become_rare():
+def after_readings(N, chosen, readings):
+    """What readings cost and draw where a match is always found: rows (drafts were read, ids drawn). With drafts,
+    `chosen(i)` of them are right."""
     history = History.of([[1, 2, 3, 4, 1, 2, 3]], 64)
     state = SimpleNamespace(history=jax.device_put(history), memory=SimpleNamespace(length=7, slots=64))
-    drafting, drafted = lookup._Drafting.none(7), []
     after = jax.jit(lambda drafting, drawn: drafting.after(state, drawn))
-    for _ in range(200):
-        drafting = after(drafting, 1)
-        drafted.append(bool(drafting.there))
-    assert np.diff(np.flatnonzero(drafted)).tolist() == [2, 4, 8, 16, 32, 64, 64]
-    drafting = drafting.replace(there=True)
-    paid, failed = after(drafting, 3), after(drafting, 2)
-    assert (int(paid.pause), bool(paid.there), int(paid.accepted)) == (0, True, 2)
-    assert (int(failed.pause), bool(failed.there), int(failed.accepted)) == (lookup.LONGEST_PAUSE, False, 1)
+    drafting, rows = after(lookup._Drafting.first(N), 1), [(False, 1)]
+    for i in range(readings):
+        there = bool(drafting.there)
+        rows.append((there, 1 + chosen(i) if there else 1))
+        drafting = after(drafting, rows[-1][1])
+    assert int(drafting.accepted) == sum(drawn - 1 for _, drawn in rows)
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("N", [1, 7, 31])
+def test_drafts_cost_at_most_what_was_granted_wherever_they_fail(N):
+    rng = np.random.default_rng(N)
+    cost = lookup.DRAFT_COST * N
+    for rate in (0, 0.1, 0.5, 0.9):
+        # Never right; sometimes; and all right for a while, then none for a while.
+        right = rng.random(200) < rate if rate < 0.9 else np.arange(200) % 40 < 20
+        there, drawn = after_readings(N, lambda i, right=right: N * int(right[i]), 200).T
+        # What lookup took more than plain decoding up to each reading, in hundredths of a reading.
+        more = np.cumsum(100 + cost * there - 100 * drawn)
+        allowed = lookup.ALLOWANCE * np.cumsum(drawn)
+        assert np.all(more <= allowed + cost)
+        later = (more - allowed)[None] - (more - allowed)[:, None]  # of any stretch of the text
+        assert later[np.triu_indices(201)].max() <= lookup.MOST_FAILURES * cost
+        # And no credit is left unused.
+        assert np.all(np.diff(np.flatnonzero(there), append=200) <= cost / lookup.ALLOWANCE + 1)
+
+
+def test_drafts_that_fail_become_rare_and_return_at_once_where_they_are_right():
+    there, _ = after_readings(7, lambda i: 0, 200).T
+    assert np.diff(np.flatnonzero(there)).tolist() == [69, 70]
+    there, _ = after_readings(7, lambda i: 7, 200).T
+    assert there[1:].all()
+    # Four failures after a stretch of right ones.
+    there, _ = after_readings(7, lambda i: 7 * (i < 20), 60).T
+    assert np.flatnonzero(there).tolist() == list(range(1, 25))
+
+
+@needs_compiler
+@pytest.mark.parametrize(("text", "most"), [(misleading(), None), (copying(128, 128, 97 + 128), 48)])
+def test_readings_cost_at_most_what_is_allowed(built, monkeypatch, text, most):
+    """Counts the readings of the weights with each number of ids. Without lookup there are 127 after the prompt's."""
+    readings = collections.Counter()
+    after = lookup._Drafting.after
+
+    def counted(drafting, state, drawn):
+        jax.debug.callback(lambda there: readings.update([bool(there)]), drafting.there)
+        return after(drafting, state, drawn)
+
+    monkeypatch.setattr(lookup._Drafting, "after", counted)
+    model, params = prepared(CONFIG.replace(context_length=256, vocab_size=97 + 128))
+    result = generate(model, params, [text[:128]], 128, sampler=Script.of(text[128:]), lookup=8)
+    jax.effects_barrier()
+    assert result.tokens[0].tolist() == text
+    assert sum(readings.values()) == 127 - result.looked_up
+    cost = sum(readings.values()) + lookup.DRAFT_COST * 7 / 100 * readings[True]
+    assert cost <= 127 * (1 + lookup.ALLOWANCE / 100) + lookup.DRAFT_COST * 7 / 100
+    if most is None:
+        assert result.looked_up == 0
+        assert readings[True] == 2
+    else:
+        assert sum(readings.values()) <= most
+
+
+def test_no_four_ids_of_the_misleading_text_occur_twice():
+    text = misleading()
+    assert len(text) == 256
+    assert len({tuple(text[i : i + 4]) for i in range(253)}) == 253
 
 
 def test_drafts_follow_the_last_of_the_longest_matches():

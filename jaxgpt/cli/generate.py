@@ -15,7 +15,7 @@ from typing import Any
 
 from jaxgpt.checks import whole_number
 from jaxgpt.cli.options import add_model_arguments, given, load_model
-from jaxgpt.config import DTYPES
+from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.files import decode_text, local
 
 
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache-dtype",
-        choices=DTYPES,
+        choices=PARAM_DTYPES,
         help="type of the key/value cache (default: see jaxgpt.Cache.empty)",
     )
 

@@ -13,7 +13,7 @@ from typing import Any
 from jaxgpt import accounting
 from jaxgpt.accounting import MIB
 from jaxgpt.cli.options import add_force
-from jaxgpt.config import DTYPES, PRESETS, GPTConfig
+from jaxgpt.config import PARAM_DTYPES, PRESETS, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.files import new_directory
 
@@ -174,7 +174,7 @@ def make_report(config: GPTConfig, batch: int, length: int) -> dict[str, Any]:
             f"lora_rank_{_RANK}": accounting.training_bytes(config, adapters, adapters),
             f"lora_rank_{_RANK}_bfloat16": accounting.training_bytes(config, adapters, adapters, "bfloat16"),
         },
-        "cache_bytes": {dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in DTYPES},
+        "cache_bytes": {dtype: accounting.cache_bytes(config, batch, length, dtype) for dtype in PARAM_DTYPES},
         "tree": [
             {"path": path, "shape": list(shape), "parameters": math.prod(shape)}
             for path, shape in accounting.parameter_shapes(config).items()

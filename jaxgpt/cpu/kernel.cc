@@ -231,11 +231,17 @@ void Mix(const float* weights, float total, const W* v, float* y, int64_t n, int
   for (int c = 0; c < C; ++c) Store(y + c * kLanes, sums[c] / total, left);
 }
 
-// One query over the n keys and values that it sees.
+// One query over the n keys and values that it sees. Each has its scale, if there are scales.
 template <typename W>
-void Attend(const float* q, const W* k, const W* v, float* y, int64_t n, int64_t K, float* scores) {
+void Attend(const float* q, const W* k, const float* k_scales, const W* v, const float* v_scales, float* y, int64_t n,
+            int64_t K, float* scores) {
+  const auto scale = [&](const float* scales) {
+    for (int64_t j = 0; scales != nullptr && j < n; ++j) scores[j] *= scales[j];
+  };
   Rows(1, q, k, scores, K, n, 0, n);
+  scale(k_scales);
   const float total = Weigh(scores, n);
+  scale(v_scales);
   constexpr int kColumns = 64 / kLanes;
   int64_t d = 0;
   for (; d + 64 <= K; d += 64) Mix<kColumns>(scores, total, v + d, y + d, n, K, K - d);
@@ -259,15 +265,18 @@ ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> x, ffi::AnyBuffer
 }
 
 // Query t of q [B, H, T, K] is at `slot` + t and sees the keys from its row's start to its own slot, at most `window`.
-ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                     ffi::Buffer<ffi::S32> slot, ffi::Buffer<ffi::S32> start, int64_t window,
-                     ffi::ResultBuffer<ffi::F32> y) {
+ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuffer k, ffi::Buffer<ffi::F32> k_scale,
+                     ffi::AnyBuffer v, ffi::Buffer<ffi::F32> v_scale, ffi::Buffer<ffi::S32> slot,
+                     ffi::Buffer<ffi::S32> start, int64_t window, ffi::ResultBuffer<ffi::F32> y) {
   const auto qs = q.dimensions(), ks = k.dimensions();
   if (qs.size() != 4 || ks.size() < 2 || ks.back() != qs[3] || k.element_count() != v.element_count() ||
       k.element_count() != size_t(qs[0] * qs[1] * ks[ks.size() - 2] * qs[3]) || k.element_type() != v.element_type() ||
       slot.element_count() != 1 || start.element_count() != size_t(qs[0]) || window < 1)
     return ffi::Error::InvalidArgument("q must be [B, H, T, K], k and v [B, H, S, K] of one type, and start [B]");
   const int64_t B = qs[0], H = qs[1], T = qs[2], K = qs[3], S = ks[ks.size() - 2];
+  const size_t scales = k.element_type() == ffi::S8 ? B * H * S : 0;
+  if (k_scale.element_count() != scales || v_scale.element_count() != scales)
+    return ffi::Error::InvalidArgument("k and v have scales [B, H, S] if they are int8, and else none");
   const auto attend = [&](const auto* keys, const auto* values) {
     Share(pool, B * H, [&](int64_t i) {
       std::vector<float> scores(S + kLanes);
@@ -276,7 +285,11 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
         const int64_t lowest = std::max<int64_t>(0, end - window);
         const int64_t first = std::clamp<int64_t>(start.typed_data()[i / H], lowest, end - 1);
         const int64_t at = (i * T + t) * K, seen = (i * S + first) * K;
-        Attend(q.typed_data() + at, keys + seen, values + seen, y->typed_data() + at, end - first, K, scores.data());
+        const auto from_first = [&](const ffi::Buffer<ffi::F32>& scale) {
+          return scales == 0 ? nullptr : scale.typed_data() + i * S + first;
+        };
+        Attend(q.typed_data() + at, keys + seen, from_first(k_scale), values + seen, from_first(v_scale),
+               y->typed_data() + at, end - first, K, scores.data());
       }
     });
   };
@@ -286,7 +299,8 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> q, ffi::AnyBuff
   switch (k.element_type()) {
     case ffi::F32: attend(as(k, float{}), as(v, float{})); break;
     case ffi::BF16: attend(as(k, BF16{}), as(v, BF16{})); break;
-    default: return ffi::Error::InvalidArgument("k and v must be float32 or bfloat16");
+    case ffi::S8: attend(as(k, int8_t{}), as(v, int8_t{})); break;
+    default: return ffi::Error::InvalidArgument("k and v must be float32, bfloat16 or int8");
   }
   return ffi::Error::Success();
 }
@@ -332,7 +346,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(JaxgptAttention, Attention,
                                   .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<int64_t>("window")

@@ -54,23 +54,27 @@ def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
 
 def attention(
     q_BxHxTxK: Array,
-    k_BxHxSxK: Array,
-    v_BxHxSxK: Array,
+    k_BxHxSxK: Array | tuple[Array, Array],
+    v_BxHxSxK: Array | tuple[Array, Array],
     slot: int | Array,
     start_B: Array | None,
     window: int | None,
 ) -> Array:
-    """softmax(q k^T) v in float32, [B, H, T, K], for a float32 q and a cache in float32 or bfloat16, not rounding q.
+    """softmax(q k^T) v in float32, [B, H, T, K], for a float32 q and a cache in float32, bfloat16, or in int8
+    with scales [B, H, S, 1], not rounding q.
 
     Query t is at slot `slot` + t and sees the key slots from `start_B` (0) up to its own, or the last `window` of them.
     """
-    B, S = q_BxHxTxK.shape[0], k_BxHxSxK.shape[2]
+    B = q_BxHxTxK.shape[0]
+    # What has no scales passes none.
+    cache = [x if isinstance(x, tuple) else (x, jnp.zeros((B, 0))) for x in (k_BxHxSxK, v_BxHxSxK)]
+    S = cache[0][0].shape[2]
     start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if B == 1:  # as the cache holds them: otherwise XLA copies them
-        k_BxHxSxK, v_BxHxSxK = k_BxHxSxK[0], v_BxHxSxK[0]
+        cache = jax.tree.map(lambda x: x[0], cache)
     result = jax.ShapeDtypeStruct(q_BxHxTxK.shape, jnp.float32)
     call = jax.ffi.ffi_call("jaxgpt_attention", result, vmap_method="sequential")
-    return call(q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, jnp.asarray(slot, jnp.int32), start_B, window=np.int64(window or S))
+    return call(q_BxHxTxK, *cache[0], *cache[1], jnp.asarray(slot, jnp.int32), start_B, window=np.int64(window or S))
 
 
 def layer_norm(x: Array, scale_D: Array, shift_D: Array | None, eps: float) -> Array:

@@ -28,7 +28,7 @@ def check(file: Path) -> None:
     rng = np.random.default_rng(0)
     for sizes, dtype in itertools.product([(7, 1), (100, 33), (768, 50), (3072, 700)], ("float32", "bfloat16", "int8")):
         _check_products(rng, *sizes, dtype)
-    for K, dtype, window in [(5, "float32", None), (80, "bfloat16", 7), (64, "float32", 3)]:
+    for K, dtype, window in [(5, "float32", None), (80, "bfloat16", 7), (64, "float32", 3), (80, "int8", 7)]:
         _check_attention(rng, K, dtype, window)
     for size in (7, 768):
         _check_layer_norm(rng, size)
@@ -65,9 +65,19 @@ def _products(x_RxD: Array, weight_OxD: Array) -> list[Array]:
 
 def _check_attention(rng: np.random.Generator, K: int, dtype: str, window: int | None) -> None:
     q: Any = (rng.normal(size=(2, 3, 4, K)) / K**0.5).astype(np.float32)
-    k, v = (jnp.asarray(rng.normal(size=(2, 3, 50, K))).astype(dtype) for _ in range(2))
+    k: Any
+    v: Any
+    k, v = (jnp.asarray(rng.normal(size=(2, 3, 50, K)), "float32") for _ in range(2))
+    if dtype == "int8":
+        k, v = (
+            (jnp.round(40 * x).astype(dtype), jnp.asarray(rng.uniform(0.01, 0.05, (2, 3, 50, 1)), "float32"))
+            for x in (k, v)
+        )
+    else:
+        k, v = k.astype(dtype), v.astype(dtype)
     slot, start_B = 45, jnp.array([0, 9], jnp.int32)
-    want = attention_in_float64(q, np.asarray(k), np.asarray(v), slot, np.asarray(start_B), window)
+    wide_k, wide_v = (np.asarray(x[0], float) * np.asarray(x[1]) if dtype == "int8" else np.asarray(x) for x in (k, v))
+    want = attention_in_float64(q, wide_k, wide_v, slot, np.asarray(start_B), window)
     _compare(f"attention, {K} {dtype}, window {window}", kernel.attention(q, k, v, slot, start_B, window), want)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
+from jaxgpt.config import PARAM_DTYPES
 from jaxgpt.generation import decode
 from jaxgpt.generation.history import History
 from jaxgpt.generation.logprobs import Logprobs
@@ -111,8 +112,8 @@ def generate(
         seed: an int, instead of `key`.
         stop_ids: a row that draws one of these ends with it.
         beyond_context: "recompute", or "error" to refuse prompts that could grow past the context.
-        cache_dtype: dtype of the key/value cache, "float32" or "bfloat16"; default: the model's compute type, but
-            float32 on a CPU.
+        cache_dtype: dtype of the key/value cache, "float32", "bfloat16" or "int8" (with a scale per token and head);
+            default: the model's compute type, but float32 on a CPU.
         num_return_sequences: rows of the result per prompt, next to each other: what the prompts would give if each
             were repeated as often, but each is read only once.
         logprobs: report the log-probability of each new id, and of so many likeliest ones, before and after the
@@ -199,8 +200,10 @@ class Generation:
         self.stop_ids = tuple(check_ids(list(stop_ids), "stop_ids", config.vocab_size).tolist())
         if beyond_context not in ("recompute", "error"):
             raise ValueError(f'beyond_context must be "recompute" or "error", not {short_repr(beyond_context)}')
-        if cache_dtype not in (None, "float32", "bfloat16"):
-            raise ValueError(f'cache_dtype must be "float32", "bfloat16" or None, not {short_repr(cache_dtype)}')
+        if cache_dtype not in (None, *PARAM_DTYPES):
+            raise ValueError(
+                f'cache_dtype must be "float32", "bfloat16", "int8" or None, not {short_repr(cache_dtype)}'
+            )
         self.logprobs = None if logprobs is None else whole_number("logprobs", logprobs)
         if self.logprobs is not None and self.logprobs > config.vocab_size:
             raise ValueError(f"logprobs must be at most the vocabulary's {config.vocab_size} ids, not {self.logprobs}")

@@ -27,6 +27,8 @@ from jaxgpt import accounting, startup
 from jaxgpt.config import ComputeConfig, GPTConfig
 
 PROMPT, NEW = 32, 128
+# Ids of a text to continue with lookup, and ids per reading there.
+LOOKUP_PROMPT, LOOKUP = 128, 8
 QUESTIONS = 100
 # Batches per repetition, and ids to draw them from.
 FED, FEED_IDS = 50, 2**25
@@ -48,8 +50,10 @@ class Workload:
 
     Attributes:
         kind: "decode" (`PROMPT` ids in, `NEW` ids out), "prompt" (`length` ids in, one out: the time to the first
-            token), "forward" (logits at every position), "score" (the `questions` of a benchmark), "train" (a whole
-            optimizer step), "feed" (batches of a token file, without a model), or one of `LIMITS`.
+            token), "copy" and "mislead" (`LOOKUP_PROMPT` ids in, `NEW` out, with lookup: a text that repeats its prompt
+            with changes, and one that misleads every guess), "forward" (logits at every position), "score" (the
+            `questions` of a benchmark), "train" (a whole optimizer step), "feed" (batches of a token file, without a
+            model), or one of `LIMITS`.
         preset: the model; "character" is `CHARACTER_MODEL`.
         dtype: type of the parameters while decoding, and of the operands of matrix products.
         batch: number of rows; of questions to score.
@@ -72,7 +76,7 @@ class Workload:
         if self.kind == "matmul":
             return f"matmul-{self.dtype}"
         model = "character-" if self.preset == "character" else ""
-        if self.kind in ("decode", "score"):
+        if self.kind in ("decode", "copy", "mislead", "score"):
             size = f"{self.batch}"
         else:
             size = f"{self.length}" if self.kind == "prompt" else f"{self.batch}x{self.length}"
@@ -99,7 +103,7 @@ class Workload:
                 len(prompt) + len(ids) for prompt, choices in zip(*questions(self), strict=True) for ids in choices
             )
         times = FED if self.kind == "feed" else 1
-        return times * self.batch * (NEW if self.kind == "decode" else self.length)
+        return times * self.batch * (NEW if self.kind in ("decode", "copy", "mislead") else self.length)
 
     def config(self) -> GPTConfig:
         """The model's config."""
@@ -134,6 +138,7 @@ def workloads(preset: str, platform: str = "cpu") -> list[Workload]:
             for batch in (1, 8, 32)
             for dtype in ("float32", "bfloat16", "int8")
         ),
+        *(Workload(kind, preset, dtype) for kind in ("copy", "mislead") for dtype in ("float32", "bfloat16", "int8")),
         *(Workload("prompt", preset, dtype, 1, length) for length in (512, 1024) for dtype in ("float32", "bfloat16")),
         *(Workload("forward", preset, dtype, 4, 1024) for dtype in ("float32", "bfloat16")),
         *(Workload("score", preset, dtype, QUESTIONS) for dtype in ("float32", "bfloat16")),
@@ -161,18 +166,22 @@ def _on_accelerators(preset: str, platform: str) -> list[Workload]:
 def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]) -> tuple[float, str] | None:
     """Returns (tokens/s that the machine allows, the formula), or None if no limit applies."""
     config = work.config()
-    if work.kind == "decode":
+    if work.kind in ("decode", "copy", "mislead"):
         # Embeddings are looked up, not read, except that a tied one is read as the head. The cache grows to
         # PROMPT + NEW.
         counts, size = accounting.count_parameters(config), accounting.parameter_bytes(config, work.dtype)
         unread = counts.pos_emb + (0 if config.tie_embeddings else counts.tok_emb)
         weights = size - unread * size / counts.total
         cache_dtype = "float32" if work.platform == "cpu" else work.dtype  # see `model.default_dtype`
-        cache = accounting.cache_bytes(config, work.batch, PROMPT + NEW // 2, cache_dtype)
-        return (
+        read = PROMPT if work.kind == "decode" else LOOKUP_PROMPT
+        cache = accounting.cache_bytes(config, work.batch, read + NEW // 2, cache_dtype)
+        rate, formula = (
             work.batch * read_bytes_per_s / (weights + cache),
-            "rows x read bandwidth / (bytes of weights + of the mean cache)",
+            "read bandwidth / (bytes of weights + of the mean cache)",
         )
+        if work.kind == "copy":
+            return LOOKUP * rate, f"ids per reading, {LOOKUP} x {formula}"
+        return rate, f"rows x {formula}"
     if work.kind == "score":
         prompts, choices = questions(work)
         scored = sum(len(ids) for group in choices for ids in group)
@@ -238,6 +247,8 @@ def measure(work: Workload, profile: Path | None = None) -> tuple[Measurement, l
     make: dict[str, Callable[[Workload], Callable[[], Any]]] = {
         "decode": _generate,
         "prompt": _generate,
+        "copy": _look_up,
+        "mislead": _look_up,
         "forward": _forward,
         "score": _score,
         "train": _train,
@@ -318,6 +329,16 @@ def _generate(work: Workload) -> Callable[[], Any]:
     model, params = model_and_params(work.config(), ComputeConfig(param_dtype=work.dtype), work.dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.prompt_length))
     return lambda: generate(model, params, ids, work.new_tokens)
+
+
+def _look_up(work: Workload) -> Callable[[], Any]:
+    from jaxgpt.generation import generate
+    from jaxgpt.measuring.scripts import Script, copying, misleading
+
+    model, params = model_and_params(work.config(), ComputeConfig(param_dtype=work.dtype), work.dtype)
+    text = copying(LOOKUP_PROMPT, NEW, work.config().vocab_size) if work.kind == "copy" else misleading()
+    sampler = Script.of(text[LOOKUP_PROMPT:])
+    return lambda: generate(model, params, [text[:LOOKUP_PROMPT]], NEW, sampler=sampler, lookup=LOOKUP)
 
 
 def _forward(work: Workload) -> Callable[[], Any]:

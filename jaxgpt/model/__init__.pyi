@@ -4,6 +4,7 @@ from .arguments import check_model as check_model
 from .attention import attend as attend
 from .attention import backend_of as backend_of
 from .cache import Cache as Cache
+from .cache import Quantised as Quantised
 from .cache import RecentTokens as RecentTokens
 from .cache import Seen as Seen
 from .cache import default_dtype as default_dtype

@@ -21,6 +21,32 @@ def default_dtype(compute: ComputeConfig, like: Array) -> str:
     return "float32" if platform(like) == "cpu" else compute.dtype
 
 
+class Quantised(NamedTuple):
+    """Keys or values in int8: x is about `values` times `scale`, which is that of one token and head.
+
+    Each element is off by half a scale at most, 1/254 of the largest of its token and head.
+
+    Attributes:
+        values: int8, [..., S, K].
+        scale: float32, [..., S, 1].
+    """
+
+    values: Array
+    scale: Array
+
+    @classmethod
+    def of(cls, x: Array) -> Quantised:
+        """x [..., S, K], rounded."""
+        x = x.astype(jnp.float32)
+        largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+        scale = jnp.where(largest == 0, 1, largest) / 127  # NaN and infinity reach the result through this
+        return cls(jnp.round(x / scale).astype(jnp.int8), scale)
+
+    def floats(self) -> Array:
+        """The rounded x, float32."""
+        return self.values.astype(jnp.float32) * self.scale
+
+
 @brief
 @struct.dataclass
 class Cache:
@@ -31,7 +57,8 @@ class Cache:
 
     Attributes:
         layers: one (k, v) pair per block, each [B, H, S, K], or [H, S, K] where B is 1; with `scan_layers` a single
-            pair with a leading axis [L, ...]. Only `remember`, `take` and `slots` need to know this layout.
+            pair with a leading axis [L, ...]. Those of an int8 cache are `Quantised`. Only `remember`, `take` and
+            `slots` need to know this layout.
         start_B: first slot of each row, int32.
         length: slots in use, the same for all rows; also the next token's slot. A Python int where it is known at
             trace time, so that attention can skip keys that are certainly masked.
@@ -45,7 +72,7 @@ class Cache:
     def empty(
         cls, config: GPTConfig, compute: ComputeConfig, start_B: Array, slots: int, dtype: str | None = None
     ) -> Cache:
-        """An empty cache of `slots` slots.
+        """An empty cache of `slots` slots, in "float32", "bfloat16" or "int8" (`Quantised`).
 
         `dtype` defaults to the compute type, but to float32 on a CPU, where XLA writes one slot of a bfloat16 array by
         converting the whole array to float32 and back.
@@ -57,9 +84,14 @@ class Cache:
         shape: tuple[int, ...] = (*batch, config.n_heads, slots, config.head_dim)
         if compute.scan_layers:
             shape = (config.n_layers, *shape)
-            layers: Any = (jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
-        else:
-            layers = [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.n_layers)]
+
+        def zeros() -> Any:
+            empty = jnp.zeros(shape, dtype)
+            return Quantised(empty, jnp.zeros((*shape[:-1], 1))) if dtype == "int8" else empty
+
+        layers: Any = (
+            (zeros(), zeros()) if compute.scan_layers else [(zeros(), zeros()) for _ in range(config.n_layers)]
+        )
         return cls(layers=layers, start_B=start_B, length=0)
 
     @property
@@ -93,8 +125,8 @@ class Seen(NamedTuple):
     """What the queries of one call attend to.
 
     Attributes:
-        k_BxHxSxK: keys.
-        v_BxHxSxK: values.
+        k_BxHxSxK: keys; those of an int8 cache are `Quantised`.
+        v_BxHxSxK: values, likewise.
         query_slot: slot of the first query; a Python int where it is known at trace time.
         start_B: first slot of each row, int32; None if it is 0 for all. Where a row holds several documents, each of
             which sees only itself, [B, T]: first slot of each query's document. (Two tokens are of one document if and
@@ -102,11 +134,16 @@ class Seen(NamedTuple):
         dtype: dtype of the operands of attention's matrix products.
     """
 
-    k_BxHxSxK: Array
-    v_BxHxSxK: Array
+    k_BxHxSxK: Any
+    v_BxHxSxK: Any
     query_slot: int | Array
     start_B: Array | None
     dtype: str
+
+    def floats(self) -> Seen:
+        """The same with keys and values that every backend can read."""
+        k, v = (x.floats() if isinstance(x, Quantised) else x for x in self[:2])
+        return self._replace(k_BxHxSxK=k, v_BxHxSxK=v)
 
 
 def remember(
@@ -143,12 +180,15 @@ def remember(
     if isinstance(cache.length, int) and cache.length == 0:
         # The cache holds only these tokens: attend to them as they are.
         return Seen(k_BxHxTxK, v_BxHxTxK, 0, cache.start_B, dtype), layer
-    k_BxHxSxK, v_BxHxSxK = (kept if kept.ndim == 4 else kept[None] for kept in layer)
+    k_BxHxSxK, v_BxHxSxK = jax.tree.map(lambda kept: kept if kept.ndim == 4 else kept[None], layer)
     # Converting a cache to the compute type would cost more than the products with it.
-    return Seen(k_BxHxSxK, v_BxHxSxK, cache.length, cache.start_B, k_BxHxSxK.dtype.name), layer
+    dtype = dtype if isinstance(k_BxHxSxK, Quantised) else k_BxHxSxK.dtype.name
+    return Seen(k_BxHxSxK, v_BxHxSxK, cache.length, cache.start_B, dtype), layer
 
 
-def _put(old: Array, new_BxHxTxK: Array, slot: Any) -> Array:
+def _put(old: Any, new_BxHxTxK: Array, slot: Any) -> Any:
+    if isinstance(old, Quantised):
+        return jax.tree.map(lambda kept, new: _put(kept, new, slot), old, Quantised.of(new_BxHxTxK))
     new = new_BxHxTxK.astype(old.dtype).reshape(*old.shape[:-2], *new_BxHxTxK.shape[-2:])
     written = lax.dynamic_update_slice_in_dim(old, new, slot, axis=old.ndim - 2)
     return lay(written, "BHSK"[-old.ndim :])

@@ -84,15 +84,18 @@ def attend(
     Raises:
         ConfigError: if a backend is asked for by name that cannot compute this; says why.
     """
-    chosen = choose(backend, q_BxHxTxK, seen, return_weights=return_weights, **options)
+    chosen = choose(backend, q_BxHxTxK, seen.floats(), return_weights=return_weights, **options)
 
     decoding = not isinstance(seen.query_slot, int) and q_BxHxTxK.shape[2] <= kernel.MOST_ROWS
     undropped = options.get("dropout_key") is None
     native_kernel = native_kernel and backend == "auto" and decoding and undropped and not is_distributed(q_BxHxTxK)
 
     def form(window: int | None) -> tuple[Array, Array | None]:
-        weights = attention_weights(q_BxHxTxK, seen, window, scale) if return_weights else None
-        context = functools.partial(BACKENDS[chosen].context, q_BxHxTxK, seen, window=window, scale=scale, **options)
+        weights = attention_weights(q_BxHxTxK, seen.floats(), window, scale) if return_weights else None
+
+        def context() -> Array:
+            return BACKENDS[chosen].context(q_BxHxTxK, seen.floats(), window=window, scale=scale, **options)
+
         if native_kernel:
             native = functools.partial(kernel.attention, scaled(q_BxHxTxK, scale), *seen[:4], window)
             return lax.platform_dependent(cpu=native, default=context), weights
