@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", metavar="DIR", help="start a run, whose directory this will be")
+    where.add_argument("--out", metavar="DIR", help="start a run, whose directory this will be; on a disk, or gs://BUCKET/NAME")
     where.add_argument(
         "--resume",
         metavar="RUN",
@@ -153,9 +153,13 @@ def run(args: argparse.Namespace) -> int:
     """
     from jaxgpt.errors import ConfigError
     from jaxgpt.parallel import MeshConfig
+    from jaxgpt.training import storage
 
-    for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()), args.out, args.resume)):
+    for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()))):
         local(path)
+    for path in filter(None, (args.out, args.resume)):
+        if storage.bucket_url(path) is None:
+            local(path)
     if args.restarts < 0:
         raise ConfigError(f"--restarts must be 0 or more, not {args.restarts}")
     if args.restarts and not args.dry_run and (code := supervise(args)) is not None:

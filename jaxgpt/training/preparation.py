@@ -69,7 +69,7 @@ def starting_point(config: TrainConfig | None, init_from: str | None) -> str | N
 
 def absolute(source: str | None) -> str | None:
     """The model to start from, as a run that is resumed in another working directory finds it."""
-    if source is None or source in BUNDLED or not os.path.exists(local(source)):
+    if source is None or source in BUNDLED or bucket_url(source) or not os.path.exists(local(source)):
         return source
     return os.path.abspath(local(source))
 
