@@ -27,6 +27,7 @@ from jaxgpt.training.batches import check_enough
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.models import OWN_FIELDS, load_config
 from jaxgpt.training.packing import separator_id
+from jaxgpt.training.storage import bucket_url
 from jaxgpt.weights import BUNDLED
 
 
