@@ -49,8 +49,6 @@ BUCKET = "a-bucket"
 LIKE_HERE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"}
 
 
-
-
 def with_generations(handler):
     """A handler of the emulator that also keeps the conditions on an object's generation, which the emulator ignores,
     and tells the generation of what it sends."""
@@ -151,15 +149,15 @@ def test_a_stopped_run_resumes_bit_for_bit(files, tokens, undisturbed, monkeypat
     assert_same_run(OUT, undisturbed)
 
 
-def test_a_killed_trainers_lock_is_taken_over_and_its_run_resumes_bit_for_bit(
-    files, quick, tmp_path, capsys
-):
+def test_a_killed_trainers_lock_is_taken_over_and_its_run_resumes_bit_for_bit(files, quick, tmp_path, capsys):
     """SIGKILL while a checkpoint is being written: what stays is a lock, a part of a checkpoint, and metrics."""
     (tmp_path / "config.toml").write_text(TOML)
     (tmp_path / "text.txt").write_text(TEXT)
     command = ["train", str(tmp_path / "config.toml"), "--data", str(tmp_path / "text.txt"), "--set", "steps=40"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0
-    process = subprocess.Popen([sys.executable, "-m", "jaxgpt", *command, "--out", OUT], env={**os.environ, **LIKE_HERE})
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt", *command, "--out", OUT], env={**os.environ, **LIKE_HERE}
+    )
     while not any("/checkpoints/6/" in name for name in list(files)):
         assert process.poll() is None
         time.sleep(0.001)
@@ -205,14 +203,20 @@ def test_one_trainer_at_a_time(files, quick):
 
 def test_a_trainer_whose_lock_was_taken_ends_and_leaves_it(files, quick):
     run = Run(OUT)
-    with pytest.raises(CheckpointError, match="it took over"), run.locked():
-        emulated = files["runs/one/.lock"]
-        files["runs/one/.lock"] = {**emulated, "generation": "7"}  # another's, with its own text
-        run.storage._lease._text = "this one's"
-        while not run.storage._lease.lost:
-            time.sleep(0.01)
-        run.flush()
+
+    def lose_it():
+        with run.locked():
+            files["runs/one/.lock"]["generation"] = "7"  # another's, with another text
+            run.storage._lease._text = "this one's"
+            while not run.storage._lease.lost:
+                time.sleep(0.01)
+            run.append({"step": 1, "loss": 1.0})
+            run.flush()
+
+    with pytest.raises(CheckpointError, match="it took over"):
+        lose_it()
     assert files["runs/one/.lock"]["generation"] == "7"
+    assert "runs/one/metrics.jsonl" not in files
 
 
 def test_metrics_reach_the_bucket_before_their_checkpoint(files, tokens, monkeypatch):
@@ -289,7 +293,9 @@ def test_a_bucket_that_fails_while_it_is_written_is_one_line(files, tokens, monk
         checkpoints.save(1, {"a": jax.numpy.ones(3)})
         checkpoints.finish()
         monkeypatch.setattr(checkpoints._manager, "save", fail)
-        with pytest.raises(CheckpointError, match="step 2 could not be written, earlier checkpoints are untouched: the"):
+        with pytest.raises(
+            CheckpointError, match="step 2 could not be written, earlier checkpoints are untouched: the"
+        ):
             checkpoints.save(2, {"a": jax.numpy.ones(3)})
     run = Run(OUT)
     run.append({"step": 1, "loss": 1.0})

@@ -84,7 +84,9 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
             tokens_per_step = config.batch_size * config.T
         except ValueError:  # no run.json, or a damaged one: then the x axis is in steps
             tokens_per_step = None
-        curves = from_metrics(name if names.count(name) == 1 else str(run.directory), run.read_metrics(), tokens_per_step)
+        curves = from_metrics(
+            name if names.count(name) == 1 else str(run.directory), run.read_metrics(), tokens_per_step
+        )
         if not any(curves.points.values()):
             raise DataError(f"{run.metrics}: holds no metrics to draw: has the run logged a step yet?")
         runs.append(curves)

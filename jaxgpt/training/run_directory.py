@@ -272,7 +272,7 @@ class Run:
             tracker.log(line["step"], {name: value for name, value in line.items() if name != "step"})
 
     def flush(self) -> None:
-        """Makes sure that the lines added so far outlast this process; in a bucket, that this trainer still holds it."""
+        """Makes the lines added so far outlast this process. Raises as the storage's `flush` does."""
         if self.writes:
             self.storage.flush()
 

@@ -3,8 +3,10 @@
 | name | library | where it writes |
 |---|---|---|
 | `tensorboard` | tensorboardX | DIR/tensorboard |
-| `wandb` | Weights & Biases | the account that `wandb login` knows; with WANDB_MODE=offline, DIR/wandb only (./wandb of a run in a bucket) |
+| `wandb` | Weights & Biases | the account that `wandb login` knows; with WANDB_MODE=offline, DIR/wandb only |
 | `trackio` | trackio | its own directory, TRACKIO_DIR |
+
+A run in a bucket has no DIR for files that grow: it cannot log to TensorBoard, and DIR/wandb is ./wandb.
 
 The environment variables of each library hold, such as WANDB_PROJECT. A run that is resumed goes on in the tracker's
 own run. What was logged after the last checkpoint is then logged again: TensorBoard replaces it, Weights & Biases keeps
