@@ -10,7 +10,16 @@ no directory can be renamed, and no lock ends with the process that holds it. So
 | one trainer at a time | a lock of the system | the object `.lock`, which its trainer renews every `RENEWAL` seconds |
 
 A killed trainer loses no line that a resumed run would not write again: the lines up to a checkpoint's step are in the
-bucket before the checkpoint is.
+bucket before the checkpoint is. Of several processes, each writes its own part of a checkpoint to the bucket.
+
+Google's clients find the credentials, as after `gcloud auth application-default login`. They need the roles
+storage.objectUser and, as orbax asks for the bucket itself, storage.legacyBucketReader on the bucket.
+
+S3 is refused: to orbax 0.12.8, every URL but gs:// is a path on the disk. What works instead is a run on a disk, and
+`aws s3 sync RUN s3://BUCKET/NAME` once it has ended or stopped; copied back, it resumes. A run in a mounted bucket
+needs a file system that appends to files and renames directories. Mountpoint for Amazon S3 does neither in ordinary
+buckets, by its documentation. Cloud Storage FUSE renames a directory object by object, so a kill can leave half a
+checkpoint under its final name, and a lock there may not hold between machines: use gs:// instead.
 """
 
 from __future__ import annotations
