@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data",
         metavar="FILE",
-        help="texts (plain, JSON lines, Parquet), records, of which only the responses count, or tokens: a file, a "
+        help="texts (plain, JSON, Parquet), records, of which only the responses count, or tokens: a file, a "
         "directory, or a pattern of files",
     )
     what.add_argument(

@@ -52,7 +52,7 @@ def add_text_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-key",
         metavar="KEY",
-        help="where records have their text: a key of JSON lines, a column of Parquet (text)",
+        help="where records have their text: a key of JSON, a column of Parquet (text)",
     )
 
 

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="[NAME=]PATH[:WEIGHT]",
-        help="a file of texts (plain, JSON lines, Parquet), of prompts with responses or chats (the latter two), or of "
+        help="a file of texts (plain, JSON, Parquet), of prompts with responses or chats (the latter two), or of "
         "tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's .idx), a directory, such as `jaxgpt tokenize` writes, or a "
         "pattern of files; "
         "given several times, a mixture: by size, or by weights. A run that is resumed knows where its data is",

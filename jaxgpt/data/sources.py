@@ -53,11 +53,12 @@ class Source:
     Attributes:
         name: its name in messages and in run.json.
         tokens: its ids.
-        weight: its share of the sequences, relative to the other sources' weights; None for that of its size.
+        weight: its share of the sequences, relative to the other sources' weights; None for that of its size, in
+            tokens or in records.
         validation: the validation split that came with it, if one did.
         path: where it is; None for tokens made in Python.
         left_out: what is not used, each with the reason: files in its directory, and records.
-        text_key: where a record of JSON lines or Parquet has its text; None for records that are read by a template.
+        text_key: where a record of JSON or Parquet has its text; None for records that are read by a template.
         allow_special: whether special tokens in its texts are tokens.
         skip_bad: whether records that cannot be used are left out.
     """
@@ -137,7 +138,7 @@ class Corpus:
                 val.append(last)
         names = tuple(source.name for source in self.sources)
         weights = tuple(
-            float(len(ids)) if source.weight is None else source.weight
+            float(ids.count if isinstance(ids, Records) else len(ids)) if source.weight is None else source.weight
             for source, ids in zip(self.sources, train, strict=True)
         )
         return Mixture(names, tuple(train), weights), val[0] if len(val) == 1 else _one(val)
@@ -186,8 +187,8 @@ def open_corpus(
         config: the model's config.
         validation: sources to validate on; of one that has a validation split, that is meant.
         tokenizer: what made the ids of files that do not say; by default those are refused.
-        text_key: where a record of JSON lines or Parquet has its text. By default, a record with a prompt and a
-            response, or with the turns of a chat, is read by a template, and others have it under "text".
+        text_key: where a record of JSON or Parquet has its text: by default under "text". A record without that key that
+            has a prompt and a response, or the turns of a chat, is read by a template.
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         template: how records are read, in place of the template that they are recognised to need: see `Template`.
         longest: the most ids that a record with a response may have; by default, what fits the model's context.
@@ -274,7 +275,7 @@ def read_text(
     """Encodes the documents of a file.
 
     Args:
-        path: the file: text, JSON lines or Parquet.
+        path: the file: text, JSON or Parquet.
         tokenizer: anything that `get_tokenizer` takes.
         text_key: where a record has its text.
         separate: whether end-of-text follows each document; by default if these are records.
