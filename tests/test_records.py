@@ -503,6 +503,12 @@ def test_the_command_evaluates_responses(file, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "over 2 tokens" in shown.out
     assert "left out: 1 record of more than 25 tokens" in shown.err
+    write(tmp_path / "bad.jsonl", [{"q": "1", "response": "2"}, {"q": "1"}])
+    evaluating[-1] = str(tmp_path / "bad.jsonl")
+    assert main([*evaluating, "--template", "{q} {response}"]) != 0
+    assert "--skip-bad leaves such records out" in capsys.readouterr().err
+    assert main([*evaluating, "--template", "{q} {response}", "--skip-bad"]) == 0
+    assert "left out: 1 record without what the template needs" in capsys.readouterr().err
     assert main([*evaluating, "--template", "{q}"]) != 0
     assert "must end in {response}" in capsys.readouterr().err
 

@@ -63,6 +63,13 @@ def add_allow_special(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_skip_bad(parser: argparse.ArgumentParser) -> None:
+    """Declares --skip-bad."""
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count records that cannot be used instead of stopping"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares --model, --tokenizer, --dtype and --mesh."""
     parser.add_argument(

@@ -187,8 +187,8 @@ def open_corpus(
         config: the model's config.
         validation: sources to validate on; of one that has a validation split, that is meant.
         tokenizer: what made the ids of files that do not say; by default those are refused.
-        text_key: where a record of JSON or Parquet has its text: by default under "text". A record without that key that
-            has a prompt and a response, or the turns of a chat, is read by a template.
+        text_key: where a record of JSON or Parquet has its text: by default under "text". A record without that key
+            that has a prompt and a response, or the turns of a chat, is read by a template.
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         template: how records are read, in place of the template that they are recognised to need: see `Template`.
         longest: the most ids that a record with a response may have; by default, what fits the model's context.
@@ -240,6 +240,7 @@ def open_tokens(
     allow_special: bool = False,
     template: str = "",
     longest: int | None = None,
+    skip_bad: bool = False,
 ) -> Tokens:
     """Opens one source, a file, a directory or a pattern of files, for a model, and verifies it; with its validation
     split, if it has one. Text is encoded with the model's tokenizer.
@@ -247,14 +248,14 @@ def open_tokens(
     Args:
         path: where it is.
         config: the model's config.
-        tokenizer, text_key, allow_special, template, longest: as for `open_corpus`.
+        tokenizer, text_key, allow_special, template, longest, skip_bad: as for `open_corpus`.
 
     Raises:
         DataError: if it cannot be read, is damaged, was made by another tokenizer, or holds ids outside the model's
             vocabulary.
     """
     longest = longest or config.context_length + 1
-    source = _open(path, _How(config, tokenizer, text_key, allow_special, template, longest))
+    source = _open(path, _How(config, tokenizer, text_key, allow_special, template, longest, skip_bad))
     if source.weight is not None:
         raise DataError(f"{source.name}: a weight is for one of several sources to train on")
     tokens = source.tokens if source.validation is None else _join([source.tokens, source.validation])
@@ -322,7 +323,7 @@ class _How(NamedTuple):
     allow_special: bool
     template: str
     longest: int
-    skip_bad: bool = False
+    skip_bad: bool
 
 
 def _open(given: Any, how: _How) -> Source:

@@ -106,8 +106,8 @@ def train(
         val_data: what to validate on (of a source that has a validation split, that); by default the validation split
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
-        text_key: where records of JSON or Parquet have their text; by default under "text". Those without it that have a
-            prompt and a response, or the turns of a chat, are read by a template, and the responses alone are learned
+        text_key: where records of JSON or Parquet have their text; by default under "text". Those without it that have
+            a prompt and a response, or the turns of a chat, are read by a template, and the responses alone are learned
             (`config.template`).
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         skip_bad: leave out, and count, records that cannot be used instead of raising.
