@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -28,7 +29,7 @@ import jaxgpt
 from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.data import Corpus, Shard, Tokens
+from jaxgpt.data import Corpus, Mixture, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
@@ -654,6 +655,15 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_step_after_a_pause_is_watched_for_a_stall_too(tmp_path, tokens, monkeypatch):
+    calls, pause = [], trainer._Loop.pause
+    for name in ("alive", "rest"):
+        monkeypatch.setattr(trainer.distributed, name, functools.partial(calls.append, name))
+    monkeypatch.setattr(trainer._Loop, "pause", lambda *given: (calls.append("pause"), pause(*given)))
+    train(dataclasses.replace(CONFIG, eval_interval=4, checkpoint_interval=4, sample_tokens=0), tokens, tmp_path)
+    assert [calls[i + 1] for i, call in enumerate(calls) if call == "pause"] == ["alive", "rest"]
+
+
 TRAINED_WITH = [
     exhaustive({"compute": ComputeConfig(scan_layers=True)}),
     exhaustive({"compute": ComputeConfig(remat="block")}),
@@ -753,8 +763,15 @@ def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_check
 
 def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path, tokens, capsys):
     gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
-    assert preparation.first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
-    assert preparation.first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
+    data = Mixture(("a", "b"), (np.zeros(64), np.zeros(32)), (3.0, 1.0))
+    assert preparation.first_line(gpt2, None, data, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
+    line = preparation.first_line(CONFIG, None, data, 1, None, 3)
+    assert line.startswith("resuming at step 3 of 8, training a new model: 1 layers of width")
+    read = CONFIG.steps * CONFIG.batch_size * CONFIG.T
+    assert line.endswith(
+        f" per step, 8 steps: {0.75 * read / 64:.3g} epochs of a (0.75 of the sequences), "
+        f"{0.25 * read / 32:.3g} epochs of b (0.25 of the sequences)"
+    )
     assert list(preparation.notes(CONFIG, None, Corpus(()))) == []
     (note,) = preparation.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
     assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"

@@ -199,7 +199,7 @@ def train(
                 f"--set steps={2 * start}"
             )
         else:
-            progress.say(first_line(config, mesh, len(train_data), len(val_N), init_from, start))
+            progress.say(first_line(config, mesh, train_data, len(val_N), init_from, start))
             for note in notes(config, began, corpus):
                 progress.say(note)
         held.enter_context(distributed.end_together(f"this one ends too; {run.resume_command} continues"))
@@ -260,6 +260,8 @@ class _Loop:
                         self.record(*running.popleft())
                     distributed.rest()
                     self.pause(done, state)
+                    if done < config.steps:
+                        distributed.alive()
             while running:
                 self.record(*running.popleft())
             distributed.rest()
