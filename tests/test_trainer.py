@@ -33,7 +33,7 @@ from jaxgpt.data import Corpus, Mixture, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation, preparation, progress
+from jaxgpt.training import evaluation, preparation, progress, speed
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
@@ -842,7 +842,7 @@ def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tm
 
 def test_tokens_seen_and_the_share_of_the_peak_are_logged(tmp_path, tokens, capsys, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=3, compute=ComputeConfig(dtype="bfloat16"), sample_tokens=0)
-    monkeypatch.setitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(accounting.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     train(config, tokens, tmp_path / "run")
     lines = [line for line in Run(tmp_path / "run").read_metrics() if "loss" in line]
     assert [line["tokens"] for line in lines] == [64, 128, 192]
@@ -851,15 +851,15 @@ def test_tokens_seen_and_the_share_of_the_peak_are_logged(tmp_path, tokens, caps
         assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 1e9, rel=0.01, abs=1e-4)
     assert re.search(r"step 3/3  loss \S+  192 tokens  [\d,]+ tokens/s  MFU [\d.]+%  0 s left", capsys.readouterr().err)
     mesh = SimpleNamespace(devices=np.array(jax.devices()[:2]), size=2)
-    assert trainer._peak(config, mesh) == 2e9
+    assert speed.peak(config, mesh) == 2e9
     for other in (
         CONFIG,
         dataclasses.replace(config, lora=LoraConfig(rank=2)),
         dataclasses.replace(config, freeze="a"),
     ):
-        assert trainer._peak(other, None) is None
-    monkeypatch.delitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind)
-    assert trainer._peak(config, None) is None  # a CPU's peak is not known
+        assert speed.peak(other, None) is None
+    monkeypatch.delitem(accounting.PEAK_FLOPS, jax.devices()[0].device_kind)
+    assert speed.peak(config, None) is None  # a CPU's peak is not known
     assert [progress._short(n) for n in (999_999, 10**6, 314_572_800, 3 * 10**11)] == [
         "999,999",
         "1.0M",

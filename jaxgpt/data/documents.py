@@ -17,7 +17,6 @@ from __future__ import annotations
 import codecs
 import contextlib
 import functools
-import glob
 import gzip
 import io
 import json
@@ -33,9 +32,6 @@ from jaxgpt.checks import first_line, short_repr
 from jaxgpt.data.contents import LIMIT, TEXT_KEY, BadRecordError, Content, UnderKey
 from jaxgpt.errors import DataError, require
 from jaxgpt.files import local, not_text
-
-# What a directory is searched for.
-TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 
 # Characters after which a document is cut.
 PIECE = 2**19
@@ -321,35 +317,6 @@ class _Table(Documents):
 
 def _known(keys: Iterable[str]) -> str:
     return ", ".join(short_repr(key) for key in list(keys)[:10]) or "none"
-
-
-def find_files(path: str | Path, endings: tuple[str, ...]) -> list[Path]:
-    """The files that a path stands for: the file itself; those in a directory, by name; or those that match a pattern.
-
-    Args:
-        path: of a file or a directory, or a pattern of files, such as `corpus/**/*.jsonl`.
-        endings: what names of files in a directory end in.
-
-    Raises:
-        DataError: if there are none in the directory, or none that match.
-    """
-    place = local(path)
-    if os.path.isdir(place):
-        try:
-            found = [file for file in place.iterdir() if file.name.lower().endswith(endings) and file.name[0] != "."]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        missing = f"a directory without data: expected files that end in {', '.join(endings)}"
-    elif glob.has_magic(os.fspath(path)) and not os.path.exists(place):
-        found = [Path(file) for file in glob.glob(os.fspath(place), recursive=True)]
-        missing = "no file has such a name"
-    else:
-        return [place]
-    # A link to nothing is kept: opening it tells that a file is missing.
-    files = sorted(file for file in found if not file.is_dir())
-    if not files:
-        raise DataError(f"{path}: {missing}")
-    return files
 
 
 def _cut(blocks: Iterable[str], find_cut: FindCut) -> Iterator[tuple[str, bool]]:
