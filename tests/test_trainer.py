@@ -33,7 +33,7 @@ from jaxgpt.data import Corpus, Mixture, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation, preparation, progress, speed
+from jaxgpt.training import evaluation, preparation, progress, signals, speed
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
@@ -419,6 +419,20 @@ def test_signals_save_and_exit_with_their_codes(tmp_path, monkeypatch, number, c
         arguments = ["--data", str(tmp_path / "text.txt"), "--out", str(tmp_path / "run")]
         assert main(["train", str(tmp_path / "config.toml"), *arguments]) == code
     assert int(final_state(tmp_path / "run")["step"]) == 3
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
+    # As when a whole job is signalled, and the parent of --restarts passes its own signal on.
+    with signals.collected() as received:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert received == [signal.SIGTERM]
+    monkeypatch.setattr(signals, "_ECHO", 0.0)
+    with signals.collected():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resume_with_other_data_is_refused(undisturbed):
