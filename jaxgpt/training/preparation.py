@@ -138,7 +138,15 @@ def first_line(
     resuming = f"resuming at step {start:,} of {config.steps:,}, " if start else ""
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
     rows = config.batch_size // config.grad_accumulation
-    attention = backend_of(model, config.compute, rows, config.T, dropout=model.drop_rate_attn > 0, mesh=mesh)
+    attention = backend_of(
+        model,
+        config.compute,
+        rows,
+        config.T,
+        dropout=model.drop_rate_attn > 0,
+        mesh=mesh,
+        documents=config.separate_documents,
+    )
     return (
         f"{resuming}{what}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
         f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {len(train_data):,} tokens to train on, "
