@@ -570,6 +570,15 @@ def test_the_file_is_blamed_for_its_own_faults_and_set_for_its_own(tmp_path):
         TrainConfig.from_file(path, ["seed=7"])
 
 
+@pytest.mark.parametrize(("escape", "character"), [(r"\n", "\n"), (r"\t", "\t")])
+def test_escapes_of_set_need_quotes(escape, character, tmp_path):
+    path = write(tmp_path / "run.toml", "[train]\nsteps = 50\n")
+    with pytest.raises(ConfigError, match=r"^--set template: \\[nt] is a line break or a tab only in a quoted text"):
+        TrainConfig.from_file(path, [f"template=Q: {{q}}{escape}A: {{response}}"])
+    quoted = TrainConfig.from_file(path, [f'template="Q: {{q}}{escape}A: {{response}}"'])
+    assert quoted.template == f"Q: {{q}}{character}A: {{response}}"
+
+
 @pytest.mark.parametrize("override", ["model.n_layers=0", "compute.dtype=float16", "model.ffn_dim=x", "seed=null"])
 def test_a_value_that_its_field_does_not_allow_is_told_with_the_set_it_came_from(override, tmp_path):
     path = write(tmp_path / "run.toml", "[train]\nsteps = 50\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import os
@@ -16,7 +17,7 @@ from helpers import exhaustive, make_model, to_numpy
 import jaxgpt
 from jaxgpt.cli import main
 from jaxgpt.config import GPTConfig
-from jaxgpt.data import Records, Template, Tokens, open_corpus, open_tokens
+from jaxgpt.data import Records, Template, Tokens, documents, open_corpus, open_tokens
 from jaxgpt.errors import ConfigError, DataError
 from jaxgpt.model import reference
 from jaxgpt.parallel import MeshConfig, sharding
@@ -106,13 +107,25 @@ def texts(source, length=400):
             "### assistant:\n[Ciao|]",
         ),
         ("<{role}>{content}", {"messages": CHAT[1:3]}, "<user>Hi\n\n<assistant>[Hello|]"),
+        (
+            "<{role}>{content}",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]},
+                    {"role": "assistant", "content": [{"type": "text", "text": "Hello"}]},
+                ]
+            },
+            "<user>Hi\n\n<assistant>[Hello|]",
+        ),
     ],
 )
-@pytest.mark.parametrize("ending", ["jsonl", "parquet"])
+@pytest.mark.parametrize("ending", ["jsonl", "json", "parquet"])
 def test_a_template_says_what_is_read_and_what_is_learned(template, record, want, ending, tmp_path):
     path = tmp_path / f"a.{ending}"
     if ending == "jsonl":
         write(path, [record])
+    elif ending == "json":
+        path.write_text(json.dumps([record], indent=4), encoding="utf-8")
     else:
         pyarrow = pytest.importorskip("pyarrow")
         pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist([record]), path)
@@ -189,6 +202,13 @@ def test_a_template_without_a_response_is_refused_before_anything_is_read(templa
             {"messages": [{"role": "user", "content": None}]},
             "expected a text under 'content', not None",
         ),
+        (
+            "<{role}>{content}",
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
+            r"expected parts of the type 'text' under 'content', not \{'image_url'",
+        ),
+        ("<{role}>{content}", {"messages": [{"role": "user", "content": ["Hi"]}]}, "expected parts of the type 'text'"),
+        ("<{role}>{content}", {"messages": [{"role": "assistant", "content": []}]}, "the response, under 'content'"),
         ("<{role}>{content}", {"messages": CHAT[:2]}, "no turn of the role 'assistant', so nothing to learn"),
         ("<{role}>{content}", {"messages": [{"role": "assistant", "content": ""}]}, "the response, under 'content'"),
     ],
@@ -210,6 +230,31 @@ def test_the_line_of_invalid_json_is_named_however_far_down_it_is(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" * (10**6 - 1) + b"{bad\n")
     with pytest.raises(DataError, match=r"a\.jsonl, line 1000000: not JSON"):
+        open_corpus(path, MODEL)
+
+
+def test_a_json_array_holds_records_or_texts(tmp_path):
+    path, bad = tmp_path / "a.json", {"prompt": "a"}
+    path.write_bytes(codecs.BOM_UTF8 + json.dumps([*RECORDS, bad, 3], indent=2).encode())
+    with pytest.raises(DataError, match=r"a\.json, record 21: no key 'response'"):
+        open_corpus(path, MODEL)
+    source = open_corpus(path, MODEL, skip_bad=True).sources[0]
+    assert texts(source) == texts(open_corpus(write(tmp_path / "a.jsonl", RECORDS), MODEL).sources[0])
+    assert source.left_out[0].startswith("2 records without what the template needs (the first: ")
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}]), encoding="utf-8")
+    assert np.asarray(open_tokens(path, MODEL).ids_N).tolist() == [ord("a"), END, ord("b"), END]
+
+
+def test_json_that_is_neither_lines_nor_an_array_is_not_read_as_a_text(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"data": RECORDS}, indent=2), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json: one JSON object over several lines: expected an array of records"):
+        open_corpus(path, MODEL)
+    path.write_text(json.dumps(RECORDS)[:-1], encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json: not a JSON array: Expecting"):
+        open_corpus(path, MODEL)
+    monkeypatch.setattr(documents, "_ARRAY_LIMIT", 99)
+    with pytest.raises(DataError, match=r"a\.json: a JSON array of more than 99 bytes"):
         open_corpus(path, MODEL)
 
 
@@ -319,6 +364,14 @@ def test_an_epoch_has_every_record_once_and_batches_are_a_pure_function(file, tm
     assert np.mean(whole[:, 0] == ~ord("m")) == 0.25
     with pytest.raises(DataError, match="the training split has 20 records, too few for batch_size=21"):
         list(dry_run(dataclasses.replace(CONFIG, batch_size=21, val_fraction=0.0), file))
+
+
+def test_without_weights_every_record_of_a_mixture_is_drawn_equally_often(tmp_path):
+    short = write(tmp_path / "short.jsonl", [{"prompt": "s", "response": "."}] * 30)
+    long = write(tmp_path / "long.jsonl", [{"prompt": "l", "response": "." * 20}] * 10)
+    mixture = open_corpus([short, long], MODEL).split(0.0)[0]
+    rows = batch(mixture, dataclasses.replace(CONFIG, batch_size=batches.BLOCK, template="{prompt}{response}"), 0)
+    assert np.mean(rows[:, 0] == ~ord("s")) == 0.75
 
 
 def test_validation_is_the_end_of_each_source_or_what_is_given(file, tmp_path):
@@ -450,6 +503,12 @@ def test_the_command_evaluates_responses(file, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "over 2 tokens" in shown.out
     assert "left out: 1 record of more than 25 tokens" in shown.err
+    write(tmp_path / "bad.jsonl", [{"q": "1", "response": "2"}, {"q": "1"}])
+    evaluating[-1] = str(tmp_path / "bad.jsonl")
+    assert main([*evaluating, "--template", "{q} {response}"]) != 0
+    assert "--skip-bad leaves such records out" in capsys.readouterr().err
+    assert main([*evaluating, "--template", "{q} {response}", "--skip-bad"]) == 0
+    assert "left out: 1 record without what the template needs" in capsys.readouterr().err
     assert main([*evaluating, "--template", "{q}"]) != 0
     assert "must end in {response}" in capsys.readouterr().err
 

@@ -336,6 +336,7 @@ def test_what_is_no_benchmarks_file_is_refused(files, model_and_params, tmp_path
         (["--tasks", "wikitext=a", "--batch-size", "8"], "--batch-size belongs to --data: --tasks have --batch-tokens"),
         (["--tasks", "wikitext=a", "--text-key", "body"], "--text-key belongs to --data"),
         (["--tasks", "wikitext=a", "--allow-special"], "--allow-special belongs to --data"),
+        (["--tasks", "wikitext=a", "--skip-bad"], "--skip-bad belongs to --data"),
         (["--tasks", "wikitext=a", "--separate-documents"], "--separate-documents belongs to --data"),
         (["--data", "a.txt", "--limit", "3"], "--limit belongs to --tasks"),
         (["--data", "a.txt", "--batch-tokens", "9"], "--batch-tokens belongs to --tasks: --data has --batch-size"),

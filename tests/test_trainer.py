@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import json
 import math
@@ -28,11 +29,11 @@ import jaxgpt
 from jaxgpt import accounting
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.data import Corpus, Shard, Tokens
+from jaxgpt.data import Corpus, Mixture, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation, preparation, progress
+from jaxgpt.training import evaluation, preparation, progress, signals, speed
 from jaxgpt.training import loop as trainer
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
@@ -420,6 +421,20 @@ def test_signals_save_and_exit_with_their_codes(tmp_path, monkeypatch, number, c
     assert int(final_state(tmp_path / "run")["step"]) == 3
 
 
+def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
+    # As when a whole job is signalled, and the parent of --restarts passes its own signal on.
+    with signals.collected() as received:
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert received == [signal.SIGTERM]
+    monkeypatch.setattr(signals, "_ECHO", 0.0)
+    with signals.collected():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_resume_with_other_data_is_refused(undisturbed):
     with pytest.raises(ConfigError, match="data the tokens: identity"):
         train(CONFIG, Tokens.from_text(TEXT + "!", "bytes"), undisturbed[0], resume=True)
@@ -654,6 +669,15 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
         np.testing.assert_array_equal(a, b)
 
 
+def test_the_step_after_a_pause_is_watched_for_a_stall_too(tmp_path, tokens, monkeypatch):
+    calls, pause = [], trainer._Loop.pause
+    for name in ("alive", "rest"):
+        monkeypatch.setattr(trainer.distributed, name, functools.partial(calls.append, name))
+    monkeypatch.setattr(trainer._Loop, "pause", lambda *given: (calls.append("pause"), pause(*given)))
+    train(dataclasses.replace(CONFIG, eval_interval=4, checkpoint_interval=4, sample_tokens=0), tokens, tmp_path)
+    assert [calls[i + 1] for i, call in enumerate(calls) if call == "pause"] == ["alive", "rest"]
+
+
 TRAINED_WITH = [
     exhaustive({"compute": ComputeConfig(scan_layers=True)}),
     exhaustive({"compute": ComputeConfig(remat="block")}),
@@ -753,8 +777,15 @@ def test_a_model_given_in_python_is_set_as_a_whole_and_one_left_out_is_the_check
 
 def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path, tokens, capsys):
     gpt2 = TrainConfig(model=GPTConfig.preset("gpt2", drop_rate=0.0))
-    assert preparation.first_line(gpt2, None, 9, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
-    assert preparation.first_line(CONFIG, None, 9, 1, None, 3).startswith("training a new model, from step 3: 1 layer")
+    data = Mixture(("a", "b"), (np.zeros(64), np.zeros(32)), (3.0, 1.0))
+    assert preparation.first_line(gpt2, None, data, 1, None, 0).startswith("training gpt2: 12 layers of width 768")
+    line = preparation.first_line(CONFIG, None, data, 1, None, 3)
+    assert line.startswith("resuming at step 3 of 8, training a new model: 1 layers of width")
+    read = CONFIG.steps * CONFIG.batch_size * CONFIG.T
+    assert line.endswith(
+        f" per step, 8 steps: {0.75 * read / 64:.3g} epochs of a (0.75 of the sequences), "
+        f"{0.25 * read / 32:.3g} epochs of b (0.25 of the sequences)"
+    )
     assert list(preparation.notes(CONFIG, None, Corpus(()))) == []
     (note,) = preparation.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
     assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
@@ -825,7 +856,7 @@ def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tm
 
 def test_tokens_seen_and_the_share_of_the_peak_are_logged(tmp_path, tokens, capsys, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=3, compute=ComputeConfig(dtype="bfloat16"), sample_tokens=0)
-    monkeypatch.setitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
+    monkeypatch.setitem(accounting.PEAK_FLOPS, jax.devices()[0].device_kind, 1e9)
     train(config, tokens, tmp_path / "run")
     lines = [line for line in Run(tmp_path / "run").read_metrics() if "loss" in line]
     assert [line["tokens"] for line in lines] == [64, 128, 192]
@@ -834,15 +865,15 @@ def test_tokens_seen_and_the_share_of_the_peak_are_logged(tmp_path, tokens, caps
         assert line["mfu"] == pytest.approx(flops * line["tokens_per_second"] / 1e9, rel=0.01, abs=1e-4)
     assert re.search(r"step 3/3  loss \S+  192 tokens  [\d,]+ tokens/s  MFU [\d.]+%  0 s left", capsys.readouterr().err)
     mesh = SimpleNamespace(devices=np.array(jax.devices()[:2]), size=2)
-    assert trainer._peak(config, mesh) == 2e9
+    assert speed.peak(config, mesh) == 2e9
     for other in (
         CONFIG,
         dataclasses.replace(config, lora=LoraConfig(rank=2)),
         dataclasses.replace(config, freeze="a"),
     ):
-        assert trainer._peak(other, None) is None
-    monkeypatch.delitem(trainer.PEAK_FLOPS, jax.devices()[0].device_kind)
-    assert trainer._peak(config, None) is None  # a CPU's peak is not known
+        assert speed.peak(other, None) is None
+    monkeypatch.delitem(accounting.PEAK_FLOPS, jax.devices()[0].device_kind)
+    assert speed.peak(config, None) is None  # a CPU's peak is not known
     assert [progress._short(n) for n in (999_999, 10**6, 314_572_800, 3 * 10**11)] == [
         "999,999",
         "1.0M",

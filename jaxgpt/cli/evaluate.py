@@ -9,7 +9,14 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jaxgpt.cli.options import add_allow_special, add_model_arguments, add_text_key, given, load_model
+from jaxgpt.cli.options import (
+    add_allow_special,
+    add_model_arguments,
+    add_skip_bad,
+    add_text_key,
+    given,
+    load_model,
+)
 from jaxgpt.files import local
 
 
@@ -20,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--data",
         metavar="FILE",
-        help="texts (plain, JSON lines, Parquet), records, of which only the responses count, or tokens: a file, a "
+        help="texts (plain, JSON, Parquet), records, of which only the responses count, or tokens: a file, a "
         "directory, or a pattern of files",
     )
     what.add_argument(
@@ -33,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_key(parser)
     add_allow_special(parser)
+    add_skip_bad(parser)
     parser.add_argument(
         "--stride",
         type=int,
@@ -96,6 +104,7 @@ def _run_text(args: argparse.Namespace) -> int:
         allow_special=args.allow_special,
         template=args.template,
         longest=args.seq_len + 1 if args.seq_len else None,
+        skip_bad=args.skip_bad,
     )
     for note in tokens.left_out:
         print(f"left out: {note}", file=sys.stderr)
@@ -137,6 +146,7 @@ def _run_tasks(args: argparse.Namespace) -> int:
         "--batch-size",
         "--text-key",
         "--allow-special",
+        "--skip-bad",
         "--template",
     ):
         advice = ": --tasks have --batch-tokens" if option == "--batch-size" else ""

@@ -52,7 +52,7 @@ def add_text_key(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text-key",
         metavar="KEY",
-        help="where records have their text: a key of JSON lines, a column of Parquet (text)",
+        help="where records have their text: a key of JSON, a column of Parquet (text)",
     )
 
 
@@ -60,6 +60,13 @@ def add_allow_special(parser: argparse.ArgumentParser) -> None:
     """Declares --allow-special."""
     parser.add_argument(
         "--allow-special", action="store_true", help="special tokens in texts, such as <|endoftext|>, are tokens"
+    )
+
+
+def add_skip_bad(parser: argparse.ArgumentParser) -> None:
+    """Declares --skip-bad."""
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="leave out and count records that cannot be used instead of stopping"
     )
 
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="SOURCE",
-        help="a file with documents (text, JSON lines, both also as .gz or .zst, or Parquet), a directory or a pattern "
+        help="a file with documents (text, JSON, both also as .gz or .zst, or Parquet), a directory or a pattern "
         "of such files",
     )
     parser.add_argument(

@@ -8,7 +8,7 @@ import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
-from jaxgpt.cli.options import add_allow_special, add_text_key, given
+from jaxgpt.cli.options import add_allow_special, add_skip_bad, add_text_key, given
 from jaxgpt.cli.restarts import supervise
 from jaxgpt.files import local
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         action="append",
         metavar="[NAME=]PATH[:WEIGHT]",
-        help="a file of texts (plain, JSON lines, Parquet), of prompts with responses or chats (the latter two), or of "
+        help="a file of texts (plain, JSON, Parquet), of prompts with responses or chats (the latter two), or of "
         "tokens (jaxgpt's, llm.c's, nanoGPT's, Megatron's .idx), a directory, such as `jaxgpt tokenize` writes, or a "
         "pattern of files; "
         "given several times, a mixture: by size, or by weights. A run that is resumed knows where its data is",
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_text_key(parser)
     add_allow_special(parser)
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="leave out and count records that cannot be used instead of stopping"
-    )
+    add_skip_bad(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )

@@ -1,6 +1,9 @@
 from .contents import TEXT_KEY as TEXT_KEY
 from .contents import Template as Template
 from .encoding import MARKED as MARKED
+from .opening import open_corpus as open_corpus
+from .opening import open_tokens as open_tokens
+from .opening import read_text as read_text
 from .records import Records as Records
 from .shards import ShardIndex as ShardIndex
 from .shards import read_index as read_index
@@ -8,9 +11,6 @@ from .sources import Corpus as Corpus
 from .sources import Mixture as Mixture
 from .sources import Reference as Reference
 from .sources import Source as Source
-from .sources import open_corpus as open_corpus
-from .sources import open_tokens as open_tokens
-from .sources import read_text as read_text
 from .tokenization import Report as Report
 from .tokenization import tokenize as tokenize
 from .tokens import FileIds as FileIds

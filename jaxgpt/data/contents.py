@@ -1,4 +1,4 @@
-"""What is taken from a record of JSON lines or Parquet: the text under a key, or a prompt and the response to it.
+"""What is taken from a record of JSON or Parquet: the text under a key, or a prompt and the response to it.
 
 | records with | are read as | of which is learned |
 |---|---|---|
@@ -82,7 +82,7 @@ class UnderKey:
     """The text under a key."""
 
     key: str
-    hint = "--text-key says where the text is"
+    hint = "--text-key says where the text is, and a template how a prompt and a response are made of several keys"
     whole = False
 
     @property
@@ -155,14 +155,15 @@ class Template:
         return self._turns(record[TURNS]) if self._chat else self._prompt_and_response(record)
 
     def _prompt_and_response(self, record: Mapping[str, Any]) -> Iterable[str]:
-        response = _learned(record, next(key for key in RESPONSES if key in record))
+        response = next(key for key in RESPONSES if key in record)
+        learned = _learned(_text(record, response), response)
         values = {key: _text(record, key) for key in self._needed} | {"response": ""}
         kept = [
             paragraph.format_map(values)
             for paragraph, fields in self._paragraphs
             if not fields or "response" in fields or any(values[field] for field in fields)
         ]
-        return _BLANK_LINE.join(kept), response
+        return _BLANK_LINE.join(kept), learned
 
     def _turns(self, turns: Any) -> Iterable[str]:
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -175,10 +176,10 @@ class Template:
             role = _text(turn, "role")
             read += _BLANK_LINE * (i > 0) + self.text.format_map({"role": role, "content": ""})
             if role == ASSISTANT:
-                parts += [read, _learned(turn, "content")]
+                parts += [read, _learned(_said(turn), "content")]
                 read = ""
             else:
-                read += _text(turn, "content")
+                read += _said(turn)
         if not parts:
             raise BadRecordError(f"no turn of the role {ASSISTANT!r}, so nothing to learn")
         return parts
@@ -217,7 +218,17 @@ def _text(record: Mapping[str, Any], key: str) -> str:
     return text
 
 
-def _learned(record: Mapping[str, Any], key: str) -> str:
-    if not (text := _text(record, key)):
+def _said(turn: Mapping[str, Any]) -> str:
+    """What is said in a turn: a text or, as OpenAI's format also has it, a list of parts, each of which has one."""
+    if not isinstance(parts := turn["content"], list):
+        return _text(turn, "content")
+    for part in parts:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise BadRecordError(f"expected parts of the type 'text' under 'content', not {short_repr(part)}")
+    return _text({"content": "".join(part["text"] for part in parts)}, "content")
+
+
+def _learned(text: str, key: str) -> str:
+    if not text:
         raise BadRecordError(f"the response, under {key!r}, is empty")
     return text

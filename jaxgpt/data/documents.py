@@ -4,18 +4,19 @@
 |---|---|---|
 | plain text | UTF-8 | one, the whole file |
 | JSON lines | an object in the first line, or a name in `.jsonl` | one per line, under a key |
+| a JSON array | an object as its first element | one per element, under a key |
 | Parquet | its first bytes | one per row, in a column (extra `[data]`) |
 
-`jaxgpt.data.contents` documents what is taken from the records of the last two.
+`jaxgpt.data.contents` documents what is taken from the records of the last three.
 
-Text and JSON lines may be compressed with gzip or zstd (extra `[data]`, before Python 3.14).
+Text and JSON may be compressed with gzip or zstd (extra `[data]`, before Python 3.14).
 """
 
 from __future__ import annotations
 
 import codecs
 import contextlib
-import glob
+import functools
 import gzip
 import io
 import json
@@ -32,13 +33,14 @@ from jaxgpt.data.contents import LIMIT, TEXT_KEY, BadRecordError, Content, Under
 from jaxgpt.errors import DataError, require
 from jaxgpt.files import local, not_text
 
-# What a directory is searched for.
-TEXT_ENDINGS = (".txt", ".txt.gz", ".txt.zst", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-
 # Characters after which a document is cut.
 PIECE = 2**19
 
 _JSON_LINES = re.compile(r".*\.(jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
+_JSON = re.compile(r".*\.json(\.\w+)?", re.IGNORECASE)
+_JSON_ARRAY = re.compile(rb'\s*\[\s*\{\s*"')
+# Bytes that a JSON array may have, because all of it is read at once.
+_ARRAY_LIMIT = 2**30
 _BUFFER, _BLOCK = 2**16, 2**20
 _EXPECTED = "expected UTF-8 text, or a token file from `jaxgpt tokenize`"
 
@@ -99,10 +101,18 @@ def _recognise(path: str | Path, content: Content, stack: contextlib.ExitStack) 
         return _Table(path, raw, content)
     file = _unpacked(path, raw, stack)
     head = file.peek(_BUFFER)
-    if _is_json_lines(os.path.basename(path), head):
+    name, start = os.path.basename(path), head.removeprefix(codecs.BOM_UTF8)
+    if _JSON_ARRAY.match(start):
+        return _Array(path, raw, file, content)
+    if _is_json_lines(name, head):
         return _Lines(path, raw, file, content)
     if reason := not_text(head):
         raise DataError(f"{path}: {reason}; {_EXPECTED}")
+    if _JSON.fullmatch(name) and start.lstrip().startswith(b"{"):
+        raise DataError(
+            f"{path}: one JSON object over several lines: expected an array of records, or JSON lines, with one record "
+            "per line"
+        )
     return _Text(path, raw, file)
 
 
@@ -197,13 +207,13 @@ class _Lines(Documents):
     def keys(self) -> list[str]:
         for _, line, whole in self._lines():
             with contextlib.suppress(BadRecordError):
-                return list(self._record(line, whole))
+                return list(_object(self._parsed(line, whole)))
         return []
 
     def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
         for number, line, whole in self._lines():
             if number >= start:
-                yield number, lambda line=line, whole=whole: self._parts(line, whole)  # type: ignore[misc]
+                yield number, lambda line=line, whole=whole: self._parts(self._parsed(line, whole))  # type: ignore[misc]
 
     def _lines(self) -> Iterator[tuple[int, bytes, bool]]:
         """Number and text of each line that is not blank, and whether that is all of it."""
@@ -216,22 +226,50 @@ class _Lines(Documents):
                 yield number, line, whole
             number += 1
 
-    def _record(self, line: bytes, whole: bool) -> dict[str, Any]:
+    def _parsed(self, line: bytes, whole: bool) -> Any:
         if not whole:
             raise BadRecordError(f"longer than {LIMIT:,} bytes, the most that a record may have")
         try:
-            record = json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+            return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
         except (ValueError, RecursionError) as error:
             raise BadRecordError(f"not JSON: {first_line(error)}") from None
-        if not isinstance(record, dict):
-            raise BadRecordError(f"expected a JSON object, not {short_repr(record)}")
-        return record
 
-    def _parts(self, line: bytes, whole: bool) -> Iterable[str]:
-        record = self._record(line, whole)
+    def _parts(self, parsed: Any) -> Iterable[str]:
+        record = _object(parsed)
         if (key := self._content.missing(record)) is not None:
             raise BadRecordError(f"no key {key!r} ({self._content.hint}; there are {_known(record)})")
         return self._content.parts(record)
+
+
+class _Array(_Lines):
+    def where(self, document: int) -> str:
+        return f"{self.path}, record {document + 1}"
+
+    def keys(self) -> list[str]:
+        return next((list(element) for element in self._elements if isinstance(element, dict)), [])
+
+    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+        for number, element in enumerate(self._elements[start:], start):
+            yield number, lambda element=element: self._parts(element)  # type: ignore[misc]
+
+    @functools.cached_property
+    def _elements(self) -> list[Any]:
+        data = self._file.read(_ARRAY_LIMIT + 1)
+        if len(data) > _ARRAY_LIMIT:
+            raise DataError(
+                f"{self.path}: a JSON array of more than {_ARRAY_LIMIT:,} bytes, all of which would be read at once: "
+                "make JSON lines of it, with one record per line (jq -c '.[]')"
+            )
+        try:
+            return json.loads(data.decode("utf-8-sig"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.path}: not a JSON array: {first_line(error)}") from None
+
+
+def _object(parsed: Any) -> dict[str, Any]:
+    if not isinstance(parsed, dict):
+        raise BadRecordError(f"expected a JSON object, not {short_repr(parsed)}")
+    return parsed
 
 
 class _Table(Documents):
@@ -279,35 +317,6 @@ class _Table(Documents):
 
 def _known(keys: Iterable[str]) -> str:
     return ", ".join(short_repr(key) for key in list(keys)[:10]) or "none"
-
-
-def find_files(path: str | Path, endings: tuple[str, ...]) -> list[Path]:
-    """The files that a path stands for: the file itself; those in a directory, by name; or those that match a pattern.
-
-    Args:
-        path: of a file or a directory, or a pattern of files, such as `corpus/**/*.jsonl`.
-        endings: what names of files in a directory end in.
-
-    Raises:
-        DataError: if there are none in the directory, or none that match.
-    """
-    place = local(path)
-    if os.path.isdir(place):
-        try:
-            found = [file for file in place.iterdir() if file.name.lower().endswith(endings) and file.name[0] != "."]
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-        missing = f"a directory without data: expected files that end in {', '.join(endings)}"
-    elif glob.has_magic(os.fspath(path)) and not os.path.exists(place):
-        found = [Path(file) for file in glob.glob(os.fspath(place), recursive=True)]
-        missing = "no file has such a name"
-    else:
-        return [place]
-    # A link to nothing is kept: opening it tells that a file is missing.
-    files = sorted(file for file in found if not file.is_dir())
-    if not files:
-        raise DataError(f"{path}: {missing}")
-    return files
 
 
 def _cut(blocks: Iterable[str], find_cut: FindCut) -> Iterator[tuple[str, bool]]:

@@ -144,7 +144,7 @@ def read_records(
     tokenizer starts from. End-of-text follows the response, and is learned too.
 
     Args:
-        path: the file: JSON lines or Parquet.
+        path: the file: JSON or Parquet.
         tokenizer: anything that `get_tokenizer` takes.
         template: see `Template`.
         longest: the most ids that a record may have. Longer ones are left out: cut off, they would not teach where a

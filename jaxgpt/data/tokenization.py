@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from jaxgpt.checks import short_repr
 from jaxgpt.data.contents import TEXT_KEY
-from jaxgpt.data.documents import PIECE, TEXT_ENDINGS, Piece, find_files, open_documents
+from jaxgpt.data.documents import PIECE, Piece, open_documents
 from jaxgpt.data.encoding import Encoded, Encoder, encode
+from jaxgpt.data.finding import TEXT_ENDINGS, find_files
 from jaxgpt.data.shards import (
     INDEX,
     PROGRESS,

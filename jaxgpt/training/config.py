@@ -349,6 +349,12 @@ def override(tables: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, A
             raise ConfigError(f"--set {key.strip()} was given twice")
         given.add(place)
         parsed = parse_value(value.strip())
+        if parsed == value.strip() and (escape := re.search(r"\\[nt]", value)):
+            # Only in quotes is it one character: here a prompt would silently have a backslash and a letter.
+            raise ConfigError(
+                f"--set {key.strip()}: {escape[0]} is a line break or a tab only in a quoted text: "
+                f"--set '{key.strip()}=\"...\"'"
+            )
         _check_alone(table or "train", name, parsed, f"--set {text}")
         if isinstance(result[table or "train"], dict):  # if not, from_dict says so
             result[table or "train"][name] = parsed

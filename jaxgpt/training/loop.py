@@ -10,8 +10,7 @@ import math
 import os
 import shlex
 import signal
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxgpt.accounting import PEAK_FLOPS, forward_flops
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.data import Ids, Mixture, Records, Source, Tokens, Verification
@@ -29,7 +27,7 @@ from jaxgpt.files import new_directory
 from jaxgpt.generation import Temperature, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
-from jaxgpt.training import trackers
+from jaxgpt.training import signals, trackers
 from jaxgpt.training.batches import ReadAhead, batch
 from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
@@ -38,6 +36,7 @@ from jaxgpt.training.models import base_params, initial_params
 from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run
+from jaxgpt.training.speed import Clock
 from jaxgpt.training.step import (
     SAMPLE,
     TrainState,
@@ -107,8 +106,9 @@ def train(
         val_data: what to validate on (of a source that has a validation split, that); by default the validation split
             that came with the data or, where none did, the last `val_fraction` of each source.
         tokenizer: what made the ids of files that do not say; by default these are refused.
-        text_key: where records of JSON lines or Parquet have their text; by default under "text", unless they have a
-            prompt and a response, or the turns of a chat: then the responses alone are learned (`config.template`).
+        text_key: where records of JSON or Parquet have their text; by default under "text". Those without it that have
+            a prompt and a response, or the turns of a chat, are read by a template, and the responses alone are learned
+            (`config.template`).
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         skip_bad: leave out, and count, records that cannot be used instead of raising.
         verify: read all data before the first step, and check hashes and ids. Otherwise this happens during the
@@ -201,7 +201,7 @@ def train(
                 f"--set steps={2 * start}"
             )
         else:
-            progress.say(first_line(config, mesh, len(train_data), len(val_N), init_from, start))
+            progress.say(first_line(config, mesh, train_data, len(val_N), init_from, start))
             for note in notes(config, began, corpus):
                 progress.say(note)
         held.enter_context(distributed.end_together(f"this one ends too; {run.resume_command} continues"))
@@ -233,10 +233,7 @@ class _Loop:
         self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
         # A sample is decoded, which not every backend of attention can do.
         self.model = GPT(config.model, config.compute.replace(remat="none", attention="auto"))
-        # By convention, utilisation counts three forward passes, whatever is recomputed (Chowdhery et al. 2022,
-        # appendix B).
-        self.flops = 3 * forward_flops(config.model, config.batch_size, config.T).total
-        self.peak = _peak(config, mesh)
+        self.clock = Clock(config, mesh)
         self.val_losses, self.evaluated = run.val_losses(), run.evaluated()
         self.exhausted = self.out_of_patience()
 
@@ -249,8 +246,8 @@ class _Loop:
             step_fn = step_fn.lower(state, ids_BxT1).compile()
             check_memory(step_fn, LESS_MEMORY)
         running: collections.deque = collections.deque()  # (step, metrics) still on the device
-        self.clock = time.perf_counter(), start
-        with _signals() as received:
+        self.clock.start(start)
+        with signals.collected() as received:
             while done < config.steps and not self.exhausted and not (stop := self.stop(received, done)):
                 state, metrics = step_fn(state, self.global_batch(done))
                 done += 1
@@ -262,6 +259,8 @@ class _Loop:
                         self.record(*running.popleft())
                     distributed.rest()
                     self.pause(done, state)
+                    if done < config.steps:
+                        distributed.alive()
             while running:
                 self.record(*running.popleft())
             distributed.rest()
@@ -346,16 +345,13 @@ class _Loop:
             return
         self.verification.check()
         self.checkpoints.check()
-        now = time.perf_counter()
-        seconds = (now - self.clock[0]) / (step - self.clock[1])  # per step
-        self.clock = now, step
-        speed = self.config.batch_size * self.config.T / seconds
+        speed = self.clock.look(step)
         tokens = step * self.config.batch_size * self.config.T
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "tokens": tokens}
-        share = None if self.peak is None else self.flops / seconds / self.peak
-        shares = {} if share is None else {"mfu": round(share, 4)}
-        self.run.append({**line, "tokens_per_second": round(speed, 1), **shares})
-        self.progress.update(step, loss, tokens, speed, seconds * (self.config.steps - step), share)
+        shares = {} if speed.share is None else {"mfu": round(speed.share, 4)}
+        self.run.append({**line, "tokens_per_second": round(speed.tokens, 1), **shares})
+        left = speed.seconds * (self.config.steps - step)
+        self.progress.update(step, loss, tokens, speed.tokens, left, speed.share)
 
     def pause(self, step: int, state: TrainState) -> None:
         """Evaluates, saves and samples, as the intervals say. None of this affects the training's random numbers."""
@@ -377,7 +373,7 @@ class _Loop:
             self.save(step, state, loss)
         if evaluating and config.sample_tokens and self.healthy(state):
             self.progress.say(self.sample(step, eval_params(self.config, state)))
-        self.clock = time.perf_counter(), step
+        self.clock.start(step)
 
     def save(self, step: int, state: TrainState, loss: float | None = None) -> None:
         """Starts to write a checkpoint. The metrics up to it outlast the process before it does."""
@@ -417,16 +413,6 @@ class _Loop:
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
 
 
-def _peak(config: TrainConfig, mesh: Mesh | None) -> float | None:
-    """Operations per second that the devices can do, for the utilisation (MFU); None where the peak is not known, and
-    for products in float32. A run that trains only a part of a model has none, as its step does less."""
-    if config.compute.dtype != "bfloat16" or config.lora.rank or config.freeze:
-        return None
-    device = sharding.default_device() if mesh is None else mesh.devices.flat[0]
-    peak = PEAK_FLOPS.get(device.device_kind)
-    return None if peak is None else peak * (1 if mesh is None else mesh.size)
-
-
 LESS_MEMORY = (
     "raise grad_accumulation, set compute.remat=block or loss_chunk, shorten seq_len, lower batch_size, or train only "
     "adapters (lora.rank=16)"
@@ -446,26 +432,3 @@ def _plot_losses(run: Run) -> None:
     curve = curves.from_metrics(run.name, run.read_metrics())
     with run.storage.writing(run.directory / "loss.png") as path:
         style.save(curves.draw([curve], panels=("loss",)), path)
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[signal.Signals]]:
-    """Collects the first SIGINT or SIGTERM, so that the loop can save; a second one has its usual effect."""
-    received: list[signal.Signals] = []
-    usual: dict[signal.Signals, Any] = {}
-
-    def receive(number, _frame):
-        received.append(signal.Signals(number))
-        for name, handler in usual.items():
-            signal.signal(name, handler)
-
-    try:
-        for name in (signal.SIGINT, signal.SIGTERM):
-            usual[name] = signal.signal(name, receive)
-    except ValueError:
-        pass  # only the main thread may handle signals; in others, the caller does
-    try:
-        yield received
-    finally:
-        for name, handler in usual.items():
-            signal.signal(name, handler)

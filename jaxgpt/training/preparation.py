@@ -130,25 +130,45 @@ def _check_samples(config: TrainConfig) -> None:
 
 
 def first_line(
-    config: TrainConfig, mesh: Mesh | None, train_tokens: int, val_tokens: int, init_from: str | None, start: int
+    config: TrainConfig, mesh: Mesh | None, train_data: Mixture, val_tokens: int, init_from: str | None, start: int
 ) -> str:
     """Says what is trained, on what, and where."""
     model, count = config.model, count_parameters(config.model).total
     preset = next((name for name in PRESETS if GPTConfig.preset(name, **_own(model)) == model), "a new model")
     what = f"training {preset}" if init_from is None else f"fine-tuning {init_from}"
-    done = f", from step {start:,}" if start else ""
+    resuming = f"resuming at step {start:,} of {config.steps:,}, " if start else ""
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
     rows = config.batch_size // config.grad_accumulation
-    attention = backend_of(model, config.compute, rows, config.T, dropout=model.drop_rate_attn > 0, mesh=mesh)
+    attention = backend_of(
+        model,
+        config.compute,
+        rows,
+        config.T,
+        dropout=model.drop_rate_attn > 0,
+        mesh=mesh,
+        documents=config.separate_documents,
+    )
     return (
-        f"{what}{done}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
-        f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {train_tokens:,} tokens to train on, "
-        f"{val_tokens:,} to validate; {devices}, attention {attention}; {_per_step(config)} per step"
+        f"{resuming}{what}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
+        f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {len(train_data):,} tokens to train on, "
+        f"{val_tokens:,} to validate; {devices}, attention {attention}; {_per_step(config)} per step, {config.steps:,} "
+        f"steps: {_epochs(config, train_data)}"
     )
 
 
 def _per_step(config: TrainConfig) -> str:
     return f"{config.batch_size:,} records" if config.template else f"{config.batch_size * config.T:,} tokens"
+
+
+def _epochs(config: TrainConfig, data: Mixture) -> str:
+    """How often a run reads each source, and the shares of several."""
+    told = []
+    for name, ids_N, weight in zip(data.names, data.ids, data.weights, strict=True):
+        share = weight / sum(data.weights)
+        rows = config.steps * config.batch_size * share
+        epochs = rows / ids_N.count if isinstance(ids_N, Records) else rows * config.T / len(ids_N)
+        told.append(f"{epochs:.3g} epochs" + f" of {name} ({share:.3g} of the sequences)" * (len(data.ids) > 1))
+    return ", ".join(told)
 
 
 def _trained(config: TrainConfig) -> str:

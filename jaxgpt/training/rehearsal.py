@@ -62,7 +62,7 @@ def dry_run(
         skip_bad=skip_bad,
     )
     yield _toml(config)
-    yield preparation.first_line(config, mesh, len(train_data), len(val_N), init_from, 0)
+    yield preparation.first_line(config, mesh, train_data, len(val_N), init_from, 0)
     yield from preparation.notes(config, None, corpus)
     what, per_step, size = "tokens", config.batch_size * config.T, len(train_data)
     if config.template:

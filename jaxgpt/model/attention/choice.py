@@ -125,7 +125,13 @@ def choose(backend: str, q_BxHxTxK: Array, seen: Seen, **options: Any) -> str:
 
 
 def backend_of(
-    config: GPTConfig, compute: ComputeConfig, rows: int, length: int, dropout: bool = False, mesh: Mesh | None = None
+    config: GPTConfig,
+    compute: ComputeConfig,
+    rows: int,
+    length: int,
+    dropout: bool = False,
+    mesh: Mesh | None = None,
+    documents: bool = False,
 ) -> str:
     """The name of the backend that a forward pass over whole sequences uses; nothing is computed.
 
@@ -136,6 +142,7 @@ def backend_of(
         length: their length, T.
         dropout: whether the pass drops attention weights.
         mesh: the mesh that it runs on.
+        documents: whether a sequence holds several, which are kept apart.
 
     Raises:
         ConfigError: as `attend`.
@@ -146,7 +153,8 @@ def backend_of(
     chosen = []
 
     def call(q_BxHxTxK: Array) -> Array:
-        seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, None, compute.dtype)
+        start_BxT = jnp.zeros((rows, length), jnp.int32) if documents else None
+        seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, start_BxT, compute.dtype)
         key = jax.random.key(0) if dropout else None
         chosen.append(
             choose(compute.attention, q_BxHxTxK, seen, dropout_key=key, custom_derivatives=compute.custom_derivatives)
