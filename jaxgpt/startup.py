@@ -157,7 +157,9 @@ def keep_freed_memory() -> None:
 
     On a CPU, XLA allocates new memory for the results of every call. Getting those pages, zeroed, from the system
     took a third of a forward pass of GPT-2 small over [4, 1024] ids, whose logits are 0.8 GB. The price is that the
-    process never shrinks below its peak size. Does nothing except on Linux with glibc.
+    process never shrinks below its peak size. Blocks above 64 MiB that XLA allocates in threads of its own, such as a
+    training step's temporaries, still come from the system each time (docs/tried.md says what keeping them costs).
+    Does nothing except on Linux with glibc.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -114,6 +114,17 @@ def test_chunked_loss_never_holds_all_logits():
     assert largest(8) < logits
 
 
+def test_the_gradient_of_the_logits_takes_their_place():
+    x, head = jnp.ones((4, 16, 8)), jnp.ones((1000, 8))
+    labels = jnp.zeros((4, 16), jnp.int32)
+
+    def loss(x, head):
+        return head_cross_entropy(x, head, labels, ComputeConfig())[0]
+
+    memory = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(x, head).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1.5 * 64 * 1000 * 4
+
+
 @pytest.mark.parametrize(("T", "chunk", "lengths"), [(64, 40, 32), (64, 64, 64), (64, 22, 22), (61, 8, 8), (5, 1, 1)])
 def test_chunks_are_balanced(T, chunk, lengths):
     """64 positions are padded to 66, not 80, because padding costs as much as the rest."""

@@ -45,10 +45,18 @@ def cross_entropy(logits_xV: Array, labels_x: Array, custom_derivatives: bool = 
     V = logits_xV.shape[-1]
     counts_x = labels_x != IGNORE
     per_position = negative_log_likelihood if custom_derivatives else _plain_negative_log_likelihood
-    losses_x = per_position(logits_xV, jnp.clip(labels_x, 0, V - 1))
+    losses_x = per_position(*_as_rows(logits_xV, jnp.clip(labels_x, 0, V - 1))).reshape(labels_x.shape)
     legal_x = (labels_x >= 0) & (labels_x < V)
     losses_x = jnp.where(counts_x, jnp.where(legal_x, losses_x, jnp.nan), 0.0)
     return jnp.sum(losses_x), jnp.sum(counts_x, dtype=jnp.float32)
+
+
+def _as_rows(logits_xV: Array, labels_x: Array) -> tuple[Array, Array]:
+    """Both with all axes of positions as one, as the product made the logits: XLA then writes their gradient over them
+    instead of beside them. On several devices, merging axes would gather the arrays."""
+    if is_distributed(logits_xV):
+        return logits_xV, labels_x
+    return logits_xV.reshape(-1, logits_xV.shape[-1]), labels_x.reshape(-1)
 
 
 @jax.custom_vjp

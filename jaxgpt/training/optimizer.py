@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import Array
 from optax import contrib
 
 from jaxgpt import lora
@@ -27,8 +29,8 @@ def schedule(config: TrainConfig, peak: float) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW (Loshchilov & Hutter 2019) with decay on matrices only; with
-    `optimizer="muon"` the blocks' matrices take Muon's orthogonalised momentum instead (Jordan et al. 2024)."""
+    """AdamW (Loshchilov & Hutter 2019) with decay on matrices only; with `optimizer="muon"` the blocks' matrices take
+    Muon's orthogonalised momentum instead (Jordan et al. 2024). Gradients come clipped (`clipping`)."""
     adamw = optax.adamw(
         schedule(config, config.learning_rate),
         b1=config.beta1,
@@ -44,9 +46,15 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             consistent_rms=0.2,  # updates as large as AdamW's typically are: Liu et al. 2025, section 2.2
         )
         adamw = optax.partition({"muon": muon, "adamw": adamw}, _optimizer_labels)
-    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    tx = optax.chain(clip, adamw)
+    tx = optax.chain(optax.identity(), adamw)  # two parts, of which the second has the state: as in checkpoints
     return optax.GradientTransformation(tx.init, _promoting(tx.update))
+
+
+def clipping(config: TrainConfig, grad_norm: Array) -> Array:
+    """What to multiply gradients of this global norm by so that theirs is at most `clip_norm` (Pascanu et al. 2013); 1
+    if that is 0, which is no limit."""
+    most = config.clip_norm
+    return jnp.where(grad_norm < most, 1.0, most / grad_norm) if most else jnp.ones_like(grad_norm)
 
 
 def _promoting(function: Callable[..., Any]) -> Callable[..., Any]:

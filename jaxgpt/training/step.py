@@ -18,7 +18,7 @@ from jaxgpt.parallel import sharding
 from jaxgpt.training import trainable
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.loss import inputs_and_labels, model_loss
-from jaxgpt.training.optimizer import make_optimizer, schedule
+from jaxgpt.training.optimizer import clipping, make_optimizer, schedule
 from jaxgpt.training.packing import separator_id
 
 TrainState = dict[str, Any]
@@ -148,18 +148,26 @@ def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainS
         params, frozen = state["params"], state.get("frozen", {})
         key = jax.random.fold_in(stream_key(config, DROPOUT), state["step"])
         total, count, grads = accumulated(params, frozen, ids_BxT1, key)
-        loss = total / count
-        grads = jax.tree.map(lambda g: g / count, grads)
-        grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state["opt_state"], params)
-        new = {"params": optax.apply_updates(params, updates), "opt_state": opt_state}
-        if config.ema_decay:
-            decay = config.ema_decay
-            new["ema_params"] = jax.tree.map(
-                lambda a, p: decay * a + (1 - decay) * p, state["ema_params"], new["params"]
-            )
+        loss, grad_norm = total / count, optax.tree.norm(grads) / count
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, {k: state[k] for k in new})
+        trained = {name: state[name] for name in ("params", "opt_state", "ema_params") if name in state}
+
+        def updated(before: TrainState) -> TrainState:
+            # One factor for the mean and for clipping, so that no second tree of gradients is ever held.
+            factor = clipping(config, grad_norm) / count
+            scaled = jax.tree.map(lambda g: g * factor, grads)
+            updates, opt_state = tx.update(scaled, before["opt_state"], before["params"])
+            after = {"params": optax.apply_updates(before["params"], updates), "opt_state": opt_state}
+            if config.ema_decay:
+                decay = config.ema_decay
+                after["ema_params"] = jax.tree.map(
+                    lambda a, p: decay * a + (1 - decay) * p, before["ema_params"], after["params"]
+                )
+            return after
+
+        # A branch, not a choice between the elements of two results: XLA would then compute the moments twice, for
+        # themselves and for the parameters, and copy the old ones, which the second computation still reads.
+        new = lax.cond(finite, updated, lambda before: before, trained)
         bad = jnp.where(finite, 0, state["bad"] + 1)
         counters = {"step": state["step"] + 1, "updates": state["updates"] + finite.astype(jnp.int32), "bad": bad}
         learning_rate = schedule(config, config.learning_rate)(state["updates"])
