@@ -22,6 +22,8 @@ from jaxgpt.model import GPT
 pytestmark = pytest.mark.usefixtures("compiled_quickly_by_default")
 
 CONFIG = TINY.replace(context_length=128)
+# Readings of the weights in one test, without drafts and with: here, because its cases share their compiled code.
+READINGS = collections.Counter()
 REPEATED = [*range(20), *range(10)]
 
 
@@ -153,10 +155,10 @@ def after_readings(N, chosen, readings):
 def test_drafts_cost_at_most_what_was_granted_wherever_they_fail(N):
     rng = np.random.default_rng(N)
     cost = lookup.DRAFT_COST * N
-    for rate in (0, 0.1, 0.5, 0.9):
-        # Never right; sometimes; and all right for a while, then none for a while.
-        right = rng.random(200) < rate if rate < 0.9 else np.arange(200) % 40 < 20
-        there, drawn = after_readings(N, lambda i, right=right: N * int(right[i]), 200).T
+    # Drafts that are right: none; sometimes all; all for a while, then none for a while; and always the first.
+    sometimes = [N * (rng.random(200) < rate) for rate in (0, 0.1, 0.5)]
+    for right in (*sometimes, N * (np.arange(200) % 40 < 20), np.ones(200)):
+        there, drawn = after_readings(N, lambda i, right=right: int(right[i]), 200).T
         # What lookup took more than plain decoding up to each reading, in hundredths of a reading.
         more = np.cumsum(100 + cost * there - 100 * drawn)
         allowed = lookup.ALLOWANCE * np.cumsum(drawn)
@@ -181,11 +183,11 @@ def test_drafts_that_fail_become_rare_and_return_at_once_where_they_are_right():
 @pytest.mark.parametrize(("text", "most"), [(misleading(), None), (copying(128, 128, 97 + 128), 48)])
 def test_readings_cost_at_most_what_is_allowed(built, monkeypatch, text, most):
     """Counts the readings of the weights with each number of ids. Without lookup there are 127 after the prompt's."""
-    readings = collections.Counter()
-    after = lookup._Drafting.after
+    readings, after = READINGS, lookup._Drafting.after
+    readings.clear()
 
     def counted(drafting, state, drawn):
-        jax.debug.callback(lambda there: readings.update([bool(there)]), drafting.there)
+        jax.debug.callback(lambda there: READINGS.update([bool(there)]), drafting.there)
         return after(drafting, state, drawn)
 
     monkeypatch.setattr(lookup._Drafting, "after", counted)
