@@ -380,7 +380,7 @@ def make_plan(
     if rows:
         once = accounting.forward_flops(config.model, rows, 1).total
         parts["decoding"] = (analytic_decoding(config, topology, rows), rows, once)
-    report = {
+    report: dict[str, Any] = {
         name: {"tokens": n, "analytic": roofline(cost, topology, n, useful)}
         for name, (cost, n, useful) in parts.items()
     }
