@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 
@@ -21,7 +21,7 @@ class CheckpointError(ValueError):
 
     def __init__(self, path: str | Path, reason: str):
         super().__init__(f"{path}: {reason}")
-        self.path = Path(path)
+        self.path = path if isinstance(path, PurePath) else Path(path)  # in a bucket, it is no `Path`
         self.reason = reason
 
     def __reduce__(self):

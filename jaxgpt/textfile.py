@@ -32,9 +32,21 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def read_json(path: str | Path, limit: int = _JSON_LIMIT) -> Any:
     """Parses a JSON file of at most `limit` bytes; if it is missing or malformed, raises a ConfigError naming it."""
     try:
-        return json.loads(read_text(path, limit), object_pairs_hook=without_duplicates)
+        return _parsed(read_text(path, limit))
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
+
+
+def parse_json(name: Any, data: bytes) -> Any:
+    """Parses the content of a JSON file; if it is malformed, raises a ConfigError naming it."""
+    try:
+        return _parsed(decode_text(data))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: cannot be read as JSON: {first_line(error)}") from None
+
+
+def _parsed(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=without_duplicates)
 
 
 def write_json(path: Path, content: Any) -> None:

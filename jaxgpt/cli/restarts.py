@@ -34,11 +34,27 @@ def supervise(args: argparse.Namespace) -> int | None:
         print(
             f"jaxgpt: the process ended with exit code {code}; restarts left: {left - 1}", file=sys.stderr, flush=True
         )
-        if args.out is not None and (local(args.out) / "run.json").is_file():
+        if args.out is not None and _began(args.out):
             args.resume, args.out = args.out, None
             args.config, args.set, args.data, args.val_data = None, [], None, None  # the run knows them
         time.sleep(_PAUSE)
     raise AssertionError("the last child's exit code is returned")
+
+
+def _began(out: str) -> bool:
+    """Whether a run was described in this directory. A bucket is asked in a child, because its clients start threads,
+    which do not survive a fork."""
+    from jaxgpt.training import storage
+
+    if storage.bucket_url(out) is None:
+        return (local(out) / "run.json").is_file()
+    child = os.fork()
+    if child == 0:
+        try:
+            os._exit(0 if (storage.storage(out).path / "run.json").exists() else 1)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def _exit_code(child: int) -> int:

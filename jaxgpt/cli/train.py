@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--verify", action="store_true", help="read all data before the first step, to check its hashes and ids"
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", metavar="DIR", help="start a run, whose directory this will be")
+    where.add_argument(
+        "--out", metavar="DIR", help="start a run, whose directory this will be; on a disk, or gs://BUCKET/NAME"
+    )
     where.add_argument(
         "--resume",
         metavar="RUN",
@@ -153,13 +155,17 @@ def run(args: argparse.Namespace) -> int:
     """
     from jaxgpt.errors import ConfigError
     from jaxgpt.parallel import MeshConfig
+    from jaxgpt.training import storage
 
-    for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()), args.out, args.resume)):
+    for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()))):
         local(path)
+    for path in filter(None, (args.out, args.resume)):
+        _ = storage.bucket_url(path) or local(path)
     if args.restarts < 0:
         raise ConfigError(f"--restarts must be 0 or more, not {args.restarts}")
     if args.restarts and not args.dry_run and (code := supervise(args)) is not None:
         return code
+    storage.storage(args.out or args.resume)  # what it needs must be there before other processes are waited for
     config = configure(args)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))

@@ -1,4 +1,5 @@
 from . import curves as curves
+from . import storage as storage
 from .batches import ReadAhead as ReadAhead
 from .batches import batch as batch
 from .config import TABLES as TABLES

@@ -17,6 +17,7 @@ from jaxgpt.errors import ConfigError, DataError
 from jaxgpt.files import local
 from jaxgpt.pictures import style
 from jaxgpt.training.run_directory import Run
+from jaxgpt.training.storage import bucket_url
 
 AXES = ("tokens", "steps")
 # Per panel: its axis label, and the metrics of metrics.jsonl that it draws.
@@ -72,23 +73,31 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
     Raises:
         DataError: naming a path that holds no metrics, or none that can be drawn.
     """
-    directories = [path.parent if path.name == "metrics.jsonl" else path for path in map(local, paths)]
-    names = [directory.resolve().name for directory in directories]
+    found = [_run(path) for path in paths]
+    names = [run.name for run in found]
     runs = []
-    for directory, name in zip(directories, names, strict=True):
-        run = Run(directory, writes=False)
+    for run, name in zip(found, names, strict=True):
         if not run.metrics.is_file():
-            raise DataError(f"{directory}: expected a run's directory, with a metrics.jsonl in it")
+            raise DataError(f"{run.directory}: expected a run's directory, with a metrics.jsonl in it")
         try:
             config = run.config()
             tokens_per_step = config.batch_size * config.T
         except ValueError:  # no run.json, or a damaged one: then the x axis is in steps
             tokens_per_step = None
-        curves = from_metrics(name if names.count(name) == 1 else str(directory), run.read_metrics(), tokens_per_step)
+        curves = from_metrics(
+            name if names.count(name) == 1 else str(run.directory), run.read_metrics(), tokens_per_step
+        )
         if not any(curves.points.values()):
             raise DataError(f"{run.metrics}: holds no metrics to draw: has the run logged a step yet?")
         runs.append(curves)
     return runs
+
+
+def _run(path: str | Path) -> Run:
+    if url := bucket_url(path):
+        return Run(url.removesuffix("/metrics.jsonl"), writes=False)
+    path = local(path)
+    return Run(path.parent if path.name == "metrics.jsonl" else path, writes=False)
 
 
 @style.styled

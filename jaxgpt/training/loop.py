@@ -48,6 +48,7 @@ from jaxgpt.training.step import (
     saved_state,
     stream_key,
 )
+from jaxgpt.training.storage import bucket_url
 
 
 @brief
@@ -131,10 +132,12 @@ def train(
         raise TypeError(
             f"train takes a path or tokens, not {short_repr(data)}: Tokens.from_ids(ids, tokenizer) makes tokens"
         )
-    run = Run(new_directory(out, force=True), writes=distributed.is_primary())
+    out = out if bucket_url(out) else new_directory(out, force=True)
+    run = Run(out, writes=distributed.is_primary())
     alone = TrainingError("another process failed before the first step; its own message says why")
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):
+            run.storage.check()
             began = run.config() if resume else None
             init_from = starting_point(config, init_from) if began is None else absolute(init_from)
             if began is not None:
@@ -157,7 +160,7 @@ def train(
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
-            trackers.check(log_to)
+            trackers.check(log_to, run.directory)
             held.enter_context(run.locked())
             if resume and not force:
                 run.check_resume(config, corpus, init_from)
@@ -263,8 +266,9 @@ class _Loop:
                 self.record(*running.popleft())
             distributed.rest()
             if (stop or self.exhausted) and done not in self.checkpoints.steps() and self.healthy(state):
-                self.checkpoints.save(done, saved_state(config, state))
+                self.save(done, state)
             self.checkpoints.finish()
+            self.run.flush()
             if unread := self.verification.unread:
                 self.progress.say(f"verified while training: all shards but {unread:,}; --verify reads them all first")
             if stop:
@@ -370,10 +374,15 @@ class _Loop:
         # Processes that read the run's earlier losses at different times must not save at different steps.
         improved = bool(distributed.highest(improved))
         if (improved or self.due(config.checkpoint_interval, step)) and self.healthy(state):
-            self.checkpoints.save(step, saved_state(config, state), loss)
+            self.save(step, state, loss)
         if evaluating and config.sample_tokens and self.healthy(state):
             self.progress.say(self.sample(step, eval_params(self.config, state)))
         self.clock = time.perf_counter(), step
+
+    def save(self, step: int, state: TrainState, loss: float | None = None) -> None:
+        """Starts to write a checkpoint. The metrics up to it outlast the process before it does."""
+        self.run.flush()
+        self.checkpoints.save(step, saved_state(self.config, state), loss)
 
     def out_of_patience(self) -> bool:
         """Whether the last `patience` evaluations have all been no better than one before them. Known from the run's
@@ -434,8 +443,9 @@ def _plot_losses(run: Run) -> None:
         return
     from jaxgpt.training import curves
 
-    curve = curves.from_metrics(run.directory.resolve().name, run.read_metrics())
-    style.save(curves.draw([curve], panels=("loss",)), run.directory / "loss.png")
+    curve = curves.from_metrics(run.name, run.read_metrics())
+    with run.storage.writing(run.directory / "loss.png") as path:
+        style.save(curves.draw([curve], panels=("loss",)), path)
 
 
 @contextlib.contextmanager

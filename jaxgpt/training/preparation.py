@@ -27,6 +27,7 @@ from jaxgpt.training.batches import check_enough
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.models import OWN_FIELDS, load_config
 from jaxgpt.training.packing import separator_id
+from jaxgpt.training.storage import bucket_url
 from jaxgpt.weights import BUNDLED
 
 
@@ -69,7 +70,7 @@ def starting_point(config: TrainConfig | None, init_from: str | None) -> str | N
 
 def absolute(source: str | None) -> str | None:
     """The model to start from, as a run that is resumed in another working directory finds it."""
-    if source is None or source in BUNDLED or not os.path.exists(local(source)):
+    if source is None or source in BUNDLED or bucket_url(source) or not os.path.exists(local(source)):
         return source
     return os.path.abspath(local(source))
 

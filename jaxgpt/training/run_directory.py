@@ -6,12 +6,13 @@ DIR/checkpoints/    see checkpoints.py
 DIR/tokenizer/      the files of the tokenizer, unless it is in the package
 DIR/loss.png        the loss curves, if the extra [plot] is installed
 DIR/tensorboard/    the metrics again, for TensorBoard, if requested; DIR/wandb/ likewise (see trackers.py)
+
+DIR is on a disk or in a bucket (see storage.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import glob
 import importlib.metadata
 import json
@@ -27,11 +28,10 @@ from typing import Any
 from jaxgpt.checks import short_repr
 from jaxgpt.data import Corpus, Reference, Source
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.files import local, replacing_directory, unsupported, write_text
-from jaxgpt.textfile import read_json
 from jaxgpt.tokenizer import BUILTIN, NONE, get_tokenizer, is_built, tokenizer_in, write_tokenizer
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.config import TrainConfig
+from jaxgpt.training.storage import storage
 from jaxgpt.training.trackers import TRACKERS, Tracker
 
 # These do not change what a step computes, so they may differ when a run resumes; so may the mesh.
@@ -45,7 +45,8 @@ class Run:
     """
 
     def __init__(self, directory: str | Path, writes: bool = True):
-        self.directory, self.writes = local(directory), writes
+        self.storage, self.writes = storage(directory), writes
+        self.directory = self.storage.path
         self.checkpoints = self.directory / "checkpoints"
         self.metrics = self.directory / "metrics.jsonl"
         self.description = self.directory / "run.json"
@@ -54,23 +55,12 @@ class Run:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Locks the directory for one trainer; the lock is released when the process ends, however it ends.
+        """Locks the directory for one trainer, as its storage does.
 
         Raises:
             CheckpointError: if another process holds it.
         """
-        if not self.writes:
-            yield
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with (self.directory / ".lock").open("a+") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise CheckpointError(self.directory, "another trainer is running in this directory") from None
-            except OSError as error:
-                if not unsupported(error, self.directory, "lock files, so a second trainer here would go unnoticed"):
-                    raise
+        with self.storage.locked() if self.writes else contextlib.nullcontext():
             yield
 
     @contextlib.contextmanager
@@ -106,23 +96,28 @@ class Run:
     def make(self) -> None:
         """Creates the directories."""
         if self.writes:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.storage.make(self.checkpoints)
 
     def check_shared(self) -> None:
         """Raises CheckpointError if this process does not see the directory that another has created."""
-        if not self.checkpoints.is_dir():
+        if not self.storage.sees(self.checkpoints):
             raise CheckpointError(
                 self.directory, "not seen by every process: all need the same directory, on a shared disk"
             )
 
     def check_new(self) -> None:
         """Raises CheckpointError if the directory already holds a run, unless that ended before it did anything."""
-        measured = self.metrics.exists() and self.metrics.stat().st_size > 0
+        measured = self.metrics.exists() and self.metrics.read_bytes()
         saved = self.checkpoints.is_dir() and any(self.checkpoints.iterdir())
         if self.description.exists() and (measured or saved):
             raise CheckpointError(
                 self.directory, f"holds a run already: {self.resume_command} continues it, or choose another --out"
             )
+
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.directory.resolve().name if isinstance(self.directory, Path) else self.directory.name
 
     @property
     def resume_command(self) -> str:
@@ -134,7 +129,7 @@ class Run:
         if not self.writes:
             return
         if config.model.tokenizer not in (*BUILTIN, NONE):
-            with replacing_directory(self.tokenizer, last="tokenizer.json") as directory:
+            with self.storage.replacing(self.tokenizer, last="tokenizer.json") as directory:
                 tokenizer = get_tokenizer(config.model.tokenizer)
                 write_tokenizer(directory, tokenizer, context_length=config.model.context_length, own_ids=True)
         packages = ("jaxgpt", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -150,7 +145,7 @@ class Run:
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "python": platform.python_version(),
         }
-        write_text(self.description, json.dumps(description, indent=2) + "\n")
+        self.storage.write(self.description, json.dumps(description, indent=2) + "\n")
 
     def config(self, overrides: Sequence[str] = ()) -> TrainConfig:
         """The config that the run was started with, with "key=value" strings applied as `--set` does. From here on, the
@@ -162,7 +157,8 @@ class Run:
         config = TrainConfig.from_dict(self._described("config"), str(self.description), overrides)
         name = config.model.tokenizer
         if name not in (*BUILTIN, NONE) and not is_built(name):
-            found = tokenizer_in(self.tokenizer)
+            with self.storage.reading(self.tokenizer) as directory:
+                found = tokenizer_in(directory)
             if found is None or found.name != name:
                 others = "none" if found is None or found.name == NONE else f"those of {found.name}"
                 raise CheckpointError(self.tokenizer, f"expected the files of tokenizer {name}, not {others}")
@@ -262,7 +258,7 @@ class Run:
         """
         with contextlib.ExitStack() as opened:
             for name in names if self.writes else ():
-                tracker = TRACKERS[name](self.directory, self._id(), step, config.to_dict())
+                tracker = TRACKERS[name](self.directory, self.name, self._id(), step, config.to_dict())
                 self._trackers.append(opened.enter_context(contextlib.closing(tracker)))
             yield
 
@@ -270,18 +266,22 @@ class Run:
         """Adds a line to metrics.jsonl: "step" and its metrics; null for one that is not finite, as JSON has no NaN."""
         if not self.writes:
             return
-        with self.metrics.open("a", encoding="utf-8") as file:
-            metrics = {name: value if math.isfinite(value) else None for name, value in line.items()}
-            file.write(json.dumps(metrics) + "\n")
+        metrics = {name: value if math.isfinite(value) else None for name, value in line.items()}
+        self.storage.append(self.metrics, json.dumps(metrics) + "\n")
         for tracker in self._trackers:
             tracker.log(line["step"], {name: value for name, value in line.items() if name != "step"})
+
+    def flush(self) -> None:
+        """Makes the lines added so far outlast this process. Raises as the storage's `flush` does."""
+        if self.writes:
+            self.storage.flush()
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run writes again, and a last line that a kill cut short."""
         if not self.writes:
             return
         lines = [line for line in self.read_metrics() if line["step"] <= step]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
+        self.storage.write(self.metrics, "".join(json.dumps(line) + "\n" for line in lines))
 
     def val_losses(self) -> dict[int, float]:
         """The validation losses so far, by step."""
@@ -295,7 +295,7 @@ class Run:
         """The complete lines of metrics.jsonl."""
         lines = []
         if self.metrics.exists():
-            for text in self.metrics.read_text(encoding="utf-8", errors="replace").splitlines():
+            for text in self.metrics.read_bytes().decode(errors="replace").splitlines():
                 with contextlib.suppress(ValueError, RecursionError):
                     line = json.loads(text)
                     if (
@@ -319,8 +319,9 @@ class Run:
 
     def _described(self, key: str) -> Any:
         if not self.description.exists():
+            self.storage.check()
             raise CheckpointError(self.directory, "holds no run (no run.json)")
-        description = read_json(self.description)
+        description = self.storage.read_json(self.description)
         if not isinstance(description, dict) or key not in description:
             raise CheckpointError(self.description, f"damaged: it has no {key!r}")
         return description[key]

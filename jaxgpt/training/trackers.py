@@ -6,6 +6,8 @@
 | `wandb` | Weights & Biases | the account that `wandb login` knows; with WANDB_MODE=offline, DIR/wandb only |
 | `trackio` | trackio | its own directory, TRACKIO_DIR |
 
+A run in a bucket has no DIR for files that grow: it cannot log to TensorBoard, and DIR/wandb is ./wandb.
+
 The environment variables of each library hold, such as WANDB_PROJECT. A run that is resumed goes on in the tracker's
 own run. What was logged after the last checkpoint is then logged again: TensorBoard replaces it, Weights & Biases keeps
 the first, and trackio both; they are equal.
@@ -29,7 +31,8 @@ class Tracker:
     """One of `TRACKERS`, opened for a run.
 
     Args:
-        directory: the run's.
+        directory: the run's; a `Path` unless it is in a bucket.
+        run_name: the directory's own name.
         run_id: what tells the run from all others.
         step: the step that it starts or goes on from.
         config: its config, as plain values.
@@ -40,7 +43,7 @@ class Tracker:
 
     library: str
 
-    def __init__(self, directory: Path, run_id: str, step: int, config: dict[str, Any]):
+    def __init__(self, directory: Any, run_name: str, run_id: str, step: int, config: dict[str, Any]):
         raise NotImplementedError
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -55,7 +58,7 @@ class Tracker:
 class TensorBoard(Tracker):
     library = "tensorboardX"
 
-    def __init__(self, directory: Path, run_id: str, step: int, config: dict[str, Any]):
+    def __init__(self, directory: Any, run_name: str, run_id: str, step: int, config: dict[str, Any]):
         self._writer = _library("tensorboard").SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -70,15 +73,15 @@ class TensorBoard(Tracker):
 class Wandb(Tracker):
     library = "wandb"
 
-    def __init__(self, directory: Path, run_id: str, step: int, config: dict[str, Any]):
+    def __init__(self, directory: Any, run_name: str, run_id: str, step: int, config: dict[str, Any]):
         library = _library("wandb")
         try:
             self._run = library.init(
                 project=os.environ.get("WANDB_PROJECT", _PROJECT),
-                name=os.environ.get("WANDB_NAME", directory.resolve().name),
+                name=os.environ.get("WANDB_NAME", run_name),
                 id=run_id,
                 resume="allow",
-                dir=str(directory),
+                dir=str(directory) if isinstance(directory, Path) else None,
                 config=config,
             )
         except library.Error as error:
@@ -96,9 +99,9 @@ class Wandb(Tracker):
 class Trackio(Tracker):
     library = "trackio"
 
-    def __init__(self, directory: Path, run_id: str, step: int, config: dict[str, Any]):
+    def __init__(self, directory: Any, run_name: str, run_id: str, step: int, config: dict[str, Any]):
         # To trackio, runs of one name are one run.
-        name, project = f"{directory.resolve().name}-{run_id}", os.environ.get("TRACKIO_PROJECT", _PROJECT)
+        name, project = f"{run_name}-{run_id}", os.environ.get("TRACKIO_PROJECT", _PROJECT)
         self._library = _library("trackio")
         self._library.init(project, name=name, resume="allow", config=config)
 
@@ -112,9 +115,9 @@ class Trackio(Tracker):
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "trackio": Trackio}
 
 
-def check(names: Sequence[str]) -> None:
-    """Raises ConfigError for a name that is not in `TRACKERS` or that is given twice, and MissingExtraError for one
-    whose library is not installed."""
+def check(names: Sequence[str], directory: Any) -> None:
+    """Raises ConfigError for a name that is not in `TRACKERS`, that is given twice or that cannot log a run in this
+    directory, and MissingExtraError for one whose library is not installed."""
     for i, name in enumerate(names):
         if name not in TRACKERS:
             raise ConfigError(
@@ -122,6 +125,11 @@ def check(names: Sequence[str]) -> None:
             )
         if name in names[:i]:
             raise ConfigError(f"log_to names {name} twice")
+        if name == "tensorboard" and not isinstance(directory, Path):
+            raise ConfigError(
+                f"log_to: tensorboard adds to files, which {directory} has none of: log to wandb or trackio, or draw "
+                "metrics.jsonl with jaxgpt plot"
+            )
         _library(name)
 
 
