@@ -608,8 +608,8 @@ def test_runs_stand_side_by_side_on_the_same_scales(tmp_path):
     )
     figure = curves.draw(runs, "steps", side_by_side=True)
     assert len(figure.axes) == 6
-    assert lines_of(figure, 0) == [([1, 2], [1, 0.5])]
-    assert lines_of(figure, 1) == [([1, 30], [9, 0.3])]
+    assert lines_of(figure, 0)[0] == ([1, 2], [1, 0.5])
+    assert lines_of(figure, 1)[0] == ([1, 30], [9, 0.3])
     assert {"a", "b"} <= set(texts(figure))
     first, second = figure.axes[:2]
     assert (first.get_xlim(), first.get_ylim()) == (second.get_xlim(), second.get_ylim())
