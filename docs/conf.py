@@ -12,26 +12,38 @@ from docutils.parsers.rst import Directive
 
 import jaxgpt
 from jaxgpt.cli import COMMANDS
+from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.fields import settings
+from jaxgpt.parallel import MeshConfig
+from jaxgpt.training.config import LoraConfig, TrainConfig
 
 project = "jaxgpt"
 copyright = "2026, the jaxgpt authors"
 version = release = jaxgpt.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+]
 source_suffix = {".rst": "restructuredtext", ".md": "markdown", ".myst": "markdown"}
 exclude_patterns = ["pictures/*.mplstyle"]
 html_theme = "furo"
 html_title = "jaxgpt"
 html_show_sourcelink = False
 html_copy_source = False
-# Tables of numbers and shapes do not fit furo's narrow column.
 html_css_files = ["wide.css"]
 html_static_path = ["static"]
+# The button copies what is typed: neither prompts nor output.
+copybutton_prompt_text = r">>> |\.\.\. |\$ "
+copybutton_prompt_is_regexp = True
 
 smartquotes = False  # "gpt2" is a value
 default_role = "code"  # docstrings mark code as Markdown does, with single backticks
 add_module_names = False
-maximum_signature_line_length = 88
+maximum_signature_line_length = 80
 toc_object_entries_show_parents = "hide"
 python_use_unqualified_type_names = True
 autodoc_default_options = {"members": True, "member-order": "bysource"}
@@ -57,7 +69,7 @@ def link_to_pages(text: str, base: Path) -> str:
         if target.parts[0] == "jaxgpt" and target.suffix == ".py":
             module = ".".join(target.with_suffix("").parts).removesuffix(".__init__")
             return f"{{py:mod}}`{label} <{module}>`"
-        page = PAGES.get(str(target)) or (target.name if target.parts[0] == "docs" else None)
+        page = PAGES.get(str(target)) or ("/".join(target.parts[1:]) if target.parts[0] == "docs" else None)
         return f"[{label}](/{page}{anchor})" if page else label
 
     return LINK.sub(replaced, text).replace("](docs/pictures/", "](/pictures/")
@@ -96,7 +108,7 @@ class CommandHelp(Directive):
 
     def run(self):
         name = self.arguments[0]
-        form = functools.partial(argparse.HelpFormatter, max_help_position=34, width=100)
+        form = functools.partial(argparse.HelpFormatter, max_help_position=26, width=80)
         parser = argparse.ArgumentParser(f"jaxgpt {name}", formatter_class=form)
         import_module(COMMANDS[name][0]).add_arguments(parser)
         help_text = parser.format_help()
@@ -123,13 +135,41 @@ class PublicNames(Directive):
             rows += [f"   * - **{heading}**", "     -"]
             for name in names:
                 public = getattr(jaxgpt, name)
-                role = "class" if inspect.isclass(public) else "func"
+                kind = "class" if inspect.isclass(public) else "func"
+                role = "exc" if heading == "Errors" else kind
                 sentence = re.split(r"(?<=\.)\s", inspect.getdoc(public), maxsplit=1)[0]
                 rows += [
-                    f"   * - :{role}:`~{public.__module__}.{public.__qualname__}`",
+                    f"   * - :{role}:`~jaxgpt.{name}`",
                     f"     - {' '.join(sentence.split())}",
                 ]
         self.state_machine.insert_input(rows, "jaxgpt/__init__.pyi")
+        return []
+
+
+# The tables of a config file, and the dataclasses that declare their keys.
+CONFIG_TABLES = {
+    "model": GPTConfig,
+    "compute": ComputeConfig,
+    "train": TrainConfig,
+    "lora": LoraConfig,
+    "mesh": MeshConfig,
+}
+
+
+class ConfigKeys(Directive):
+    """`.. config-keys:: train`: a table of the keys of a config file's `[train]`, from the dataclass's declarations."""
+
+    required_arguments = 1
+
+    def run(self):
+        rows = [".. list-table::", "   :header-rows: 1", "   :widths: 26 16 58", ""]
+        rows += ["   * - key", "     - default", "     - meaning"]
+        for key in settings(CONFIG_TABLES[self.arguments[0]]):
+            allowed = f" ({key.allowed})" if key.allowed else ""
+            meaning = f"{key.help}{allowed}".replace("\\", "\\\\").replace("*", r"\*")
+            default = key.default_text or '""'
+            rows += [f"   * - ``{key.name}``", f"     - ``{default}``", f"     - {key.type}: {meaning}"]
+        self.state_machine.insert_input(rows, "jaxgpt/fields.py")
         return []
 
 
@@ -147,6 +187,7 @@ def setup(app):
 
     app.add_directive("command-help", CommandHelp)
     app.add_directive("public-names", PublicNames)
+    app.add_directive("config-keys", ConfigKeys)
     app.connect("source-read", page_read)
     app.connect("include-read", include_read)
     app.connect("autodoc-process-docstring", docstring_read, priority=400)  # before napoleon, which has 500

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import difflib
+import html
 import math
 import numbers
 import operator
 import reprlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxgpt.errors import ConfigError
@@ -159,14 +160,29 @@ def short_repr(value: Any) -> str:
 
 def brief(cls: type[T]) -> type[T]:
     """A class decorator for dataclasses that hold arrays: their `repr` shows each array's type and shape, not its
-    values."""
+    values, and in a notebook so does a table."""
 
     def __repr__(self: Any) -> str:
         fields = ", ".join(f"{field.name}={_summary(getattr(self, field.name))}" for field in dataclasses.fields(self))
         return f"{type(self).__name__}({fields})"
 
+    def _repr_html_(self: Any) -> str:
+        names = [field.name for field in dataclasses.fields(self)]
+        return html_table(type(self).__name__, [(name, _summary(getattr(self, name))) for name in names])
+
     cls.__repr__ = __repr__  # type: ignore[assignment]
+    cls._repr_html_ = _repr_html_  # type: ignore[attr-defined]
     return cls
+
+
+def html_table(caption: str, rows: Iterable[tuple[str, ...]], bold: Container[str] = ()) -> str:
+    """A table for a notebook; the rows whose first cell is in `bold` stand out."""
+    lines = []
+    for row in rows:
+        tag = "th" if row[0] in bold else "td"
+        cells = "".join(f'<{tag} style="text-align: left">{html.escape(cell)}</{tag}>' for cell in row)
+        lines.append(f"<tr>{cells}</tr>")
+    return f"<table><caption>{html.escape(caption)}</caption>{''.join(lines)}</table>"
 
 
 def _summary(value: Any) -> str:

@@ -22,7 +22,7 @@ import textwrap
 from collections.abc import Collection, Container, Iterable, Mapping
 from typing import Any, TypeVar
 
-from jaxgpt.checks import check_type, did_you_mean, short_repr
+from jaxgpt.checks import check_type, did_you_mean, html_table, short_repr
 from jaxgpt.errors import ConfigError
 
 T = TypeVar("T")
@@ -210,11 +210,21 @@ def to_table(config: Any) -> dict[str, Any]:
 
 
 def documented(cls: type[T]) -> type[T]:
-    """A class decorator that appends the settings to the docstring, as its "Attributes:" section."""
+    """A class decorator that appends the settings to the docstring, as its "Attributes:" section, and shows an instance
+    as a table in a notebook: the settings that differ from their defaults in bold, and tables of settings below."""
     lines = [inspect.cleandoc(cls.__doc__ or ""), "", "Attributes:"]
     for declared in settings(cls):
         lines += textwrap.wrap(
             f"    {declared.name}: {declared}", 110, subsequent_indent=" " * 8, break_on_hyphens=False
         )
     cls.__doc__ = "\n".join(lines)
+    cls._repr_html_ = _to_html  # type: ignore[attr-defined]
     return cls
+
+
+def _to_html(config: Any) -> str:
+    values = to_table(config)
+    changed = {s.name for s in settings(type(config)) if s.default is not None and values[s.name] != s.default}
+    tables = [html_table(type(config).__name__, [(name, repr(value)) for name, value in values.items()], changed)]
+    inner = [getattr(config, field.name) for field in dataclasses.fields(config) if "setting" not in field.metadata]
+    return "".join([*tables, *(_to_html(value) for value in inner if dataclasses.is_dataclass(value))])

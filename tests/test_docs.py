@@ -112,6 +112,13 @@ def plotted(picture: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)
+def test_code_on_the_page_is_not_cut(page):
+    # What fits between the two bars of the documentation, where they leave the least: `ruff format --line-length 84`.
+    code = "".join(code for code, _ in BLOCK.findall(page.read_text(encoding="utf-8")))
+    assert [line for line in code.splitlines() if len(line) > 84] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
 def test_links_lead_somewhere(page):
     for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         linked = page.parent / target if target else page
@@ -184,13 +191,13 @@ def test_readme_commands_are_the_two():
 def test_every_row_of_the_errors_page_has_tests_and_each_is_there():
     rows: dict[str, list[str]] = {}
     for line in (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").splitlines():
-        if line.startswith("## "):
+        if line.startswith("## ") and line != "## What every input gives":  # its tables have headings of their own
             rows[line.removeprefix("## ")] = []
         elif line.startswith("| "):
             cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))]
-            assert len(cells) == 2, line
+            assert len(cells) == (3 if list(rows) == ["Messages"] else 2), line
             assert all(cells), line
-            if cells != ["input", "what happens"]:
+            if cells not in (["input", "what happens"], ["message", "why", "what to do"]):
                 rows[list(rows)[-1]].append(cells[0].replace(r"\|", "|"))
     assert sum(map(len, rows.values())) >= 40
     tests = tomllib.loads((ROOT / "tests" / "errors.toml").read_text(encoding="utf-8"))
@@ -202,3 +209,22 @@ def test_every_row_of_the_errors_page_has_tests_and_each_is_there():
             assert named, f"no test covers {row}"
             assert all(name.startswith("test_") for name in named), named
             assert set(named) <= known, f"no such test: {set(named) - known}"
+
+
+def test_the_messages_on_the_errors_page_are_those_of_the_package():
+    page = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^\| `([^`]+)` \|", page.partition("## What every input gives")[0], re.MULTILINE)
+    assert len(messages) >= 30
+    known = []
+    for path in (ROOT / "jaxgpt").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                known.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                known.append(node.value)
+    # A part of a message may itself be made elsewhere, such as "; did you mean ...?".
+    for message in messages:
+        parts = [part.strip(" :;?,") for part in message.split("…")]
+        assert any(all(part in text for part in parts) for text in known), message

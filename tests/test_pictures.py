@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import html.parser
 import json
 import math
@@ -28,7 +31,7 @@ from jaxgpt.training.run_directory import Run
 
 matplotlib = pytest.importorskip("matplotlib")
 
-from jaxgpt.pictures import reading, report, style  # noqa: E402
+from jaxgpt.pictures import reading, readout, report, style  # noqa: E402
 from jaxgpt.pictures.architecture import architecture, describe  # noqa: E402
 from jaxgpt.training import curves  # noqa: E402
 
@@ -200,7 +203,11 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
     text = written[1][0].read_text(encoding="utf-8")
     page = _Page(text)
     assert page.open == []
-    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "embed", "img", "base", "form"}
+    assert not {tag for tag, _ in page.tags} & {"link", "iframe", "object", "embed", "img", "base", "form"}
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [
+        {"id": "values", "type": "application/json"},
+        {},
+    ]
     for tag, attributes in page.tags:
         for name in ("src", "href", "xlink:href", "srcset", "action"):
             assert attributes.get(name, "#").startswith(("#", "data:image/png;base64,")), (tag, attributes)
@@ -210,9 +217,11 @@ def test_the_page_is_whole_and_needs_nothing_else(written):
     assert len(ids) == len(set(ids))
     pointed = [*re.findall(r'href="#([^"]+)"', text), *re.findall(r"url\(#([^)]+)\)", text)]
     assert set(pointed) <= set(ids)
-    assert ("meta", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in [
-        (tag, attributes.get("content")) for tag, attributes in page.tags
-    ]
+    # The browser runs the script with this digest, and no other.
+    script = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'"
+    assert ("meta", policy) in [(tag, attributes.get("content")) for tag, attributes in page.tags]
 
 
 def test_the_pages_pictures_are_svg_with_words_and_in_the_pages_colours(written):
@@ -262,6 +271,130 @@ def test_a_browser_without_network_shows_the_page(written, tmp_path):
     assert pixels.shape[:2] == (1400, 1000)
     assert 0.1 < drawn.mean() < 0.9
     assert coloured.mean() > 0.03
+
+
+def readouts(page: Path) -> list[dict | None]:
+    """What the page holds for its script, a picture each."""
+    found = re.search(r'<script id="values" type="application/json">(.*?)</script>', page.read_text(encoding="utf-8"))
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_every_cell_says_what_was_seen(read, written):
+    seen, (after, lens, *maps, architecture_) = read[1], readouts(written[1][0])
+    labels, T = token_labels(get_tokenizer("bytes"), seen.ids_T), len(seen.ids_T)
+    tops = [[token_labels(get_tokenizer("bytes"), ids) for ids in place] for place in seen.top_ids_NxTxK]
+    assert architecture_ is None
+    assert after["texts"][5 * 3 + 2] == f"{tops[-1][3][2]} {seen.top_probabilities_NxTxK[-1, 3, 2]:.2%}"
+    assert after["rows"] == [f"after {t} {label}" for t, label in enumerate(labels)]
+    # The top row is the model.
+    assert lens["texts"][T + 4].startswith(f"{tops[1][4][0]} {seen.top_probabilities_NxTxK[1, 4, 0]:.2%}, ")
+    assert lens["rows"] == ["after block 1 (the model)", "after block 0", "at the embeddings"]
+    assert len(lens["texts"]) == 3 * T
+    for layer, told in enumerate(maps):
+        weights = np.frombuffer(base64.b64decode(told["weights"]), "<u2").reshape(len(told["tiles"]), -1) / 65535
+        below = np.tril_indices(T)
+        np.testing.assert_allclose(weights, seen.attention_LxHxTxT[layer][:, *below], atol=1e-5)
+
+
+def test_a_readout_lies_where_the_cells_are(banded):
+    figure = reading.attention(ALTERNATING, banded, 1, [f"t{i}" for i in range(16)])
+    style.styled(figure.draw_without_rendering)()
+    told = readout.attention(figure, banded, 1, [f"t{i}" for i in range(16)])
+    axes = figure.axes[0]
+    for head, (name, left, top) in enumerate(told.tiles):
+        assert name == f"head {head}"
+        # The middle of the cell of query 2 and key 1, in the image's own coordinates.
+        x, y = left + told.width * 1.5 / 16, top + told.height * 2.5 / 16
+        column, row = axes.transData.inverted().transform((x, 1 - y) * figure.bbox.size)
+        np.testing.assert_allclose((column, row), (head * 17 + 1, 2), atol=0.01)
+
+
+DRIVE = """<!DOCTYPE html><meta charset="utf-8"><body>
+<iframe src="PAGE" style="width: 375px; height: 800px"></iframe><pre id="told"></pre><script>
+onload = async () => {
+  const frame = document.querySelector("iframe"), page = frame.contentDocument, win = frame.contentWindow, told = {};
+  told.wide = page.documentElement.scrollWidth - page.documentElement.clientWidth;
+  const svgs = [...page.querySelectorAll("figure svg")], tip = page.getElementById("tip");
+  const values = JSON.parse(page.getElementById("values").textContent);
+  // Under a finger on the middle of the cell in the given row and column of a picture's first table.
+  const at = (i, row, column) => {
+    const box = svgs[i].getBoundingClientRect(), [, left, top] = values[i].tiles[0];
+    const x = left + values[i].width * (column + 0.5) / values[i].columns.length;
+    const y = top + values[i].height * (row + 0.5) / values[i].rows.length;
+    const where = {clientX: box.left + x * box.width, clientY: box.top + y * box.height, bubbles: true};
+    svgs[i].dispatchEvent(new win.PointerEvent("pointerdown", where));
+    return tip.hidden ? null : tip.textContent;
+  };
+  told.tips = [at(0, 3, 2), at(1, 1, 4), at(2, 3, 1), at(2, 1, 3), at(2, -1, 0)];
+  told.fits = svgs.map(svg => svg.getBoundingClientRect().width <= svg.parentElement.clientWidth);
+  const [svg, png, size] = page.querySelectorAll("figcaption button");
+  size.click();
+  told.whole = [svgs[0].getBoundingClientRect().width, parseFloat(svgs[0].style.getPropertyValue("--width"))];
+  let saved = null;
+  win.URL.createObjectURL = blob => { saved = blob; return "#"; };
+  svg.click();
+  told.svg = await saved.text();
+  saved = null;
+  png.click();
+  for (let i = 0; i < 100 && !saved; i++) await new Promise(done => setTimeout(done, 100));
+  told.png = [...new Uint8Array(await saved.arrayBuffer())].slice(0, 4);
+  document.getElementById("told").textContent = JSON.stringify(told);
+};
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here to open the page with")
+def test_on_a_phone_the_page_fits_tells_values_and_saves_pictures(read, written, tmp_path):
+    (tmp_path / "drive.html").write_text(DRIVE.replace("PAGE", written[1][0].as_uri()), encoding="utf-8")
+    command = [
+        *(str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files"),
+        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--virtual-time-budget=30000", "--dump-dom", (tmp_path / "drive.html").as_uri()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=300, check=True)
+    told = json.loads(html.unescape(done.stdout.partition('<pre id="told">')[2].partition("</pre>")[0]))
+    seen = read[1]
+    labels = token_labels(get_tokenizer("bytes"), seen.ids_T)
+    after, lens, map_ = readouts(written[1][0])[:3]
+    weight = seen.attention_LxHxTxT[0, 0, 3, 1]
+    assert told["tips"] == [
+        f"after 3 {labels[3]}, no. 3: {after['texts'][5 * 3 + 2]}",
+        f"after block 0, having read 4 {labels[4]}: {lens['texts'][len(labels) + 4]}",
+        f"head 0: from 3 {labels[3]}, to 1 {labels[1]}: {weight:.2%}",
+        f"head 0: from 1 {labels[1]}, to 3 {labels[3]}: not seen",
+        None,
+    ]
+    assert map_["tiles"][0][0] == "head 0"
+    assert told["wide"] == 0
+    assert all(told["fits"])
+    assert told["whole"][0] == pytest.approx(told["whole"][1], abs=1)
+    assert told["whole"][0] > 375
+    picture = ElementTree.fromstring(told["svg"])
+    assert "--paper:#fefefe" in picture.get("style", "")
+    assert bytes(told["png"]) == b"\x89PNG"
+
+
+def test_two_models_are_compared_on_the_same_text(read, tmp_path):
+    config, first = read
+    second = look_inside(*make_model(BYTES, seed=7), first.ids_T)
+    page, *pictures = report.write_comparison(tmp_path, ("a", "b <c>"), config, (first, second), PROMPT)
+    assert [path.stem for path in pictures] == ["side-by-side", "lens-1", "lens-2"]
+    assert "<h1>a and b &lt;c&gt;</h1>" in page.read_text(encoding="utf-8")
+    tokenizer, T = get_tokenizer("bytes"), len(first.ids_T)
+    labels = token_labels(tokenizer, first.ids_T)
+    tops = [[[token_labels(tokenizer, k) for k in t] for t in seen.top_ids_NxTxK] for seen in (first, second)]
+    (figure,) = reading.comparison(("a", "b"), (first, second), labels, tops)
+    for axes, seen in zip(figure.axes[:2], (first, second), strict=True):
+        np.testing.assert_array_equal(axes.images[0].get_array(), seen.top_probabilities_NxTxK[-1, :, :3])
+    bits = np.log2(second.true_probabilities_NxS[-1] / first.true_probabilities_NxS[-1])
+    np.testing.assert_allclose([bar.get_width() for bar in figure.axes[2].patches], bits, rtol=1e-4)
+    (told, *_) = readouts(page)
+    assert [name for name, *_ in told["tiles"]] == ["a", "b <c>"]
+    came = f"{labels[5]} came: {second.true_probabilities_NxS[-1, 4]:.2%}"
+    assert told["texts"][3 * (T + 4)] == f"{tops[1][-1][4][0]} {second.top_probabilities_NxTxK[-1, 4, 0]:.2%}; {came}"
+    with pytest.raises(ValueError, match="have not read the same ids"):
+        report.write_comparison(tmp_path, ("a", "b"), config, (first, look_inside(*make_model(BYTES), [1])), PROMPT)
 
 
 def texts(figure) -> list[str]:
@@ -445,6 +578,43 @@ def test_runs_that_do_not_tell_their_tokens_are_drawn_against_steps(tmp_path):
         curves.draw(runs, "epochs")
 
 
+def test_smoothing_halves_a_values_weight_at_its_half_life():
+    # By hand: weights 1, then 1/2 and 1, then 1/16, 1/8 and 1, because the last step is three half-lives on.
+    got = curves.smoothed({10: 4.0, 20: 1.0, 50: 2.0}, 10)
+    expected = {10: 4.0, 20: (0.5 * 4 + 1) / 1.5, 50: (4 / 16 + 1 / 8 + 2) / (1 / 16 + 1 / 8 + 1)}
+    assert got == pytest.approx(expected)
+    constant = curves.smoothed(dict.fromkeys([3, 4, 900], 2.5), 50)
+    assert list(constant.values()) == pytest.approx([2.5] * 3)
+
+
+def test_axes_are_logarithmic_and_the_smoothed_loss_lies_over_the_pale_one(tmp_path):
+    runs = curves.read_runs([write_run(tmp_path / name, metrics(1, 2, 4)) for name in "ab"])
+    figure = curves.draw(runs, "steps", log=("x", "loss"), smooth=1)
+    assert (figure.axes[0].get_yscale(), figure.axes[1].get_yscale()) == ("log", "linear")
+    assert {axes.get_xscale() for axes in figure.axes} == {"log"}
+    pale, over = figure.axes[0].lines[:2]
+    assert pale.get_alpha() < over.get_alpha()
+    assert list(over.get_ydata()) == pytest.approx(list(curves.smoothed(runs[0].points["loss"], 1).values()))
+    with pytest.raises(ConfigError, match="log must be of x and loss, not y"):
+        curves.draw(runs, log=("y",))
+    for smooth in (-1, math.nan, math.inf):
+        with pytest.raises(ConfigError, match="smooth must be a number of steps from 0 on"):
+            curves.draw(runs, smooth=smooth)
+
+
+def test_runs_stand_side_by_side_on_the_same_scales(tmp_path):
+    runs = curves.read_runs(
+        [write_run(tmp_path / "a", metrics(1, 2)), write_run(tmp_path / "b", metrics(1, 30, scale=9.0))]
+    )
+    figure = curves.draw(runs, "steps", side_by_side=True)
+    assert len(figure.axes) == 6
+    assert lines_of(figure, 0)[0] == ([1, 2], [1, 0.5])
+    assert lines_of(figure, 1)[0] == ([1, 30], [9, 0.3])
+    assert {"a", "b"} <= set(texts(figure))
+    first, second = figure.axes[:2]
+    assert (first.get_xlim(), first.get_ylim()) == (second.get_xlim(), second.get_ylim())
+
+
 def test_runs_of_one_name_are_told_apart_by_path(tmp_path):
     paths = [write_run(tmp_path / parent / "run", metrics(1)) for parent in "ab"]
     assert [run.name for run in curves.read_runs(paths)] == [str(path) for path in paths]
@@ -479,6 +649,7 @@ def test_plot_writes_what_the_suffix_says(tmp_path, capsys, suffix, start):
         (["nothing"], "nothing: expected a run's directory, with a metrics.jsonl in it"),
         (["run", "--out", "curves.gif"], "--out must end with .svg, .png, .pdf, not 'curves.gif'"),
         (["run", "--out", "absent/curves.svg"], "absent is not a directory: make it first"),
+        (["run", "--smooth", "-3"], "smooth must be a number of steps from 0 on, not -3.0"),
     ],
 )
 def test_plot_says_what_is_wrong(tmp_path, monkeypatch, capsys, argv, message):
@@ -586,6 +757,35 @@ def test_inspect_draws_the_prompt(saved, tmp_path, capsys):
     text = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
     assert "<h1>Inside model</h1>" in text  # only the path's name
     assert "<blockquote>Hi</blockquote>" in text
+
+
+def test_inspect_compares_two_models(saved, read, tmp_path, capsys):
+    second = tmp_path / "second"
+    jaxgpt.save(second, *make_model(BYTES, seed=7))
+    argv = ["inspect", saved, "--prompt", "Hi!", "--against", str(second)]
+    assert main([*argv, "--plot", str(tmp_path / "out"), "--json"]) == 0
+    captured = capsys.readouterr()
+    told = json.loads(captured.out)
+    assert captured.err == f"{tmp_path / 'out' / 'index.html'} shows 3 pictures, beside it as PNG\n"
+    assert told["against"]["model"] == str(second)
+    seen = look_inside(*make_model(BYTES, seed=7), list(b"Hi!"))
+    came = [position["came_next"]["probability"] for position in told["against"]["positions"][:-1]]
+    np.testing.assert_allclose(came, seen.true_probabilities_NxS[-1], rtol=1e-5)
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert f"{-np.log2(came).mean():.3f} bits per token of the text: {second}" in out
+
+
+def test_inspect_compares_only_what_reads_the_same(saved, tmp_path, capsys):
+    assert main(["inspect", saved, "--against", saved]) == 2
+    assert "--against compares what two models make of a text: give it (--prompt TEXT)" in capsys.readouterr().err
+    assert main(["inspect", saved, "--against", "book-124m", "--prompt", "Hi"]) == 2
+    assert "book-124m is a config without weights" in capsys.readouterr().err
+    jaxgpt.save(tmp_path / "other", *make_model(TINY.replace(vocab_size=50257, tokenizer="gpt2")))
+    assert main(["inspect", saved, "--against", str(tmp_path / "other"), "--prompt", "Hi"]) == 2
+    error = capsys.readouterr().err
+    assert "has tokenizer gpt2, and " in error
+    assert "only models with the same tokenizer read the same ids" in error
 
 
 def test_inspect_without_a_prompt_draws_the_architecture(tmp_path, capsys):

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt", metavar="TEXT", help="load the model, and show what each block would predict on this text"
     )
     parser.add_argument(
+        "--against",
+        metavar="MODEL",
+        help="with --prompt: what another model with the same tokenizer makes of it, side by side",
+    )
+    parser.add_argument(
         "--plot",
         metavar="DIR",
         help="write pictures, and one page with all of them, DIR/index.html: the architecture and, with --prompt, the "
@@ -59,15 +64,31 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("--force belongs to --plot, which writes: without it nothing is written")
     if args.all and args.json:
         raise ConfigError("--all and --json exclude each other: JSON has every block anyway")
+    if args.against is not None and args.prompt is None:
+        raise ConfigError("--against compares what two models make of a text: give it (--prompt TEXT)")
     config, inside = (resolve_config(args.model), None) if args.prompt is None else read(args.model, args.prompt)
+    other = None
+    if args.against is not None:
+        other_config, other = read(args.against, args.prompt)
+        if other_config.tokenizer != config.tokenizer:
+            raise ConfigError(
+                f"--against {args.against} has tokenizer {other_config.tokenizer}, and {args.model} has "
+                f"{config.tokenizer}: only models with the same tokenizer read the same ids"
+            )
     report = make_report(config, args.batch, config.context_length if args.length is None else args.length)
     if inside is not None:
         report["inside"] = inside_report(config, args.prompt, inside)
+    if other is not None:
+        report["against"] = {"model": args.against, **inside_report(config, args.prompt, other)}
     if args.plot is not None:
-        from jaxgpt.pictures import write_pictures
+        from jaxgpt.pictures import write_comparison, write_pictures
 
         name = Path(args.model).resolve().name
-        page, *pictures = write_pictures(args.plot, name, config, inside, args.prompt)
+        if other is None:
+            page, *pictures = write_pictures(args.plot, name, config, inside, args.prompt)
+        else:
+            names = (args.model, args.against)  # in full, because two checkpoints often have one name
+            page, *pictures = write_comparison(args.plot, names, config, (inside, other), args.prompt)
         print(f"{page} shows {len(pictures)} picture{'s' * (len(pictures) != 1)}, beside it as PNG", file=sys.stderr)
     if args.json:
         print(json.dumps({"model": args.model, **report}, indent=2))
@@ -226,7 +247,19 @@ def _render(name: str, config: GPTConfig, report: dict[str, Any], expand: bool) 
             for title, table in _inside_tables(report["inside"], console.width):
                 console.print(f"\n{title}")
                 console.print(table)
+        if "against" in report:
+            for model, read_by in ((name, report["inside"]), (report["against"]["model"], report["against"])):
+                console.print(f"{_bits(read_by)}: {model}", markup=False)
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+def _bits(inside: dict[str, Any]) -> str:
+    """The mean surprise at the tokens of the text after the first."""
+    came = [position["came_next"]["probability"] for position in inside["positions"] if position["came_next"]]
+    if not came:
+        return "no token to predict"
+    bits = [-math.log2(p) if p else math.inf for p in came]
+    return f"{sum(bits) / len(bits):.3f} bits per token of the text"
 
 
 def _tree_table(config: GPTConfig, report: dict[str, Any], expand: bool) -> Any:

@@ -24,6 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--x", choices=("tokens", "steps"), help="the x axis (default: tokens, if the runs say how many)"
     )
+    parser.add_argument("--log-x", action="store_true", help="a logarithmic x axis")
+    parser.add_argument("--log-loss", action="store_true", help="a logarithmic axis of the loss")
+    parser.add_argument(
+        "--smooth",
+        type=float,
+        default=0,
+        metavar="STEPS",
+        help="draw the training loss's moving average over it; a loss so many steps back weighs half",
+    )
+    parser.add_argument("--side-by-side", action="store_true", help="a column per run, with the same scales")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,7 +41,8 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ValueError: for any other type of file.
-        DataError, ConfigError: if a run holds nothing to draw, or cannot be drawn against tokens.
+        DataError, ConfigError: if a run holds nothing to draw, or cannot be drawn against tokens; for a negative
+            --smooth.
         MissingExtraError: without the extra [plot].
     """
     out = new_file(args.out, args.force)
@@ -42,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt.training import curves
 
     runs = curves.read_runs(args.runs)
-    style.save(curves.draw(runs, args.x), out)
+    log = [axis for axis, wanted in (("x", args.log_x), ("loss", args.log_loss)) if wanted]
+    style.save(curves.draw(runs, args.x, log=log, smooth=args.smooth, side_by_side=args.side_by_side), out)
     for curve in runs:
         print(f"{curve.name}: step {curve.last_step:,}{_losses(curve.points)}")
     print(f"drawn to {args.out}", file=sys.stderr)

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 
 from jaxgpt.config import GPTConfig
 from jaxgpt.interpret import Inside
-from jaxgpt.pictures.style import MUTED, OUTLINE, SCALE, drawable, on, styled
+from jaxgpt.pictures.style import COLOURS, MUTED, OUTLINE, SCALE, drawable, on, styled
 
 # Most labels along one side of a head's map; with more tokens, only every n-th is labelled.
 _MOST_LABELS = 24
@@ -23,6 +23,8 @@ _MOST_LABELS = 24
 # take several figures.
 _ROWS, _COLUMNS, _LENS_WIDTH = 32, 24, 10.5
 _LONGEST_LABEL = 10
+# Of two models side by side: tokens shown per position, and the most bits that a bar is long.
+_COMPARED, _MOST_BITS = 3, 10.0
 _TILE = 2.3  # inches
 # The square root makes weights of a few per cent visible; in a long text most are that small.
 _ATTENTION_SCALE = PowerNorm(0.5, 0, 1)
@@ -89,20 +91,12 @@ def next_tokens(inside: Inside, labels: Sequence[str], top_labels: Any) -> list[
 
 def _next_tokens(inside: Inside, labels: Sequence[str], top_labels_TxK: Any, rows: range, widest: int) -> Figure:
     T, K = inside.top_ids_NxTxK.shape[1:]
-    probabilities_RxK = inside.top_probabilities_NxTxK[-1, rows.start : rows.stop]
     figure = Figure(figsize=(K * (0.5 + 0.075 * widest) + 2.6, 0.25 * len(rows) + 1.0), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(probabilities_RxK, cmap=SCALE, vmin=0, vmax=1, aspect="auto", interpolation="none")
-    came = []
-    for row, t in enumerate(rows):
-        for rank in range(K):
-            p = float(probabilities_RxK[row, rank])
-            style: dict[str, Any] = {"va": "center", "color": on(SCALE(p))}
-            axes.text(rank - 0.44, row, _cut(top_labels_TxK[t][rank]), ha="left", fontsize=8, **style)
-            axes.text(rank + 0.46, row, _percent(p), ha="right", fontsize=6.5, **style)
-            if t + 1 < T and inside.top_ids_NxTxK[-1, t, rank] == inside.ids_T[t + 1]:
-                _outline(axes, rank, row)
-        came.append(f"{_cut(labels[t + 1])}   {_percent(inside.true_probabilities_NxS[-1, t])}" if t + 1 < T else "")
+    _tokens(axes, inside, top_labels_TxK, rows, K)
+    came = [
+        f"{_cut(labels[t + 1])}   {_percent(inside.true_probabilities_NxS[-1, t])}" if t + 1 < T else "" for t in rows
+    ]
     axes.set_yticks(range(len(rows)), [f"{t}   {_cut(labels[t])}" for t in rows])
     axes.set_xticks(range(K), ["likeliest", *map(_ordinal, range(2, K + 1))])
     axes.xaxis.tick_top()
@@ -115,6 +109,59 @@ def _next_tokens(inside: Inside, labels: Sequence[str], top_labels_TxK: Any, row
     axes.annotate("came next", (1, 1), (4, 4), ha="left", **header)
     _title(axes, "the next token", rows, T)
     return figure
+
+
+def _tokens(axes: Axes, inside: Inside, top_labels_TxK: Any, rows: range, most: int) -> None:
+    """The `most` likeliest next tokens after each of the positions `rows`; the one that came is outlined."""
+    probabilities_RxK = inside.top_probabilities_NxTxK[-1, rows.start : rows.stop, :most]
+    axes.imshow(probabilities_RxK, cmap=SCALE, vmin=0, vmax=1, aspect="auto", interpolation="none")
+    for row, t in enumerate(rows):
+        for rank, p in enumerate(map(float, probabilities_RxK[row])):
+            style: dict[str, Any] = {"va": "center", "color": on(SCALE(p))}
+            axes.text(rank - 0.44, row, _cut(top_labels_TxK[t][rank]), ha="left", fontsize=8, **style)
+            axes.text(rank + 0.46, row, _percent(p), ha="right", fontsize=6.5, **style)
+            if t + 1 < len(inside.ids_T) and inside.top_ids_NxTxK[-1, t, rank] == inside.ids_T[t + 1]:
+                _outline(axes, rank, row)
+
+
+@styled
+def comparison(
+    names: Sequence[str], insides: Sequence[Inside], labels: Sequence[str], top_labels: Sequence[Any]
+) -> list[Figure]:
+    """Draws the likeliest next tokens of two models that read the same ids side by side, and at the right by how many
+    bits the second finds what came likelier than the first; one figure per `_ROWS` positions. `top_labels` has, per
+    model, the labels of its `top_ids_NxTxK`."""
+    T = len(labels)
+    surer_S = np.log2(insides[1].true_probabilities_NxS[-1]) - np.log2(insides[0].true_probabilities_NxS[-1])
+    # A probability of 0 in float32 has no logarithm; and one surprise should not flatten all other bars.
+    surer_S = np.clip(np.nan_to_num(surer_S, nan=0.0, posinf=_MOST_BITS, neginf=-_MOST_BITS), -_MOST_BITS, _MOST_BITS)
+    widest = max(4, *(len(_cut(label)) for tops in top_labels for ranks in tops[-1] for label in ranks[:_COMPARED]))
+    figures = []
+    for start in range(0, T, _ROWS):
+        rows = range(start, min(T, start + _ROWS))
+        width = _COMPARED * (0.5 + 0.075 * widest)
+        figure = Figure(figsize=(2 * width + 3.6, 0.25 * len(rows) + 1.2), layout="constrained")
+        *tables, bars = figure.subplots(1, 3, width_ratios=(width, width, 1.6))
+        for axes, name, inside, tops in zip(tables, names, insides, top_labels, strict=True):
+            _tokens(axes, inside, tops[-1], rows, _COMPARED)
+            axes.set_yticks(range(len(rows)), [f"{t}   {_cut(labels[t])}" for t in rows] if axes is tables[0] else "")
+            axes.set_xticks([])
+            axes.set_title(drawable(name, 30), fontsize=10, loc="left")
+            _bare(axes)
+        drawn = surer_S[start : rows.stop]
+        bars.barh(range(len(drawn)), drawn, color=[COLOURS[0] if bits >= 0 else COLOURS[1] for bits in drawn])
+        bars.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-_limit(surer_S), _limit(surer_S)))
+        bars.axvline(0, color=MUTED, linewidth=0.6)
+        bars.set_yticks(range(len(rows)), [_cut(labels[t + 1]) if t + 1 < T else "" for t in rows])
+        bars.yaxis.tick_right()
+        bars.set_title("bits, and what came", fontsize=10, loc="right")
+        _bare(bars)
+        figures.append(figure)
+    return figures
+
+
+def _limit(bits: Any) -> float:
+    return max(1.0, 1.1 * float(np.abs(bits).max(initial=0.0)))
 
 
 @styled

@@ -88,8 +88,8 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     assert found is not None
     width = float(found[1]) * 96 / 72  # points to CSS pixels
     return (
-        f'<svg role="img" aria-label="{escape(description)}" style="width:clamp({min(560, width):.0f}px,100%,'
-        f'{width:.0f}px)" {found[0]} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        f'<svg role="img" aria-label="{escape(description)}" style="--width:{width:.0f}px" '
+        f'data-name="{name}" {found[0]} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f"{content}"
     )
 

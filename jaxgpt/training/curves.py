@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter
+from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from jaxgpt.errors import ConfigError, DataError
 from jaxgpt.files import local
@@ -100,18 +100,48 @@ def _run(path: str | Path) -> Run:
     return Run(path.parent if path.name == "metrics.jsonl" else path, writes=False)
 
 
+def smoothed(values: Mapping[int, float], half_life: float) -> dict[int, float]:
+    """The exponential moving average of a metric by step, in which a value `half_life` steps back weighs half. Each is
+    divided by the sum of its weights, so that the first are not drawn towards 0, and steps may be unevenly apart."""
+    result: dict[int, float] = {}
+    total = weight = 0.0
+    last = 0
+    for step, value in values.items():
+        kept = 0.5 ** ((step - last) / half_life)
+        total, weight, last = kept * total + value, kept * weight + 1, step
+        result[step] = total / weight
+    return result
+
+
 @style.styled
-def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = tuple(PANELS)) -> Figure:
+def draw(
+    runs: Sequence[Curves],
+    x: str | None = None,
+    panels: Sequence[str] = tuple(PANELS),
+    *,
+    log: Collection[str] = (),
+    smooth: float = 0,
+    side_by_side: bool = False,
+) -> Figure:
     """One figure of all runs: training loss thin, validation loss thick; the other panels below.
 
     Args:
         runs: at least one.
         x: "tokens" or "steps"; default: tokens if every run says how many it reads per step.
         panels: which of `PANELS`.
+        log: which axes are logarithmic: "x" and "loss", or either.
+        smooth: half-life in steps of the moving average of the training loss, drawn over the losses themselves, which
+            turn pale; 0 draws none.
+        side_by_side: a column per run, with the same scales, in place of all runs in one.
 
     Raises:
-        ConfigError: for tokens if a run does not say how many; for another x.
+        ConfigError: for tokens if a run does not say how many; for another x; for another axis to be logarithmic; for a
+            `smooth` that is not a number from 0 on.
     """
+    if others := set(log) - {"x", "loss"}:
+        raise ConfigError(f"log must be of x and loss, not {', '.join(sorted(map(str, others)))}")
+    if not 0 <= smooth < math.inf:
+        raise ConfigError(f"smooth must be a number of steps from 0 on, not {smooth!r}")
     unknown = [run.name for run in runs if run.tokens_per_step is None]
     x = x or ("steps" if unknown else "tokens")
     if x not in AXES:
@@ -121,35 +151,49 @@ def draw(runs: Sequence[Curves], x: str | None = None, panels: Sequence[str] = t
             f"{unknown[0]} has no run.json that says how many tokens it reads per step: draw it against steps"
         )
     heights = [3.4 if panel == "loss" else 1.5 for panel in panels]
-    figure = Figure(figsize=(8, sum(heights) + 0.6), layout="constrained")
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for axes, panel in zip(grid, panels, strict=True):
+    columns = [[(i, run)] for i, run in enumerate(runs)] if side_by_side else [list(enumerate(runs))]
+    figure = Figure(figsize=(max(8, 4.5 * len(columns)), sum(heights) + 0.6), layout="constrained")
+    grid = figure.subplots(len(panels), len(columns), sharex=True, sharey="row", squeeze=False, height_ratios=heights)
+    for row, panel in zip(grid, panels, strict=True):
         label, keys = PANELS[panel]
-        for i, run in enumerate(runs):
-            for key in keys:
-                values = run.points[key]
+        row[0].set_ylabel(label)
+        for axes, shown in zip(row, columns, strict=True):
+            for i, run in shown:
                 scale = run.tokens_per_step if x == "tokens" and run.tokens_per_step else 1
-                _line(axes, [step * scale for step in values], list(values.values()), key, i, len(runs))
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.25, linewidth=0.6, color=style.MUTED)
-        axes.set_axisbelow(True)
-    grid[-1].set_xlabel(x)
-    grid[-1].xaxis.set_major_formatter(EngFormatter(sep=""))
-    for axes, panel in zip(grid, panels, strict=True):
-        if panel == "speed":
-            axes.set_ylim(bottom=0)
-            axes.yaxis.set_major_formatter(EngFormatter(sep=""))
-    _legend(figure, grid[0], runs)
+                for key in keys:
+                    values, pale = run.points[key], bool(smooth) and key == "loss"
+                    _line(axes, values, scale, key, i, len(shown), pale)
+                    if pale:
+                        _line(axes, smoothed(values, smooth), scale, key, i, len(shown))
+            axes.grid(alpha=0.25, linewidth=0.6, color=style.MUTED)
+            axes.set_axisbelow(True)
+            if panel == "loss" and "loss" in log:
+                axes.set_yscale("log")
+                # A loss seldom spans a power of ten, so the numbers between are the ones that help.
+                for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                    set_formatter(StrMethodFormatter("{x:g}"))
+                axes.grid(which="minor", alpha=0.25, linewidth=0.6, color=style.MUTED, axis="y")
+            if panel == "speed":
+                axes.set_ylim(bottom=0)
+                axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes in grid[-1]:
+        axes.set_xlabel(x)
+        if "x" in log:
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    for axes, shown in zip(grid[0], columns, strict=True):
+        _legend(figure, axes, [run for _, run in shown])
     return figure
 
 
-def _line(axes: Axes, xs: list[int], ys: list[float], key: str, i: int, runs: int) -> None:
-    colour, dashes = _look(i)
+def _line(axes: Axes, values: Mapping[int, float], scale: int, key: str, i: int, runs: int, pale: bool = False) -> None:
+    xs, ys = [step * scale for step in values], list(values.values())
+    colour, dashes = _look(i if runs > 1 else 0)
     if key == "val_loss":
         colour = style.COLOURS[1] if runs == 1 else colour
         axes.plot(xs, ys, color=colour, linestyle=dashes, linewidth=2, marker="o", markersize=3.5, zorder=3)
     else:
-        alpha = 0.55 if key == "loss" and runs > 1 else 1
+        alpha = 0.25 if pale else 0.55 if key == "loss" and runs > 1 else 1
         # One point makes no line.
         axes.plot(xs, ys, color=colour, linestyle=dashes, linewidth=1, alpha=alpha, marker="." if len(xs) == 1 else "")
 

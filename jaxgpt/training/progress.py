@@ -1,7 +1,9 @@
-"""The progress that a run shows: a bar on a terminal, plain lines elsewhere, all on stderr."""
+"""The progress that a run shows: a bar on a terminal and in a notebook with ipywidgets, plain lines elsewhere, all on
+stderr."""
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console
@@ -15,7 +17,9 @@ class TrainProgress:
         self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._steps = steps
         self._bar: Progress | None = None
-        if self._console.is_terminal and not quiet:
+        # In a notebook rich draws into a widget; without that package it would warn, and draw nothing.
+        drawn = self._console.is_terminal or (self._console.is_jupyter and find_spec("ipywidgets") is not None)
+        if drawn and not quiet:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -33,6 +37,7 @@ class TrainProgress:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         if self._bar:
+            self._bar.refresh()  # in a notebook, stopping draws nothing
             self._bar.stop()
 
     def update(
