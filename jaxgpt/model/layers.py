@@ -16,7 +16,7 @@ from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import ops
-from jaxgpt.parallel import lay
+from jaxgpt.parallel import lay, used_layout
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 
@@ -78,7 +78,7 @@ class Embedding(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
-        self.weight, self.scale = _matrix(self, (self.rows, self.width), self.std)
+        self.weight, self.scale, _ = _matrix(self, (self.rows, self.width), self.std)
 
     def __call__(self, ids: Array) -> Array:
         # The barrier keeps XLA on CPU from converting the whole table before it gathers the rows.
@@ -143,12 +143,12 @@ def vector_dtype(compute: ComputeConfig) -> jnp.dtype:
 
 def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix:
     """Declares a weight `[*out, in]` and, if weights are int8, one scale per row, `[*out]`."""
-    dtype = module.compute.param_dtype
+    dtype, used = module.compute.param_dtype, used_layout("/".join((*module.path, "weight")))
     if dtype != "int8":
         weight = module.param("weight", normal(std), shape, jnp.dtype(dtype))
         if weight.dtype == jnp.int8:
             raise ConfigError("int8 parameters need the model that jaxgpt.prepare returns with them")
-        return ops.Matrix(weight, None)
+        return ops.Matrix(weight, None, used)
 
     # 127 steps of std / 32 reach about four standard deviations.
     def draw(key: Array, shape: tuple[int, ...]) -> Array:
@@ -158,4 +158,4 @@ def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix
     if weight.dtype != jnp.int8:
         raise ConfigError(f"param_dtype is int8 and the parameters are {weight.dtype}: jaxgpt.prepare converts both")
     scale = module.param("weight_scale", nn.initializers.constant(std / 32), shape[:-1], jnp.float32)
-    return ops.Matrix(weight, scale)
+    return ops.Matrix(weight, scale, used)

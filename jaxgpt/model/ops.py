@@ -14,13 +14,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel, products
-from jaxgpt.parallel import is_distributed
+from jaxgpt.parallel import constrain, is_distributed
 
 
-def dot(subscripts: str, x: Array, y: Array, dtype: str, custom_derivatives: bool = True) -> Array:
+def dot(
+    subscripts: str,
+    x: Array,
+    y: Array,
+    dtype: str,
+    custom_derivatives: bool = True,
+    *,
+    result: str = "float32",
+    used: PartitionSpec | None = None,
+) -> Array:
     """`jnp.einsum(subscripts, x, y)` with operands in `dtype` and a float32 result, forward and backward.
 
     The result type matters for speed as well as for accuracy: on CPU a bfloat16 product uses the
@@ -28,37 +38,56 @@ def dot(subscripts: str, x: Array, y: Array, dtype: str, custom_derivatives: boo
     hence the custom derivative. Without it, JAX's own derivatives are used, which also support forward mode.
 
     Every index must appear in two of the three terms (true of any matrix product).
+
+    Args:
+        subscripts, x, y: as of `jnp.einsum`.
+        dtype: type of the operands.
+        custom_derivatives: whether to use the hand-written derivative.
+        result: type of the result, to which sums are rounded once they are complete on a device: those that
+            several devices add up are exchanged in it. The derivative of a bfloat16 x is bfloat16 likewise.
+        used: the layout in which the product takes y, a weight that lies spread over a mesh: y is gathered in `dtype`
+            before the product, forward and again backward, and its gradient is summed in float32 after the product.
+            Left to itself, XLA passes the parts of small weights round a ring of devices, and writes and reads a whole
+            result for each.
     """
     if custom_derivatives:
-        return _dot(subscripts, x, y, dtype)
-    return _einsum(subscripts, x.astype(dtype), y.astype(dtype))
+        return _dot(subscripts, x, y, dtype, result, used)
+    return _einsum(subscripts, x.astype(dtype), _gathered(y, dtype, used), result)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _dot(subscripts: str, x: Array, y: Array, dtype: str) -> Array:
-    return _einsum(subscripts, x.astype(dtype), y.astype(dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _dot(subscripts: str, x: Array, y: Array, dtype: str, result: str, used: PartitionSpec | None) -> Array:
+    return _einsum(subscripts, x.astype(dtype), _gathered(y, dtype, used), result)
 
 
-def _einsum(subscripts: str, x: Array, y: Array) -> Array:
+def _gathered(y: Array, dtype: str, used: PartitionSpec | None) -> Array:
+    return constrain(y.astype(dtype), used)
+
+
+def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32") -> Array:
     # HIGHEST keeps float32 from being rounded to TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+    # Devices exchange a product's sums in the type that the product itself returns.
+    summed = result if is_distributed(x) else "float32"
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.dtype(summed)).astype(result)
 
 
-def _dot_forward(subscripts, x, y, dtype):
+def _dot_forward(subscripts, x, y, dtype, result, used):
     # Dtypes are passed as empty arrays, because residuals must be arrays.
     types = jnp.empty(0, x.dtype), jnp.empty(0, y.dtype)
-    operands = x.astype(dtype), y.astype(dtype)
-    # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product.
-    return _einsum(subscripts, *operands), (*operands, *types)
+    x, y = x.astype(dtype), y.astype(dtype)
+    # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product. What is kept
+    # is the part of y, not all of it.
+    return _einsum(subscripts, x, constrain(y, used), result), (x, y, *types)
 
 
-def _dot_backward(subscripts, dtype, residuals, g):
+def _dot_backward(subscripts, dtype, result, used, residuals, g):
     x, y, x_type, y_type = residuals
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")
     g = g.astype(dtype)
-    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype)
+    x_result = "bfloat16" if x_type.dtype == jnp.bfloat16 else "float32"
+    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype, result=x_result, used=used)
     summed = "".join(i for i in out if i in x_indices and i not in y_indices)
     # Several axes to sum over become one ("BTO,BTD->OD" becomes "BO,BD->OD"): XLA on a CPU then transposes g inside the
     # product, instead of making a transposed copy. On several devices, merging axes would gather the arrays.
@@ -77,7 +106,7 @@ def _dot_backward(subscripts, dtype, residuals, g):
 
     # On several devices a layout constraint would gather the array.
     cpu = dy_elsewhere if is_distributed(g) else dy_on_cpu
-    dy = lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere)
+    dy = constrain(lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere), used)
     return dx.astype(x_type.dtype), dy.astype(y_type.dtype)
 
 
@@ -85,10 +114,12 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 
 class Matrix(NamedTuple):
-    """A parameter matrix `[*out, D]` and, if it is int8, one scale per row, `[*out]`."""
+    """A parameter matrix `[*out, D]`; if it is int8, one scale per row, `[*out]`; and the layout in which products on a
+    mesh use it, as in `dot`."""
 
     weight: Array
     scale: Array | None
+    used: PartitionSpec | None = None
 
 
 def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig) -> Array:
@@ -97,22 +128,22 @@ def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig) -> Array:
     Operands are rounded to `compute.dtype`, except that an int8 W is exact in either. On a CPU, few rows of x use a
     specialised form (`jaxgpt.cpu.products`).
     """
-    weight, scale = matrix
+    weight, scale, used = matrix
     out, D = weight.shape[:-1], weight.shape[-1]
     if len(out) == 2 and scale is None and is_distributed(weight):
         # If the weight's first axes were merged, XLA would gather the whole weight in the backward pass.
-        return dot("BTD,NOD->BTNO", x_BxTxD, weight, compute.dtype, compute.custom_derivatives)
+        return dot("BTD,NOD->BTNO", x_BxTxD, weight, compute.dtype, compute.custom_derivatives, used=used)
     # One product whatever the number of output axes; otherwise XLA on CPU transposes the weight.
     scale_O = None if scale is None else scale.reshape(-1)
-    y_BxTxO = _flat_product(x_BxTxD, weight.reshape(-1, D), compute)
+    y_BxTxO = _flat_product(x_BxTxD, weight.reshape(-1, D), compute, used if len(out) == 1 else None)
     if scale_O is not None:
         y_BxTxO = y_BxTxO * widen(scale_O, y_BxTxO)
     return y_BxTxO.reshape(*x_BxTxD.shape[:2], *out)
 
 
-def _flat_product(x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig) -> Array:
+def _flat_product(x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig, used: PartitionSpec | None) -> Array:
     def plain(x_BxTxD: Array, weight_OxD: Array) -> Array:
-        return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, compute.custom_derivatives)
+        return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, compute.custom_derivatives, used=used)
 
     rows = math.prod(x_BxTxD.shape[:2])
     distributed = is_distributed(weight_OxD) or is_distributed(x_BxTxD)

@@ -7,6 +7,7 @@ from .memory import memory_errors as memory_errors
 from .mesh import AXES as AXES
 from .mesh import BATCH as BATCH
 from .mesh import MeshConfig as MeshConfig
+from .sharding import constrain as constrain
 from .sharding import divides as divides
 from .sharding import is_distributed as is_distributed
 from .sharding import lay as lay
@@ -17,3 +18,4 @@ from .sharding import platform as platform
 from .sharding import replicate as replicate
 from .sharding import shard as shard
 from .sharding import to_device as to_device
+from .sharding import used_layout as used_layout

@@ -109,6 +109,13 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P()
 
 
+def used_layout(name: str) -> P | None:
+    """The layout in which products use the matrix with this path: as it is stored, but gathered over "fsdp". None for
+    one that has no rule."""
+    spec = next((spec for pattern, spec in RULES if fits(pattern, name)), None)
+    return None if spec is None else P(*(None if axes == "fsdp" else axes for axes in spec))
+
+
 def fits(pattern: str, name: str) -> bool:
     """Whether a rule's pattern fits the parameter with this path."""
     return re.search(rf"(^|/){pattern}$", name) is not None
@@ -209,6 +216,14 @@ def lay(x: Array, letters: str) -> Array:
     if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):  # a mesh of the caller's own is the caller's to lay out
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, layout(x.shape, letters, mesh)))
+
+
+def constrain(x: Array, spec: P | None) -> Array:
+    """x with this layout; x itself if there is none, or if x is on one device or on a mesh of the caller's own."""
+    mesh = jax.typeof(x).sharding.mesh
+    if spec is None or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def layout(shape: tuple[int, ...], letters: str, mesh: Any) -> P:
