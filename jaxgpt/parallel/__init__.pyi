@@ -7,8 +7,8 @@ from .memory import memory_errors as memory_errors
 from .mesh import AXES as AXES
 from .mesh import BATCH as BATCH
 from .mesh import MeshConfig as MeshConfig
-from .sharding import constrain as constrain
 from .sharding import divides as divides
+from .sharding import gathered as gathered
 from .sharding import is_distributed as is_distributed
 from .sharding import lay as lay
 from .sharding import layout as layout
@@ -16,6 +16,7 @@ from .sharding import make_mesh as make_mesh
 from .sharding import per_device as per_device
 from .sharding import platform as platform
 from .sharding import replicate as replicate
+from .sharding import scattered as scattered
 from .sharding import shard as shard
+from .sharding import stored_layout as stored_layout
 from .sharding import to_device as to_device
-from .sharding import used_layout as used_layout
