@@ -205,8 +205,14 @@ class ComputeConfig:
     dtype: str = setting(
         "float32",
         choices=DTYPES,
-        help="Type of the operands of matrix products. Products accumulate in float32, and the residual stream, "
-        "LayerNorm, softmax, logits and loss are always float32.",
+        help="Type of the operands of matrix products. Products accumulate in float32, and LayerNorm, softmax, logits "
+        "and loss are always float32.",
+    )
+    activation_dtype: str = setting(
+        "float32",
+        choices=DTYPES,
+        help="Type of the residual stream and of all that passes from one layer to the next, in which devices also "
+        "exchange what mesh.tensor adds up. bfloat16 halves what is kept, moved and sent, and costs accuracy.",
     )
     param_dtype: str = setting(
         "float32",

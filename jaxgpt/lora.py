@@ -100,7 +100,7 @@ def attached(params: Tree, adapters: Tree, alpha: float | None = None) -> Iterat
             return y
         a: Array = linear.get_variable("params", A)
         b: Array = linear.get_variable("params", B)
-        return y + _scale(a, alpha) * _product(args[0], a, b, linear.compute)
+        return (y.astype(jnp.float32) + _scale(a, alpha) * _product(args[0], a, b, linear.compute)).astype(y.dtype)
 
     with nn.intercept_methods(beside):
         yield _combined(merge(params, tables, alpha), inside, lambda module, own: {**module, **own})

@@ -73,7 +73,7 @@ def test_the_fields_above_are_all_there_are():
         "tokenizer",
     } == fields
     assert {*COMPUTE_BOOLS, *COMPUTE_CHOICES} == set(ComputeConfig().to_dict())
-    assert set(COMPUTE_CHOICES) == {"dtype", "param_dtype", "remat", "attention"}
+    assert set(COMPUTE_CHOICES) == {"dtype", "param_dtype", "activation_dtype", "remat", "attention"}
 
 
 def with_field(name, value):

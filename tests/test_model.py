@@ -156,6 +156,22 @@ def test_rematerialisation_and_scanning_change_neither_logits_nor_gradients(rema
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-6), got, want)
 
 
+def test_activations_in_bfloat16_round_what_passes_between_the_layers_and_nothing_else():
+    (model, params), ids = make_model(TINY, activation_dtype="bfloat16"), random_ids(TINY, 2, 12)
+    run = jax.jit(functools.partial(model.apply, mutable=["intermediates"]))
+    logits, seen = run({"params": params}, ids)
+    seen = seen["intermediates"]
+    assert {seen[name][0].dtype.name for name in ("embedded", "normed")} == {"bfloat16"}
+    assert seen["trf_blocks_1"]["output"][0].dtype == jnp.bfloat16
+    assert seen["trf_blocks_1"]["att"]["weights"][0].dtype == logits.dtype == jnp.float32
+    want = reference.gpt(to_numpy(params), TINY, ids)
+    assert 1e-3 < np.linalg.norm(np.asarray(logits) - want) / np.linalg.norm(want) < 0.02
+    got = jax.jit(jax.grad(functools.partial(cross_entropy, model)))(params, ids)
+    for mine, exact in zip(jax.tree.leaves(got), jax.tree.leaves(plain_gradient(TINY)), strict=True):
+        assert mine.dtype == jnp.float32
+        assert np.linalg.norm(mine - exact) < 0.05 * np.linalg.norm(exact)
+
+
 def test_rematerialisation_repeats_the_same_dropout():
     gradients = []
     for remat in ("none", "block"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -327,7 +328,8 @@ def test_formulae_of_a_training_step():
     P = accounting.count_parameters(config.model).total
     cost = planner.analytic_training(config, topology)
     assert cost.memory["parameters"] == cost.memory["gradients"] == cost.memory["optimizer"] / 2 == 4 * P / 128
-    assert cost.memory["activations"] > 40 * 2 * 2048 * 5120 * 4  # each layer's input
+    kept = 40 * 2 * 2048 * 5120 / 4 * 4  # each layer's input, a quarter of it per chip
+    assert kept < cost.memory["activations"] < 4 * kept
     linear = accounting.training_flops(config.model, 128, 2048, config.compute.remat).linear
     # Of 40 layers every other one is banded. A block of 128 queries meets half of the keys, or those of its band. There
     # are two products forward, done twice, and five backward.
@@ -337,8 +339,13 @@ def test_formulae_of_a_training_step():
         "all-gather": pytest.approx(2 * 31 / 32 * P / 4 * 2),
         "reduce-scatter": pytest.approx(31 / 32 * P / 4 * 4),
         "all-reduce": pytest.approx(2 * 1 / 2 * 4 * P / 128),
-        "all-reduce (tensor)": pytest.approx(5 * 40 * 2 * 3 / 4 * (2 * 2048 * 5120 * 4)),
+        "gather and scatter (tensor)": pytest.approx(11 * 40 * 3 / 4 * (2 * 2048 * 5120 * 4)),
     }
+    halved = planner.analytic_training(
+        dataclasses.replace(config, compute=config.compute.replace(activation_dtype="bfloat16")), topology
+    )
+    sent = "gather and scatter (tensor)"
+    assert halved.wire_bytes == cost.wire_bytes | {sent: cost.wire_bytes[sent] / 2}
 
 
 def compiled_rows():
@@ -355,6 +362,8 @@ def compiled_rows():
 def test_the_formulae_are_as_close_to_the_compiled_programs_as_the_command_says():
     errors = {"memory": [], "tokens_per_s": []}
     for words, (gib, in_turn, overlapped) in compiled_rows():
+        if words[0] in ("gpt3-125m", "gpt3-350m", "gpt3-175b"):  # compiled with other exchanges than today's
+            continue
         options = list(zip(words[1::2], words[2::2], strict=True))
         given, sets = dict(options), [value for option, value in options if option == "--set"]
         config, topology = plan_of(
@@ -369,7 +378,7 @@ def test_the_formulae_are_as_close_to_the_compiled_programs_as_the_command_says(
         errors["memory"].append(report["memory_bytes"]["total"] / 2**30 / gib - 1)
         speed = report["tokens_per_s"]
         errors["tokens_per_s"] += [speed["in_turn"] / in_turn - 1, speed["overlapped"] / overlapped - 1]
-    assert len(errors["memory"]) == 8
+    assert len(errors["memory"]) == 5
     for what, found in errors.items():
         stated = planner.ANALYTIC_ERROR[what]
         assert stated - 0.02 < max(map(abs, found)) < stated < 0.3
@@ -395,10 +404,9 @@ def test_formulae_of_the_memory_traffic():
     scores = 8 * 16 * L * (2048 * (2048 + 128) / 2) * 4
     recomputed = 2 * P * 2 + 2 * L * tokens * (2 * D + 5 * D + 4 * D) * 4 + 3 * scores
     assert traffic() - traffic("compute.remat=none") == pytest.approx(recomputed)
-    # Up to 32 chips weights go round a ring.
-    config, _ = plan_of("gpt3-1.3b", "v5e:4x8", None, *DENSE, "loss_chunk=0", batch=256)
-    ring = planner._hbm_bytes(config) - traffic("loss_chunk=0")
-    assert ring == pytest.approx(32 * L * tokens * 12 * D * 4 + 28 * P * (1 / 32 - 1 / 64))
+    # Half as wide, activations cost half as much.
+    halved = 8 * L * tokens * (2 * D + 5 * D + 4 * D) * 2
+    assert traffic() - traffic("compute.activation_dtype=bfloat16") == pytest.approx(halved)
 
 
 def test_formulae_of_attention_in_a_kernel():
@@ -459,9 +467,9 @@ def test_formulae_of_the_activations():
     least = activations("compute.remat=block")
     assert activations("compute.remat=dots") - least == pytest.approx(products)
     assert activations("compute.remat=none") - least == pytest.approx(2 * products)
-    # Up to 32 chips weights go round a ring, with two partial sums of the feed-forward layer.
-    ring = activations("compute.remat=block", topology="v5e:4x8", batch=256) - least
-    assert ring == pytest.approx(2 * tokens * 4 * D * 4)
+    # In bfloat16 each layer's input is half as large, and so is the widest layer.
+    halved = least - activations("compute.activation_dtype=bfloat16")
+    assert halved == pytest.approx((L * D + 3 * D + 2 * 9 * D) * tokens * 2)
 
 
 def test_formulae_of_decoding():
@@ -519,7 +527,7 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
     assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--batch", "256"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the eight"
+        "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For five sizes"
     )
     error = planner.ANALYTIC_ERROR
     assert f"within {error['memory']:.0%} of the compiler's and tokens/s within {error['tokens_per_s']:.0%};" in out
@@ -527,7 +535,7 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
         "1,024 chips",
         "compute.remat = block",
         "fits 95.00 GiB",
-        "sent: all-reduce (tensor)",
+        "sent: gather and scatter (tensor)",
         "decoding, 128 ",
     ):
         assert text in out
@@ -621,11 +629,10 @@ def test_gpt3_compiled_for_a_pod_it_fits():
     assert training["memory_bytes"]["total"] == pytest.approx(analytic["memory_bytes"]["total"], rel=0.5)
     # The program counts banded layers as dense ones, the formulae count only their bands.
     assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
-    # Nothing is gathered beyond what the formulae expect: XLA once gathered all of the qkv weights on every chip.
-    for kind in ("all-gather", "reduce-scatter"):
-        assert training["wire_bytes"][kind] == pytest.approx(analytic["wire_bytes"][kind], rel=0.2)
-    reduced = analytic["wire_bytes"]["all-reduce (tensor)"]
-    assert training["wire_bytes"]["all-reduce"] == pytest.approx(reduced, rel=0.05)
+    # Nothing is exchanged beyond what the formulae expect: XLA once gathered all of the qkv weights on every chip. What
+    # the mesh's two axes gather and scatter are of the same kinds, so only the sum tells.
+    sent, expected = (sum(way["wire_bytes"].values()) for way in (training, analytic))
+    assert 0.8 * expected < sent < 1.5 * expected
 
 
 @pytest.mark.exhaustive

@@ -24,6 +24,7 @@ from jaxgpt.config import ComputeConfig
 from jaxgpt.data import Tokens
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation.sampling import Temperature
+from jaxgpt.model import dot
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import BATCH, MeshConfig
 from jaxgpt.training.config import TrainConfig
@@ -99,7 +100,8 @@ def test_a_step_on_a_mesh_equals_that_of_one_device(single, text, variant):
     [
         exhaustive("data=8", 0),  # gradients are only added up
         ("fsdp=8", 2 + 4 * MODEL.n_layers),  # every matrix once
-        exhaustive("tensor=8", 1),  # the embedded tokens; the logits stay sharded over the vocabulary
+        # Positions, on each side of a layer's two halves, forward and backward; the logits stay spread.
+        exhaustive("tensor=8", 8 * MODEL.n_layers),
     ],
 )
 def test_a_step_gathers_no_more_than_it_must(text, gathered):
@@ -303,12 +305,65 @@ def laid(letters, shape, mesh):
         ("RW", (7, 6), (None, "tensor")),
         ("BTV", (2, 3, 8), (None, None, "tensor")),  # two rows are too few for four shards: they stay replicated
         ("BHTK", (4, 1, 3, 5), (BATCH,)),
+        ("BPD", (4, 6, 3), (BATCH, "tensor")),
+        ("BPD", (4, 7, 3), (BATCH,)),
     ],
 )
 def test_axes_lie_where_their_letters_say_but_one_too_short_for_its_parts_stays_whole(letters, shape, spec):
     mesh = mesh_of("data=2,fsdp=2,tensor=2")
     got = laid(letters, shape, mesh).sharding
     assert got.is_equivalent_to(NamedSharding(mesh, P(*spec)), len(shape)), got
+    assert tuple(sharding.layout(shape, letters, mesh)) == (*spec, *(None,) * (len(shape) - len(spec)))
+
+
+def test_positions_between_the_blocks_are_spread_over_tensor():
+    model, params = make_model(MODEL)
+    params = sharding.shard(params, mesh_of("data=2,tensor=4"))
+    run = jax.jit(lambda params, ids: model.apply({"params": params}, ids, mutable=["intermediates"]))
+    seen = run(params, random_ids(MODEL, 2, 12))[1]["intermediates"]
+    for x_BxTxD in (*seen["embedded"], *(seen[f"trf_blocks_{i}"]["output"][0] for i in range(MODEL.n_layers))):
+        assert {shard.data.shape for shard in x_BxTxD.addressable_shards} == {(1, 3, 32)}
+    (x_BxTxD,) = seen["normed"]
+    assert {shard.data.shape for shard in x_BxTxD.addressable_shards} == {(1, 12, 32)}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("text", ["tensor=8", "data=2,fsdp=2,tensor=2"])
+def test_activations_in_bfloat16_on_a_mesh_equal_one_devices_but_for_rounding(text):
+    narrow = ComputeConfig(dtype="bfloat16", activation_dtype="bfloat16")
+
+    def gradients(compute, text):
+        config = dataclasses.replace(CONFIG, compute=compute, mesh=MeshConfig.parse(text))
+        mesh = sharding.make_mesh(config.mesh)
+        ids = np.random.default_rng(0).integers(0, MODEL.vocab_size, (16, CONFIG.T + 1)).astype(np.int32)
+        after, metrics = jit_step(config, mesh)(init_state(config, mesh=mesh), ids)
+        moments = jax.tree.leaves(optax.tree.get(after["opt_state"], "mu"))
+        return np.concatenate([np.asarray(moment).ravel() for moment in moments]), float(metrics["loss"])
+
+    (exact, loss), (single, _), (mesh, its) = (
+        gradients(*which) for which in ((ComputeConfig(), "data=1"), (narrow, "data=1"), (narrow, text))
+    )
+    assert its == pytest.approx(loss, rel=2e-3)
+    rounding, difference = (np.linalg.norm(x - exact) / np.linalg.norm(exact) for x in (single, mesh))
+    assert 1e-3 < difference < 1.5 * rounding < 0.05
+
+
+def test_a_product_gathers_its_weight_in_the_compute_type_and_scatters_its_gradient_in_float32():
+    mesh = mesh_of("fsdp=4,tensor=2")
+    stored = P("tensor", "fsdp")
+    weight, x = (
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, spec))
+        for shape, spec in (((16, 24), stored), ((4, 8, 24), P(BATCH)))
+    )
+
+    def total(weight, x):
+        return dot("BTD,OD->BTO", x, weight, "bfloat16", stored=stored).sum()
+
+    lowered = jax.jit(jax.grad(total, (0, 1))).lower(weight, x)
+    constrained = re.findall(r"sharding_constraint %\w+ <@mesh, (\[.*?\])> : tensor<16x24x(\w+)>", lowered.as_text())
+    whole, parts = '[{"tensor"}, {}]', '[{"tensor"}, {"fsdp"}]'
+    assert sorted(constrained) == sorted([(whole, "bf16"), (whole, "f32"), (parts, "f32")])
+    assert lowered.compile().output_shardings[0].is_equivalent_to(NamedSharding(mesh, stored), 2)
 
 
 def test_a_letter_that_has_no_place_is_an_error_on_a_mesh():

@@ -62,7 +62,7 @@ class MultiHeadAttention(ConfiguredModule):
         B, T, D = x_BxTxD.shape
         qkv_BxTx3xD = Linear((3, D), cfg.qkv_bias, self.compute, name="qkv")(x_BxTxD)
         q, k, v = (
-            lay(part_BxTx1xD.reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2), "BHTK")
+            lay(part_BxTx1xD.reshape(B, T, cfg.n_heads, cfg.head_dim).swapaxes(1, 2), "BHTK").astype(jnp.float32)
             for part_BxTx1xD in jnp.split(qkv_BxTx3xD, 3, axis=2)
         )
         seen, layer = remember(cache, layer, k, v, self.compute.dtype, start_BxT)
@@ -81,7 +81,7 @@ class MultiHeadAttention(ConfiguredModule):
             native_kernel=self.compute.native_kernel,
         )
         self.sow("intermediates", "weights", weights_BxHxTxS)
-        context_BxTxD = lay(context_BxHxTxK, "BHTK").swapaxes(1, 2).reshape(B, T, D)
+        context_BxTxD = lay(context_BxHxTxK, "BHTK").swapaxes(1, 2).reshape(B, T, D).astype(qkv_BxTx3xD.dtype)
         return Linear((D,), cfg.bias, self.compute, residual_std(cfg), name="out_proj")(context_BxTxD), layer
 
 
@@ -102,13 +102,13 @@ class TransformerBlock(ConfiguredModule):
         """Returns (x_BxTxD, layer), as `MultiHeadAttention` does."""
         cfg, compute = self.config, self.compute
         drop_shortcut = Dropout(cfg.drop_rate_shortcut)
-        x = LayerNorm(cfg, compute, name="norm1")(x_BxTxD)
+        x = lay(LayerNorm(cfg, compute, name="norm1")(x_BxTxD), "BTD")
         attention = MultiHeadAttention(cfg, compute, name="att")
         x, layer = attention(x, cache, layer, deterministic, banded, scale, start_BxT)
-        x_BxTxD = x_BxTxD + drop_shortcut(x, deterministic)
-        x = LayerNorm(cfg, compute, name="norm2")(x_BxTxD)
+        x_BxTxD = lay(x_BxTxD + drop_shortcut(x, deterministic), "BPD")
+        x = lay(LayerNorm(cfg, compute, name="norm2")(x_BxTxD), "BTD")
         x = FeedForward(cfg, compute, name="ff")(x)
-        x_BxTxD = lay(x_BxTxD + drop_shortcut(x, deterministic), "BTD")
+        x_BxTxD = lay(x_BxTxD + drop_shortcut(x, deterministic), "BPD")
         self.sow("intermediates", "output", x_BxTxD)
         return x_BxTxD, layer
 
@@ -155,7 +155,8 @@ class GPT(ConfiguredModule):
         """Everything except the output head.
 
         Returns:
-            (x_BxTxD, cache): the final norm's output, float32, and the cache with these T tokens in it.
+            (x_BxTxD, cache): the final norm's output, in the activations' type, and the cache with these T
+                tokens in it.
 
         Raises:
             ValueError: for a `start_BxT` that is not int32 of the ids' shape, or with a cache.
@@ -170,10 +171,10 @@ class GPT(ConfiguredModule):
             positions = jnp.arange(T)
         x_BxTxD = self.tok_emb(ids_BxT)
         x_BxTxD = x_BxTxD + ops.widen(self.pos_emb(positions), x_BxTxD)
-        x_BxTxD = lay(self.drop_emb(x_BxTxD, deterministic), "BTD")
+        x_BxTxD = lay(self.drop_emb(x_BxTxD, deterministic).astype(self.compute.activation_dtype), "BPD")
         self.sow("intermediates", "embedded", x_BxTxD)
         x_BxTxD, layers = stack.apply_blocks(self.trf_blocks, x_BxTxD, cache, deterministic, self.config, start_BxT)
-        x_BxTxD = self.final_norm(x_BxTxD)
+        x_BxTxD = lay(self.final_norm(x_BxTxD), "BTD")
         self.sow("intermediates", "normed", x_BxTxD)
         return x_BxTxD, None if cache is None else cache.advance(layers, T)
 

@@ -16,7 +16,7 @@ from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import ops
-from jaxgpt.parallel import lay
+from jaxgpt.parallel import lay, stored_layout
 
 WEIGHT_STD = 0.02  # GPT-2's initialisation: Radford et al. 2019, section 2.3, and its released code
 
@@ -45,7 +45,7 @@ class ConfiguredModule(nn.Module):
 
 
 class Linear(nn.Module):
-    """y = x W^T + b, with W `[*out, in]` and b `[*out]`. Returns float32.
+    """y = x W^T + b, with W `[*out, in]` and b `[*out]`. Returns the activations' type.
 
     Attributes:
         out: output sizes; more than one gives as many output axes.
@@ -62,10 +62,10 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
         matrix = _matrix(self, (*self.out, x_BxTxD.shape[-1]), self.std)
-        y = ops.product(x_BxTxD, matrix, self.compute)
+        y = ops.product(x_BxTxD, matrix, self.compute, self.compute.activation_dtype)
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.compute))
-            y = y + ops.widen(bias.astype(jnp.float32), y)
+            y = (y.astype(jnp.float32) + ops.widen(bias.astype(jnp.float32), y)).astype(y.dtype)
         return y
 
 
@@ -78,7 +78,7 @@ class Embedding(nn.Module):
     compute: ComputeConfig = ComputeConfig()
 
     def setup(self):
-        self.weight, self.scale = _matrix(self, (self.rows, self.width), self.std)
+        self.weight, self.scale, _ = _matrix(self, (self.rows, self.width), self.std)
 
     def __call__(self, ids: Array) -> Array:
         # The barrier keeps XLA on CPU from converting the whole table before it gathers the rows.
@@ -100,7 +100,8 @@ class Embedding(nn.Module):
 
 
 class LayerNorm(ConfiguredModule):
-    """`ops.layer_norm` with a learned scale and shift, both [D]; there is a shift only if the config has biases."""
+    """`ops.layer_norm` with a learned scale and shift, both [D]; there is a shift only if the config has biases.
+    Returns the activations' type."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -108,7 +109,8 @@ class LayerNorm(ConfiguredModule):
         scale = self.param("scale", nn.initializers.ones, x.shape[-1:], dtype)
         shift = self.param("shift", nn.initializers.zeros, x.shape[-1:], dtype) if self.config.bias else None
         native_kernel = self.compute.native_kernel
-        return ops.layer_norm(x, scale, shift, self.config.layer_norm_eps, native_kernel=native_kernel)
+        y = ops.layer_norm(x, scale, shift, self.config.layer_norm_eps, native_kernel=native_kernel)
+        return y.astype(self.compute.activation_dtype)
 
 
 class Dropout(nn.Module):
@@ -143,12 +145,12 @@ def vector_dtype(compute: ComputeConfig) -> jnp.dtype:
 
 def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix:
     """Declares a weight `[*out, in]` and, if weights are int8, one scale per row, `[*out]`."""
-    dtype = module.compute.param_dtype
+    dtype, stored = module.compute.param_dtype, stored_layout("/".join((*module.path, "weight")))
     if dtype != "int8":
         weight = module.param("weight", normal(std), shape, jnp.dtype(dtype))
         if weight.dtype == jnp.int8:
             raise ConfigError("int8 parameters need the model that jaxgpt.prepare returns with them")
-        return ops.Matrix(weight, None)
+        return ops.Matrix(weight, None, stored)
 
     # 127 steps of std / 32 reach about four standard deviations.
     def draw(key: Array, shape: tuple[int, ...]) -> Array:
@@ -158,4 +160,4 @@ def _matrix(module: nn.Module, shape: tuple[int, ...], std: float) -> ops.Matrix
     if weight.dtype != jnp.int8:
         raise ConfigError(f"param_dtype is int8 and the parameters are {weight.dtype}: jaxgpt.prepare converts both")
     scale = module.param("weight_scale", nn.initializers.constant(std / 32), shape[:-1], jnp.float32)
-    return ops.Matrix(weight, scale)
+    return ops.Matrix(weight, scale, stored)

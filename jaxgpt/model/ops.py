@@ -1,7 +1,7 @@
 """The arithmetic that the whole model shares: one matrix product, one LayerNorm, one dropout.
 
 Everything here is a pure function of arrays. Matrix products take their operands in the compute type and
-return float32; everything else is float32. Sizes: B batch, T queries, D inputs, O outputs.
+return float32, unless told otherwise; everything else is float32. Sizes: B batch, T queries, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import PartitionSpec
 
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel, products
-from jaxgpt.parallel import is_distributed
+from jaxgpt.parallel import gathered, is_distributed, scattered
 
 
-def dot(subscripts: str, x: Array, y: Array, dtype: str, custom_derivatives: bool = True) -> Array:
+def dot(
+    subscripts: str,
+    x: Array,
+    y: Array,
+    dtype: str,
+    custom_derivatives: bool = True,
+    *,
+    result: str = "float32",
+    stored: PartitionSpec | None = None,
+) -> Array:
     """`jnp.einsum(subscripts, x, y)` with operands in `dtype` and a float32 result, forward and backward.
 
     The result type matters for speed as well as for accuracy: on CPU a bfloat16 product uses the
@@ -28,37 +38,51 @@ def dot(subscripts: str, x: Array, y: Array, dtype: str, custom_derivatives: boo
     hence the custom derivative. Without it, JAX's own derivatives are used, which also support forward mode.
 
     Every index must appear in two of the three terms (true of any matrix product).
+
+    Args:
+        subscripts, x, y: as of `jnp.einsum`.
+        dtype: type of the operands.
+        custom_derivatives: whether to use the hand-written derivative.
+        result: type of the result, to which sums are rounded once they are complete on a device: those that
+            several devices add up are exchanged in it. The derivative of a bfloat16 x is bfloat16 likewise.
+        stored: the layout of y, if it is a weight: y is then `gathered` in `dtype` before the product, forward and
+            again backward, and its gradient is `scattered` in float32 after the product. Left to itself, XLA passes the
+            parts of a small weight round a ring of devices, and writes and reads a whole result for each of them.
     """
     if custom_derivatives:
-        return _dot(subscripts, x, y, dtype)
-    return _einsum(subscripts, x.astype(dtype), y.astype(dtype))
+        return _dot(subscripts, x, y, dtype, result, stored)
+    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def _dot(subscripts: str, x: Array, y: Array, dtype: str) -> Array:
-    return _einsum(subscripts, x.astype(dtype), y.astype(dtype))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
+def _dot(subscripts: str, x: Array, y: Array, dtype: str, result: str, stored: PartitionSpec | None) -> Array:
+    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result)
 
 
-def _einsum(subscripts: str, x: Array, y: Array) -> Array:
+def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32") -> Array:
     # HIGHEST keeps float32 from being rounded to TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.float32)
+    # Devices exchange a product's sums in the type that the product itself returns.
+    summed = result if is_distributed(x) else "float32"
+    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.dtype(summed)).astype(result)
 
 
-def _dot_forward(subscripts, x, y, dtype):
+def _dot_forward(subscripts, x, y, dtype, result, stored):
     # Dtypes are passed as empty arrays, because residuals must be arrays.
     types = jnp.empty(0, x.dtype), jnp.empty(0, y.dtype)
-    operands = x.astype(dtype), y.astype(dtype)
-    # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product.
-    return _einsum(subscripts, *operands), (*operands, *types)
+    x, y = x.astype(dtype), y.astype(dtype)
+    # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product. What is kept
+    # is the part of y, not all of it.
+    return _einsum(subscripts, x, gathered(y, stored), result), (x, y, *types)
 
 
-def _dot_backward(subscripts, dtype, residuals, g):
+def _dot_backward(subscripts, dtype, result, stored, residuals, g):
     x, y, x_type, y_type = residuals
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")
     g = g.astype(dtype)
-    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype)
+    x_result = "bfloat16" if x_type.dtype == jnp.bfloat16 else "float32"
+    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype, result=x_result, stored=stored)
     summed = "".join(i for i in out if i in x_indices and i not in y_indices)
     # Several axes to sum over become one ("BTO,BTD->OD" becomes "BO,BD->OD"): XLA on a CPU then transposes g inside the
     # product, instead of making a transposed copy. On several devices, merging axes would gather the arrays.
@@ -77,7 +101,7 @@ def _dot_backward(subscripts, dtype, residuals, g):
 
     # On several devices a layout constraint would gather the array.
     cpu = dy_elsewhere if is_distributed(g) else dy_on_cpu
-    dy = lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere)
+    dy = scattered(lax.platform_dependent(g, x, cpu=cpu, default=dy_elsewhere), stored)
     return dx.astype(x_type.dtype), dy.astype(y_type.dtype)
 
 
@@ -85,34 +109,40 @@ _dot.defvjp(_dot_forward, _dot_backward)
 
 
 class Matrix(NamedTuple):
-    """A parameter matrix `[*out, D]` and, if it is int8, one scale per row, `[*out]`."""
+    """A parameter matrix `[*out, D]`; if it is int8, one scale per row, `[*out]`; and its layout on a mesh, as in
+    `dot`."""
 
     weight: Array
     scale: Array | None
+    stored: PartitionSpec | None = None
 
 
-def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig) -> Array:
-    """x W^T in float32, `[B, T, *out]`.
+def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig, result: str = "float32") -> Array:
+    """x W^T, `[B, T, *out]`, of type `result`.
 
     Operands are rounded to `compute.dtype`, except that an int8 W is exact in either. On a CPU, few rows of x use a
     specialised form (`jaxgpt.cpu.products`).
     """
-    weight, scale = matrix
+    weight, scale, stored = matrix
     out, D = weight.shape[:-1], weight.shape[-1]
     if len(out) == 2 and scale is None and is_distributed(weight):
         # If the weight's first axes were merged, XLA would gather the whole weight in the backward pass.
-        return dot("BTD,NOD->BTNO", x_BxTxD, weight, compute.dtype, compute.custom_derivatives)
+        custom = compute.custom_derivatives
+        return dot("BTD,NOD->BTNO", x_BxTxD, weight, compute.dtype, custom, result=result, stored=stored)
     # One product whatever the number of output axes; otherwise XLA on CPU transposes the weight.
     scale_O = None if scale is None else scale.reshape(-1)
-    y_BxTxO = _flat_product(x_BxTxD, weight.reshape(-1, D), compute)
+    y_BxTxO = _flat_product(x_BxTxD, weight.reshape(-1, D), compute, result, stored if len(out) == 1 else None)
     if scale_O is not None:
-        y_BxTxO = y_BxTxO * widen(scale_O, y_BxTxO)
+        y_BxTxO = (y_BxTxO.astype(jnp.float32) * widen(scale_O, y_BxTxO)).astype(result)
     return y_BxTxO.reshape(*x_BxTxD.shape[:2], *out)
 
 
-def _flat_product(x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig) -> Array:
+def _flat_product(
+    x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig, result: str, stored: PartitionSpec | None
+) -> Array:
     def plain(x_BxTxD: Array, weight_OxD: Array) -> Array:
-        return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, compute.custom_derivatives)
+        custom = compute.custom_derivatives
+        return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, custom, result=result, stored=stored)
 
     rows = math.prod(x_BxTxD.shape[:2])
     distributed = is_distributed(weight_OxD) or is_distributed(x_BxTxD)
@@ -120,7 +150,11 @@ def _flat_product(x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig) -> 
     on_cpu = products.few_rows_product(rows, weight_OxD, compute.dtype, native_kernel)
     if on_cpu is None:
         return plain(x_BxTxD, weight_OxD)
-    return lax.platform_dependent(x_BxTxD, weight_OxD, cpu=on_cpu, default=plain)
+
+    def cpu(x_BxTxD: Array, weight_OxD: Array) -> Array:
+        return on_cpu(x_BxTxD, weight_OxD).astype(result)
+
+    return lax.platform_dependent(x_BxTxD, weight_OxD, cpu=cpu, default=plain)
 
 
 def widen(x: Array, like: Array) -> Array:
@@ -149,7 +183,7 @@ def layer_norm(x: Array, scale: Array, shift: Array | None, eps: float, native_k
 
 
 def activation(name: str) -> Callable[[Array], Array]:
-    """The elementwise function behind `GPTConfig.activation`.
+    """The elementwise function behind `GPTConfig.activation`, computed in float32 and returned in its argument's type.
 
     "gelu_tanh" is 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), the form GPT-2 was trained with; "gelu" is
     x times the standard normal CDF, computed with erf (Hendrycks & Gimpel 2016); "silu", from there too, is x times the
@@ -162,7 +196,7 @@ def activation(name: str) -> Callable[[Array], Array]:
         "silu": jax.nn.silu,
         "tanh": jnp.tanh,
     }
-    return functions[name]
+    return lambda x: functions[name](x.astype(jnp.float32)).astype(x.dtype)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -172,7 +206,8 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 def keep(x: Array, mask: Array, rate: float) -> Array:
     """x where the mask of `dropout_mask` keeps it, scaled up by 1 / (1 - rate); else 0."""
-    return jnp.where(mask, x * jnp.float32(2**16 / (2**16 - _dropped(rate))), jnp.float32(0))
+    kept = x.astype(jnp.float32) * jnp.float32(2**16 / (2**16 - _dropped(rate)))
+    return jnp.where(mask, kept, jnp.float32(0)).astype(x.dtype)
 
 
 def _dropped(rate: float) -> int:

@@ -8,6 +8,7 @@ from .mesh import AXES as AXES
 from .mesh import BATCH as BATCH
 from .mesh import MeshConfig as MeshConfig
 from .sharding import divides as divides
+from .sharding import gathered as gathered
 from .sharding import is_distributed as is_distributed
 from .sharding import lay as lay
 from .sharding import layout as layout
@@ -15,5 +16,7 @@ from .sharding import make_mesh as make_mesh
 from .sharding import per_device as per_device
 from .sharding import platform as platform
 from .sharding import replicate as replicate
+from .sharding import scattered as scattered
 from .sharding import shard as shard
+from .sharding import stored_layout as stored_layout
 from .sharding import to_device as to_device

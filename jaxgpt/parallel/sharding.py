@@ -6,7 +6,8 @@ inputs and, where it would have to guess, of a few activations. The mesh has thr
     data     replicas of the model, each with its part of the batch
     fsdp     parts of the batch too; parameters and optimizer state are spread over them and gathered for use
              (ZeRO-3: Rajbhandari et al. 2020)
-    tensor   attention heads, feed-forward columns and vocabulary (Shoeybi et al. 2019)
+    tensor   attention heads, feed-forward columns and vocabulary (Shoeybi et al. 2019); between the blocks, positions
+             (Korthikanti et al. 2022)
 """
 
 from __future__ import annotations
@@ -109,6 +110,11 @@ def _spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     return P()
 
 
+def stored_layout(name: str) -> P | None:
+    """The layout of the matrix with this path, without stacked layers; None for one that has no rule."""
+    return next((spec for pattern, spec in RULES if fits(pattern, name)), None)
+
+
 def fits(pattern: str, name: str) -> bool:
     """Whether a rule's pattern fits the parameter with this path."""
     return re.search(rf"(^|/){pattern}$", name) is not None
@@ -195,6 +201,7 @@ LETTERS: dict[str, str | tuple[str, ...] | None] = {
     "H": "tensor",  # heads
     "F": "tensor",  # columns of the feed-forward layer
     "V": "tensor",  # the vocabulary
+    "P": "tensor",  # positions of the residual stream between the blocks (Korthikanti et al. 2022, section 4.2.2)
     "W": "tensor",  # the width of an embedding table, where its rows are looked up
     **dict.fromkeys("TSDKCR"),  # everything else is whole: positions, slots, widths, chunks, a table's rows
 }
@@ -203,7 +210,7 @@ LETTERS: dict[str, str | tuple[str, ...] | None] = {
 def lay(x: Array, letters: str) -> Array:
     """x with its axes laid out over its mesh by their letters; x itself if it is on one device.
 
-    An axis with fewer elements than parts stays whole.
+    An axis with fewer elements than parts stays whole, and so do positions that the parts do not divide.
     """
     mesh = jax.typeof(x).sharding.mesh
     if mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):  # a mesh of the caller's own is the caller's to lay out
@@ -211,10 +218,34 @@ def lay(x: Array, letters: str) -> Array:
     return lax.with_sharding_constraint(x, NamedSharding(mesh, layout(x.shape, letters, mesh)))
 
 
+def gathered(weight: Array, stored: P | None) -> Array:
+    """A weight as products take it: whole along "fsdp". `stored` is its layout; without one nothing changes."""
+    used = None if stored is None else P(*(None if axes == "fsdp" else axes for axes in stored))
+    return _constrain(weight, used)
+
+
+def scattered(gradient: Array, stored: P | None) -> Array:
+    """The gradient of a weight, summed over all rows of the batch, in the layout in which the weight is stored. In two
+    steps, which XLA makes one reduce-scatter: left to itself, it may pass partial sums round a ring."""
+    return _constrain(gathered(gradient, stored), stored)
+
+
+def _constrain(x: Array, spec: P | None) -> Array:
+    mesh = jax.typeof(x).sharding.mesh
+    if spec is None or mesh.size == 1 or not set(AXES) <= set(mesh.axis_names):
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def layout(shape: tuple[int, ...], letters: str, mesh: Any) -> P:
     """The layout that `lay` gives an array of this shape."""
-    axes = [LETTERS[letter] for letter in letters]
-    return P(*(part if size >= _size(mesh, part) else None for size, part in zip(shape, axes, strict=True)))
+
+    def place(size: int, letter: str) -> str | tuple[str, ...] | None:
+        parts = _size(mesh, LETTERS[letter])
+        # Unequal parts of positions would be exchanged at every norm.
+        return None if size < parts or (letter == "P" and size % parts) else LETTERS[letter]
+
+    return P(*(place(*axis) for axis in zip(shape, letters, strict=True)))
 
 
 def divides(x: Array, letters: str) -> bool:

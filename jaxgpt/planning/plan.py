@@ -145,8 +145,9 @@ def model_flops(config: TrainConfig) -> int:
     return 3 * accounting.forward_flops(config.model, config.batch_size, config.T).total
 
 
-# How far the formulae for training are at most from the compiled programs of docs/scaling.md's eight sizes.
-ANALYTIC_ERROR = {"memory": 0.24, "tokens_per_s": 0.18}
+# How far the formulae for training are at most from the compiled programs of docs/scaling.md whose exchanges they
+# describe: those of 760M to 13B.
+ANALYTIC_ERROR = {"memory": 0.22, "tokens_per_s": 0.18}
 
 
 class Kernel(NamedTuple):
@@ -170,10 +171,6 @@ class Kernel(NamedTuple):
 KERNELS = {"splash": Kernel(512, 128, 7, True), "cudnn": Kernel(128, 1, 5, False)}
 # Queries that `model.attention.blocked` takes at a time.
 QUERY_BLOCK = 128
-# XLA's partitioner passes a weight's parts round a ring, instead of gathering it, if there are at most so many:
-# `max_windowed_einsum_iteration` in xla/service/spmd/spmd_partitioner.h. For GPUs it does not: there the weights would
-# have to be larger than `xla_gpu_threshold_for_windowed_einsum_mib`, 100 GB.
-RING = 32
 # On-chip memory, where XLA keeps what fits: v5e's, by "How to Scale Your Model", part 2; taken for all chips.
 VMEM = 128 * 2**20
 
@@ -183,19 +180,21 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     per shard of the batch.
 
     Memory: parameters 4 P / (f t), Adam's moments 8 P / (f t), gradients 4 P / (f t); for each layer its input,
-    4 rows T D, and except with remat "block" the results of its products too; the activations inside the widest layer;
-    four blocks of attention's scores, unless a kernel keeps them on the chip; and the logits twice.
+    rows T D / t, and except with remat "block" the results of its products too, in the activations' type; the
+    activations inside the widest layer; four blocks of attention's scores, unless a kernel keeps them on the chip; and
+    the logits twice.
 
     Operations: the linear layers' as `accounting.training_flops` counts them. Attention's are those of the blocks that
-    are not wholly masked: two products forward, and five backward, which recompute the scores; the kernel's two
-    backward passes recompute them twice, with seven products.
+    are not wholly masked: two products forward, and five backward, which recompute the scores; Splash's two backward
+    passes recompute them twice, with seven products.
 
     HBM: `_hbm_bytes`.
 
     Communication: over f, weights are gathered once forward and once backward in the compute
-    dtype, and gradients are scattered in float32; over d, gradients are reduced; over t, each layer reduces
-    [rows, T, D] in float32 twice forward, twice backward, and once more if the backward pass recomputes the block
-    (Narayanan et al. 2021, section 2.3).
+    dtype, and gradients are scattered in float32; over d, gradients are reduced; over t, each layer gathers and
+    scatters [rows, T, D] in the activations' type twice forward and twice backward, and if the backward pass recomputes
+    the block gathers it twice and scatters it once more (Korthikanti et al. 2022, section 4.2.2): together they send
+    what as many all-reduces would.
     """
     model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
     L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
@@ -203,23 +202,25 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     item = accounting.DTYPE_BYTES[compute.dtype]
     tokens, shard, micro = rows * T, P / (f * t), config.grad_accumulation
     products = (5 * D + F) / t
-    kept = tokens * 4 * (D + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
+    act = accounting.DTYPE_BYTES[compute.activation_dtype]
+    kept = (
+        tokens * act * (D / t + (0 if compute.remat == "block" else products * (1 if compute.remat == "dots" else 2)))
+    )
     logits, layer = rows * _positions(config) * V / t * 4, (P / L) * item / t
     kernel = KERNELS.get(attention(config, topology.platform))
     scores = 0 if kernel else rows * model.n_heads / t * min(QUERY_BLOCK, T) * T * 4
-    partial = 2 * tokens * F / t * 4 if _ring(f, topology.platform) else 0
     memory = {
         "parameters": 4 * shard,
         "optimizer": 8 * shard,
         "gradients": 4 * shard,
-        "activations": L * kept + tokens * 4 * (3 * D + 2 * products) + 2 * logits + 2 * layer + 4 * scores + partial,
+        "activations": L * kept + tokens * act * (3 * D + 2 * products) + 2 * logits + 2 * layer + 4 * scores,
     }
-    passes = 4 if compute.remat == "block" else 3
+    exchanges = 11 if compute.remat == "block" else 8
     sent = {
         "all-gather": (2 * micro * (f - 1) / f * P / t * item, "fsdp"),
         "reduce-scatter": (micro * (f - 1) / f * P / t * 4, "fsdp"),
         "all-reduce": (2 * (d - 1) / d * 4 * shard, "data"),
-        "all-reduce (tensor)": (micro * (passes + 1) * L * 2 * (t - 1) / t * tokens * D * 4, "tensor"),
+        "gather and scatter (tensor)": (micro * exchanges * L * (t - 1) / t * tokens * D * act, "tensor"),
     }
     linear = accounting.training_flops(model, config.batch_size, T, compute.remat).linear
     forwards = 1 if compute.remat == "none" else 2
@@ -229,22 +230,15 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
     return _analytic(config, topology, memory, (linear + scored) / (d * f * t), hbm_bytes, sent)
 
 
-def _ring(fsdp: int, platform: str) -> int:
-    """Chips round which XLA passes the parts of a weight, or 0."""
-    return fsdp if platform == "tpu" and 1 < fsdp <= RING else 0
-
-
 def _hbm_bytes(config: TrainConfig, platform: str = "tpu") -> float:
     """Bytes that a chip reads and writes in HBM per training step. The optimizer reads and writes parameters and
     moments, and reads gradients: 28 bytes per parameter. The rest happens per micro-batch and pass (forward,
     recomputation, and backward, which counts twice):
 
     - weights are written when gathered, and read;
-    - a layer's input, its norms' results and its products' results are written and read, in float32;
+    - a layer's input, its norms' results and its products' results are written and read, in the activations' type;
     - attention: `_attention_bytes`;
-    - logits are written, and read for their sum and for the two gradients; each chunk of them adds to the head's;
-    - where weights go round a ring of f chips, the sums of those products that contract the divided axis (forward of
-      qkv and fc_in, backward of out_proj and fc_out) are read or written f times.
+    - logits are written, and read for their sum and for the two gradients; each chunk of them adds to the head's.
     """
     model, compute, (d, f, t) = config.model, config.compute, config.mesh.resolve(0)
     L, D, F, V, T = model.n_layers, model.emb_dim, model.ffn_dim, model.vocab_size, config.T
@@ -252,15 +246,15 @@ def _hbm_bytes(config: TrainConfig, platform: str = "tpu") -> float:
     passes = 4 if compute.remat == "block" else 3
     tokens = rows * T
     weights = 2 * passes * P / t * accounting.DTYPE_BYTES[compute.dtype]
-    block = 2 * passes * L * tokens * (2 * D + (5 * D + F) / t) * 4
+    act = accounting.DTYPE_BYTES[compute.activation_dtype]
+    block = 2 * passes * L * tokens * (2 * D + (5 * D + F) / t) * act
     chunks = math.ceil(T / _positions(config))
     loss = 4 * tokens * V / t * 4 + 2 * chunks * V * D / t * 4
-    ring = _ring(f, platform) * L * tokens * (4 * D + 2 * F) / t * 4
     scores = _attention_bytes(config, platform)
-    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + scores + loss + ring)
+    return 28 * P / (f * t) + config.grad_accumulation * (weights + block + scores + loss)
 
 
-def _attention_bytes(config: TrainConfig, platform: str = "tpu") -> float:
+def _attention_bytes(config: TrainConfig, platform: str) -> float:
     """Bytes that attention reads and writes in HBM per micro-batch.
 
     Block by block: scores are three times written or read in float32 per forward pass, to make them, to sum their

@@ -184,7 +184,11 @@ def _scan_chunks_forward(compute, x_xBxCxD, head_VxD, labels_xBxC):
 
 def _scan_chunks_backward(compute, residuals, g):
     dx_xBxCxD, dhead_VxD = residuals
-    return dx_xBxCxD * g[0], (dhead_VxD * g[0]).astype(dhead_VxD.dtype), None
+    return (
+        (dx_xBxCxD.astype(jnp.float32) * g[0]).astype(dx_xBxCxD.dtype),
+        (dhead_VxD * g[0]).astype(dhead_VxD.dtype),
+        None,
+    )
 
 
 _scan_chunks.defvjp(_scan_chunks_forward, _scan_chunks_backward)

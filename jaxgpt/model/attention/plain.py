@@ -50,7 +50,7 @@ def attention_weights(
 
 def scaled(q_BxHxTxK: Array, scale: float | Array | None) -> Array:
     """The queries times the scores' scale: fewer products than with the scores, in float32, before any rounding."""
-    return q_BxHxTxK * (q_BxHxTxK.shape[-1] ** -0.5 if scale is None else scale)
+    return q_BxHxTxK.astype(jnp.float32) * (q_BxHxTxK.shape[-1] ** -0.5 if scale is None else scale)
 
 
 def visible_slots(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
