@@ -254,7 +254,7 @@ def _hbm_bytes(config: TrainConfig, platform: str = "tpu") -> float:
     return 28 * P / (f * t) + config.grad_accumulation * (weights + block + scores + loss)
 
 
-def _attention_bytes(config: TrainConfig, platform: str) -> float:
+def _attention_bytes(config: TrainConfig, platform: str = "tpu") -> float:
     """Bytes that attention reads and writes in HBM per micro-batch.
 
     Block by block: scores are three times written or read in float32 per forward pass, to make them, to sum their
