@@ -11,6 +11,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -117,6 +118,18 @@ def test_code_on_the_page_is_not_cut(page):
     # What fits between the two bars of the documentation, where they leave the least: `ruff format --line-length 84`.
     code = "".join(code for code, _ in BLOCK.findall(page.read_text(encoding="utf-8")))
     assert [line for line in code.splitlines() if len(line) > 84] == []
+
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("example", [exhaustive(path, id=path.stem) for path in EXAMPLES])
+def test_the_command_of_an_example_runs(example):
+    _, *command = shlex.split(re.findall(r"^    (python examples/.*)$", example.read_text(encoding="utf-8"), re.M)[0])
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True, text=True)
+    numbers = [float(number) for number in re.findall(r"\d+\.\d+", done.stdout)]
+    assert len(numbers) >= 3
+    assert numbers == sorted(numbers, reverse=True)  # the loss falls; the likest line comes first
 
 
 @pytest.mark.parametrize("page", PAGES, ids=str)

@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         from jaxgpt.pictures import write_comparison, write_pictures
 
         name = Path(args.model).resolve().name
-        if other is None:
+        if inside is None or other is None:
             page, *pictures = write_pictures(args.plot, name, config, inside, args.prompt)
         else:
             names = (args.model, args.against)  # in full, because two checkpoints often have one name

@@ -100,8 +100,8 @@ def _opened(path_or_name: Any) -> Any:
     """A run's directory as an open checkpoint; anything else as it is."""
     if not isinstance(path_or_name, (str, os.PathLike)) or path_or_name in weights.BUNDLED:
         return path_or_name
-    if bucket_url(path_or_name):
-        return _checkpoint(Run(path_or_name), "best")
+    if url := bucket_url(path_or_name):
+        return _checkpoint(Run(url), "best")
     with contextlib.suppress(OSError):  # a name that no file can have
         path = local(path_or_name)
         if (path / "run.json").is_file() and not (path / "config.json").exists():
