@@ -118,7 +118,7 @@ def generate(
             were repeated as often, but each is read only once.
         logprobs: report the log-probability of each new id, and of so many likeliest ones, before and after the
             sampler; None for none, which costs nothing.
-        lookup: for one row, with the kernel of `jaxgpt build-kernel`: the most ids to read at once, from 2 to 8; None
+        lookup: for one row, with the kernel of `jaxgpt build-kernel`: the most ids to read at once, from 2 to 32; None
             for one at a time. The same ids result, sooner where the text repeats itself or its prompt: ids that
             followed the same words before are guessed, and several guesses are checked in one reading of the weights
             (`jaxgpt.generation.lookup`). Past the context, every token is drawn alone.
