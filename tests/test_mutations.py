@@ -136,15 +136,15 @@ def test_a_wrong_activation_is_seen(wrong, error, monkeypatch):
 
 
 def transposed_where_square(dot):
-    def wrong(subscripts, x, y, *more):
+    def wrong(subscripts, x, y, *more, **options):
         square_weight = subscripts == "BTD,OD->BTO" and y.shape[0] == y.shape[1]
-        return dot(subscripts, x, y.T if square_weight else y, *more)
+        return dot(subscripts, x, y.T if square_weight else y, *more, **options)
 
     return wrong
 
 
 def products_in_bfloat16(dot):
-    return lambda subscripts, x, y, dtype, *more: dot(subscripts, x, y, "bfloat16", *more)
+    return lambda subscripts, x, y, dtype, *more, **options: dot(subscripts, x, y, "bfloat16", *more, **options)
 
 
 @pytest.mark.parametrize("mistake", [transposed_where_square, products_in_bfloat16])

@@ -391,8 +391,11 @@ def test_two_models_are_compared_on_the_same_text(read, tmp_path):
     np.testing.assert_allclose([bar.get_width() for bar in figure.axes[2].patches], bits, rtol=1e-4)
     (told, *_) = readouts(page)
     assert [name for name, *_ in told["tiles"]] == ["a", "b <c>"]
-    came = f"{labels[5]} came: {second.true_probabilities_NxS[-1, 4]:.2%}"
-    assert told["texts"][3 * (T + 4)] == f"{tops[1][-1][4][0]} {second.top_probabilities_NxTxK[-1, 4, 0]:.2%}; {came}"
+    came = f"{labels[5]} came: {readout.percent(second.true_probabilities_NxS[-1, 4])}"
+    assert (
+        told["texts"][3 * (T + 4)]
+        == f"{tops[1][-1][4][0]} {readout.percent(second.top_probabilities_NxTxK[-1, 4, 0])}; {came}"
+    )
     with pytest.raises(ValueError, match="have not read the same ids"):
         report.write_comparison(tmp_path, ("a", "b"), config, (first, look_inside(*make_model(BYTES), [1])), PROMPT)
 
