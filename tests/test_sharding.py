@@ -229,7 +229,8 @@ def test_a_checkpoint_resumes_on_other_devices(tmp_path):
         shutil.copytree(tmp_path / first, copy, ignore=lambda _, names: {"4"} & set(names))
         result = train(configs[then], tokens(), copy, resume=True)
         assert result.step == 4
-        assert_close(result.params, written["1"])
+        # Adam divides by the size of a gradient, so where that is almost 0, other rounding changes a step.
+        assert_close(result.params, written["1"], atol=5e-5)
 
 
 @pytest.mark.parametrize(
