@@ -100,10 +100,11 @@ def test_thousands_of_ids_are_the_same(built, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_texts_of_the_bundled_model_are_the_same(built, dtype):
     model, params = prepare(*load("shakespeare"), dtype)
+    looked_up = 0
     for prompt in ("ROMEO:\nO Juliet, Juliet, O Juliet", "KING RICHARD III:\nWhat, what, what"):
-        for options in ({}, {"temperature": 0.7, "top_k": 20, "seed": 5}):
-            got = assert_same(model, params, list(prompt.encode()), 210, **options)
-            assert got.looked_up > 0
+        for options in ({"lookup": 3}, {"temperature": 0.7, "top_k": 20, "seed": 5}):
+            looked_up += assert_same(model, params, list(prompt.encode()), 210, **options).looked_up
+    assert looked_up > 0
 
 
 @needs_compiler
