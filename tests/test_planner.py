@@ -238,6 +238,7 @@ def test_formulae_of_a_training_step_on_a_gpu():
     overrides = ("model.drop_rate=0", "compute.remat=none", "loss_chunk=0")
     config, topology = plan_of("gpt2", "h100:1", None, *overrides, batch=32)
     assert planner.attention(config, "gpu") == "cudnn"
+    assert planner.attention(dataclasses.replace(config, separate_documents=True), "gpu") == "blocked"
     cost = planner.analytic_training(config, topology)
     P, tokens, T = 124_439_808, 32 * 1024, 1024
     assert cost.memory["parameters"] == 4 * P

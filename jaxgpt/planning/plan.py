@@ -126,10 +126,9 @@ def attention(config: TrainConfig, platform: str = "tpu") -> str:
     Raises:
         ConfigError: if the config asks for one that cannot compute it.
     """
-    from jaxgpt.model import backend_of
+    from jaxgpt.training import attention_backend
 
-    rows, dropout = config.batch_size // config.grad_accumulation, config.model.drop_rate_attn > 0
-    return backend_of(config.model, config.compute, rows, config.T, dropout, _mesh(config, platform))
+    return attention_backend(config, _mesh(config, platform))
 
 
 def _mesh(config: TrainConfig, platform: str = "tpu") -> Any:

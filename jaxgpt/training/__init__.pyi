@@ -20,6 +20,7 @@ from .models import load_run as load_run
 from .rehearsal import dry_run as dry_run
 from .run_directory import Run as Run
 from .step import abstract_state as abstract_state
+from .step import attention_backend as attention_backend
 from .step import init_state as init_state
 from .step import jit_step as jit_step
 from .step import make_step as make_step

@@ -19,7 +19,6 @@ from jaxgpt.errors import ConfigError
 from jaxgpt.fields import to_table
 from jaxgpt.files import local
 from jaxgpt.generation import encode_prompt
-from jaxgpt.model import backend_of
 from jaxgpt.parallel import sharding
 from jaxgpt.tokenizer import NONE
 from jaxgpt.training import trainable
@@ -27,6 +26,7 @@ from jaxgpt.training.batches import check_enough
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.models import OWN_FIELDS, load_config
 from jaxgpt.training.packing import separator_id
+from jaxgpt.training.step import attention_backend
 from jaxgpt.training.storage import bucket_url
 from jaxgpt.weights import BUNDLED
 
@@ -138,21 +138,11 @@ def first_line(
     what = f"training {preset}" if init_from is None else f"fine-tuning {init_from}"
     resuming = f"resuming at step {start:,} of {config.steps:,}, " if start else ""
     devices = f"{mesh.size} devices ({config.mesh})" if mesh is not None else f"1 device ({jax.default_backend()})"
-    rows = config.batch_size // config.grad_accumulation
-    attention = backend_of(
-        model,
-        config.compute,
-        rows,
-        config.T,
-        dropout=model.drop_rate_attn > 0,
-        mesh=mesh,
-        documents=config.separate_documents,
-    )
     return (
         f"{resuming}{what}: {model.n_layers} layers of width {model.emb_dim:,}, context {model.context_length:,}, "
         f"{count:,} parameters{_trained(config)}, tokenizer {model.tokenizer}; {len(train_data):,} tokens to train on, "
-        f"{val_tokens:,} to validate; {devices}, attention {attention}; {_per_step(config)} per step, {config.steps:,} "
-        f"steps: {_epochs(config, train_data)}"
+        f"{val_tokens:,} to validate; {devices}, attention {attention_backend(config, mesh)}; {_per_step(config)} per "
+        f"step, {config.steps:,} steps: {_epochs(config, train_data)}"
     )
 
 

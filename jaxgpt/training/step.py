@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.generation import as_key
-from jaxgpt.model import GPT
+from jaxgpt.model import GPT, backend_of
 from jaxgpt.parallel import sharding
 from jaxgpt.training import trainable
 from jaxgpt.training.config import TrainConfig
@@ -99,6 +99,17 @@ def eval_params(config: TrainConfig, state: TrainState, average: bool = True) ->
 def _jit_whole(config: TrainConfig, mesh: Mesh | None) -> Any:
     layout = None if mesh is None else sharding.shardings(mesh, abstract_state(config)["frozen"])
     return jax.jit(functools.partial(trainable.whole, config), out_shardings=layout)
+
+
+def attention_backend(config: TrainConfig, mesh: Any) -> str:
+    """The backend of attention that a step uses on a mesh, or None for one device; nothing is computed.
+
+    Raises:
+        ConfigError: if the config asks for one that cannot compute it.
+    """
+    rows, dropout = config.batch_size // config.grad_accumulation, config.model.drop_rate_attn > 0
+    documents = config.separate_documents
+    return backend_of(config.model, config.compute, rows, config.T, dropout, mesh, documents)
 
 
 def make_step(config: TrainConfig) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
