@@ -1,14 +1,15 @@
 """What a picture on the page tells about the place under the pointer: the grid of its cells, and a text or number each.
 
 A picture holds one table of cells, or several of one shape (a map per head). Positions and sizes are fractions of the
-picture, from its top left, so that they hold at any size.
+picture, from its top left, so that they hold at any size. Of several figures, each readout is made when it is asked
+for, once its figure has been laid out.
 """
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,9 +59,9 @@ def attention(figure: Figure, inside: Inside, layer: int, labels: Sequence[str])
     return Readout(tiles, width, height, rows, columns, weights=base64.b64encode(quantised.tobytes()).decode())
 
 
-def next_tokens(figures: Sequence[Figure], inside: Inside, labels: Sequence[str], top_labels: Any) -> list[Readout]:
+def next_tokens(figures: Sequence[Figure], inside: Inside, labels: Sequence[str], top_labels: Any) -> Iterator[Readout]:
     """Of the figures that `reading.next_tokens` draws, each with the positions that follow those of the one before."""
-    result, start = [], 0
+    start = 0
     for figure in figures:
         R, K = _drawn(figure.axes[0]).shape
         texts = [
@@ -69,9 +70,8 @@ def next_tokens(figures: Sequence[Figure], inside: Inside, labels: Sequence[str]
             for k in range(K)
         ]
         rows = [f"after {t} {labels[t]}" for t in range(start, start + R)]
-        result.append(_table(figure, rows, [f"no. {k + 1}" for k in range(K)], texts))
+        yield _table(figure, rows, [f"no. {k + 1}" for k in range(K)], texts)
         start += R
-    return result
 
 
 def comparison(
@@ -80,9 +80,9 @@ def comparison(
     insides: Sequence[Inside],
     labels: Sequence[str],
     top_labels: Sequence[Any],
-) -> list[Readout]:
+) -> Iterator[Readout]:
     """Of the figures that `reading.comparison` draws. Each cell also tells what its model thinks of what came."""
-    result, start, T = [], 0, len(labels)
+    start, T = 0, len(labels)
     for figure in figures:
         tiles, texts = [], []
         for axes, name, inside, tops in zip(figure.axes[:2], names, insides, top_labels, strict=True):
@@ -95,14 +95,13 @@ def comparison(
                     f"{tops[-1][t][k]} {percent(inside.top_probabilities_NxTxK[-1, t, k])}{came}" for k in range(K)
                 ]
         rows = [f"after {t} {labels[t]}" for t in range(start, start + R)]
-        result.append(Readout(tiles, width, height, rows, [f"no. {k + 1}" for k in range(K)], texts=texts))
+        yield Readout(tiles, width, height, rows, [f"no. {k + 1}" for k in range(K)], texts=texts)
         start += R
-    return result
 
 
-def lens(figures: Sequence[Figure], inside: Inside, labels: Sequence[str], top_labels: Any) -> list[Readout]:
+def lens(figures: Sequence[Figure], inside: Inside, labels: Sequence[str], top_labels: Any) -> Iterator[Readout]:
     """Of the figures that `reading.lens` draws: the likeliest tokens at each place, from the top row down."""
-    result, start = [], 0
+    start = 0
     K = inside.top_ids_NxTxK.shape[2]
     for figure in figures:
         N, C = _drawn(figure.axes[0]).shape
@@ -112,9 +111,8 @@ def lens(figures: Sequence[Figure], inside: Inside, labels: Sequence[str], top_l
             for t in range(start, start + C)
         ]
         columns = [f"having read {t} {labels[t]}" for t in range(start, start + C)]
-        result.append(_table(figure, [place_name(n, N) for n in reversed(range(N))], columns, texts))
+        yield _table(figure, [place_name(n, N) for n in reversed(range(N))], columns, texts)
         start += C
-    return result
 
 
 def percent(p: float) -> str:

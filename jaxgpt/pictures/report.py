@@ -195,11 +195,12 @@ def _attention(config: GPTConfig, inside: Inside, layer: int, labels: Sequence[s
 
 
 def _numbered(
-    name: str, figures: Sequence[Figure], words: str, tell: Callable[[Sequence[Figure]], Sequence[Readout]]
+    name: str, figures: Sequence[Figure], words: str, tell: Callable[[Sequence[Figure]], Iterator[Readout]]
 ) -> Iterator[Picture]:
+    readouts = tell(figures)
     for i, figure in enumerate(figures):
         numbered = name if len(figures) == 1 else f"{name}-{i + 1}"
-        yield numbered, figure, words, functools.partial(lambda i: tell(figures)[i], i)
+        yield numbered, figure, words, functools.partial(next, readouts)
 
 
 def _next_in_words(labels: Sequence[str], top_labels: Sequence) -> str:
