@@ -16,7 +16,7 @@ from jaxgpt.tokenizer import BUILTIN, NAME_FORM, is_name
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
-ATTENTION = ("auto", "reference", "blocked", "cudnn", "splash")
+ATTENTION = ("auto", "reference", "blocked", "mkl", "cudnn", "splash")
 
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
@@ -241,10 +241,10 @@ class ComputeConfig:
         "auto",
         choices=ATTENTION,
         help="What computes attention: plain XLA (reference), XLA in blocks of queries (blocked), or one kernel, "
-        "cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name raises where it cannot "
-        "compute what is needed: the kernels have no float32 and no dropout of the attention weights, and Splash no "
-        "decoding with a cache. The default, auto, takes the platform's kernel for whole sequences wherever that can, "
-        "and else blocked.",
+        "with MKL on CPUs (mkl), cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name "
+        "raises where it cannot compute what is needed: cuDNN and Splash have no float32 and no dropout of the "
+        "attention weights, and mkl and Splash no decoding with a cache. The default, auto, takes the platform's "
+        "kernel for whole sequences wherever that can, and else blocked.",
     )
     native_kernel: bool = setting(
         False,

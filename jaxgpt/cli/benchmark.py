@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         MissingExtraError: for --peers if none is installed.
     """
     from jaxgpt import planning
-    from jaxgpt.cpu import kernel
+    from jaxgpt.cpu import kernel, sequences
     from jaxgpt.errors import MissingExtraError
     from jaxgpt.measuring import benchmark
     from jaxgpt.measuring import peers as benchmark_peers
@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "matmul_flops_per_s": flops,
         "launch_seconds": launch,
         "native_kernel": kernel.available(),
+        "mkl": any(map(sequences.preferred, ("float32", "bfloat16"))),
         "missing_peers": {},
         "rows": [],
     }
@@ -165,6 +166,8 @@ def _table(report: dict[str, Any]) -> str:
     )
     with console.capture() as capture:
         kernel = "in use" if report["native_kernel"] else "not in use (jaxgpt build-kernel)"
+        if report["mkl"]:
+            kernel += ", with MKL for whole sequences"
         console.print(
             f"{report['preset']} on {report['device']}. "
             f"Limits: reading {report['read_bytes_per_s'] / 1e9:,.1f} GB/s; matrix product {matmul}; starting a "

@@ -1,2 +1,3 @@
 from . import kernel as kernel
 from . import products as products
+from . import sequences as sequences

@@ -2,114 +2,21 @@
 //
 // A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors
 // and, with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the
-// type it is stored in, and each of its cache lines is prefetched well before it is needed. XLA runs attention's
+// type it is stored in, and the rows that come next are prefetched. XLA runs attention's
 // products on one thread; here the threads share the heads. kernel.py builds and loads this file.
 //
 // A row's result has the same bits whatever rows come with it, however many threads there are, and at whatever slot of
 // the cache it starts: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py
 // forbids the compiler to make any itself).
 
-#include <algorithm>
-#include <atomic>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int64_t kLanes = 16, kRegisters = 32;  // floats per vector; vectors that the processor holds
-#else
-constexpr int64_t kLanes = 8, kRegisters = 16;
-#endif
-constexpr int64_t kLine = 64;            // bytes per cache line
-constexpr int64_t kAhead = 4096;         // bytes; 2048 to 8192 measured the same
 constexpr int64_t kBlock = 2 << 20;      // most bytes of W that a thread takes at a time
 constexpr int kMostRows = 32;            // of x
 constexpr int kTile = kRegisters / 4;    // most rows of x at a time
 constexpr int kGroup = 24;               // rows of W that stay in cache for all rows of x
-
-template <typename T, int64_t N = kLanes>
-using Vector [[gnu::vector_size(sizeof(T) * N)]] = T;
-using Floats = Vector<float>;
-
-struct BF16 {
-  uint16_t bits;  // the upper half of a float32
-};
-
-template <typename T>
-inline T Read(const void* p) {
-  T value;
-  std::memcpy(&value, p, sizeof value);
-  return value;
-}
-
-inline Floats Load(const float* p) { return Read<Floats>(p); }
-#if defined(__AVX512F__)
-inline Floats Load(const int8_t* p) { return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Read<__m128i>(p))); }
-inline Floats Load(const BF16* p) {
-  return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(Read<__m256i>(p)), 16);
-}
-inline Floats Fma(Floats a, Floats b, Floats c) { return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
-#elif defined(__AVX2__) && defined(__FMA__)
-inline Floats Load(const int8_t* p) {
-  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-}
-inline Floats Load(const BF16* p) {
-  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(Read<__m128i>(p)), 16);
-}
-inline Floats Fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
-#else
-inline Floats Load(const int8_t* p) {
-  // Doubles the width step by step: GCC makes scalar code of a single wider conversion.
-  const auto wide = __builtin_convertvector(Read<Vector<int8_t>>(p), Vector<int16_t>);
-  return __builtin_convertvector(__builtin_convertvector(wide, Vector<int32_t>), Floats);
-}
-inline Floats Load(const BF16* p) {
-  return (Floats)(__builtin_convertvector(Read<Vector<uint16_t>>(p), Vector<uint32_t>) << 16);
-}
-inline Floats Fma(Floats a, Floats b, Floats c) {
-#ifdef __FP_FAST_FMAF
-  for (int64_t l = 0; l < kLanes; ++l) c[l] = std::fma(a[l], b[l], c[l]);
-  return c;
-#else
-  return a * b + c;
-#endif
-}
-#endif
-
-// The first n of a vector's elements, then zeros.
-template <typename T>
-inline Floats LoadFew(const T* p, int64_t n) {
-  T few[kLanes] = {};
-  std::memcpy(few, p, n * sizeof(T));
-  return Load(few);
-}
-
-template <typename T>
-inline Floats Load(const T* p, int64_t n) {
-  return n >= kLanes ? Load(p) : LoadFew(p, n);
-}
-
-inline void Store(float* p, Floats x, int64_t n) { std::memcpy(p, &x, std::min(n, kLanes) * sizeof(float)); }
-
-inline float Sum(Floats x) {
-  for (int64_t n = kLanes / 2; n > 0; n /= 2)
-    for (int64_t l = 0; l < n; ++l) x[l] += x[l + n];
-  return x[0];
-}
-
-constexpr int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
 
 constexpr int Divisor(int n, int most) {  // of n, the largest up to `most`
   while (n % most != 0) --most;
@@ -132,7 +39,7 @@ void Tile(const float* x, const W* w, float* y, int64_t D, int64_t O) {
   const auto whole = [](const auto* p) { return Load(p); };
   int64_t d = 0;
   for (; d + kPerLine <= D; d += kPerLine) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(reinterpret_cast<const char*>(w + r * D + d) + kAhead);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * D + d);  // the next R rows
     for (int64_t v = 0; v < kPerLine; v += kLanes) step(d + v, whole);
   }
   for (; d + kLanes <= D; d += kLanes) step(d, whole);
@@ -161,23 +68,6 @@ void Block(int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O
       Rows(std::min<int64_t>(kTile, B - b), x + b * D, w, y + b * O, D, O, o, std::min(last, o + kGroup));
 }
 
-// Calls work(i) for i in [0, n) from this thread and the free threads of the pool. A pool thread that starts late
-// finds nothing left, so this never waits for one that has not started: every caller may itself run on the pool.
-template <typename Work>
-void Share(ffi::ThreadPool& pool, int64_t n, const Work& work) {
-  struct Progress {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto progress = std::make_shared<Progress>();
-  const auto take = [progress, n, &work] {
-    for (int64_t i; (i = progress->next.fetch_add(1)) < n; progress->done.fetch_add(1, std::memory_order_release))
-      work(i);
-  };
-  for (int64_t t = std::min(n, pool.num_threads()); t > 1; --t) pool.Schedule([take] { take(); });
-  take();
-  while (progress->done.load(std::memory_order_acquire) < n) std::this_thread::yield();
-}
-
 template <typename W>
 void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
   // Longer stretches are read faster, but every thread should get as much as the others.
@@ -186,19 +76,6 @@ void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float
   const int64_t rows = kGroup * Quotient(O, pieces * kGroup);
   Share(pool, Quotient(O, rows),
         [&](int64_t i) { Block(B, x, w, y, D, O, i * rows, std::min(O, (i + 1) * rows)); });
-}
-
-// exp(x) for x <= 0, to 1e-7 of its value; NaN for NaN. Source: the Cephes library, expf.
-inline Floats Exp(Floats x) {
-  const Floats zero = {}, least = zero - 87.0f, magic = zero + 0x1.8p23f;  // adding `magic` rounds to an integer
-  x = x < least ? least : x;
-  const Floats shifted = Fma(x, zero + 1.44269504f, magic), n = shifted - magic;  // x = n ln 2 + r
-  const Floats r = Fma(n, zero + 2.12194440e-4f, Fma(n, zero - 0.693359375f, x));
-  Floats y = zero + 1.9875691500e-4f;
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    y = Fma(y, r, zero + c);
-  y = Fma(y, r * r, r) + 1.0f;
-  return y * (Floats)(((Vector<int32_t>)shifted << 23) + 0x3f800000);
 }
 
 // Turns n scores into the weights exp(score - the highest score). Returns their sum.

@@ -1,4 +1,5 @@
-"""The optional C++ kernel for the operations of a decode step, `kernel.cc`. Without it, XLA computes the same.
+"""The optional C++ kernel for the operations of a decode step, `kernel.cc`. Without it, XLA computes the same. (It also
+holds `sequences.cc`, which `sequences` calls.)
 
 It is built once, into the user's cache: by `jaxgpt build-kernel`, or without being asked, in the background, by the
 first process that prepares a large model where there is a compiler. From then on the models that `jaxgpt.prepare`
@@ -32,14 +33,22 @@ from jax import Array
 from jaxgpt import startup
 from jaxgpt.errors import KernelError
 
-SOURCE = Path(__file__).with_name("kernel.cc")
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernel.cc", "sequences.cc"))
+HEADER = Path(__file__).with_name("vectors.h")
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-w")
 MOST_ROWS = 32
 # Set to 0 to disable a kernel that was built.
 VARIABLE = "JAXGPT_KERNEL"
 TARGET = "jaxgpt_few_rows"
 # The kernel's functions, by the names that XLA knows them by.
-FUNCTIONS = {TARGET: "JaxgptFewRows", "jaxgpt_attention": "JaxgptAttention", "jaxgpt_layer_norm": "JaxgptLayerNorm"}
+FUNCTIONS = {
+    TARGET: "JaxgptFewRows",
+    "jaxgpt_attention": "JaxgptAttention",
+    "jaxgpt_layer_norm": "JaxgptLayerNorm",
+    "jaxgpt_product": "JaxgptProduct",
+    "jaxgpt_sequence_attention": "JaxgptSequenceAttention",
+    "jaxgpt_sequence_attention_gradients": "JaxgptSequenceAttentionGradients",
+}
 DIRECTORY = "kernel"  # in the user's cache
 
 
@@ -140,7 +149,7 @@ def build() -> Path:
     file = path()
     with tempfile.TemporaryDirectory(dir=startup.private_directory(DIRECTORY)) as work:
         made = Path(work) / file.name
-        command = [compiler, *_chosen()[1:], *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+        command = [compiler, *_chosen()[1:], *FLAGS, "-I", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(made)]
         _run(command, "the compiler failed")
         check_apart(made)
         made.replace(file)
@@ -234,7 +243,7 @@ def _run(command: list[str], failure: str) -> None:
 
 def path() -> Path:
     """Where the kernel is or will be. Its name depends on the source, jaxlib and the flags."""
-    parts = (SOURCE.read_text(encoding="utf-8"), jaxlib.__version__, *FLAGS)
+    parts = (*(file.read_text(encoding="utf-8") for file in (*SOURCES, HEADER)), jaxlib.__version__, *FLAGS)
     digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
     return startup.cache_directory(DIRECTORY) / f"{digest}.so"
 

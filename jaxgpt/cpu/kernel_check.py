@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jaxgpt.cpu import kernel
+from jaxgpt.cpu import kernel, sequences
 from jaxgpt.errors import KernelError
 
 
@@ -32,6 +32,9 @@ def check(file: Path) -> None:
         _check_attention(rng, K, dtype, window)
     for size in (7, 768):
         _check_layer_norm(rng, size)
+    if not sequences.connect(file):
+        for dtype in ("float32", "bfloat16"):
+            _check_sequences(rng, dtype)
 
 
 def attention_in_float64(
@@ -90,8 +93,20 @@ def _check_layer_norm(rng: np.random.Generator, size: int) -> None:
     )
 
 
-def _compare(what: str, got: Any, want: np.ndarray) -> None:
-    if not (error := np.abs(np.asarray(got) - want).max()) < 1e-5 * np.abs(want).max():
+def _check_sequences(rng: np.random.Generator, dtype: str) -> None:
+    x, y = (jnp.asarray(rng.normal(size=size)).astype(dtype) for size in ((520, 70), (610, 70)))
+    wide_x, wide_y = np.asarray(x, float), np.asarray(y, float)
+    _compare(f"a large product in {dtype}", sequences.matrix_product(x, y, False, True), wide_x @ wide_y.T)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 2, 90, 40)) / 4).astype(dtype) for _ in range(3))
+    got, _ = sequences.attention(64, 1.0, q, k, v, jnp.zeros((2, 90), jnp.int32), ())
+    wide_q, wide_k, wide_v = (np.asarray(a, float) for a in (q, k, v))
+    want = attention_in_float64(wide_q, wide_k, wide_v, 0, np.zeros(2, int), None)
+    rounded = 1e-5 if dtype == "float32" else 1e-2  # weights are rounded too
+    _compare(f"attention over whole sequences in {dtype}", got, want, rounded)
+
+
+def _compare(what: str, got: Any, want: np.ndarray, tolerance: float = 1e-5) -> None:
+    if not (error := np.abs(np.asarray(got) - want).max()) < tolerance * np.abs(want).max():
         raise KernelError(f"{what}: off by {error}")
 
 

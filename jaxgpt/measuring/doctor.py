@@ -183,7 +183,7 @@ def _large_product() -> str:
 
 
 def _kernel() -> str:
-    from jaxgpt.cpu import kernel
+    from jaxgpt.cpu import kernel, sequences
     from jaxgpt.errors import KernelError
 
     if os.environ.get(kernel.VARIABLE) == "0":
@@ -196,7 +196,8 @@ def _kernel() -> str:
         kernel.check_apart(file)
     except (KernelError, OSError) as error:
         raise Wrong(str(error), f"run jaxgpt build-kernel, or set {kernel.VARIABLE}=0 to do without") from None
-    return f"{file}: equals float64"
+    whole = "" if sequences.missing() else ", also with MKL"
+    return f"{file}: equals float64{whole}"
 
 
 def _tokenizer() -> str:

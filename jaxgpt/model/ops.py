@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from jaxgpt.config import ComputeConfig
-from jaxgpt.cpu import kernel, products
+from jaxgpt.cpu import kernel, products, sequences
 from jaxgpt.parallel import gathered, is_distributed, scattered
 
 
@@ -51,7 +51,7 @@ def dot(
     """
     if custom_derivatives:
         return _dot(subscripts, x, y, dtype, result, stored)
-    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result)
+    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result, custom_derivatives=False)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
@@ -59,12 +59,16 @@ def _dot(subscripts: str, x: Array, y: Array, dtype: str, result: str, stored: P
     return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result)
 
 
-def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32") -> Array:
+def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32", *, custom_derivatives: bool = True) -> Array:
     # HIGHEST keeps float32 from being rounded to TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     # Devices exchange a product's sums in the type that the product itself returns.
     summed = result if is_distributed(x) else "float32"
-    return jnp.einsum(subscripts, x, y, precision=precision, preferred_element_type=jnp.dtype(summed)).astype(result)
+    einsum = functools.partial(jnp.einsum, subscripts, precision=precision, preferred_element_type=jnp.dtype(summed))
+    distributed = is_distributed(x) or is_distributed(y)
+    on_cpu = sequences.product(subscripts, x, y) if custom_derivatives and not distributed else None
+    product = einsum(x, y) if on_cpu is None else lax.platform_dependent(x, y, cpu=on_cpu, default=einsum)
+    return product.astype(result)
 
 
 def _dot_forward(subscripts, x, y, dtype, result, stored):
@@ -206,8 +210,13 @@ def dropout(x: Array, rate: float, key: Array | None) -> Array:
 
 def keep(x: Array, mask: Array, rate: float) -> Array:
     """x where the mask of `dropout_mask` keeps it, scaled up by 1 / (1 - rate); else 0."""
-    kept = x.astype(jnp.float32) * jnp.float32(2**16 / (2**16 - _dropped(rate)))
+    kept = x.astype(jnp.float32) * jnp.float32(keep_factor(rate))
     return jnp.where(mask, kept, jnp.float32(0)).astype(x.dtype)
+
+
+def keep_factor(rate: float) -> float:
+    """What `keep` scales by."""
+    return 2**16 / (2**16 - _dropped(rate))
 
 
 def _dropped(rate: float) -> int:

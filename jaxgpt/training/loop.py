@@ -21,6 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
+from jaxgpt.cpu import sequences
 from jaxgpt.data import Ids, Mixture, Records, Source, Tokens, Verification
 from jaxgpt.errors import MissingExtraError, TrainingError
 from jaxgpt.files import new_directory
@@ -189,6 +190,9 @@ def train(
             if params is not None:
                 state["frozen"] = params if mesh is None else sharding.shard(params, mesh)
         else:
+            # Not while resuming: the rest of a run should be computed as its beginning was.
+            if mesh is None and sequences.build():
+                progress.say("built the C++ kernel, with which MKL trains faster here; JAXGPT_KERNEL=0 switches it off")
             start, state = 0, init_state(config, params, mesh)
         del params  # the state holds them
         with distributed.fail_together(alone):

@@ -92,7 +92,7 @@ def blocked(
             query_slot, start_B = query_slot - first, start_B - first
         plan = _Plan(dtype, drop_rate, query_slot, T, window, custom_derivatives)
         return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
-    query_block = min(T, query_block or min(128, max(64, T // 4)))
+    query_block = min(T, query_block or block_length(T))
     widest = S if window is None else min(S, window + query_block - 1)
     if group_scores is None:
         # Groups run one after another, so on several devices they would wait for each other.
@@ -115,6 +115,12 @@ def blocked(
     attend_groups = _attend if custom_derivatives else _attend_plain
     context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
     return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
+
+
+def block_length(T: int) -> int:
+    """Queries per block, unless the caller says how many: few enough that few masked scores are computed, and enough to
+    keep the products large."""
+    return min(T, 128, max(64, T // 4))
 
 
 def _group(B: int, H: int, most: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from jaxgpt.cpu import kernel
 from jaxgpt.errors import ConfigError
 from jaxgpt.model.attention.blocks import blocked
 from jaxgpt.model.attention.fused import cudnn, cudnn_refusal, from_start, splash, splash_refusal
+from jaxgpt.model.attention.native import mkl, mkl_refusal
 from jaxgpt.model.attention.plain import attention_weights, reference, scaled
 from jaxgpt.model.cache import Seen
 from jaxgpt.parallel import is_distributed, layout
@@ -30,7 +31,8 @@ class Backend(NamedTuple):
 
     Attributes:
         context: (q_BxHxTxK, seen, window=, scale=, drop_rate=, dropout_key=, custom_derivatives=) to [B, H, T, K].
-        refusal: why not, in words, for the same arguments and `return_weights`; None if it can compute them.
+        refusal: why not, in words, for the same arguments, `return_weights`, and `by_name`, whether it was asked for by
+            name; None if it can compute them.
     """
 
     context: Callable[..., Array]
@@ -45,6 +47,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 BACKENDS = {
     "cudnn": Backend(cudnn, cudnn_refusal),
     "splash": Backend(splash, splash_refusal),
+    "mkl": Backend(mkl, mkl_refusal),
     "blocked": Backend(blocked, _nothing),
     "reference": Backend(reference, _nothing),
 }
@@ -118,8 +121,9 @@ def choose(backend: str, q_BxHxTxK: Array, seen: Seen, **options: Any) -> str:
     if backend == "auto" and not from_start(q_BxHxTxK, seen):
         return "blocked"
     if backend == "auto":
-        return next(name for name, other in BACKENDS.items() if other.refusal(q_BxHxTxK, seen, **options) is None)
-    if reason := BACKENDS[backend].refusal(q_BxHxTxK, seen, **options):
+        asked = {**options, "by_name": False}
+        return next(name for name, other in BACKENDS.items() if other.refusal(q_BxHxTxK, seen, **asked) is None)
+    if reason := BACKENDS[backend].refusal(q_BxHxTxK, seen, by_name=True, **options):
         raise ConfigError(f"attention={backend!r} cannot compute this: {reason}; attention='auto' takes what can")
     return backend
 

@@ -1,0 +1,273 @@
+"""Products and attention over whole sequences by the kernel and MKL, against float64; when they are used, and when not.
+
+Without MKL (extra [mkl]) there is only the last part. With it, every processor runs these tests, also one on which
+XLA is the faster and the package would not use MKL.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import TINY, exhaustive, make_model, needs_compiler, random_ids
+from test_attention_backends import exact, inputs
+
+from jaxgpt.config import ComputeConfig
+from jaxgpt.cpu import kernel, sequences
+from jaxgpt.errors import ConfigError
+from jaxgpt.model import backend_of, dot
+from jaxgpt.model.attention import blocked, choose, mkl, native
+from jaxgpt.model.cache import Seen
+from jaxgpt.training import TrainConfig, init_state, make_step
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("compiled_quickly_by_default")]
+ATOL = {"float32": 5e-6, "bfloat16": 0.06}
+
+
+@pytest.fixture
+def used(built, monkeypatch):
+    """MKL is there, and used whatever the processor."""
+    if missing := sequences.missing():
+        pytest.skip(missing)
+    monkeypatch.setattr(sequences, "_processor_flags", lambda: {"GenuineIntel", "avx2", "amx_bf16"})
+    monkeypatch.setattr(sequences, "LEAST_OPERATIONS", 0)
+    monkeypatch.setattr(sequences, "LEAST_ROWS", 1)
+    sequences._preferred.cache_clear()
+    yield
+    sequences._preferred.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("T", "window", "starts"),
+    [
+        (37, None, [0, 9]),
+        (150, 5, None),
+        (300, None, [0, 150]),
+        exhaustive(300, 100, [70, 0]),
+        exhaustive(1, None, None),
+    ],
+)
+def test_values_and_gradients_equal_those_of_float64(dtype, T, window, starts, used):
+    q, k, v, g = inputs(T, H=3)
+    start_B = None if starts is None else jnp.asarray(starts, jnp.int32)
+    counts = (jnp.arange(T)[None] >= jnp.asarray(starts or [0, 0])[:, None])[:, None, :, None]
+
+    def run(q, k, v):
+        return jnp.where(counts, mkl(q, Seen(k, v, 0, start_B, dtype), window=window), 0.0)
+
+    y, pull_back = jax.vjp(jax.jit(run), q, k, v)
+    assert y.dtype == jnp.float32
+    want = exact(q, k, v, g, window, starts or [0, 0])
+    for mine, theirs in zip((y, *pull_back(g)), want, strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=ATOL[dtype] * max(1, np.abs(theirs).max()))
+
+
+def test_no_gradient_reaches_a_later_position_or_one_before_the_band(used):
+    T, at, window = 300, 177, 50
+    q, k, v, g = inputs(T)
+
+    def run(q, k, v):
+        return jnp.sum((mkl(q, Seen(k, v, 0, None, "float32"), window=window) * g)[:, :, at])
+
+    for gradient, first in zip(jax.grad(run, (0, 1, 2))(q, k, v), (at, at + 1 - window, at + 1 - window), strict=True):
+        moved = np.flatnonzero(np.abs(gradient).max((0, 1, 3)))
+        assert (moved[0], moved[-1]) == (first, at)
+
+
+def test_documents_are_kept_apart(used):
+    T = 140
+    q, k, v, g = inputs(T)
+    first_T = np.arange(T)
+    start_BxT = jnp.asarray(np.stack([np.where(first_T < 70, 0, 70), first_T // 50 * 50]), jnp.int32)
+
+    def gradients(context):
+        y, pull_back = jax.vjp(lambda q, k, v: context(q, Seen(k, v, 0, start_BxT, "float32"), window=40), q, k, v)
+        return y, *pull_back(g)
+
+    for mine, theirs in zip(gradients(mkl), gradients(blocked), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=5e-6 * max(1, np.abs(theirs).max()))
+
+
+def test_dropped_weights_reach_neither_the_result_nor_a_gradient(used):
+    T, block, factor = 150, 64, 1.25
+    q, k, v, g = inputs(T, H=2)
+    ends = [64, 128, 150]
+    rng = np.random.default_rng(1)
+    masks = [jnp.asarray(rng.random((2, 2, end - at, end)) < 0.8) for at, end in zip([0, *ends], ends, strict=False)]
+    whole = jnp.concatenate([jnp.pad(mask, [(0, 0)] * 3 + [(0, T - mask.shape[3])]) for mask in masks], axis=2)
+
+    def formula(q, k, v):
+        causal = jnp.tril(jnp.ones((T, T), bool))
+        weights = jax.nn.softmax(jnp.where(causal, q @ k.swapaxes(2, 3), -jnp.inf))
+        return jnp.where(whole, weights * factor, 0) @ v
+
+    def kernels(q, k, v):
+        return native._attend(block, factor, q, k, v, jnp.zeros((2, T), jnp.int32), tuple(masks))
+
+    with jax.default_matmul_precision("highest"):
+        (y, pull_back), (want, pull_back_formula) = (jax.vjp(function, q, k, v) for function in (kernels, formula))
+    np.testing.assert_allclose(y, want, atol=1e-5)
+    for mine, theirs in zip(pull_back(g), pull_back_formula(g), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(1, np.abs(theirs).max()))
+
+
+def test_dropout_drops_its_share_of_the_weights_and_keeps_their_mean(used):
+    q = k = jnp.zeros((4, 2, 256, 8))
+    v = jnp.ones((4, 2, 256, 8))
+    y = mkl(q, Seen(k, v, 0, None, "float32"), drop_rate=0.25, dropout_key=jax.random.key(0))[:, :, 128:]
+    assert abs(float(y.mean()) - 1) < 0.01
+    # Each of n weights of 1 / n is kept with probability 3/4 and multiplied by 4/3.
+    assert 0.8 < float(y.std() / np.sqrt((1 / 3) / 192)) < 1.2
+
+
+def test_what_is_not_a_number_reaches_the_result(used):
+    q, k, v, _ = inputs(300)
+    for dtype in ("float32", "bfloat16"):
+        for broken in range(3):
+            operands = [x.at[0, 0, 170, 3].set(jnp.nan) if i == broken else x for i, x in enumerate((q, k, v))]
+            y = mkl(operands[0], Seen(*operands[1:], 0, None, dtype))
+            assert not np.isfinite(y[0, 0, 170]).all()
+            assert np.isfinite(y[0, 0, :150]).all()  # the blocks before
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("subscripts", "x_shape", "y_shape"),
+    [
+        ("BTD,OD->BTO", (3, 50, 70), (130, 70)),
+        ("BTO,OD->BTD", (3, 50, 130), (130, 70)),
+        ("BO,BD->OD", (150, 130), (150, 70)),
+        ("BD,OD->OB", (150, 70), (130, 70)),
+        ("DB,DO->BO", (70, 150), (70, 130)),
+        # Tiles: whole ones, and those that are cut off; packed from rows and from columns.
+        ("BD,OD->BO", (1030, 65), (777, 65)),
+        ("BO,OD->BD", (520, 65), (65, 1300)),
+        ("BO,BD->OD", (65, 1030), (65, 512)),
+        exhaustive("BO,OD->BD", (300, 5000), (5000, 260)),
+    ],
+)
+def test_products_equal_those_of_float64(subscripts, x_shape, y_shape, dtype, used):
+    rng = np.random.default_rng(0)
+    x, y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x_shape, y_shape))
+    call = sequences.product(subscripts, x, y)
+    got = jax.jit(call)(x, y)
+    want = np.einsum(subscripts, np.asarray(x, np.float64), np.asarray(y, np.float64))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize(
+    ("subscripts", "x_shape", "y_shape"),
+    [
+        ("BHTK,BHSK->BHTS", (2, 3, 80, 8), (2, 3, 80, 8)),
+        ("BTD,NOD->BTNO", (2, 80, 8), (3, 80, 8)),
+        ("BD,D->B", (80, 8), (8,)),
+    ],
+)
+def test_what_is_not_one_product_of_matrices_is_left_to_xla(subscripts, x_shape, y_shape, used):
+    x, y = jnp.ones(x_shape), jnp.ones(y_shape)
+    call = sequences.product(subscripts, x, y)
+    if call is not None:  # several axes may still be one matrix
+        np.testing.assert_allclose(call(x, y), jnp.einsum(subscripts, x, y))
+    else:
+        assert dot(subscripts, x, y, "float32").shape == jnp.einsum(subscripts, x, y).shape
+
+
+def calls_mkl(function, *arguments):
+    return "jaxgpt_product" in jax.jit(function).lower(*arguments).as_text()
+
+
+def test_dot_uses_them_forward_and_backward_and_never_where_a_derivative_is_jaxs_own(used):
+    x, y = jnp.ones((80, 70)), jnp.ones((90, 70))
+
+    def loss(x, y, custom=True):
+        return jnp.sum(dot("BD,OD->BO", x, y, "float32", custom) ** 2)
+
+    assert calls_mkl(loss, x, y)
+    text = jax.jit(jax.grad(loss, (0, 1))).lower(x, y).as_text()
+    assert text.count("@jaxgpt_product") == 3
+    assert not calls_mkl(lambda x, y: loss(x, y, custom=False), x, y)
+    jax.jvp(lambda x: loss(x, y, custom=False), (x,), (x,))
+
+
+@pytest.mark.parametrize("drop_rate", [0.0, pytest.param(0.1, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("remat", ["none", "block", "dots"])
+def test_a_training_step_is_that_of_xla(remat, drop_rate, used, monkeypatch):
+    model = TINY.replace(drop_rate=0.0, drop_rate_shortcut=drop_rate)
+    config = TrainConfig(model=model, compute=ComputeConfig(remat=remat), batch_size=2, seq_len=16, steps=4)
+    ids = np.asarray(random_ids(model, 2, 17), np.int32)
+
+    def run():
+        state, metrics = jax.jit(make_step(config))(init_state(config), ids)
+        return state["params"], metrics["loss"]
+
+    assert "jaxgpt_sequence_attention_gradients" in jax.jit(make_step(config)).lower(init_state(config), ids).as_text()
+    params, loss = run()
+    monkeypatch.setenv(kernel.VARIABLE, "0")
+    jax.clear_caches()
+    want, want_loss = run()
+    assert abs(loss - want_loss) < 1e-5
+    for mine, theirs in zip(jax.tree.leaves(params), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+
+
+def test_auto_takes_them_for_whole_sequences_only(used, monkeypatch):
+    compute = ComputeConfig()
+    assert backend_of(TINY, compute, 2, 16) == backend_of(TINY, compute, 2, 16, dropout=True) == "mkl"
+    assert backend_of(TINY, compute.replace(dtype="bfloat16"), 2, 16, documents=True) == "mkl"
+    assert backend_of(TINY, compute.replace(custom_derivatives=False), 2, 16) == "blocked"
+    monkeypatch.setenv(kernel.VARIABLE, "0")
+    assert backend_of(TINY, compute, 2, 16) == "blocked"
+    with pytest.raises(ConfigError, match=r"cannot compute this: the kernel is not built or not used"):
+        backend_of(TINY, compute.replace(attention="mkl"), 2, 16)
+
+
+def test_a_model_of_its_own_attention_equals_blocked(used):
+    model, params = make_model(TINY)
+    ids = random_ids(TINY, 2, 16)
+    logits = [
+        dataclasses.replace(model, compute=ComputeConfig(attention=name)).apply({"params": params}, ids)
+        for name in ("mkl", "blocked")
+    ]
+    np.testing.assert_allclose(*logits, atol=2e-5)
+
+
+# Without MKL
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtypes"),
+    [
+        ({"AuthenticAMD", "avx2", "avx512f", "avx512_bf16"}, []),
+        ({"GenuineIntel", "avx2", "avx512f"}, ["float32"]),
+        ({"GenuineIntel", "avx2", "amx_bf16"}, ["float32", "bfloat16"]),
+        ({"GenuineIntel"}, []),
+        (set(), []),
+    ],
+    ids=["AMD", "Intel", "AMX", "old", "unknown"],
+)
+def test_which_processors_use_them(flags, dtypes, monkeypatch):
+    monkeypatch.setattr(sequences, "_processor_flags", lambda: flags)
+    monkeypatch.setattr(sequences, "missing", lambda: "")
+    monkeypatch.delenv(kernel.VARIABLE)
+    sequences._preferred.cache_clear()
+    assert [dtype for dtype in ("float32", "bfloat16", "int8") if sequences.preferred(dtype)] == dtypes
+    sequences._preferred.cache_clear()
+
+
+def test_what_mkl_cannot_compute_is_refused_by_name():
+    q, k, v, _ = inputs(20)
+
+    def reason(slot=0, **options):
+        with pytest.raises(ConfigError) as error:
+            choose("mkl", q, Seen(k, v, slot, None, "float32"), **options)
+        return str(error.value)
+
+    assert "these queries continue one in a cache" in reason(slot=5)
+    assert "does not return the attention weights" in reason(return_weights=True)
+    assert "no forward-mode derivatives" in reason(custom_derivatives=False)
+    assert "the kernel is not built or not used (jaxgpt build-kernel)" in reason()
