@@ -576,7 +576,7 @@ def test_damaged_token_file(mutate, cases, tmp_path):
 
 @pytest.mark.parametrize("name", ["index.json", "progress.json"])
 def test_damaged_index_or_progress_of_token_shards(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxgpt.data.encoding.PIECE", 50)
+    monkeypatch.setattr("jaxgpt.data.documents.PIECE", 80)
     out = tmp_path / "out"
     (tmp_path / "a.jsonl").write_text('{"text": "The cat sat on the mat. "}\n' * 9)
     write, calls = functools.partial(tokenize, [tmp_path / "a.jsonl"], out, "bytes", shard_tokens=60), iter(range(9))

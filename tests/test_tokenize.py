@@ -11,6 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -74,8 +75,7 @@ def write_zstd(path, data):
 @pytest.fixture
 def small(monkeypatch):
     """Pieces of a few characters, so that short texts are cut too."""
-    monkeypatch.setattr("jaxgpt.data.documents.PIECE", 7)
-    monkeypatch.setattr("jaxgpt.data.encoding.PIECE", 20)
+    monkeypatch.setattr("jaxgpt.data.documents.PIECE", 20)
 
 
 # --- cutting a text
@@ -133,7 +133,7 @@ def test_the_pieces_of_a_document_are_short_and_join_to_it(small, tmp_path):
             assert [piece.part for piece in pieces] == list(range(len(pieces)))
             assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
             for piece in pieces[:-1]:
-                assert find_cut(piece.text, 7) is None
+                assert find_cut(piece.text, 20) is None
 
 
 def test_a_long_document_is_read_in_little_memory(tmp_path):
@@ -172,6 +172,7 @@ FORMATS = {
     "no-ending": lambda path: path.write_bytes(lines_of({"n": 1, "text": text} for text in TEXTS).rstrip()),
     "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(lines_of({"text": text} for text in TEXTS))),
     "a.jsonl.zst": lambda path: write_zstd(path, lines_of({"text": text} for text in TEXTS)),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in TEXTS])),
     "a.parquet": lambda path: write_parquet(path, TEXTS),
 }
 
@@ -185,10 +186,42 @@ def test_records_of_every_format_are_documents(name, tmp_path):
     assert (result.index.documents, result.counts.empty, result.index.end_of_text) == (3, 1, END)
     tokens = open_tokens(path, BYTES)
     np.testing.assert_array_equal(tokens.ids_N, ids_of(TEXTS))
-    for start in range(5):
+    with open_documents(path) as opened:
+        assert [piece.text for piece in opened.pieces(get_tokenizer("bytes").find_cut)] == TEXTS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_record_is_in_one_block_and_knows_its_place(name, tmp_path, monkeypatch):
+    path, find_cut, counts = tmp_path / name, get_tokenizer("bytes").find_cut, set()
+    FORMATS[name](path)
+    unit = {"a.parquet": "row", "a.json": "record"}.get(name, "line")
+    want = [(f"{path}, {unit} {(2 if 'ndjson' in name else 1) * i + 1}", text) for i, text in enumerate(TEXTS)]
+    for size in range(1, 200):
+        monkeypatch.setattr("jaxgpt.data.documents.PIECE", size)
         with open_documents(path) as opened:
-            rest = opened.pieces(get_tokenizer("bytes").find_cut, start=(start * (2 if "ndjson" in name else 1), 0))
-            assert [piece.text for piece in rest] == TEXTS[start:]
+            blocks = list(opened.blocks(lambda text, start: None))
+            pieces = [piece for block in pickle.loads(pickle.dumps(blocks)) for piece in block.pieces(find_cut)]
+        assert [block.end.blocks for block in blocks] == list(range(1, len(blocks) + 1))
+        counts.add(len(blocks))
+        places = dict.fromkeys(piece.where for piece in pieces)
+        assert [(where, "".join(p.text for p in pieces if p.where == where)) for where in places] == want
+    assert len(counts) > 2
+
+
+def test_a_line_that_is_too_long_is_left_out_wherever_blocks_end(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxgpt.data.documents.LIMIT", 50)
+    long = b'{"text": "' + b"a" * 200 + b'"}'
+    for lines in ([b'{"text": "b"}', long, b'{"text": "c"}', b"", long], [long, b'{"text": "d"}', b'{"text": "e"}']):
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+        for size in (*range(1, 100), 2**19):
+            monkeypatch.setattr("jaxgpt.data.documents.PIECE", size)
+            with open_documents(tmp_path / "a.jsonl") as opened:
+                pieces = list(opened.pieces(get_tokenizer("bytes").find_cut, skip_bad=True))
+            kept = [line for line in lines if line]
+            assert [bool(piece.error) for piece in pieces] == [line == long for line in kept]
+            assert [piece.where for piece in pieces] == [
+                f"{tmp_path / 'a.jsonl'}, line {i}" for i, line in enumerate(lines, 1) if line
+            ]
 
 
 @pytest.mark.parametrize("packed", [bytes, gzip.compress])
@@ -366,7 +399,7 @@ def test_a_directory_of_shards_holds_the_documents_and_its_index_says_what(small
         assert shard["documents"] == row.count(END)
         done += shard["tokens"]
     assert sorted(content(tmp_path / "out")) == ["index.json", *(shard["file"] for shard in index["shards"])]
-    assert (result.counts.empty, result.counts.bad, result.counts.marked, result.kept) == (16, 3, 9, 0)
+    assert (result.counts.empty, result.counts.bad, result.counts.marked, result.kept) == (16, 3, 5, 0)
     corpus = open_corpus(tmp_path / "out", BYTES)
     np.testing.assert_array_equal(corpus.sources[0].tokens.ids_N, ids)
 
@@ -376,7 +409,7 @@ class Stop(Exception):
 
 
 def stopping(after):
-    """A report that stops the work at the n-th batch."""
+    """A report that stops the work at the n-th block."""
     calls = itertools.count(1)
 
     def report(_):
@@ -627,14 +660,34 @@ def test_several_processes_write_what_one_writes(small, sources, tmp_path):
     tokenize(sources, tmp_path / "three", **OPTIONS, workers=3)
     assert content(tmp_path / "one") == content(tmp_path / "three")
     with open_documents(sources[0]) as opened:
-        pieces = opened.pieces(get_tokenizer("bytes").find_cut)
-        batches = encode(pieces, Encoder(get_tokenizer("bytes")), 2)
-        next(batches)
-        batches.close()  # ends the processes
+        encoded = encode(opened.blocks(get_tokenizer("bytes").find_cut), Encoder(get_tokenizer("bytes")), 2)
+        next(encoded)
+        encoded.close()  # ends the processes
     characters = tmp_path / "characters.json"
     characters.write_text(json.dumps(list("0123456789 ")))
     with pytest.raises(DataError, match=r"line 2: the tokenizer has no character 'x'"):
         tokenize(sources, tmp_path / "out", **(OPTIONS | {"tokenizer": characters}), workers=2)
+
+
+@pytest.mark.exhaustive
+def test_processes_read_every_format_and_name_what_is_wrong_in_it(tmp_path):
+    long = [f"{i} " + "to be, or not to be, " * (i % 5000) for i in range(300)]
+    for name in FORMATS:
+        path = tmp_path / name
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "TEXTS", long)
+            FORMATS[name](path)
+        tokenize([path], tmp_path / "one", "bytes", force=True)
+        tokenize([path], tmp_path / "two", "bytes", force=True, workers=2)
+        assert content(tmp_path / "one") == content(tmp_path / "two")
+        assert ids_in(tmp_path / "two").tolist() == ids_of(long)
+    path = tmp_path / "million.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * (10**6 - 1) + b'{"text": "b\n' + b'{"text": "c"}\n')
+    with pytest.raises(DataError, match=r"million\.jsonl, line 1000000: not JSON: .* \(--skip-bad leaves such"):
+        tokenize([path], tmp_path / "out", "bytes", workers=2)
+    result = tokenize([path], tmp_path / "out", "bytes", workers=2, skip_bad=True)
+    assert (result.counts.bad, result.index.documents) == (1, 10**6)
+    assert "million.jsonl, line 1000000: not JSON" in result.counts.first_bad
 
 
 @pytest.mark.exhaustive

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import functools
+import dataclasses
 import gzip
 import io
 import json
@@ -33,8 +33,10 @@ from jaxgpt.data.contents import LIMIT, TEXT_KEY, BadRecordError, Content, Under
 from jaxgpt.errors import DataError, require
 from jaxgpt.files import local, not_text
 
-# Characters after which a document is cut.
+# Characters after which a document is cut, and bytes after which records are not read together.
 PIECE = 2**19
+# Rows of a table that are read together, at most.
+_ROWS = 256
 
 _JSON_LINES = re.compile(r".*\.(jsonl|ndjson)(\.\w+)?", re.IGNORECASE)
 _JSON = re.compile(r".*\.json(\.\w+)?", re.IGNORECASE)
@@ -53,27 +55,86 @@ class Piece(NamedTuple):
     """A document, or a part of one.
 
     Attributes:
-        source: the file that it is from.
-        document: the number of the document in the file, from 0: of a record, that of its line or row.
+        where: its place, for messages.
         part: the number of this part of it, from 0.
         text: the text of the part.
         last: whether it is the last part.
-        read: how many bytes of the file have been read.
         error: why a record is left out; it has no text then.
     """
 
-    source: Documents
-    document: int
+    where: str
     part: int
     text: str
     last: bool
-    read: int
     error: str = ""
 
-    @property
-    def where(self) -> str:
-        """Its place, for messages."""
-        return self.source.where(self.document)
+
+class Place(NamedTuple):
+    """How far a file has been read.
+
+    Attributes:
+        path: the file.
+        blocks: how many of its blocks.
+        read: how many of its bytes.
+    """
+
+    path: str | Path
+    blocks: int
+    read: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """What is read of a file at a time: several records, or a part of a text. Only `pieces` parses it, which another
+    process may do.
+
+    Attributes:
+        end: where it ends.
+        first: the number of its first record in the file, or of the part of the text, from 0.
+        raw: what was read.
+        content: what is taken from a record.
+    """
+
+    end: Place
+    first: int
+    raw: Any
+    content: Content
+
+    unit = ""
+
+    def pieces(self, find_cut: FindCut, *, skip_bad: bool = False) -> Iterator[Piece]:
+        """Yields the documents, cut where that does not change their ids.
+
+        Args:
+            find_cut: of the tokenizer, which says where that is.
+            skip_bad: whether to leave out records without a text instead of raising.
+
+        Raises:
+            DataError: for a record without a text, with its line or row; if a text has more than `LIMIT` characters
+                without a place to cut.
+        """
+        for number, raw in self.records():
+            where = f"{self.end.path}, {self.unit} {number + 1}"
+            try:
+                texts = self.content.parts(self.parsed(raw))
+                parts = _mark_last(texts) if self.content.whole else _cut(texts, find_cut)
+                for part, (text, last) in enumerate(parts):
+                    yield Piece(where, part, text, last)
+            except BadRecordError as error:
+                reason = f"{where}: {error}"
+                if not skip_bad:
+                    raise DataError(f"{reason} (--skip-bad leaves such records out)") from None
+                yield Piece(where, 0, "", True, reason)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from None
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        """The number of each record, and the record, not parsed."""
+        return enumerate(self.raw, self.first)
+
+    def parsed(self, raw: Any) -> dict[str, Any]:
+        """A record; raises BadRecordError if it is none, or lacks a key."""
+        raise NotImplementedError
 
 
 @contextlib.contextmanager
@@ -113,7 +174,7 @@ def _recognise(path: str | Path, content: Content, stack: contextlib.ExitStack) 
             f"{path}: one JSON object over several lines: expected an array of records, or JSON lines, with one record "
             "per line"
         )
-    return _Text(path, raw, file)
+    return _Text(path, raw, file, content)
 
 
 class Documents:
@@ -125,68 +186,57 @@ class Documents:
     """
 
     records = True
+    _block: type[Block]
 
-    def __init__(self, path: str | Path, raw: BinaryIO, whole: bool = False):
-        self.path, self._raw, self._whole = path, raw, whole
+    def __init__(self, path: str | Path, raw: BinaryIO, content: Content):
+        self.path, self._raw, self._content = path, raw, content
 
     def keys(self) -> list[str]:
         """The keys of the first good record, or the columns of the table; none of a plain text. To be asked first."""
         return []
 
-    def pieces(self, find_cut: FindCut, *, skip_bad: bool = False, start: tuple[int, int] = (0, 0)) -> Iterator[Piece]:
-        """Yields the documents, cut where that does not change their ids.
-
-        Args:
-            find_cut: of the tokenizer, which says where that is.
-            skip_bad: whether to leave out records without a text instead of raising.
-            start: the document and the part of it to start with.
+    def blocks(self, find_cut: FindCut) -> Iterator[Block]:
+        """Reads the file, some documents at a time: always the same ones together.
 
         Raises:
-            DataError: for a record without a text, with its line or row; if the file is damaged, or has more than
-                `LIMIT` bytes without a place to cut.
+            DataError: if the file is damaged, or a text has more than `LIMIT` characters without a place to cut.
         """
         with _readable(self.path):
-            for number, document in self._documents(start[0]):
-                try:
-                    parts = _mark_last(document()) if self._whole else _cut(document(), find_cut)
-                    for part, (text, last) in enumerate(parts):
-                        if (number, part) >= start:
-                            yield Piece(self, number, part, text, last, self._read())
-                except BadRecordError as error:
-                    reason = f"{self.where(number)}: {error}"
-                    if not skip_bad:
-                        raise DataError(f"{reason} (--skip-bad leaves such records out)") from None
-                    yield Piece(self, number, 0, "", True, self._read(), reason)
-                except DataError as error:
-                    raise DataError(f"{self.where(number)}: {error}") from None
+            for count, (first, raw) in enumerate(self._blocks(find_cut), 1):
+                read = self._raw.tell() if self._raw.seekable() else 0
+                yield self._block(Place(self.path, count, read), first, raw, self._content)
 
-    def where(self, document: int) -> str:
-        """The place of a document, for messages."""
-        return f"{self.path}, line {document + 1}"
+    def pieces(self, find_cut: FindCut, *, skip_bad: bool = False) -> Iterator[Piece]:
+        """The pieces of all blocks."""
+        for block in self.blocks(find_cut):
+            yield from block.pieces(find_cut, skip_bad=skip_bad)
 
-    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
-        """From number `start` on, the number of each document, and what gives its text, in blocks."""
+    def _blocks(self, find_cut: FindCut) -> Iterator[tuple[int, Any]]:
+        """`first` and `raw` of each block."""
         raise NotImplementedError
 
-    def _read(self) -> int:
-        return self._raw.tell() if self._raw.seekable() else 0
+
+class _TextBlock(Block):
+    def pieces(self, find_cut: FindCut, *, skip_bad: bool = False) -> Iterator[Piece]:
+        text, last = self.raw
+        yield Piece(str(self.end.path), self.first, text, last)
 
 
 class _Text(Documents):
     records = False
+    _block = _TextBlock
 
-    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO):
-        super().__init__(path, raw)
+    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, content: Content):
+        super().__init__(path, raw, content)
         self._file = file
 
-    def where(self, document: int) -> str:
-        return str(self.path)
+    def _blocks(self, find_cut: FindCut) -> Iterator[tuple[int, Any]]:
+        try:
+            yield from enumerate(_cut(self._decoded(), find_cut))
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
 
-    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
-        if start == 0:
-            yield 0, self._blocks
-
-    def _blocks(self) -> Iterator[str]:
+    def _decoded(self) -> Iterator[str]:
         decoder, done, block = codecs.getincrementaldecoder("utf-8-sig")(), 0, b" "
         while block:
             block = self._file.read(_BLOCK)
@@ -199,60 +249,73 @@ class _Text(Documents):
             done += len(block)
 
 
-class _Lines(Documents):
-    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, content: Content):
-        super().__init__(path, raw, content.whole)
-        self._file, self._content = file, content
+class _ElementBlock(Block):
+    unit = "record"
 
-    def keys(self) -> list[str]:
-        for _, line, whole in self._lines():
-            with contextlib.suppress(BadRecordError):
-                return list(_object(self._parsed(line, whole)))
-        return []
+    def parsed(self, raw: Any) -> dict[str, Any]:
+        if not isinstance(raw, dict):
+            raise BadRecordError(f"expected a JSON object, not {short_repr(raw)}")
+        if (key := self.content.missing(raw)) is not None:
+            raise BadRecordError(f"no key {key!r} ({self.content.hint}; there are {_known(raw)})")
+        return raw
 
-    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
-        for number, line, whole in self._lines():
-            if number >= start:
-                yield number, lambda line=line, whole=whole: self._parts(self._parsed(line, whole))  # type: ignore[misc]
 
-    def _lines(self) -> Iterator[tuple[int, bytes, bool]]:
-        """Number and text of each line that is not blank, and whether that is all of it."""
-        number = 0
-        while line := self._file.readline(LIMIT):
-            whole, end = len(line) < LIMIT or line.endswith(b"\n"), line
-            while not whole and end and not end.endswith(b"\n"):
-                end = self._file.readline(_BLOCK)
-            if not line.isspace():
-                yield number, line, whole
-            number += 1
+class _LineBlock(_ElementBlock):
+    unit = "line"
 
-    def _parsed(self, line: bytes, whole: bool) -> Any:
-        if not whole:
+    def records(self) -> Iterator[tuple[int, bytes]]:
+        lines = enumerate(self.raw.split(b"\n"), self.first)
+        return ((number, line) for number, line in lines if line and not line.isspace())
+
+    def parsed(self, raw: bytes) -> dict[str, Any]:
+        if len(raw) >= LIMIT:
             raise BadRecordError(f"longer than {LIMIT:,} bytes, the most that a record may have")
         try:
-            return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
+            record = json.loads(raw.removeprefix(codecs.BOM_UTF8).decode())
         except (ValueError, RecursionError) as error:
             raise BadRecordError(f"not JSON: {first_line(error)}") from None
+        return super().parsed(record)
 
-    def _parts(self, parsed: Any) -> Iterable[str]:
-        record = _object(parsed)
-        if (key := self._content.missing(record)) is not None:
-            raise BadRecordError(f"no key {key!r} ({self._content.hint}; there are {_known(record)})")
-        return self._content.parts(record)
+
+class _Lines(Documents):
+    _block: type[Block] = _LineBlock
+
+    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, content: Content):
+        super().__init__(path, raw, content)
+        self._file = file
+
+    def keys(self) -> list[str]:
+        for block in self.blocks(lambda text, start: None):
+            for _, raw in block.records():
+                with contextlib.suppress(BadRecordError):
+                    return list(block.parsed(raw))
+        return []
+
+    def _blocks(self, find_cut: FindCut) -> Iterator[tuple[int, Any]]:
+        number = 0
+        while lines := self._file.read(PIECE):
+            if not lines.endswith(b"\n"):
+                lines += self._file.readline(LIMIT)
+            yield number, lines
+            number += lines.count(b"\n")
+            if not lines.endswith(b"\n"):  # the last one is too long, or it is that of the file
+                while (rest := self._file.readline(_BLOCK)) and not rest.endswith(b"\n"):
+                    pass
+                number += 1
 
 
 class _Array(_Lines):
-    def where(self, document: int) -> str:
-        return f"{self.path}, record {document + 1}"
+    _block = _ElementBlock
 
     def keys(self) -> list[str]:
-        return next((list(element) for element in self._elements if isinstance(element, dict)), [])
+        return next((list(element) for element in self._elements() if isinstance(element, dict)), [])
 
-    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
-        for number, element in enumerate(self._elements[start:], start):
-            yield number, lambda element=element: self._parts(element)  # type: ignore[misc]
+    def _blocks(self, find_cut: FindCut) -> Iterator[tuple[int, Any]]:
+        elements = self._elements()
+        together = max(1, len(elements) * PIECE // self._size)
+        for first in range(0, len(elements), together):
+            yield first, elements[first : first + together]
 
-    @functools.cached_property
     def _elements(self) -> list[Any]:
         data = self._file.read(_ARRAY_LIMIT + 1)
         if len(data) > _ARRAY_LIMIT:
@@ -260,24 +323,36 @@ class _Array(_Lines):
                 f"{self.path}: a JSON array of more than {_ARRAY_LIMIT:,} bytes, all of which would be read at once: "
                 "make JSON lines of it, with one record per line (jq -c '.[]')"
             )
+        self._size = len(data)
         try:
             return json.loads(data.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise DataError(f"{self.path}: not a JSON array: {first_line(error)}") from None
 
 
-def _object(parsed: Any) -> dict[str, Any]:
-    if not isinstance(parsed, dict):
-        raise BadRecordError(f"expected a JSON object, not {short_repr(parsed)}")
-    return parsed
+class _RowBlock(Block):
+    unit = "row"
+
+    def records(self) -> Iterator[tuple[int, Any]]:
+        return enumerate(zip(*self.raw.columns, strict=True), self.first)
+
+    def parsed(self, raw: Any) -> dict[str, Any]:
+        record = {}
+        for name, value in zip(self.raw.schema.names, raw, strict=True):
+            try:
+                record[name] = value.as_py()
+            except UnicodeDecodeError as error:
+                raise BadRecordError(f"not UTF-8 text (byte {error.start} of {name!r})") from None
+        return record
 
 
 class _Table(Documents):
+    _block = _RowBlock
+
     def __init__(self, path: str | Path, raw: BinaryIO, content: Content):
-        super().__init__(path, raw, content.whole)
+        super().__init__(path, raw, content)
         if not raw.seekable():
             raise DataError(f"{path}: Parquet cannot be read from a pipe: give the file")
-        self._content = content
         parquet = require("pyarrow.parquet", "data", f"{path}, a Parquet file,")
         with _arrow(path):
             self._file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BLOCK)
@@ -288,31 +363,23 @@ class _Table(Documents):
     def keys(self) -> list[str]:
         return self._names
 
-    def where(self, document: int) -> str:
-        return f"{self.path}, row {document + 1}"
-
-    def _documents(self, start: int) -> Iterator[tuple[int, Callable[[], Iterable[str]]]]:
+    def _blocks(self, find_cut: FindCut) -> Iterator[tuple[int, Any]]:
         columns = [name for name in self._names if name in self._content.keys]
         with _arrow(self.path):
-            number, groups = 0, list(range(self._file.num_row_groups))
-            while groups and number + (rows := self._file.metadata.row_group(groups[0]).num_rows) <= start:
-                number += rows
-                groups.pop(0)
-            for batch in self._file.iter_batches(64, groups, columns, use_threads=False):
-                for values in zip(*batch.columns, strict=True):
-                    if number >= start:
-                        row = dict(zip(batch.schema.names, values, strict=True))
-                        yield number, lambda row=row: self._parts(row)  # type: ignore[misc]
-                    number += 1
+            number = 0
+            for i in range(self._file.num_row_groups):
+                group = self._file.metadata.row_group(i)
+                chunks = [chunk for chunk in map(group.column, range(group.num_columns)) if _column(chunk) in columns]
+                size = sum(chunk.total_uncompressed_size for chunk in chunks)
+                together = max(1, min(_ROWS, group.num_rows * PIECE // max(1, size)))
+                for batch in self._file.iter_batches(together, [i], columns, use_threads=False):
+                    yield number, batch
+                    number += batch.num_rows
 
-    def _parts(self, row: dict[str, Any]) -> Iterable[str]:
-        record = {}
-        for name, value in row.items():
-            try:
-                record[name] = value.as_py()
-            except UnicodeDecodeError as error:
-                raise BadRecordError(f"not UTF-8 text (byte {error.start} of {name!r})") from None
-        return self._content.parts(record)
+
+def _column(chunk: Any) -> str:
+    """The column that a part of a Parquet file belongs to."""
+    return chunk.path_in_schema.partition(".")[0]
 
 
 def _known(keys: Iterable[str]) -> str:

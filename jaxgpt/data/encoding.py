@@ -10,71 +10,99 @@ import multiprocessing
 import queue
 import signal
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jaxgpt.data.documents import PIECE, Piece
+from jaxgpt.data.documents import Block, Place
 from jaxgpt.data.tokens import id_type
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer import Tokenizer
 
-# Texts that are encoded at a time, if they are short. (If not, it is `PIECE` characters.)
-_TEXTS = 4096
 # What a user is told whose texts are `marked`.
 MARKED = "holds end-of-text as ordinary text: --allow-special makes it the token"
 
 
-class Encoded(NamedTuple):
-    """Pieces, and their ids.
+@dataclasses.dataclass
+class Counts:
+    """What was come upon.
 
     Attributes:
-        pieces: the pieces.
-        ids_N: the ids of all.
-        marked: how many of them hold the text of end-of-text, as ordinary text.
-        size: the bytes of their texts, in UTF-8.
+        empty: documents without a character, which are left out.
+        bad: records without a text, which are left out.
+        first_bad: the first of these, and what is wrong with it.
+        marked: pieces of documents that hold the text of end-of-text, as ordinary text.
     """
 
-    pieces: list[Piece]
+    empty: int = 0
+    bad: int = 0
+    first_bad: str = ""
+    marked: int = 0
+
+    def add(self, other: Counts) -> None:
+        """Adds what was come upon afterwards."""
+        self.empty, self.bad, self.marked = self.empty + other.empty, self.bad + other.bad, self.marked + other.marked
+        self.first_bad = self.first_bad or other.first_bad
+
+
+class Encoded(NamedTuple):
+    """The ids of a block.
+
+    Attributes:
+        end: where the block ends.
+        ids_N: the ids.
+        documents: how many documents that are not left out end in it.
+        size: the bytes of its texts, in UTF-8.
+        counts: what was come upon.
+    """
+
+    end: Place
     ids_N: NDArray[np.unsignedinteger]
-    marked: int
+    documents: int
     size: int
+    counts: Counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Encodes pieces; end-of-text follows each document that has a text and does not end in it already.
+    """Encodes blocks; end-of-text follows each document that has a text and does not end in it already.
 
     Attributes:
         tokenizer: its tokenizer.
         separate: whether end-of-text follows.
         allow_special: as in `Tokenizer.encode`.
+        skip_bad: whether to leave out records without a text instead of raising.
     """
 
     tokenizer: Tokenizer
     separate: bool = True
     allow_special: bool = False
+    skip_bad: bool = False
 
-    def __call__(self, texts: list[str], lasts: list[bool]) -> Any:
-        """All of `Encoded` but the pieces; of a text that cannot be encoded, its number and the reason."""
+    def __call__(self, block: Block) -> Encoded:
+        """Raises DataError if a text cannot be encoded, with its place."""
         end_of_text = self.tokenizer.end_of_text if self.separate else None
         mark = None if self.allow_special else self._mark()
-        ids: list[int] = []
-        for i, (text, last) in enumerate(zip(texts, lasts, strict=True)):
+        ids, counts, documents, size = array.array("I"), Counts(), 0, 0
+        for where, _, text, last, error in block.pieces(self.tokenizer.find_cut, skip_bad=self.skip_bad):
+            if not text:
+                counts.add(Counts(bad=1, first_bad=error) if error else Counts(empty=1))
+                continue
             try:
                 new = self.tokenizer.encode(text, allow_special=self.allow_special)
-            except DataError as error:
-                return i, str(error)
-            ids += new
-            if last and text and end_of_text is not None and new[-1:] != [end_of_text]:
-                ids.append(end_of_text)
-        marked = 0 if mark is None else sum(mark in text for text in texts)
-        size = sum(len(text) if text.isascii() else len(text.encode(errors="replace")) for text in texts)
-        ids_N = np.frombuffer(array.array("I", ids), np.uint32)  # faster than np.array(ids)
-        return ids_N.astype(id_type(self.tokenizer.vocab_size)), marked, size
+            except DataError as reason:
+                raise DataError(f"{where}: {reason}") from None
+            if last and end_of_text is not None and new[-1:] != [end_of_text]:
+                new.append(end_of_text)
+            ids.fromlist(new)
+            documents += last
+            size += len(text) if text.isascii() else len(text.encode(errors="replace"))
+            counts.marked += mark is not None and mark in text
+        ids_N = np.frombuffer(ids, np.uint32).astype(id_type(self.tokenizer.vocab_size))
+        return Encoded(block.end, ids_N, documents, size, counts)
 
     def _mark(self) -> str | None:
         """The text of end-of-text."""
@@ -82,11 +110,11 @@ class Encoder:
         return next((token.content for token in added if token.id == self.tokenizer.end_of_text), None)
 
 
-def encode(pieces: Iterable[Piece], encoder: Encoder, workers: int = 1) -> Generator[Encoded]:
-    """Encodes pieces in order, some at a time; which ones together depends on nothing but the pieces.
+def encode(blocks: Iterable[Block], encoder: Encoder, workers: int = 1) -> Generator[Encoded]:
+    """Encodes blocks in order.
 
     Args:
-        pieces: read as they are needed.
+        blocks: read as they are needed.
         encoder: encodes them.
         workers: the number of processes; 1 for none besides this one.
 
@@ -94,38 +122,17 @@ def encode(pieces: Iterable[Piece], encoder: Encoder, workers: int = 1) -> Gener
         DataError: if a text cannot be encoded, with its place; if a process is killed.
     """
     with _Workers(encoder, workers) as pool:
-        waiting: deque[tuple[list[Piece], concurrent.futures.Future]] = deque()
-        for batch in _batches(pieces):
-            waiting.append((batch, pool.submit([piece.text for piece in batch], [piece.last for piece in batch])))
+        waiting: deque[concurrent.futures.Future[Encoded]] = deque()
+        for block in blocks:
+            waiting.append(pool.submit(block))
             if len(waiting) > 2 * workers:
-                yield _result(*waiting.popleft())
+                yield waiting.popleft().result()
         while waiting:
-            yield _result(*waiting.popleft())
-
-
-def _result(batch: list[Piece], future: concurrent.futures.Future) -> Encoded:
-    result = future.result()
-    if len(result) == 2:
-        number, reason = result
-        raise DataError(f"{batch[number].where}: {reason}")
-    return Encoded(batch, *result)
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= PIECE or len(batch) >= _TEXTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+            yield waiting.popleft().result()
 
 
 class _Workers:
-    """Processes that encode, each with a thread here that sends it a batch and waits for the ids.
+    """Processes that encode, each with a thread here that sends it a block and waits for the ids.
 
     The processes are spawned, because forking a process that runs JAX's threads may lock it up. Each ends when its pipe
     does, so none is left behind if this process is killed.
@@ -148,13 +155,13 @@ class _Workers:
             self._free.put(ours)
         return self
 
-    def submit(self, texts: list[str], lasts: list[bool]) -> concurrent.futures.Future:
-        return self._threads.submit(self._send if self._processes else self._encoder, texts, lasts)
+    def submit(self, block: Block) -> concurrent.futures.Future[Encoded]:
+        return self._threads.submit(self._send if self._processes else self._encoder, block)
 
-    def _send(self, texts: list[str], lasts: list[bool]) -> Any:
+    def _send(self, block: Block) -> Encoded:
         connection = self._free.get()
         try:
-            connection.send((texts, lasts))
+            connection.send(block)
             result = connection.recv()
         except (EOFError, OSError):
             raise DataError(
@@ -180,9 +187,9 @@ def _work(connection: Connection, encoder: Encoder) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that feeds this one
     with contextlib.suppress(EOFError, OSError):
         while True:
-            texts, lasts = connection.recv()
+            block = connection.recv()
             try:
-                result = encoder(texts, lasts)
+                result: Encoded | Exception = encoder(block)
             except Exception as error:
                 result = error
             connection.send(result)

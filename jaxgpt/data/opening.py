@@ -15,7 +15,7 @@ from jaxgpt.checks import short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.data.contents import TEXT_KEY, recognise
 from jaxgpt.data.documents import open_documents
-from jaxgpt.data.encoding import Encoder, encode
+from jaxgpt.data.encoding import Counts, Encoder, encode
 from jaxgpt.data.finding import find_splits
 from jaxgpt.data.records import LeftOut, Records, RecordTokens, read_records, record_keys
 from jaxgpt.data.shards import open_shard, read_index
@@ -151,16 +151,14 @@ def read_text(
     """
     made_by = get_tokenizer(tokenizer)
     with open_documents(path, text_key) as documents:
-        encoder = Encoder(made_by, documents.records if separate is None else separate, allow_special)
-        rows, marked, bad = [np.zeros(0, id_type(made_by.vocab_size))], False, LeftOut("without a text")
-        for batch in encode(documents.pieces(made_by.find_cut, skip_bad=skip_bad), encoder):
-            rows.append(batch.ids_N)
-            marked = marked or bool(batch.marked)
-            for piece in batch.pieces:
-                if piece.error:
-                    bad.add(piece.error)
-    ids_N = np.concatenate(rows)
-    return Tokens((Shard(ids_N, sha256(ids_N), marked=marked),), made_by.name, made_by.vocab_size, bad.notes)
+        encoder = Encoder(made_by, documents.records if separate is None else separate, allow_special, skip_bad)
+        rows, counts = [np.zeros(0, id_type(made_by.vocab_size))], Counts()
+        for block in encode(documents.blocks(made_by.find_cut), encoder):
+            rows.append(block.ids_N)
+            counts.add(block.counts)
+    ids_N, left_out = np.concatenate(rows), LeftOut("without a text", counts.bad, counts.first_bad)
+    shard = Shard(ids_N, sha256(ids_N), marked=counts.marked > 0)
+    return Tokens((shard,), made_by.name, made_by.vocab_size, left_out.notes)
 
 
 def check_tokens(tokens: Tokens, config: GPTConfig, source: str) -> None:

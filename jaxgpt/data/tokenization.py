@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from jaxgpt.checks import short_repr
 from jaxgpt.data.contents import TEXT_KEY
-from jaxgpt.data.documents import PIECE, Piece, open_documents
-from jaxgpt.data.encoding import Encoded, Encoder, encode
+from jaxgpt.data.documents import PIECE, Block, open_documents
+from jaxgpt.data.encoding import Counts, Encoded, Encoder, encode
 from jaxgpt.data.finding import TEXT_ENDINGS, find_files
 from jaxgpt.data.shards import (
     INDEX,
@@ -54,23 +54,6 @@ class Report(NamedTuple):
     total: int
     size: int
     tokens: int
-
-
-@dataclasses.dataclass
-class Counts:
-    """What `tokenize` has come upon.
-
-    Attributes:
-        empty: documents without a character, which are left out.
-        bad: records without a text, which are left out.
-        first_bad: the first of these, and what is wrong with it.
-        marked: pieces of documents that hold the text of end-of-text, as ordinary text.
-    """
-
-    empty: int = 0
-    bad: int = 0
-    first_bad: str = ""
-    marked: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +101,7 @@ def tokenize(
         allow_special: whether special tokens in texts, such as `<|endoftext|>`, are tokens.
         skip_bad: whether to leave out records without a text instead of raising.
         force: whether to replace the shards in the directory.
-        report: called after every batch.
+        report: called after every block.
 
     Raises:
         DataError: if a source cannot be read, or holds something else than documents; if there are no tokens; if a
@@ -133,7 +116,7 @@ def tokenize(
             raise ConfigError(f"{name} must be a number from 1 on, not {short_repr(value)}")
     directory = new_directory(out, force=True)
     files = [file for source in sources for file in find_files(source, TEXT_ENDINGS)]
-    encoder = Encoder(get_tokenizer(tokenizer), allow_special=allow_special)
+    encoder = Encoder(get_tokenizer(tokenizer), allow_special=allow_special, skip_bad=skip_bad)
     encoder.tokenizer.encode("")  # it may lack a library
     settings = {
         "tokenizer": encoder.tokenizer.name,
@@ -151,9 +134,9 @@ def tokenize(
         workers = max(1, min(cores, job.total // _WORTH_A_PROCESS))
     with _locked(directory):
         kept = job.begin(force)
-        pieces = job.pieces(text_key, skip_bad)
-        with contextlib.closing(pieces), contextlib.closing(encode(pieces, encoder, workers)) as batches:
-            job.write(batches, shard_tokens, report)
+        blocks = job.blocks(text_key)
+        with contextlib.closing(blocks), contextlib.closing(encode(blocks, encoder, workers)) as encoded:
+            job.write(encoded, shard_tokens, report)
         return Tokenized(job.finish(), job.counts, kept)
 
 
@@ -166,8 +149,8 @@ class _Job:
         files: the sources, with their sizes and times of modification.
         settings: what else the ids and their order depend on.
         shards: those that are finished.
-        position: (file, document, part) from which on the pieces are not yet in these.
-        counts: what was in the pieces before.
+        position: a file, and the number of its blocks that are in these, as are the files before it.
+        counts: what was in these blocks.
     """
 
     def __init__(self, directory: Path, tokenizer: Tokenizer, files: Sequence[Path], settings: dict[str, Any]):
@@ -177,7 +160,7 @@ class _Job:
             twice = next(file for i, file in enumerate(files) if file in files[:i])
             raise ConfigError(f"{twice} is given twice")
         self.shards: list[ShardEntry] = []
-        self.position = (os.path.abspath(files[0]), 0, 0)
+        self.position = (os.path.abspath(files[0]), 0)
         self.counts = Counts()
 
     @property
@@ -197,28 +180,26 @@ class _Job:
         self._save()
         return len(self.shards)
 
-    def pieces(self, text_key: str, skip_bad: bool) -> Generator[Piece]:
-        """The pieces that are not yet in shards."""
-        first, *start = self.position
+    def blocks(self, text_key: str) -> Generator[Block]:
+        """The blocks that are not yet in shards."""
+        first, done = self.position
         for path in itertools.dropwhile(lambda path: path != first, self.files):
             with open_documents(path, text_key) as documents:
-                at = (start[0], start[1]) if path == first else (0, 0)
-                yield from documents.pieces(self.tokenizer.find_cut, skip_bad=skip_bad, start=at)
+                blocks = documents.blocks(self.tokenizer.find_cut)
+                yield from itertools.islice(blocks, done if path == first else 0, None)
 
-    def write(self, batches: Iterator[Encoded], shard_tokens: int, report: Callable[[Report], object]) -> None:
-        """Writes all batches into shards, each closed by the batch with which it is full."""
-        batches = self._counted(batches, report)
-        for first in batches:
-            name, documents, batch = shard_name(len(self.shards)), 0, first
+    def write(self, encoded: Iterator[Encoded], shard_tokens: int, report: Callable[[Report], object]) -> None:
+        """Writes all blocks into shards, each closed by the block with which it is full."""
+        encoded = self._counted(encoded, report)
+        for first in encoded:
+            name, documents, block = shard_name(len(self.shards)), 0, first
             with writing(self.directory / name, self.tokenizer.name, self.tokenizer.vocab_size) as shard:
-                for batch in itertools.chain([first], batches):
-                    shard.write(batch.ids_N)
-                    documents += sum(piece.last and piece.text != "" for piece in batch.pieces)
+                for block in itertools.chain([first], encoded):
+                    shard.write(block.ids_N)
+                    documents += block.documents
                     if shard.count >= shard_tokens:
                         break
-            end = batch.pieces[-1]
-            after = (end.document + 1, 0) if end.last else (end.document, end.part + 1)
-            self.position = (str(end.source.path), *after)
+            self.position = (str(block.end.path), block.end.blocks)
             self.shards.append(ShardEntry(name, shard.count, documents, shard.sha256))
             self._save()
 
@@ -234,25 +215,18 @@ class _Job:
         sync(self.directory)
         return index
 
-    def _counted(self, batches: Iterator[Encoded], report: Callable[[Report], object]) -> Iterator[Encoded]:
-        """The batches that hold ids. All are counted and reported."""
+    def _counted(self, encoded: Iterator[Encoded], report: Callable[[Report], object]) -> Iterator[Encoded]:
+        """The blocks that hold ids. All are counted and reported."""
         before = dict(
             zip(self.files, itertools.accumulate((size for size, _ in self.files.values()), initial=0), strict=False)
         )
         size, tokens = 0, sum(shard.tokens for shard in self.shards)
-        for batch in batches:
-            for piece in batch.pieces:
-                if piece.error:
-                    self.counts.bad += 1
-                    self.counts.first_bad = self.counts.first_bad or piece.error
-                elif not piece.text:
-                    self.counts.empty += 1
-            self.counts.marked += batch.marked
-            size, tokens = size + batch.size, tokens + len(batch.ids_N)
-            if len(batch.ids_N):
-                yield batch
-            end = batch.pieces[-1]
-            report(Report(before[str(end.source.path)] + end.read, self.total, size, tokens))
+        for block in encoded:
+            self.counts.add(block.counts)
+            size, tokens = size + block.size, tokens + len(block.ids_N)
+            if len(block.ids_N):
+                yield block
+            report(Report(before[str(block.end.path)] + block.end.read, self.total, size, tokens))
 
     def _save(self) -> None:
         content = {
@@ -279,8 +253,8 @@ class _Job:
             and isinstance(content.get("counts"), dict)
             and {name: type(value) for name, value in content["counts"].items()} == names
             and isinstance(content.get("position"), list)
-            and [type(value) for value in content["position"]] == [str, int, int]
-            and min(content["position"][1:]) >= 0
+            and [type(value) for value in content["position"]] == [str, int]
+            and content["position"][1] >= 0
         )
         if not good:
             raise DataError(f"{path}: damaged: --force starts again")

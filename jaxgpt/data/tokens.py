@@ -274,8 +274,8 @@ class TokenWriter:
 
     def write(self, ids_N: NDArray[np.integer]) -> None:
         """Appends ids."""
-        self._digest.update(ids_N.astype("<u4").tobytes())
-        self._file.write(ids_N.astype(self._type).tobytes())
+        self._digest.update(ids_N.astype("<u4"))
+        self._file.write(ids_N.astype(self._type, copy=False))
         self.count += len(ids_N)
 
     def finish(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer.content import AddedToken, Content
 from jaxgpt.tokenizer.names import BUILTIN
-from jaxgpt.tokenizer.vocabulary import SPACES, Tokenizer
+from jaxgpt.tokenizer.vocabulary import SPACES, Tokenizer, joined
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_IDS = {"gpt2": 50256, "bytes": 256}
@@ -60,13 +60,7 @@ def gpt2_encoder(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
 
     encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = []
-        for part in _cut_long_spaces(text):
-            ids += encoding.encode_ordinary(part)
-        return ids
-
-    return encode
+    return lambda text: joined(map(encoding.encode_ordinary, _cut_long_spaces(text)))
 
 
 def gpt2_tokens() -> list[bytes]:
