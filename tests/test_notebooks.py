@@ -13,6 +13,7 @@ from helpers import TINY
 from rich.console import Console
 
 import jaxgpt
+from jaxgpt import notebook
 from jaxgpt.training import progress
 from jaxgpt.training.config import LoraConfig
 
@@ -70,13 +71,14 @@ def test_results_show_the_shapes_of_their_arrays():
     assert len(repr(result)) < 200
 
 
-@pytest.mark.parametrize("widgets", [False, True])
-def test_training_draws_a_bar_in_a_notebook_that_has_widgets(widgets, monkeypatch):
-    shown: list = []
+@pytest.fixture
+def shown(monkeypatch):
+    """What a notebook displays, by stand-ins for IPython and ipywidgets."""
+    displayed: list = []
 
     class Output:
         def __enter__(self):
-            shown.append("drawn")
+            displayed.append("drawn")
 
         def __exit__(self, *error):
             pass
@@ -84,21 +86,88 @@ def test_training_draws_a_bar_in_a_notebook_that_has_widgets(widgets, monkeypatc
         def clear_output(self, wait):
             assert wait
 
+        def close(self):
+            displayed.append("closed")
+
     ipywidgets, ipython = ModuleType("ipywidgets"), ModuleType("IPython")
     ipywidgets.Output = Output  # type: ignore[attr-defined]
     ipython.display = ModuleType("IPython.display")  # type: ignore[attr-defined]
-    ipython.display.display = shown.append  # type: ignore[attr-defined]
+    ipython.display.display = displayed.append  # type: ignore[attr-defined]
     for name, module in (("ipywidgets", ipywidgets), ("IPython", ipython), ("IPython.display", ipython.display)):
         monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(progress, "find_spec", lambda name: ipywidgets if widgets and name == "ipywidgets" else None)
+    monkeypatch.setattr(notebook, "find_spec", lambda name: ipywidgets)
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    return displayed
+
+
+def lines(shown: list) -> list[str]:
+    return [drawn.text for drawn in shown if getattr(drawn, "text", "").strip()]
+
+
+@pytest.mark.parametrize("widgets", [False, True])
+def test_training_draws_a_bar_in_a_notebook_that_has_widgets(widgets, shown, monkeypatch):
+    if not widgets:
+        monkeypatch.setattr(notebook, "find_spec", lambda name: None)
     console = Console(file=io.StringIO(), force_jupyter=True)
     with progress.TrainProgress(10, console) as bar:
         bar.update(5, 1.25, 1000, 200.0, 5.0)
         bar.update(10, 1.0, 2000, 200.0, 0.0)
     if widgets:
-        assert isinstance(shown[0], Output)
-        *_, last = [drawn.text for drawn in shown if getattr(drawn, "text", "").strip()]
+        assert type(shown[0]).__name__ == "Output"
+        last = lines(shown)[-1]
         assert "10/10" in last  # the bar's end, too
         assert "loss 1.0000" in last
     else:
         assert "drawn" not in shown
+
+
+LONG_WORK = {
+    "tokens": lambda model, params: jaxgpt.generate(model, params, [[1, 2], [3]], 40),
+    "sequences": lambda model, params: jaxgpt.evaluate(model, params, np.arange(64) % 8, seq_len=8, batch_size=2),
+    "continuations": lambda model, params: jaxgpt.score(
+        model, params, [[1], [2, 3], [4, 5, 6, 7]], [[[1]], [[2]], [[3]]], batch_tokens=1
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LONG_WORK)
+def test_long_work_has_a_bar_in_a_notebook_until_it_ends(what, tiny, shown, monkeypatch):
+    monkeypatch.setattr(notebook, "AFTER", 0.0)
+    LONG_WORK[what](*tiny)
+    assert any(what in line for line in lines(shown))
+    assert shown[-1] == "closed"
+
+
+def test_work_within_other_work_has_no_bar_and_one_that_fails_closes_its_own(shown, monkeypatch):
+    monkeypatch.setattr(notebook, "AFTER", 0.0)
+
+    def work():
+        with notebook.bar("outer") as show:
+            show(1, 2)
+            with notebook.bar("inner") as inner:
+                inner(1, 2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        work()
+    assert any("outer" in line for line in lines(shown))
+    assert not any("inner" in line for line in lines(shown))
+    assert shown[-1] == "closed"
+    before = len(shown)
+    with notebook.only_bar(), notebook.bar("evaluation") as show:
+        show(1, 2)
+    assert len(shown) == before
+
+
+@pytest.mark.parametrize("where", ["short", "without widgets", "not a notebook"])
+def test_other_work_shows_nothing(where, shown, monkeypatch, capsys):
+    if where != "short":
+        monkeypatch.setattr(notebook, "AFTER", 0.0)
+    if where == "without widgets":
+        monkeypatch.setattr(notebook, "find_spec", lambda name: None)
+    if where == "not a notebook":
+        monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
+    with notebook.bar("tokens") as show:
+        show(1, 2)
+    assert shown == []
+    assert capsys.readouterr() == ("", "")

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import html.parser
+import io
 import json
 import math
 import re
@@ -460,6 +461,27 @@ def test_the_next_tokens_and_the_lens_say_what_was_seen(read):
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), seen.top_probabilities_NxTxK[..., 0])
     assert {style.drawable(place[t][0]) for place in tops for t in range(len(labels))} <= set(texts(figure))
     assert {"embeddings", "block 0", "block 1: the model"} <= set(texts(figure))
+
+
+@pytest.mark.exhaustive
+def test_the_first_picture_of_the_readme_is_what_the_package_draws(tmp_path):
+    root = Path(__file__).parent.parent
+    committed = root / "docs" / "pictures" / "first-page.svg"
+    [prompt] = re.findall(r'inspect\s+shakespeare --prompt "(.*?)" --plot', (root / "README.md").read_text("utf-8"))
+    model, params = jaxgpt.load("shakespeare")
+    tokenizer = get_tokenizer("bytes")
+    seen = look_inside(model, params, tokenizer.encode(prompt))
+    tops = [[token_labels(tokenizer, ids) for ids in place] for place in seen.top_ids_NxTxK]
+    first, *_ = reading.lens(seen, token_labels(tokenizer, seen.ids_T), tops)
+    style.save(first, tmp_path / "drawn.svg")
+    words, cells = [], []
+    for path in (tmp_path / "drawn.svg", committed):
+        text = path.read_text(encoding="utf-8")
+        words.append(re.findall(r"<!-- (.*?) -->", text))
+        image = re.search(r'data:image/png;base64,\s*(.*?)"', text, re.DOTALL)
+        cells.append(matplotlib.image.imread(io.BytesIO(base64.b64decode(image[1]))))
+    assert words[0] == words[1], f"draw {committed.name} again: `save` of the figure that this test makes"
+    np.testing.assert_allclose(cells[0], cells[1], atol=2 / 255)
 
 
 def test_long_texts_take_several_pictures_and_too_long_ones_are_refused(tmp_path):

@@ -11,6 +11,7 @@ from importlib import import_module
 
 from jaxgpt import startup
 from jaxgpt.checks import did_you_mean, first_line
+from jaxgpt.cli import completion
 from jaxgpt.errors import (
     CheckpointError,
     ConfigError,
@@ -84,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     # Options before the subcommand end the program, so if there is a subcommand it comes first.
-    chosen = argv[0] if argv else None
+    completes = completion.VARIABLE in os.environ
+    chosen = completion.subcommand(COMMANDS) if completes else argv[0] if argv else None
     parser = argparse.ArgumentParser(prog="jaxgpt", description="GPT-2 in JAX: generate, train, convert, inspect.")
     parser.add_argument("--version", action="version", version=f"jaxgpt {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -95,6 +97,8 @@ def _run(argv: list[str]) -> int:
             module = import_module(path)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
+    if completes:
+        completion.answer(parser, subparsers.choices.get(str(chosen), parser))
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # argparse itself would show the usage of `jaxgpt`, not the subcommand's
         subparser = subparsers.choices.get(str(chosen), parser)

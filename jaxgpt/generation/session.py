@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgpt import notebook
 from jaxgpt.accounting import cache_bytes
 from jaxgpt.checks import brief, check_ids, short_repr, whole_number
 from jaxgpt.config import PARAM_DTYPES
@@ -152,9 +153,19 @@ def generate(
         lookup=lookup,
         **options,
     )
-    for _ in run:
+    for _ in watched(run):
         pass
     return run.result()
+
+
+def watched(run: Generation) -> Iterator[list[np.ndarray]]:
+    """Iterates over a generation that is to be run to its end. In a notebook, a long one has a bar."""
+    with notebook.bar("tokens") as show:
+        drawn = 0
+        for new in run:
+            drawn += max(map(len, new))
+            show(drawn, run.max_new_tokens)
+            yield new
 
 
 class Generation:

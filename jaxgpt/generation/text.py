@@ -10,7 +10,7 @@ import numpy as np
 from jaxgpt.checks import short_repr, whole_number
 from jaxgpt.config import GPTConfig
 from jaxgpt.generation.beams import beam_search
-from jaxgpt.generation.session import CHUNK, Generation
+from jaxgpt.generation.session import CHUNK, Generation, watched
 from jaxgpt.model import GPT, check_model
 from jaxgpt.tokenizer import StreamDecoder, get_tokenizer
 
@@ -115,20 +115,21 @@ def stream(
 
 def text_pieces(run: Generation, stop: Sequence[str] = ()) -> Iterator[str]:
     """The new text of a generation with one row, as it is drawn."""
-    for (piece,) in _pieces(run, stop):
+    for (piece,) in _pieces(run, run, stop):
         if piece:
             yield piece
 
 
 def completions(run: Generation, stop: Sequence[str] = ()) -> list[str]:
     """The new text of every row of a generation, which is run to its end."""
-    return ["".join(pieces) for pieces in zip(*_pieces(run, stop), strict=True)] or [""] * len(run.prompts)
+    rows = zip(*_pieces(run, watched(run), stop), strict=True)
+    return ["".join(pieces) for pieces in rows] or [""] * len(run.prompts)
 
 
-def _pieces(run: Generation, stop: Sequence[str]) -> Iterator[list[str]]:
+def _pieces(run: Generation, drawn: Iterable[list[np.ndarray]], stop: Sequence[str]) -> Iterator[list[str]]:
     """The new text of each row, as it is drawn; nothing if none is to be drawn."""
     rows: list[_RowText] = []
-    for new in run:
+    for new in drawn:
         rows = rows or [_RowText(run, r, stop) for r in range(len(new))]
         yield [row.feed(ids) for row, ids in zip(rows, new, strict=True)]
     if rows:

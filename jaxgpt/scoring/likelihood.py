@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxgpt import notebook
 from jaxgpt.checks import brief, check_ids, short_repr
 from jaxgpt.config import GPTConfig
 from jaxgpt.generation import encode_prompt
@@ -95,19 +96,26 @@ def score(
     multiple = 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in BATCH]))
     pending: collections.deque[tuple[list[_Part], Any]] = collections.deque()
 
+    total, done = sum(map(len, continuations)), 0
+
     def finish() -> None:
+        nonlocal done
         batch, results = pending.popleft()
         _accept(batch, jax.device_get(results), scores)
+        scored = sum(len(part.continuations) for part in batch)
         if progress is not None:
-            progress(sum(len(part.continuations) for part in batch))
+            progress(scored)
+        done += scored
+        show(done, total)
 
-    for shape, batch, size in _batches(parts, model.config.context_length, batch_tokens, multiple):
-        arrays = to_device(_arrays(batch, shape, size), params)
-        pending.append((batch, _score(model, params, *arrays, tails=shape.tails)))
-        if len(pending) > 1:  # the host prepares a batch while the device computes the one before
+    with notebook.bar("continuations") as show:
+        for shape, batch, size in _batches(parts, model.config.context_length, batch_tokens, multiple):
+            arrays = to_device(_arrays(batch, shape, size), params)
+            pending.append((batch, _score(model, params, *arrays, tails=shape.tails)))
+            if len(pending) > 1:  # the host prepares a batch while the device computes the one before
+                finish()
+        while pending:
             finish()
-    while pending:
-        finish()
     return scores
 
 

@@ -6,6 +6,7 @@ from .config import TABLES as TABLES
 from .config import TrainConfig as TrainConfig
 from .config import check_tables as check_tables
 from .config import override as override
+from .config import recipes as recipes
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .loop import TrainResult as TrainResult

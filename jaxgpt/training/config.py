@@ -283,12 +283,15 @@ def _recipe(path: str | Path) -> str | Path:
     """
     if not isinstance(path, str) or not re.fullmatch(r"[\w-]+(\.\d[\w-]*)*", path) or os.path.exists(local(path)):
         return path
-    recipes = {file.stem: file for folder in _RECIPES for file in sorted(folder.glob("*.toml"))}
-    if path not in recipes:
-        raise ConfigError(
-            f"{path}: no such file or recipe{did_you_mean(path, recipes)} (recipes: {', '.join(recipes)})"
-        )
-    return recipes[path]
+    known = recipes()
+    if path not in known:
+        raise ConfigError(f"{path}: no such file or recipe{did_you_mean(path, known)} (recipes: {', '.join(known)})")
+    return known[path]
+
+
+def recipes() -> dict[str, Path]:
+    """The files of configs/ by the names that `TrainConfig.from_file` takes."""
+    return {file.stem: file for folder in _RECIPES for file in sorted(folder.glob("*.toml"))}
 
 
 # The tables of a config file, and the class that declares the fields of each.

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxgpt import notebook
 from jaxgpt.checks import as_ids
 from jaxgpt.data import FileIds, Ids, Joined, Records
 from jaxgpt.errors import DataError
@@ -91,21 +92,23 @@ def evaluate(
     # Of the predicted tokens' text, in bytes. Of records, end-of-text would be a large part.
     size: int | None = None if isinstance(ids_N, Records) else 0
     batch_size, program = min(batch_size, chosen), None
-    for i in range(0, chosen, batch_size):
-        batch = []
-        for number in range(i, min(i + batch_size, chosen)):
-            inputs_T, labels_T = read(number * sequences // chosen)
-            batch.append((inputs_T, labels_T))
-            if size is not None:
-                more = tokenizer.count_bytes(labels_T[labels_T != IGNORE])
-                size = None if more is None else size + more
-        batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
-        inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
-        if program is None:  # all batches have one shape
-            program = _losses.lower(model, separator, params, inputs_BxT, labels_BxT).compile()
-            check_memory(program, "lower batch_size, or choose a param_dtype of fewer bytes")
-        losses, counted = jax.device_get(program(params, inputs_BxT, labels_BxT))
-        total, count = total + float(losses), count + float(counted)
+    with notebook.bar("sequences") as show:
+        for i in range(0, chosen, batch_size):
+            batch = []
+            for number in range(i, min(i + batch_size, chosen)):
+                inputs_T, labels_T = read(number * sequences // chosen)
+                batch.append((inputs_T, labels_T))
+                if size is not None:
+                    more = tokenizer.count_bytes(labels_T[labels_T != IGNORE])
+                    size = None if more is None else size + more
+            batch += [(np.zeros(T, np.int32), np.full(T, IGNORE, np.int32))] * (batch_size - len(batch))
+            inputs_BxT, labels_BxT = to_device(tuple(np.stack(side) for side in zip(*batch, strict=True)), params)
+            if program is None:  # all batches have one shape
+                program = _losses.lower(model, separator, params, inputs_BxT, labels_BxT).compile()
+                check_memory(program, "lower batch_size, or choose a param_dtype of fewer bytes")
+            losses, counted = jax.device_get(program(params, inputs_BxT, labels_BxT))
+            total, count = total + float(losses), count + float(counted)
+            show(min(i + batch_size, chosen), chosen)
     loss = total / count
     return Evaluation(loss, perplexity(loss), None if size is None else bits_per_byte(total, size), int(count))
 

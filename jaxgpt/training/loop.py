@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxgpt import notebook
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.cpu import sequences
@@ -173,6 +174,7 @@ def train(
             run.check_shared()
             val_losses = run.val_losses()
         checkpoints = held.enter_context(contextlib.closing(Checkpoints(run.checkpoints, config.keep, val_losses)))
+        held.enter_context(notebook.only_bar())  # an evaluation or a sample has none of its own
         progress = held.enter_context(TrainProgress(config.steps, quiet=not run.writes))
         distributed.check_same("the checkpoints that they see", checkpoints.steps())
         continued = resume and bool(checkpoints.steps())

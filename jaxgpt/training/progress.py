@@ -3,11 +3,12 @@ stderr."""
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from jaxgpt.notebook import draws
 
 
 class TrainProgress:
@@ -17,9 +18,7 @@ class TrainProgress:
         self._console = console or Console(stderr=True, highlight=False, quiet=quiet)
         self._steps = steps
         self._bar: Progress | None = None
-        # In a notebook rich draws into a widget; without that package it would warn, and draw nothing.
-        drawn = self._console.is_terminal or (self._console.is_jupyter and find_spec("ipywidgets") is not None)
-        if drawn and not quiet:
+        if (self._console.is_terminal or draws(self._console)) and not quiet:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
