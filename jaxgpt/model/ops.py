@@ -96,7 +96,8 @@ def _dot_backward(subscripts, dtype, result, stored, residuals, g):
     transposed = "".join(i for i in out if i not in summed) + summed
 
     def dy_on_cpu(g: Array, x: Array) -> Array:
-        if dtype == "bfloat16":
+        # XLA wants the operands of a bfloat16 product in one layout; MKL takes any.
+        if dtype == "bfloat16" and sequences.product(f"{out},{x_indices}->{y_indices}", g, x) is None:
             return dot(f"{transposed},{x_indices}->{y_indices}", products.laid_out(g, out, transposed), x, dtype)
         return dy_elsewhere(products.computed_once(g), x)
 
