@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
+import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import time
 from http import HTTPStatus
 from http.server import ThreadingHTTPServer
 
 import jax
 import numpy as np
 import pytest
-from test_trainer import CONFIG, TEXT, assert_same_run, metrics, stopping_after
+from test_trainer import CONFIG, TEXT, TOML, assert_same_run, metrics, stopping_after
 
 import jaxgpt
 from jaxgpt.cli import main
@@ -42,6 +47,8 @@ pytestmark = [
 ]
 
 BUCKET = "a-bucket"
+# What makes another process compute as this one does.
+LIKE_HERE = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_NUM_CPU_DEVICES": "8"}
 
 
 ONE_AT_A_TIME = threading.Lock()
@@ -52,11 +59,12 @@ def with_generations(handler):
     and tells the generation of what it sends."""
 
     def checked(request, response, files, *args, **kwargs):
+        # The body is read before the lock is taken: a client that stops in the middle of it must not stop all others.
+        data = request.data
         with ONE_AT_A_TIME:
-            return on_condition(request, response, files, *args, **kwargs)
+            return on_condition(data if isinstance(data, dict) else {}, request, response, files, *args, **kwargs)
 
-    def on_condition(request, response, files, *args, **kwargs):
-        data = request.data if isinstance(request.data, dict) else {}
+    def on_condition(data, request, response, files, *args, **kwargs):
         name = (
             request.params.get("object_id")
             or request.query.get("name", [None])[0]
@@ -151,6 +159,29 @@ def test_a_stopped_run_resumes_bit_for_bit(files, tokens, undisturbed, monkeypat
     assert [line["step"] for line in metrics(OUT)][-1] == 5
     train(None, tokens, OUT, resume=True)
     assert_same_run(OUT, undisturbed)
+
+
+def test_a_killed_trainers_lock_is_taken_over_and_its_run_resumes_bit_for_bit(files, quick, tmp_path, capsys):
+    """SIGKILL while a checkpoint is being written: what stays is a lock, a part of a checkpoint, and metrics."""
+    (tmp_path / "config.toml").write_text(TOML)
+    (tmp_path / "text.txt").write_text(TEXT)
+    command = ["train", str(tmp_path / "config.toml"), "--data", str(tmp_path / "text.txt"), "--set", "steps=12"]
+    assert main([*command, "--out", str(tmp_path / "whole")]) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jaxgpt", *command, "--out", OUT], env={**os.environ, **LIKE_HERE}
+    )
+    while not any("/checkpoints/6/" in name for name in list(files)):
+        assert process.poll() is None
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert "runs/one/.lock" in files
+    steps = [int(found[1]) for name in files if (found := re.search(r"checkpoints/(\d+)/commit_success", name))]
+    assert steps, "no checkpoint was complete"
+    assert max(line["step"] for line in Run(OUT).read_metrics()) >= max(steps)
+    assert main(["train", "--resume", OUT]) == 0
+    assert "waiting 1 seconds to see whether its trainer lives" in capsys.readouterr().err
+    assert_same_run(OUT, tmp_path / "whole", dataclasses.replace(CONFIG, steps=12, sample_tokens=0))
 
 
 def test_a_checkpoint_that_is_not_complete_does_not_count(files, tokens, undisturbed):

@@ -150,7 +150,7 @@ def anchors(text: str) -> set[str]:
     return set(slugs)
 
 
-@pytest.mark.parametrize(("page", "commands"), [("README.md", 2), ("docs/devices.md", 2), ("docs/scaling.md", 11)])
+@pytest.mark.parametrize(("page", "commands"), [("README.md", 2), ("docs/devices.md", 2), ("docs/scaling.md", 12)])
 def test_meshes_on_the_page_divide_the_models_and_their_batches(page, commands):
     found = MESH_COMMAND.findall((ROOT / page).read_text(encoding="utf-8"))
     assert len(found) == commands

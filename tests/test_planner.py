@@ -360,8 +360,6 @@ def compiled_rows():
 def test_the_formulae_are_as_close_to_the_compiled_programs_as_the_command_says():
     errors = {"memory": [], "tokens_per_s": []}
     for words, (gib, in_turn, overlapped) in compiled_rows():
-        if words[0] in ("gpt3-125m", "gpt3-350m", "gpt3-175b"):  # compiled with other exchanges than today's
-            continue
         options = list(zip(words[1::2], words[2::2], strict=True))
         given, sets = dict(options), [value for option, value in options if option == "--set"]
         config, topology = plan_of(
@@ -376,10 +374,10 @@ def test_the_formulae_are_as_close_to_the_compiled_programs_as_the_command_says(
         errors["memory"].append(report["memory_bytes"]["total"] / 2**30 / gib - 1)
         speed = report["tokens_per_s"]
         errors["tokens_per_s"] += [speed["in_turn"] / in_turn - 1, speed["overlapped"] / overlapped - 1]
-    assert len(errors["memory"]) == 5
+    assert len(errors["memory"]) == 8
     for what, found in errors.items():
         stated = planner.ANALYTIC_ERROR[what]
-        assert stated - 0.02 < max(map(abs, found)) < stated < 0.3
+        assert stated - 0.02 < max(map(abs, found)) < stated < 0.4
 
 
 DENSE = ("model.attention_pattern=dense", "compute.attention=blocked")
@@ -465,9 +463,22 @@ def test_formulae_of_the_activations():
     least = activations("compute.remat=block")
     assert activations("compute.remat=dots") - least == pytest.approx(products)
     assert activations("compute.remat=none") - least == pytest.approx(2 * products)
-    # In bfloat16 each layer's input is half as large, and so is the widest layer.
+    # In bfloat16 each layer's input is half as large, and so is the widest layer, except for its products' operands.
     halved = least - activations("compute.activation_dtype=bfloat16")
-    assert halved == pytest.approx((L * D + 3 * D + 2 * 9 * D) * tokens * 2)
+    assert halved == pytest.approx((L * D + 3 * D + 9 * D) * tokens * 2)
+
+
+def test_formulae_of_the_embedding_and_the_logits():
+    def memory(mesh, loss_chunk):
+        overrides = ("compute.attention=blocked", f"loss_chunk={loss_chunk}")
+        config, chips = plan_of("gpt3-1.3b", "v5e:8x8", mesh, *overrides, batch=512)
+        return planner.analytic_training(config, chips).memory["embedding and logits"]
+
+    rows, V, D = 8, 50257, 2048
+    # 700 positions at a time are three chunks of 683.
+    assert memory("data=64", 512 * 700) == pytest.approx(rows * 683 * V * 4)
+    assert memory("fsdp=64", 512 * 700) == pytest.approx(rows * 683 * V * 4 + 2 * V * D * 4)
+    assert memory("fsdp=64", 0) == pytest.approx(rows * 2048 * V * 4 + 2 * V * D * 4)
 
 
 def test_formulae_of_decoding():
@@ -525,7 +536,7 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
     assert main(["plan", "gpt3-175b", "--topology", "v5p:8x8x16", "--mesh", "fsdp=128,tensor=8", "--batch", "256"]) == 0
     out = capsys.readouterr().out
     assert out.startswith(
-        "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For five sizes"
+        "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the sizes of"
     )
     error = planner.ANALYTIC_ERROR
     assert f"within {error['memory']:.0%} of the compiler's and tokens/s within {error['tokens_per_s']:.0%};" in out
@@ -569,8 +580,7 @@ def test_gpt2_compiled_for_four_chips():
     assert training["fits"]
     for part in ("parameters", "optimizer"):  # all are sharded, except LayerNorms and biases
         assert training["memory_bytes"][part] == pytest.approx(analytic["memory_bytes"][part], rel=0.01)
-    # The formula counts the logits twice, and this program holds one copy: 1.4 times, as docs/scaling.md says.
-    assert analytic["memory_bytes"]["total"] == pytest.approx(1.4 * training["memory_bytes"]["total"], rel=0.05)
+    assert analytic["memory_bytes"]["total"] == pytest.approx(training["memory_bytes"]["total"], rel=0.1)
     # Attention skips masked blocks; the loss's last chunk is padded, from 357 positions to 667.
     assert 0.9 * analytic["flops"] < training["flops"] < 1.05 * analytic["flops"]
     assert analytic["hbm_bytes"] < training["hbm_bytes"]

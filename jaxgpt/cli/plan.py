@@ -11,7 +11,7 @@ from typing import Any
 from jaxgpt.accounting import format_bytes
 
 MISSING = (
-    "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For five sizes of "
+    "analytic estimate: the TPU compiler isn't installed, pip install 'jaxgpt[tpu]'. For the sizes of "
     "docs/scaling.md, training's memory is within {memory:.0%} of the compiler's and tokens/s within "
     "{tokens_per_s:.0%}; other models may be further off"
 )
