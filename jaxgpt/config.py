@@ -246,6 +246,12 @@ class ComputeConfig:
         "attention weights, and mkl and Splash no decoding with a cache. The default, auto, takes the platform's "
         "kernel for whole sequences wherever that can, and else blocked.",
     )
+    mkl: bool = setting(
+        False,
+        help="Whether a CPU multiplies large matrices, and computes attention over whole sequences, with Intel's MKL "
+        "and the C++ kernel. jaxgpt.prepare turns it on where that is faster than XLA, and so does the trainer for a "
+        "new run, which keeps to it; it has no second derivatives, and is never saved with a model.",
+    )
     native_kernel: bool = setting(
         False,
         help="Whether decoding on a CPU uses the C++ kernel of jaxgpt.cpu.kernel. jaxgpt.prepare turns it "
@@ -273,8 +279,8 @@ class ComputeConfig:
         return type(self).from_dict({**self.to_dict(), **changes})
 
     def portable(self) -> ComputeConfig:
-        """Returns a copy without what other machines may lack: the native kernel, and attention by name."""
-        return self.replace(native_kernel=False, attention="auto")
+        """Returns a copy without what other machines may lack: MKL, the native kernel, and attention by name."""
+        return self.replace(mkl=False, native_kernel=False, attention="auto")
 
 
 def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, Any]:

@@ -71,7 +71,7 @@ void Block(int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O
 template <typename W>
 void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
   // Longer stretches are read faster, but every thread should get as much as the others.
-  const int64_t threads = std::max<int64_t>(1, pool.num_threads());
+  const int64_t threads = Threads(pool);
   const int64_t pieces = threads * Quotient(O * D * int64_t{sizeof(W)}, threads * kBlock);
   const int64_t rows = kGroup * Quotient(O, pieces * kGroup);
   Share(pool, Quotient(O, rows),

@@ -12,7 +12,7 @@ namespace {
 
 // MKL's CBLAS. Its matrices are row-major here, and its products C = alpha op(A) op(B) + beta C.
 enum Layout { kRowMajor = 101 };
-enum Operation { kPlain = 111, kFlipped = 112, kPacked = 151 };
+enum Operation { kPlain = 111, kFlipped = 112, kPackedForm = 151 };
 enum Operand { kLeft = 161, kRight = 162 };
 template <typename T>
 using Gemm = void (*)(Layout, Operation, Operation, int, int, int, float, const T*, int, const T*, int, float, float*,
@@ -69,17 +69,20 @@ class Room {
  public:
   template <typename T>
   T* of(int64_t size) {
-    const size_t needed = Quotient(size * sizeof(T), sizeof(Floats));
+    const size_t needed = Quotient(size * sizeof(T), sizeof(Line));
     if (needed > length) {
-      data.reset();
-      data.reset(new Floats[needed]);
+      lines.reset();
+      lines.reset(new Line[needed]);
       length = needed;
     }
-    return reinterpret_cast<T*>(data.get());
+    return reinterpret_cast<T*>(lines.get());
   }
 
  private:
-  std::unique_ptr<Floats[]> data;
+  struct alignas(kLine) Line {
+    char bytes[kLine];
+  };
+  std::unique_ptr<Line[]> lines;
   size_t length = 0;
 };
 
@@ -106,6 +109,7 @@ class SharedRoom {
 
 constexpr int64_t kTile = 512;           // rows and columns of a tile, which stays in a core's cache
 constexpr int64_t kMostSummed = 4096;    // length of the sums in a tile
+constexpr int64_t kPacked = 32 << 20;    // bytes of the left operand that are packed at a time
 
 // The size of tiles for n rows or columns: the largest that divides n, of at least half of `kTile`, or else `kTile`.
 int64_t TileSize(int64_t n) {
@@ -114,11 +118,11 @@ int64_t TileSize(int64_t n) {
   return kTile;
 }
 
-// c [M, N] = a [M, K] b [K, N] in bfloat16, tile by tile. The library packs both operands as it reads them fastest: all of
-// a once, and the columns of b by the thread that takes them. A tile is copied when all its sums are complete; the library
-// alone reads and writes c several times, and waits for memory.
+// c [M, N] = a [M, K] b [K, N] in bfloat16, tile by tile. The library packs both operands as it reads them fastest: so
+// much of a as `kPacked` allows, and the columns of b by the thread that takes them, with some of the rows. A tile is
+// copied when all its sums are complete; the library alone reads and writes c several times, and waits for memory.
 void Tiles(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Matrix<BF16> a, Matrix<BF16> b, float* c) {
-  const int64_t rows = TileSize(M), columns = TileSize(N);
+  const int64_t rows = TileSize(M), columns = TileSize(N), across = Quotient(N, columns);
   const auto size = [&](Operand which) {
     return kLine / sizeof(BF16) * Quotient(library.pack_size(which, rows, columns, K), kLine);
   };
@@ -126,29 +130,35 @@ void Tiles(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Matrix<BF16> 
     library.pack(kRowMajor, which, x.operation(), rows, columns, K, x.data, x.stride, to);
   };
   SharedRoom shared;
-  BF16* packed = shared.room.of<BF16>(M / rows * size(kLeft));
-  Share(pool, M / rows, [&](int64_t i) { pack(kLeft, a.from(i * rows, 0), packed + i * size(kLeft)); });
-  Share(pool, Quotient(N, columns), [&](int64_t j) {
-    const int64_t column = j * columns, n = std::min(columns, N - column);
-    BF16* own = rooms[0].of<BF16>(size(kRight));
-    float* tile = rooms[1].of<float>(rows * columns);
-    if (n == columns) pack(kRight, b.from(0, column), own);
-    for (int64_t row = 0; row < M; row += rows) {
-      const int64_t m = std::min(rows, M - row);
-      if (m == rows && n == columns)
-        library.packed(kRowMajor, kPacked, kPacked, m, n, K, 1, packed + row / rows * size(kLeft), K, own, K, 0, tile,
-                       columns);
-      else
-        Multiply(m, n, K, a.from(row, 0), b.from(0, column), tile, columns);
-      for (int64_t r = 0; r < m; ++r) std::memcpy(c + (row + r) * N + column, tile + r * columns, n * sizeof(float));
-    }
-  });
+  const int64_t most = std::max<int64_t>(1, kPacked / int64_t(rows * K * sizeof(BF16)));
+  for (int64_t top = 0; top < M; top += most * rows) {
+    const int64_t bottom = std::min(M, top + most * rows), whole = (bottom - top) / rows;
+    BF16* packed = shared.room.of<BF16>(whole * size(kLeft));
+    Share(pool, whole, [&](int64_t i) { pack(kLeft, a.from(top + i * rows, 0), packed + i * size(kLeft)); });
+    // As many groups of rows as keep all threads busy.
+    const int64_t down = Quotient(bottom - top, rows), groups = std::min(down, Quotient(2 * Threads(pool), across));
+    Share(pool, across * groups, [&](int64_t task) {
+      const int64_t column = task % across * columns, n = std::min(columns, N - column), group = task / across;
+      BF16* own = rooms[0].of<BF16>(size(kRight));
+      float* tile = rooms[1].of<float>(rows * columns);
+      if (n == columns && whole > 0) pack(kRight, b.from(0, column), own);
+      for (int64_t i = down * group / groups; i < down * (group + 1) / groups; ++i) {
+        const int64_t row = top + i * rows, m = std::min(rows, M - row);
+        if (m == rows && n == columns)
+          library.packed(kRowMajor, kPackedForm, kPackedForm, m, n, K, 1, packed + i * size(kLeft), K, own, K, 0, tile,
+                         columns);
+        else
+          Multiply(m, n, K, a.from(row, 0), b.from(0, column), tile, columns);
+        for (int64_t r = 0; r < m; ++r) std::memcpy(c + (row + r) * N + column, tile + r * columns, n * sizeof(float));
+      }
+    });
+  }
 }
 
 // c [M, N] = a [M, K] b [K, N], of which each thread takes some rows or columns.
 template <typename T>
 void Stripes(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Matrix<T> a, Matrix<T> b, float* c) {
-  const int64_t length = std::max(M, N), stripe = kLanes * Quotient(length, kLanes * pool.num_threads());
+  const int64_t length = std::max(M, N), stripe = kLanes * Quotient(length, kLanes * Threads(pool));
   Share(pool, Quotient(length, stripe), [&](int64_t i) {
     const int64_t first = i * stripe, n = std::min(stripe, length - first);
     if (M >= N)
@@ -193,15 +203,14 @@ struct Shape {
   }
 };
 
-// For one query whose scores over [start, end) lie in `row`, and which sees [from, to]: calls use(vector of scores,
-// index) for whole vectors of them, with `unseen` in place of the scores that it does not see, and zeroes the rest.
 constexpr float kUnseen = -1e30f;
+constexpr int64_t kMostQueries = 512;  // of a block
 
-inline Floats Seen(Floats scores, int64_t at, int64_t from, int64_t to) {
-  if (at >= from && at + kLanes - 1 <= to) return scores;
-  for (int64_t l = 0; l < kLanes; ++l)
-    if (at + l < from || at + l > to) scores[l] = kUnseen;
-  return scores;
+// x, of which the elements at [at, at + kLanes) that do not lie in [from, to] become `otherwise`.
+inline Floats Only(Floats x, int64_t at, int64_t from, int64_t to, float otherwise) {
+  if (at < from || at + kLanes - 1 > to)
+    for (int64_t l = 0; l < kLanes; ++l) x[l] = at + l < from || at + l > to ? otherwise : x[l];
+  return x;
 }
 
 // The dropout mask of a block, [B, H, queries, keys up to the block's end], or none.
@@ -217,20 +226,20 @@ inline Floats Keep(Floats x, const uint8_t* kept, int64_t n) {
 }
 
 template <typename T>
-void Forward(const Shape& s, int64_t b, int64_t h, int64_t i, const T* q, const T* k, const T* v, Mask mask, float* y,
+void Forward(const Shape& s, int64_t b, int64_t i, const T* q, const T* k, const T* v, Mask mask, float* y,
              float* stats) {
   const int64_t K = s.K, t0 = i * s.block, t1 = s.end(i), start = s.start(b, i), n = t1 - start;
   const int64_t stride = kLanes * Quotient(n, kLanes);
   float* scores = rooms[0].of<float>(s.block * stride);
   T* weights = rooms[1].of<T>(s.block * stride);
   Multiply<T>(t1 - t0, n, K, {q + t0 * K, K}, {k + start * K, K, true}, scores, stride);
-  float totals[512];
+  float totals[kMostQueries];
   for (int64_t t = t0; t < t1; ++t) {
     float* row = scores + (t - t0) * stride;
     const int64_t from = s.first_of(b, t) - start, to = t - start;
     Floats highest = Floats{} + kUnseen, sum = {};
     for (int64_t j = 0; j <= to; j += kLanes) {
-      const Floats x = Seen(Load(row + j), j, from, to);
+      const Floats x = Only(Load(row + j), j, from, to, kUnseen);
       highest = x > highest || x != x ? x : highest;
     }
     float most = highest[0];
@@ -238,9 +247,7 @@ void Forward(const Shape& s, int64_t b, int64_t h, int64_t i, const T* q, const 
     T* out = weights + (t - t0) * stride;
     int64_t j = 0;
     for (; j <= to; j += kLanes) {
-      Floats x = Exp(Seen(Load(row + j), j, from, to) - most);
-      if (j < from || j + kLanes - 1 > to)
-        for (int64_t l = 0; l < kLanes; ++l) x[l] = j + l < from || j + l > to ? 0 : x[l];
+      Floats x = Only(Exp(Load(row + j) - most), j, from, to, 0);
       sum += x;
       if (mask.kept) x = Keep(x, mask.kept + (t - t0) * t1 + start + j, t1 - start - j);
       Put(out + j, x);
@@ -258,7 +265,7 @@ void Forward(const Shape& s, int64_t b, int64_t h, int64_t i, const T* q, const 
 }
 
 template <typename T>
-void Backward(const Shape& s, int64_t b, int64_t h, const T* q, const T* k, const T* v, const T* g, const float* inner,
+void Backward(const Shape& s, int64_t b, const T* q, const T* k, const T* v, const T* g, const float* inner,
               const float* stats, const std::vector<Mask>& masks, float* dq, float* dk, float* dv) {
   const int64_t K = s.K;
   std::memset(dk, 0, s.T * K * sizeof(float));
@@ -279,10 +286,8 @@ void Backward(const Shape& s, int64_t b, int64_t h, const T* q, const T* k, cons
       const float most = stats[2 * t], factor = 1 / stats[2 * t + 1], within = inner[t];
       int64_t j = 0;
       for (; j <= to; j += kLanes) {
-        Floats w = Exp(Seen(Load(scores + at + j), j, from, to) - most) * factor, d = Load(d_weights + at + j);
-        if (j < from || j + kLanes - 1 > to)
-          for (int64_t l = 0; l < kLanes; ++l) w[l] = j + l < from || j + l > to ? 0 : w[l];
-        Floats dropped = w;
+        const Floats w = Only(Exp(Load(scores + at + j) - most) * factor, j, from, to, 0);
+        Floats d = Load(d_weights + at + j), dropped = w;
         if (mask.kept) {
           const uint8_t* kept = mask.kept + (t - t0) * t1 + start + j;
           const int64_t left = t1 - start - j;
@@ -290,7 +295,7 @@ void Backward(const Shape& s, int64_t b, int64_t h, const T* q, const T* k, cons
           d = Keep(d, kept, left) * mask.factor;
         }
         Put(weights + at + j, dropped);
-        Put(d_scores + at + j, w * (d - within));
+        Put(d_scores + at + j, Only(w * (d - within), j, from, to, 0));
       }
       for (; j < stride; j += kLanes) Put(weights + at + j, Floats{}), Put(d_scores + at + j, Floats{});
     }
@@ -301,14 +306,19 @@ void Backward(const Shape& s, int64_t b, int64_t h, const T* q, const T* k, cons
   }
 }
 
-ffi::ErrorOr<Shape> Sizes(const ffi::AnyBuffer& q, const ffi::Buffer<ffi::S32>& first, int64_t block) {
+ffi::ErrorOr<Shape> Sizes(const ffi::AnyBuffer& q, std::initializer_list<ffi::AnyBuffer> others,
+                          const ffi::Buffer<ffi::S32>& first, int64_t block) {
   const auto qs = q.dimensions();
-  if (qs.size() != 4 || first.element_count() != size_t(qs[0] * qs[2]) || block < 1 || block > 512)
+  for (const auto& other : others)
+    if (!std::equal(qs.begin(), qs.end(), other.dimensions().begin(), other.dimensions().end()) ||
+        other.element_type() != q.element_type())
+      return ffi::Unexpected(ffi::Error::InvalidArgument("q, k, v and the gradient must have one shape and type"));
+  if (qs.size() != 4 || first.element_count() != size_t(qs[0] * qs[2]) || block < 1 || block > kMostQueries)
     return ffi::Unexpected(ffi::Error::InvalidArgument("q must be [B, H, T, K], first [B, T], and block 1 to 512"));
   return Shape{qs[0], qs[1], qs[2], qs[3], block, first.typed_data()};
 }
 
-// The masks of all blocks: for (b, h), mask(i) is the i-th block's.
+// The masks of all blocks, for all rows and heads; or none.
 ffi::ErrorOr<std::vector<Mask>> Masks(const Shape& s, ffi::RemainingArgs& args, float factor) {
   std::vector<Mask> masks(s.blocks());
   if (args.size() == 0) return masks;
@@ -323,6 +333,7 @@ ffi::ErrorOr<std::vector<Mask>> Masks(const Shape& s, ffi::RemainingArgs& args, 
   return masks;
 }
 
+// That of one row and head.
 Mask MaskOf(const Shape& s, const Mask& mask, int64_t bh, int64_t i) {
   return mask.kept ? Mask{mask.kept + bh * (s.end(i) - i * s.block) * s.end(i), mask.factor} : mask;
 }
@@ -330,7 +341,7 @@ Mask MaskOf(const Shape& s, const Mask& mask, int64_t bh, int64_t i) {
 ffi::Error SequenceAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                             ffi::Buffer<ffi::S32> first, ffi::RemainingArgs dropout, int64_t block, float factor,
                             ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> stats) {
-  const auto shape = Sizes(q, first, block);
+  const auto shape = Sizes(q, {k, v}, first, block);
   if (shape.has_error()) return shape.error();
   const Shape s = *shape;
   const auto masks = Masks(s, dropout, factor);
@@ -341,7 +352,7 @@ ffi::Error SequenceAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuf
     Share(pool, s.B * s.H * s.blocks(), [&](int64_t n) {
       // The last blocks have most to do, so they come first.
       const int64_t bh = n % (s.B * s.H), i = s.blocks() - 1 - n / (s.B * s.H), at = bh * s.T * s.K;
-      Forward<T>(s, bh / s.H, bh % s.H, i, in(q) + at, in(k) + at, in(v) + at,
+      Forward<T>(s, bh / s.H, i, in(q) + at, in(k) + at, in(v) + at,
                                       MaskOf(s, (*masks)[i], bh, i), y->typed_data() + at,
                                       stats->typed_data() + bh * s.T * 2);
     });
@@ -353,9 +364,11 @@ ffi::Error SequenceAttentionGradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ff
                              ffi::Buffer<ffi::F32> stats, ffi::RemainingArgs dropout, int64_t block, float factor,
                              ffi::ResultBuffer<ffi::F32> dq, ffi::ResultBuffer<ffi::F32> dk,
                              ffi::ResultBuffer<ffi::F32> dv) {
-  const auto shape = Sizes(q, first, block);
+  const auto shape = Sizes(q, {k, v, g}, first, block);
   if (shape.has_error()) return shape.error();
   const Shape s = *shape;
+  if (inner.element_count() != size_t(s.B * s.H * s.T) || stats.element_count() != size_t(2 * s.B * s.H * s.T))
+    return ffi::Error::InvalidArgument("inner must be [B, H, T], and stats [B, H, T, 2]");
   const auto masks = Masks(s, dropout, factor);
   if (masks.has_error()) return masks.error();
   return ForType(q.element_type(), [&](auto type) {
@@ -365,7 +378,7 @@ ffi::Error SequenceAttentionGradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ff
       std::vector<Mask> own(s.blocks());
       for (int64_t i = 0; i < s.blocks(); ++i) own[i] = MaskOf(s, (*masks)[i], bh, i);
       const int64_t at = bh * s.T * s.K;
-      Backward<T>(s, bh / s.H, bh % s.H, in(q) + at, in(k) + at, in(v) + at, in(g) + at,
+      Backward<T>(s, bh / s.H, in(q) + at, in(k) + at, in(v) + at, in(g) + at,
                                        inner.typed_data() + bh * s.T, stats.typed_data() + bh * s.T * 2, own,
                                        dq->typed_data() + at, dk->typed_data() + at, dv->typed_data() + at);
     });

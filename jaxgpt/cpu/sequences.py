@@ -1,8 +1,9 @@
 """Products and attention over whole sequences on a CPU, `sequences.cc`: Intel's MKL multiplies, and what stands between
 two products is computed while it is in a core's cache.
 
-Used without being asked where it pays: where MKL (extra [mkl]) is installed and the kernel is built, on Intel's
-processors; in bfloat16, on those with AMX. JAXGPT_KERNEL=0 switches it off. On other processors XLA is the faster one.
+`ComputeConfig.mkl` asks for it. `jaxgpt.prepare` and the trainer turn that on where it pays: where MKL (extra [mkl]) is
+installed and the kernel is built, on Intel's processors; in bfloat16, on those with AMX. On others XLA is the faster
+one. JAXGPT_KERNEL=0 keeps it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
@@ -13,7 +14,6 @@ import ctypes
 import functools
 import importlib.metadata
 import math
-import os
 from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 
@@ -23,6 +23,7 @@ import numpy as np
 from jax import Array
 
 from jaxgpt.cpu import kernel
+from jaxgpt.errors import ConfigError
 
 # Operations from which a product is worth a call, and rows from which it does not wait for memory.
 LEAST_OPERATIONS, LEAST_ROWS = 2**24, 64
@@ -42,20 +43,16 @@ def missing() -> str:
 
 
 def preferred(dtype: str) -> bool:
-    """Whether products with operands of this type are faster here than XLA's."""
-    # Asked for every product that is traced, so all but this variable is looked up once per process.
-    return os.environ.get(kernel.VARIABLE) != "0" and _preferred(dtype, os.environ.get("XDG_CACHE_HOME"))
-
-
-@functools.cache
-def _preferred(dtype: str, _: str | None) -> bool:
-    return _suits(dtype) and not missing()
-
-
-def _suits(dtype: str) -> bool:
-    """Whether MKL is faster than XLA on this processor."""
+    """Whether this is there, and faster than XLA for products with operands of this type."""
     units = {"float32": "avx2", "bfloat16": "amx_bf16"}
-    return {"GenuineIntel", units.get(dtype)} <= _processor_flags()
+    return {"GenuineIntel", units.get(dtype)} <= _processor_flags() and not missing()
+
+
+def preferred_or_built(dtype: str) -> bool:
+    """`preferred`, for what runs long: builds the kernel first, if it can be built and is all that is missing."""
+    if _mkl() is not None and {"GenuineIntel"} <= _processor_flags() and kernel.can_build():
+        kernel.build_once()
+    return preferred(dtype)
 
 
 @functools.cache
@@ -80,7 +77,8 @@ def _mkl() -> str | None:
 
 @functools.cache
 def connect(file: Path) -> str:
-    """Gives the kernel in a file MKL's functions, and MKL no threads of its own. Returns what is lacking, or ''."""
+    """Gives the kernel in a file MKL's functions, and MKL no threads of its own, in all of this process. Returns what
+    is lacking, or ''."""
     if (library := _mkl()) is None:
         return "MKL is not installed (pip install 'jaxgpt[mkl]')"
     try:
@@ -88,27 +86,23 @@ def connect(file: Path) -> str:
         functions = [ctypes.cast(getattr(mkl, name), ctypes.c_void_p) for name in _ENTRY_POINTS]
     except (OSError, AttributeError) as error:
         return f"MKL cannot be used ({error})"
-    sequential = 1
-    if mkl.MKL_Set_Threading_Layer(sequential) != sequential:
-        return "MKL is already in use in this process, with threads of its own"
+    sequential, int32 = 1, 0
+    if mkl.MKL_Set_Threading_Layer(sequential) != sequential or mkl.MKL_Set_Interface_Layer(int32) != int32:
+        return "MKL is already in use in this process, with threads of its own or 64-bit sizes"
     ours.JaxgptUseLibrary((ctypes.c_void_p * len(functions))(*functions))
     return ""
 
 
-def build() -> bool:
-    """Builds the kernel, if that is all that is missing here; where it cannot be built, XLA does the work. Returns
-    whether it was built."""
-    if not any(_suits(dtype) for dtype in ("float32", "bfloat16")) or _mkl() is None or not kernel.can_build():
-        return False
-    kernel.build_once()
-    _preferred.cache_clear()
-    return kernel.available()
-
-
 def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Array] | None:
     """A function that computes an einsum of two arrays like these, in float32; None if it is not a single large matrix
-    product, or XLA is faster."""
-    if x.dtype != y.dtype or not preferred(x.dtype.name):
+    product of float32 or bfloat16.
+
+    Raises:
+        ConfigError: if MKL or the kernel is missing.
+    """
+    if reason := missing():
+        raise ConfigError(f"mkl=True cannot be had: {reason}; jaxgpt.prepare turns it on where it can")
+    if x.dtype != y.dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
         return None
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")

@@ -104,6 +104,8 @@ inline float Sum(V x) {
 
 constexpr int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up
 
+inline int64_t Threads(ffi::ThreadPool& pool) { return std::max<int64_t>(1, pool.num_threads()); }
+
 // Calls work(i) for i in [0, n) from this thread and the free threads of the pool. A pool thread that starts late
 // finds nothing left, so this never waits for one that has not started: every caller may itself run on the pool.
 template <typename Work>

@@ -79,6 +79,7 @@ class MultiHeadAttention(ConfiguredModule):
             return_weights=self.is_mutable_collection("intermediates"),
             custom_derivatives=self.compute.custom_derivatives,
             native_kernel=self.compute.native_kernel,
+            mkl=self.compute.mkl,
         )
         self.sow("intermediates", "weights", weights_BxHxTxS)
         context_BxTxD = lay(context_BxHxTxK, "BHTK").swapaxes(1, 2).reshape(B, T, D).astype(qkv_BxTx3xD.dtype)

@@ -30,6 +30,7 @@ def dot(
     *,
     result: str = "float32",
     stored: PartitionSpec | None = None,
+    mkl: bool = False,
 ) -> Array:
     """`jnp.einsum(subscripts, x, y)` with operands in `dtype` and a float32 result, forward and backward.
 
@@ -48,45 +49,49 @@ def dot(
         stored: the layout of y, if it is a weight: y is then `gathered` in `dtype` before the product, forward and
             again backward, and its gradient is `scattered` in float32 after the product. Left to itself, XLA passes the
             parts of a small weight round a ring of devices, and writes and reads a whole result for each of them.
+        mkl: whether one CPU multiplies large matrices with MKL (`jaxgpt.cpu.sequences`), forward and backward. Only
+            the custom derivative can, and it has then none of its own.
     """
     if custom_derivatives:
-        return _dot(subscripts, x, y, dtype, result, stored)
-    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result, custom_derivatives=False)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5))
-def _dot(subscripts: str, x: Array, y: Array, dtype: str, result: str, stored: PartitionSpec | None) -> Array:
+        return _dot(subscripts, x, y, dtype, result, stored, mkl)
     return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result)
 
 
-def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32", *, custom_derivatives: bool = True) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5, 6))
+def _dot(
+    subscripts: str, x: Array, y: Array, dtype: str, result: str, stored: PartitionSpec | None, mkl: bool
+) -> Array:
+    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result, mkl)
+
+
+def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32", mkl: bool = False) -> Array:
     # HIGHEST keeps float32 from being rounded to TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     # Devices exchange a product's sums in the type that the product itself returns.
     summed = result if is_distributed(x) else "float32"
     einsum = functools.partial(jnp.einsum, subscripts, precision=precision, preferred_element_type=jnp.dtype(summed))
     distributed = is_distributed(x) or is_distributed(y)
-    on_cpu = sequences.product(subscripts, x, y) if custom_derivatives and not distributed else None
+    on_cpu = sequences.product(subscripts, x, y) if mkl and not distributed else None
     product = einsum(x, y) if on_cpu is None else lax.platform_dependent(x, y, cpu=on_cpu, default=einsum)
     return product.astype(result)
 
 
-def _dot_forward(subscripts, x, y, dtype, result, stored):
+def _dot_forward(subscripts, x, y, dtype, result, stored, mkl):
     # Dtypes are passed as empty arrays, because residuals must be arrays.
     types = jnp.empty(0, x.dtype), jnp.empty(0, y.dtype)
     x, y = x.astype(dtype), y.astype(dtype)
     # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product. What is kept
     # is the part of y, not all of it.
-    return _einsum(subscripts, x, gathered(y, stored), result), (x, y, *types)
+    return _einsum(subscripts, x, gathered(y, stored), result, mkl), (x, y, *types)
 
 
-def _dot_backward(subscripts, dtype, result, stored, residuals, g):
+def _dot_backward(subscripts, dtype, result, stored, mkl, residuals, g):
     x, y, x_type, y_type = residuals
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")
     g = g.astype(dtype)
     x_result = "bfloat16" if x_type.dtype == jnp.bfloat16 else "float32"
-    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype, result=x_result, stored=stored)
+    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype, result=x_result, stored=stored, mkl=mkl)
     summed = "".join(i for i in out if i in x_indices and i not in y_indices)
     # Several axes to sum over become one ("BTO,BTD->OD" becomes "BO,BD->OD"): XLA on a CPU then transposes g inside the
     # product, instead of making a transposed copy. On several devices, merging axes would gather the arrays.
@@ -97,12 +102,12 @@ def _dot_backward(subscripts, dtype, result, stored, residuals, g):
 
     def dy_on_cpu(g: Array, x: Array) -> Array:
         # XLA wants the operands of a bfloat16 product in one layout; MKL takes any.
-        if dtype == "bfloat16" and sequences.product(f"{out},{x_indices}->{y_indices}", g, x) is None:
+        if dtype == "bfloat16" and not (mkl and sequences.product(f"{out},{x_indices}->{y_indices}", g, x)):
             return dot(f"{transposed},{x_indices}->{y_indices}", products.laid_out(g, out, transposed), x, dtype)
         return dy_elsewhere(products.computed_once(g), x)
 
     def dy_elsewhere(g: Array, x: Array) -> Array:
-        return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype)
+        return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype, mkl=mkl)
 
     # On several devices a layout constraint would gather the array.
     cpu = dy_elsewhere if is_distributed(g) else dy_on_cpu
@@ -147,7 +152,9 @@ def _flat_product(
 ) -> Array:
     def plain(x_BxTxD: Array, weight_OxD: Array) -> Array:
         custom = compute.custom_derivatives
-        return dot("BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, custom, result=result, stored=stored)
+        return dot(
+            "BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, custom, result=result, stored=stored, mkl=compute.mkl
+        )
 
     rows = math.prod(x_BxTxD.shape[:2])
     distributed = is_distributed(weight_OxD) or is_distributed(x_BxTxD)

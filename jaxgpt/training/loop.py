@@ -22,7 +22,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxgpt import notebook
 from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
-from jaxgpt.cpu import sequences
 from jaxgpt.data import Ids, Mixture, Records, Source, Tokens, Verification
 from jaxgpt.errors import MissingExtraError, TrainingError
 from jaxgpt.files import new_directory
@@ -35,7 +34,7 @@ from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.models import base_params, initial_params
-from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point
+from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point, with_mkl
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run
 from jaxgpt.training.speed import Clock
@@ -159,6 +158,7 @@ def train(
                 allow_special=allow_special,
                 skip_bad=skip_bad,
             )
+            config = with_mkl(config, mesh, began)
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()
@@ -192,9 +192,6 @@ def train(
             if params is not None:
                 state["frozen"] = params if mesh is None else sharding.shard(params, mesh)
         else:
-            # Not while resuming: the rest of a run should be computed as its beginning was.
-            if mesh is None and sequences.build():
-                progress.say("built the C++ kernel, with which MKL trains faster here; JAXGPT_KERNEL=0 switches it off")
             start, state = 0, init_state(config, params, mesh)
         del params  # the state holds them
         with distributed.fail_together(alone):

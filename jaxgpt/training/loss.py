@@ -146,8 +146,8 @@ def model_loss(
 
 
 def _chunk_loss(x_BxCxD, head_VxD, labels_BxC, compute):
-    logits_BxCxV = lay(dot("BCD,VD->BCV", x_BxCxD, head_VxD, compute.dtype, compute.custom_derivatives), "BCV")
-    return cross_entropy(logits_BxCxV, labels_BxC, compute.custom_derivatives)
+    logits_BxCxV = dot("BCD,VD->BCV", x_BxCxD, head_VxD, compute.dtype, compute.custom_derivatives, mkl=compute.mkl)
+    return cross_entropy(lay(logits_BxCxV, "BCV"), labels_BxC, compute.custom_derivatives)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

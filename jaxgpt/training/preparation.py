@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jaxgpt.accounting import count_parameters
 from jaxgpt.checks import short_repr
 from jaxgpt.config import PRESETS, GPTConfig
+from jaxgpt.cpu import sequences
 from jaxgpt.data import MARKED, Corpus, Ids, Mixture, Records, open_corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import to_table
@@ -61,6 +62,17 @@ def prepare(
     elif config.patience:
         raise ConfigError("patience needs something to validate on: --val-data, or a val_fraction above 0")
     return config, mesh, corpus, train_data, val_N
+
+
+def with_mkl(config: TrainConfig, mesh: Mesh | None, began: TrainConfig | None) -> TrainConfig:
+    """The config with MKL or without: for a new run with it, where that is faster; for one that is resumed as it
+    `began`, whatever would be faster by now, because MKL rounds differently, and dropout then draws other masks."""
+    if began is not None:
+        mkl = began.compute.mkl and not sequences.missing()
+    else:
+        one_cpu = mesh is None and jax.default_backend() == "cpu"
+        mkl = config.compute.mkl or (one_cpu and sequences.preferred_or_built(config.compute.dtype))
+    return dataclasses.replace(config, compute=config.compute.replace(mkl=mkl))
 
 
 def starting_point(config: TrainConfig | None, init_from: str | None) -> str | None:
@@ -176,6 +188,8 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
             f"steps: {began.steps:,} before, {config.steps:,} now; from here on, the learning rate follows the "
             "schedule of the latter"
         )
+    if began is not None and began.compute.mkl and not config.compute.mkl:
+        yield f"the run began with MKL, and goes on without: {sequences.missing()}. Its steps round differently now"
     if config.warmup != config.warmup_steps:
         yield (
             f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "

@@ -18,9 +18,9 @@ from jax.sharding import Mesh, NamedSharding
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.cpu import kernel
 from jaxgpt.errors import ConfigError
+from jaxgpt.model.attention import native
 from jaxgpt.model.attention.blocks import blocked
 from jaxgpt.model.attention.fused import cudnn, cudnn_refusal, from_start, splash, splash_refusal
-from jaxgpt.model.attention.native import mkl, mkl_refusal
 from jaxgpt.model.attention.plain import attention_weights, reference, scaled
 from jaxgpt.model.cache import Seen
 from jaxgpt.parallel import is_distributed, layout
@@ -31,8 +31,7 @@ class Backend(NamedTuple):
 
     Attributes:
         context: (q_BxHxTxK, seen, window=, scale=, drop_rate=, dropout_key=, custom_derivatives=) to [B, H, T, K].
-        refusal: why not, in words, for the same arguments, `return_weights`, and `by_name`, whether it was asked for by
-            name; None if it can compute them.
+        refusal: why not, in words, for the same arguments and `return_weights`; None if it can compute them.
     """
 
     context: Callable[..., Array]
@@ -47,7 +46,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 BACKENDS = {
     "cudnn": Backend(cudnn, cudnn_refusal),
     "splash": Backend(splash, splash_refusal),
-    "mkl": Backend(mkl, mkl_refusal),
+    "mkl": Backend(native.mkl, native.mkl_refusal),
     "blocked": Backend(blocked, _nothing),
     "reference": Backend(reference, _nothing),
 }
@@ -63,6 +62,7 @@ def attend(
     scale: float | Array | None = None,
     return_weights: bool = False,
     native_kernel: bool = False,
+    mkl: bool = False,
     **options: Any,
 ) -> tuple[Array, Array | None]:
     """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
@@ -79,6 +79,7 @@ def attend(
         scale: what the scores are multiplied by; an array where it differs between the layers of a scan.
         return_weights: whether to also return all weights, at the cost of their memory.
         native_kernel: whether "auto" uses `jaxgpt.cpu.kernel` while decoding on a CPU.
+        mkl: whether "auto" uses "mkl" for whole sequences.
         options: passed on to the backend: dropout, derivatives, and for `blocked` the sizes of its blocks.
 
     Returns:
@@ -87,7 +88,7 @@ def attend(
     Raises:
         ConfigError: if a backend is asked for by name that cannot compute this; says why.
     """
-    chosen = choose(backend, q_BxHxTxK, seen.floats(), return_weights=return_weights, **options)
+    chosen = choose(backend, q_BxHxTxK, seen.floats(), mkl, return_weights=return_weights, **options)
 
     decoding = not isinstance(seen.query_slot, int) and q_BxHxTxK.shape[2] <= kernel.MOST_ROWS
     undropped = options.get("dropout_key") is None
@@ -112,8 +113,8 @@ def attend(
     return lax.cond(banded, lambda: form(window), lambda: form(None))
 
 
-def choose(backend: str, q_BxHxTxK: Array, seen: Seen, **options: Any) -> str:
-    """The name of the backend that computes a call.
+def choose(backend: str, q_BxHxTxK: Array, seen: Seen, mkl: bool = False, **options: Any) -> str:
+    """The name of the backend that computes a call; "auto" may be "mkl" only if the argument `mkl` says so.
 
     Raises:
         ConfigError: as `attend`.
@@ -121,9 +122,9 @@ def choose(backend: str, q_BxHxTxK: Array, seen: Seen, **options: Any) -> str:
     if backend == "auto" and not from_start(q_BxHxTxK, seen):
         return "blocked"
     if backend == "auto":
-        asked = {**options, "by_name": False}
-        return next(name for name, other in BACKENDS.items() if other.refusal(q_BxHxTxK, seen, **asked) is None)
-    if reason := BACKENDS[backend].refusal(q_BxHxTxK, seen, by_name=True, **options):
+        names = (name for name in BACKENDS if mkl or name != "mkl")
+        return next(name for name in names if BACKENDS[name].refusal(q_BxHxTxK, seen, **options) is None)
+    if reason := BACKENDS[backend].refusal(q_BxHxTxK, seen, **options):
         raise ConfigError(f"attention={backend!r} cannot compute this: {reason}; attention='auto' takes what can")
     return backend
 
@@ -160,9 +161,8 @@ def backend_of(
         start_BxT = jnp.zeros((rows, length), jnp.int32) if documents else None
         seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, start_BxT, compute.dtype)
         key = jax.random.key(0) if dropout else None
-        chosen.append(
-            choose(compute.attention, q_BxHxTxK, seen, dropout_key=key, custom_derivatives=compute.custom_derivatives)
-        )
+        options = {"dropout_key": key, "custom_derivatives": compute.custom_derivatives}
+        chosen.append(choose(compute.attention, q_BxHxTxK, seen, compute.mkl, **options))
         return q_BxHxTxK
 
     jax.eval_shape(call, q)

@@ -47,21 +47,19 @@ def mkl(
         keys = jax.random.split(dropout_key, len(sizes))
         masks = tuple(dropout_mask(key, drop_rate, size) for key, size in zip(keys, sizes, strict=True))
         factor = keep_factor(drop_rate)
-    q, k, v = (x.astype(seen.dtype) for x in (scaled(q_BxHxTxK, scale), seen.k_BxHxSxK, seen.v_BxHxSxK))
-    return _attend(block, factor, q, k, v, first_BxT, masks)
+    q_BxHxTxK = scaled(q_BxHxTxK, scale)
+    return _attend(block, factor, seen.dtype, q_BxHxTxK, seen.k_BxHxSxK, seen.v_BxHxSxK, first_BxT, masks)
 
 
 def mkl_refusal(
     q_BxHxTxK: Array,
     seen: Seen,
     *,
-    by_name: bool = True,
     return_weights: bool = False,
     custom_derivatives: bool = True,
     **_: Any,
 ) -> str | None:
-    """Why the kernel cannot compute a call, or, unless it is asked for by name, should not; None if it can. The
-    arguments are those of `choice.choose`."""
+    """Why the kernel cannot compute a call; None if it can. The arguments are those of `choice.choose`."""
     reasons = {
         f"it needs a CPU, and the program is for a {platform(q_BxHxTxK)}": platform(q_BxHxTxK) != "cpu",
         "it runs on one device, and the arrays lie on several": is_distributed(q_BxHxTxK),
@@ -71,28 +69,27 @@ def mkl_refusal(
         "it does not return the attention weights": return_weights,
         "it has no forward-mode derivatives, which custom_derivatives=False asks for": not custom_derivatives,
     }
-    if reason := next((reason for reason, holds in reasons.items() if holds), None):
-        return reason
-    if by_name:
-        return sequences.missing() or None
-    return None if sequences.preferred(seen.dtype) else "XLA is faster here"
+    return next((reason for reason, holds in reasons.items() if holds), sequences.missing() or None)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attend(block, factor, q, k, v, first_BxT, masks):
-    return sequences.attention(block, factor, q, k, v, first_BxT, masks)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attend(block, factor, dtype, q, k, v, first_BxT, masks):
+    return _attend_forward(block, factor, dtype, q, k, v, first_BxT, masks)[0]
 
 
-def _attend_forward(block, factor, q, k, v, first_BxT, masks):
+def _attend_forward(block, factor, dtype, q, k, v, first_BxT, masks):
+    # Dtypes are passed as empty arrays, because residuals must be arrays.
+    types = [jnp.empty(0, x.dtype) for x in (q, k, v)]
+    q, k, v = (x.astype(dtype) for x in (q, k, v))
     y, stats = sequences.attention(block, factor, q, k, v, first_BxT, masks)
-    return y, (q, k, v, first_BxT, masks, y, stats)
+    return y, (q, k, v, first_BxT, masks, y, stats, types)
 
 
-def _attend_backward(block, factor, residuals, g):
-    q, k, v, first_BxT, masks, y, stats = residuals
-    inner_BxHxT, g = jnp.sum(g * y, axis=-1), g.astype(q.dtype)
+def _attend_backward(block, factor, dtype, residuals, g):
+    q, k, v, first_BxT, masks, y, stats, types = residuals
+    inner_BxHxT, g = jnp.sum(g * y, axis=-1), g.astype(dtype)
     gradients = sequences.attention_gradients(block, factor, q, k, v, first_BxT, masks, inner_BxHxT, stats, g)
-    return *(gradient.astype(q.dtype) for gradient in gradients), None, None
+    return *(gradient.astype(x.dtype) for gradient, x in zip(gradients, types, strict=True)), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
