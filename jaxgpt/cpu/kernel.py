@@ -1,13 +1,13 @@
-"""The optional C++ kernel for the operations of a decode step, `kernel.cc`. Without it, XLA computes the same. (It also
-holds `sequences.cc`, which `sequences` calls.)
+"""The optional C++ kernel, two sources in one library: `kernel.cc` has the operations of a decode step, which this
+module calls, and `sequences.cc` those of whole sequences, for `jaxgpt.cpu.sequences`. Without it, XLA computes the same.
 
 It is built once, into the user's cache: by `jaxgpt build-kernel`, or without being asked, in the background, by the
 first process that prepares a large model where there is a compiler. From then on the models that `jaxgpt.prepare`
 returns use it. JAXGPT_KERNEL=0 switches both off. (A kernel in the wheel would have to make do with what the oldest
 processor has, or hold a variant for each, and would fit one jaxlib's interface; a compiler on the spot knows them.)
 
-With it, a token's result has the same bits whatever is computed beside it: other rows of a batch, or the tokens that
-follow, if there are at most `MOST_ROWS` in all.
+With it, a decoded token's result has the same bits whatever is computed beside it: other rows of a batch, or the tokens
+that follow, if there are at most `MOST_ROWS` in all.
 """
 
 from __future__ import annotations
