@@ -1,5 +1,5 @@
 """The optional C++ kernel, two sources in one library: `kernel.cc` has the operations of a decode step, which this
-module calls, and `sequences.cc` those of whole sequences, for `jaxgpt.cpu.sequences`. Without it, XLA computes the same.
+module calls, `sequences.cc` those of whole sequences, for `jaxgpt.cpu.sequences`. Without it, XLA computes the same.
 
 It is built once, into the user's cache: by `jaxgpt build-kernel`, or without being asked, in the background, by the
 first process that prepares a large model where there is a compiler. From then on the models that `jaxgpt.prepare`
