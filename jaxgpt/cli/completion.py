@@ -28,7 +28,7 @@ def answer(parser: argparse.ArgumentParser, subparser: argparse.ArgumentParser) 
         if names := _names(action):
             action.completer = _either(names, argcomplete.FilesCompleter())  # type: ignore[attr-defined]
         elif action.dest == "set":
-            action.completer = argcomplete.ChoicesCompleter(list(_keys()))  # type: ignore[attr-defined]
+            action.completer = argcomplete.ChoicesCompleter(dict.fromkeys(_keys(), ""))  # type: ignore[attr-defined]
     argcomplete.autocomplete(parser, always_complete_options=False)
 
 
