@@ -354,11 +354,13 @@ def test_nothing_is_built_where_others_can_write(no_cache):
 @needs_compiler
 @pytest.mark.exhaustive
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
-    source = kernel.SOURCE.read_text()
+    kernel_cc, sequences_cc = kernel.SOURCES
+    source = kernel_cc.read_text()
     assert source.count("Fma(ws[r], xs, sums[b][r])") == 1
     wrong = tmp_path / "kernel.cc"
+    (tmp_path / kernel.HEADER.name).write_text(kernel.HEADER.read_text())
     wrong.write_text(source.replace("Fma(ws[r], xs, sums[b][r])", "Fma(-ws[r], xs, sums[b][r])"))
-    monkeypatch.setattr(kernel, "SOURCE", wrong)
+    monkeypatch.setattr(kernel, "SOURCES", (wrong, sequences_cc))
     with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*rows by .*off by"):
         kernel.build()
     assert not list(no_cache.glob("*/*"))
