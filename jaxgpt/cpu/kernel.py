@@ -13,6 +13,7 @@ that follow, if there are at most `MOST_ROWS` in all.
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import math
 import os
@@ -243,9 +244,13 @@ def _run(command: list[str], failure: str) -> None:
 
 def path() -> Path:
     """Where the kernel is or will be. Its name depends on the source, jaxlib and the flags."""
-    parts = (*(file.read_text(encoding="utf-8") for file in (*SOURCES, HEADER)), jaxlib.__version__, *FLAGS)
-    digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-    return startup.cache_directory(DIRECTORY) / f"{digest}.so"
+    return startup.cache_directory(DIRECTORY) / f"{_digest((*SOURCES, HEADER))}.so"
+
+
+@functools.cache  # every product that is traced may ask
+def _digest(files: tuple[Path, ...]) -> str:
+    parts = (*(file.read_text(encoding="utf-8") for file in files), jaxlib.__version__, *FLAGS)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 # JAX accepts a kernel's name only once per process.

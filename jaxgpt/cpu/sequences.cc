@@ -1,8 +1,8 @@
 // Products and attention over whole sequences, forward and backward: matrix products by a library (MKL), which
 // `JaxgptUseLibrary` names, and between them what one thread does while the numbers are in its cache.
 //
-// Each thread of XLA's pool calls the library for a piece of its own, in one thread. Attention never holds more than one
-// block of scores per thread (Dao et al. 2022, FlashAttention). sequences.py loads the library and calls this file.
+// Each thread of XLA's pool calls the library for a piece of its own, in one thread. Attention never holds more than
+// one block of scores per thread (Dao et al. 2022, FlashAttention). sequences.py loads the library and calls this file.
 
 #include "vectors.h"
 
@@ -107,9 +107,9 @@ class SharedRoom {
   static inline std::vector<Room> kept;
 };
 
-constexpr int64_t kTile = 512;           // rows and columns of a tile, which stays in a core's cache
-constexpr int64_t kMostSummed = 4096;    // length of the sums in a tile
-constexpr int64_t kPacked = 32 << 20;    // bytes of the left operand that are packed at a time
+constexpr int64_t kTile = 512;         // rows and columns of a tile, which stays in a core's cache
+constexpr int64_t kMostSummed = 4096;  // length of the sums in a tile
+constexpr int64_t kPacked = 32 << 20;  // bytes of the left operand that are packed at a time
 
 // The size of tiles for n rows or columns: the largest that divides n, of at least half of `kTile`, or else `kTile`.
 int64_t TileSize(int64_t n) {
@@ -339,8 +339,8 @@ Mask MaskOf(const Shape& s, const Mask& mask, int64_t bh, int64_t i) {
 }
 
 ffi::Error SequenceAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                            ffi::Buffer<ffi::S32> first, ffi::RemainingArgs dropout, int64_t block, float factor,
-                            ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> stats) {
+                             ffi::Buffer<ffi::S32> first, ffi::RemainingArgs dropout, int64_t block, float factor,
+                             ffi::ResultBuffer<ffi::F32> y, ffi::ResultBuffer<ffi::F32> stats) {
   const auto shape = Sizes(q, {k, v}, first, block);
   if (shape.has_error()) return shape.error();
   const Shape s = *shape;
@@ -352,18 +352,17 @@ ffi::Error SequenceAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuf
     Share(pool, s.B * s.H * s.blocks(), [&](int64_t n) {
       // The last blocks have most to do, so they come first.
       const int64_t bh = n % (s.B * s.H), i = s.blocks() - 1 - n / (s.B * s.H), at = bh * s.T * s.K;
-      Forward<T>(s, bh / s.H, i, in(q) + at, in(k) + at, in(v) + at,
-                                      MaskOf(s, (*masks)[i], bh, i), y->typed_data() + at,
-                                      stats->typed_data() + bh * s.T * 2);
+      Forward(s, bh / s.H, i, in(q) + at, in(k) + at, in(v) + at, MaskOf(s, (*masks)[i], bh, i), y->typed_data() + at,
+              stats->typed_data() + bh * s.T * 2);
     });
   });
 }
 
 ffi::Error SequenceAttentionGradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                             ffi::AnyBuffer g, ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::F32> inner,
-                             ffi::Buffer<ffi::F32> stats, ffi::RemainingArgs dropout, int64_t block, float factor,
-                             ffi::ResultBuffer<ffi::F32> dq, ffi::ResultBuffer<ffi::F32> dk,
-                             ffi::ResultBuffer<ffi::F32> dv) {
+                                      ffi::AnyBuffer g, ffi::Buffer<ffi::S32> first, ffi::Buffer<ffi::F32> inner,
+                                      ffi::Buffer<ffi::F32> stats, ffi::RemainingArgs dropout, int64_t block,
+                                      float factor, ffi::ResultBuffer<ffi::F32> dq, ffi::ResultBuffer<ffi::F32> dk,
+                                      ffi::ResultBuffer<ffi::F32> dv) {
   const auto shape = Sizes(q, {k, v, g}, first, block);
   if (shape.has_error()) return shape.error();
   const Shape s = *shape;
@@ -378,9 +377,9 @@ ffi::Error SequenceAttentionGradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ff
       std::vector<Mask> own(s.blocks());
       for (int64_t i = 0; i < s.blocks(); ++i) own[i] = MaskOf(s, (*masks)[i], bh, i);
       const int64_t at = bh * s.T * s.K;
-      Backward<T>(s, bh / s.H, in(q) + at, in(k) + at, in(v) + at, in(g) + at,
-                                       inner.typed_data() + bh * s.T, stats.typed_data() + bh * s.T * 2, own,
-                                       dq->typed_data() + at, dk->typed_data() + at, dv->typed_data() + at);
+      Backward(s, bh / s.H, in(q) + at, in(k) + at, in(v) + at, in(g) + at, inner.typed_data() + bh * s.T,
+               stats.typed_data() + bh * s.T * 2, own, dq->typed_data() + at, dk->typed_data() + at,
+               dv->typed_data() + at);
     });
   });
 }

@@ -27,7 +27,6 @@ from jaxgpt.errors import ConfigError
 
 # Operations from which a product is worth a call, and rows from which it does not wait for memory.
 LEAST_OPERATIONS, LEAST_ROWS = 2**24, 64
-MOST_QUERIES = 512  # of a block
 _ENTRY_POINTS = (
     "cblas_sgemm",
     "cblas_gemm_bf16bf16f32",
@@ -44,15 +43,20 @@ def missing() -> str:
 
 def preferred(dtype: str) -> bool:
     """Whether this is there, and faster than XLA for products with operands of this type."""
-    units = {"float32": "avx2", "bfloat16": "amx_bf16"}
-    return {"GenuineIntel", units.get(dtype)} <= _processor_flags() and not missing()
+    return _suits(dtype) and not missing()
 
 
 def preferred_or_built(dtype: str) -> bool:
     """`preferred`, for what runs long: builds the kernel first, if it can be built and is all that is missing."""
-    if _mkl() is not None and {"GenuineIntel"} <= _processor_flags() and kernel.can_build():
+    if _suits(dtype) and _mkl() is not None and kernel.can_build():
         kernel.build_once()
     return preferred(dtype)
+
+
+def _suits(dtype: str) -> bool:
+    """Whether MKL is faster than XLA on this processor."""
+    units = {"float32": "avx2", "bfloat16": "amx_bf16"}
+    return {"GenuineIntel", units.get(dtype)} <= _processor_flags()
 
 
 @functools.cache
@@ -145,7 +149,7 @@ def attention(
     """softmax(q k^T) v, where query t sees the keys from `first_BxT` to t.
 
     Args:
-        block: queries per block, at most `MOST_QUERIES`.
+        block: queries per block, at most 512.
         factor: what the weights that dropout keeps are multiplied by.
         q, k, v: [B, H, T, K], all float32 or all bfloat16.
         first_BxT: int32.

@@ -378,12 +378,10 @@ def _train(work: Workload) -> Callable[[], Any]:
     import jax
     import numpy as np
 
-    from jaxgpt.cpu import sequences
     from jaxgpt.training import TrainConfig, init_state, make_step
 
     model = work.config()
-    compute = ComputeConfig(dtype=work.dtype, mkl=work.platform == "cpu" and sequences.preferred(work.dtype))
-    config = TrainConfig(model=model, compute=compute, batch_size=work.batch, seq_len=work.length)
+    config = TrainConfig(model=model, compute=_compute(work), batch_size=work.batch, seq_len=work.length)
     step = jax.jit(make_step(config), donate_argnums=0)
     ids = np.random.default_rng(0).integers(0, model.vocab_size, (work.batch, work.length + 1)).astype(np.int32)
     state = init_state(config)
@@ -455,17 +453,22 @@ def limit_rates(seconds: dict[str, float], platform: str) -> tuple[float, dict[s
     return sizes.read_bytes / seconds["read"], flops, seconds["launch"]
 
 
+def _compute(work: Workload) -> ComputeConfig:
+    """How a workload over whole sequences is run: as `prepare` and the trainer would."""
+    from jaxgpt.cpu import sequences
+
+    return ComputeConfig(dtype=work.dtype, mkl=work.platform == "cpu" and sequences.preferred(work.dtype))
+
+
 def attention(work: Workload) -> str | None:
     """The backend of attention that a workload over whole sequences uses; None for other workloads."""
-    from jaxgpt.cpu import sequences
     from jaxgpt.model import backend_of
 
     if work.kind not in ("forward", "train"):
         return None
     config = work.config()
     dropout = work.kind == "train" and config.drop_rate_attn > 0
-    compute = ComputeConfig(dtype=work.dtype, mkl=work.platform == "cpu" and sequences.preferred(work.dtype))
-    return backend_of(config, compute, work.batch, work.length, dropout)
+    return backend_of(config, _compute(work), work.batch, work.length, dropout)
 
 
 def _start_up() -> float:
