@@ -49,7 +49,9 @@ def parser(command: str) -> argparse.ArgumentParser:
 
 
 GENERATE = [(name, answer) for names, answer in rows("Generating") for name in code(names)]
-WITHOUT_EFFECT = code(PROSE.partition("All other fields of `GenerationConfig`, such as")[2].partition("were\n")[0])
+WITHOUT_EFFECT = code(
+    PROSE.partition("All other fields of `GenerationConfig`, such as")[2].partition(" were accepted")[0]
+)
 SCRIPT = [(name, *answer) for names, *answer in rows("run_clm_flax.py") for name in code(names)]
 
 
@@ -64,11 +66,13 @@ def test_options_of_generate_are_answered_as_its_errors_answer_them(option, answ
     assert answer.replace("`", "").startswith(hint or NONE)
 
 
-def test_options_that_flax_accepted_without_effect_exist():
-    assert len(WITHOUT_EFFECT) == 5
-    assert set(WITHOUT_EFFECT) - set(SAMPLING) == {"stop_strings"}
+def test_options_that_flax_accepted_without_effect_exist_or_have_another_name():
+    assert len(WITHOUT_EFFECT) == 6
+    assert set(WITHOUT_EFFECT) - set(SAMPLING) == {"stop_strings", "prompt_lookup_num_tokens"}
     with pytest.raises(TypeError, match=r"use stop=.* in generate_text"):
         refuse_unknown({"stop_strings": None})
+    with pytest.raises(TypeError, match=r"use lookup=n, which counts the last id too"):
+        refuse_unknown({"prompt_lookup_num_tokens": 3})
 
 
 @pytest.mark.parametrize(("option", "answer", "remark"), SCRIPT, ids=[option for option, *_ in SCRIPT])

@@ -128,15 +128,18 @@ def test_a_tracker_that_does_not_start_says_why(tmp_path, fakes, monkeypatch):
         pass
 
 
+# The libraries name their files after the second, in which no two runs begin.
 REAL = """
 import sys
+import time
 from pathlib import Path
 from jaxgpt.training.trackers import TRACKERS
 for step in (0, 1):
-    tracker = TRACKERS[sys.argv[1]](Path("run"), "0123456789abcdef", step, {"train": {"steps": 2}})
+    tracker = TRACKERS[sys.argv[1]](Path("run"), "run", "0123456789abcdef", step, {"train": {"steps": 2}})
     tracker.log(step + 1, {"loss": 2.5, "tokens": 7})
     tracker.log(step + 1, {"val_loss": float("nan")})
     tracker.close()
+    time.sleep(1.1)
 """
 
 
