@@ -6,6 +6,7 @@ import functools
 import hashlib
 import itertools
 import json
+import random
 import re
 import socket
 from pathlib import Path
@@ -17,6 +18,7 @@ import tiktoken
 from helpers import grid
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import jaxgpt
 from jaxgpt.errors import ConfigError, DataError
@@ -148,7 +150,7 @@ def test_a_megabyte_of_one_character_comes_back(unit, end):
 )
 def test_cutting_long_whitespace_changes_no_id(space, end):
     tokens = builtin.gpt2_tokens()
-    uncut = _uncut_encoding()
+    uncut = _tiktokens_encoding()
     assert len(tokens) == 50256
     for extra in (0, 1, 2):
         text = "word" + (space * 10_000)[: 9_998 + extra] + end
@@ -157,9 +159,31 @@ def test_cutting_long_whitespace_changes_no_id(space, end):
 
 
 @functools.cache
-def _uncut_encoding() -> tiktoken.Encoding:
+def _tiktokens_encoding() -> tiktoken.Encoding:
+    """What `tiktoken.get_encoding("gpt2")` builds once it has fetched the table."""
     ranks = {token: i for i, token in enumerate(builtin.gpt2_tokens())}
-    return tiktoken.Encoding("uncut", pat_str=builtin.GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("tiktoken's", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={})
+
+
+def test_any_text_has_the_ids_that_tiktoken_gives_it():
+    want, ours = _tiktokens_encoding().encode_ordinary, get_tokenizer("gpt2").encode
+    characters = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    for start in range(0, len(characters), 500):
+        text = "".join(f"a{character} {character}1{character}" for character in characters[start : start + 500])
+        assert ours(text) == want(text)
+    rng = random.Random(3)
+    parts = [
+        *" \n\t\r'sdmtlvre01Aaé北\u3000\x85\xa0\u2028\x1c.,!-<|>",
+        "'s",
+        "'ll",
+        "'VE",
+        "<|endoftext|>",
+        "  ",
+        "\n\n",
+    ]
+    for _ in range(5000):
+        text = "".join(rng.choice(characters if rng.random() < 0.1 else parts) for _ in range(rng.randint(0, 40)))
+        assert ours(text) == want(text), text
 
 
 @pytest.mark.parametrize("name", BUILTIN)

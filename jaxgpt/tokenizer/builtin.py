@@ -5,22 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer.content import AddedToken, Content
 from jaxgpt.tokenizer.names import BUILTIN
-from jaxgpt.tokenizer.vocabulary import SPACES, Tokenizer, joined
+from jaxgpt.tokenizer.vocabulary import SPACES, EncodeText, Tokenizer, joined
 
 END_OF_TEXT = "<|endoftext|>"
 _END_OF_TEXT_IDS = {"gpt2": 50256, "bytes": 256}
 
 _MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 
-# GPT-2's pattern as tiktoken writes it: it gives the same pieces, and avoids backtracking where possible.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+# GPT-2's pattern, in a form that gives the same pieces and takes two thirds of the time of tiktoken's own form: its
+# engine hands a group without lookahead or possessive repeats to an automaton, and backtracks only for whitespace.
+GPT2_PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
 _LONG_SPACE_LENGTH = 10_000
 _LONG_SPACE_SAMPLE = 1000
@@ -37,7 +40,11 @@ def build(name: str) -> Tokenizer:
 
 def _bytes() -> Tokenizer:
     tokens = [bytes([i]) for i in range(256)]
-    return Tokenizer(content("bytes"), [*tokens, END_OF_TEXT.encode()], lambda text: list(text.encode()))
+
+    def encode(text: str) -> NDArray[np.uint32]:
+        return np.frombuffer(text.encode(), np.uint8).astype(np.uint32)
+
+    return Tokenizer(content("bytes"), [*tokens, END_OF_TEXT.encode()], encode)
 
 
 def _gpt2() -> Tokenizer:
@@ -54,13 +61,20 @@ def content(name: str) -> Content:
     return Content(name, added, end_of_text + 1, end_of_text, None, (end_of_text,), named)
 
 
-def gpt2_encoder(ranks: dict[bytes, int]) -> Callable[[str], list[int]]:
+def gpt2_encoder(ranks: dict[bytes, int]) -> EncodeText:
     """Returns tiktoken's encoder of ordinary text: GPT-2's pattern, then merges in order of rank."""
     import tiktoken  # here, because "bytes" does not need it
 
-    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    # encode_to_numpy makes no list of Python's ints, which takes a tenth of the time. It looks for special tokens, all
+    # of which are allowed to be ordinary text here; but it must have one to look for.
+    special = {END_OF_TEXT: len(ranks)}
+    encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
-    return lambda text: joined(map(encoding.encode_ordinary, _cut_long_spaces(text)))
+    def encode(text: str) -> NDArray[np.uint32]:
+        parts = _cut_long_spaces(text)
+        return joined([encoding.encode_to_numpy(part, disallowed_special=()) for part in parts])
+
+    return encode
 
 
 def gpt2_tokens() -> list[bytes]:

@@ -26,9 +26,12 @@ import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxgpt.tokenizer.builtin import gpt2_alphabet, gpt2_encoder
 from jaxgpt.tokenizer.content import Content
-from jaxgpt.tokenizer.vocabulary import Tokenizer
+from jaxgpt.tokenizer.vocabulary import Tokenizer, id_array
 
 Pair = tuple[str, str]
 
@@ -44,13 +47,11 @@ def build(content: Content) -> Tokenizer:
     """Builds the tokenizer of a `builtin.byte_level` description; raises OutOfOrderError as `ranks_of` does."""
     vocabulary: dict[str, int] = content.description["model"]["vocab"]
     ranked = ranks_of(tuple(map(split_pair, content.description["model"]["merges"])))
-    ids = [vocabulary[token] for token in ranked]
+    ids = id_array([vocabulary[token] for token in ranked])
     encode_ranks = gpt2_encoder({token: rank for rank, token in enumerate(to_bytes(ranked))})
-    renumbered = ids != list(range(len(ids)))
 
-    def encode(text: str) -> list[int]:
-        ranks = encode_ranks(text)
-        return [ids[rank] for rank in ranks] if renumbered else ranks
+    def encode(text: str) -> NDArray[np.uint32]:
+        return ids[encode_ranks(text)]
 
     tokens: list[bytes | None] = [None] * content.vocab_size
     for i, token in zip(vocabulary.values(), to_bytes(vocabulary), strict=True):

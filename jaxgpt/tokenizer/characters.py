@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer.content import Content
-from jaxgpt.tokenizer.vocabulary import Tokenizer
+from jaxgpt.tokenizer.vocabulary import Tokenizer, id_array
 
 
 def description(characters: list[str]) -> dict[str, Any]:
@@ -24,9 +27,9 @@ def build(content: Content) -> Tokenizer:
     """Builds the tokenizer of a `description`."""
     vocabulary: dict[str, int] = content.description["model"]["vocab"]
 
-    def encode(text: str) -> list[int]:
+    def encode(text: str) -> NDArray[np.uint32]:
         try:
-            return [vocabulary[character] for character in text]
+            return id_array([vocabulary[character] for character in text])
         except KeyError as error:
             raise DataError(
                 f"the tokenizer has no character {error.args[0]!r}: it knows {len(vocabulary)}, such as "

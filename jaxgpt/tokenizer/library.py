@@ -9,10 +9,13 @@ import threading
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxgpt.checks import first_line
 from jaxgpt.errors import DataError, MissingExtraError, require
 from jaxgpt.tokenizer.content import Content, placeholder
-from jaxgpt.tokenizer.vocabulary import IncrementalDecoder, Tokenizer
+from jaxgpt.tokenizer.vocabulary import IncrementalDecoder, Tokenizer, id_array
 
 
 def build(content: Content) -> Tokenizer:
@@ -50,7 +53,7 @@ def _calling(function: Any) -> Any:
 
 class _LibraryTokenizer(Tokenizer):
     def __init__(self, content: Content, library: Any):
-        super().__init__(content, [], lambda text: [])
+        super().__init__(content, [], lambda text: id_array([]))
         self._library_or_error = library
         self._lock = threading.Lock()
 
@@ -80,11 +83,11 @@ class _LibraryTokenizer(Tokenizer):
     def incremental(self) -> IncrementalDecoder:
         return _LibraryDecoder(self)
 
-    def _ids(self, text: str, allow_special: bool) -> list[int]:
+    def _ids(self, text: str, allow_special: bool) -> NDArray[np.uint32]:
         library = self.library
         with self._lock:  # another thread may want it otherwise
             library.encode_special_tokens = not allow_special
-            return _calling(lambda: library.encode(text, add_special_tokens=False).ids)
+            return id_array(_calling(lambda: library.encode(text, add_special_tokens=False).ids))
 
 
 class _LibraryDecoder:

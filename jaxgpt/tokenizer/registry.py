@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from jaxgpt import hub
 from jaxgpt.checks import did_you_mean, short_repr
 from jaxgpt.errors import ConfigError, DataError
@@ -13,7 +16,7 @@ from jaxgpt.files import local
 from jaxgpt.tokenizer import builtin, bytepairs, characters, files, library
 from jaxgpt.tokenizer.content import Content
 from jaxgpt.tokenizer.names import BUILTIN, NONE, is_name
-from jaxgpt.tokenizer.vocabulary import Tokenizer
+from jaxgpt.tokenizer.vocabulary import Tokenizer, id_array
 
 _built: dict[str, Tokenizer] = {}
 # Those that are known without files.
@@ -96,9 +99,9 @@ def _named(name: str) -> Tokenizer:
 
 class _NoTokenizer(Tokenizer):
     def __init__(self, content: Content):
-        super().__init__(content, [], lambda text: [])
+        super().__init__(content, [], lambda text: id_array([]))
 
-    def _ids(self, text: str, allow_special: bool) -> list[int]:
+    def _ids(self, text: str, allow_special: bool) -> NDArray[np.uint32]:
         raise DataError(
             "no tokenizer came with this model, so it takes ids and no text: put its tokenizer.json, or its vocab.json "
             "and merges.txt, beside the weights, or load it with tokenizer=PATH (--tokenizer PATH)"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jaxgpt.checks import short_repr
 from jaxgpt.tokenizer.content import AddedToken, Content, placeholder
@@ -18,6 +19,10 @@ SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map
 
 # Where a piece ends under GPT-2's pattern, whatever else the text holds: see `Tokenizer.find_cut`.
 _CUT = re.compile(f"[^{SPACES}](?=[ \n])")
+
+
+# The ids of a text.
+EncodeText = Callable[[str], NDArray[np.uint32]]
 
 
 class Tokenizer:
@@ -34,7 +39,7 @@ class Tokenizer:
         content: what it was built from.
     """
 
-    def __init__(self, content: Content, tokens: Sequence[bytes | None], encode_text: Callable[[str], list[int]]):
+    def __init__(self, content: Content, tokens: Sequence[bytes | None], encode_text: EncodeText):
         """`tokens` are the bytes of each id (None: unknown), and `encode_text` gives the ids of a text that holds no
         added token."""
         self.content = content
@@ -76,6 +81,10 @@ class Tokenizer:
             DataError: if the tokenizer has no id for a part of the text, or is that of a model that came without one.
             MissingExtraError: if it needs Hugging Face's library, which is not installed.
         """
+        return self.encode_array(text, allow_special=allow_special).tolist()
+
+    def encode_array(self, text: str, *, allow_special: bool = False) -> NDArray[np.uint32]:
+        """The ids [T] that `encode` returns, as an array: for long texts, whose list takes time to make."""
         if not isinstance(text, str):
             raise TypeError(f"encode takes one text, not {short_repr(text)}")
         return self._ids(_well_formed(text), allow_special)
@@ -121,10 +130,10 @@ class Tokenizer:
         special = {token.id for token in self.content.added if token.special}
         return 1 + max((i for i in range(self.vocab_size) if i not in special), default=-1)
 
-    def _ids(self, text: str, allow_special: bool) -> list[int]:
+    def _ids(self, text: str, allow_special: bool) -> NDArray[np.uint32]:
         """The ids of a text without lone surrogates."""
         parts = self._added.split(text, allow_special)
-        return joined([part] if isinstance(part, int) else self._encode_text(part) for part in parts)
+        return joined([id_array([part]) if isinstance(part, int) else self._encode_text(part) for part in parts])
 
     def incremental(self) -> IncrementalDecoder:
         """Returns the state of a `StreamDecoder`."""
@@ -154,15 +163,14 @@ class Tokenizer:
         return ids_T.tolist()
 
 
-def joined(rows: Iterable[list[int]]) -> list[int]:
-    """One row of several; the only one itself, because copying takes a twentieth of the time that encoding does."""
-    whole: list[int] = []
-    for row in rows:
-        if whole:
-            whole += row
-        else:
-            whole = row
-    return whole
+def id_array(ids: Sequence[int]) -> NDArray[np.uint32]:
+    """A row of ids as an array."""
+    return np.array(ids, np.uint32)
+
+
+def joined(rows: Sequence[NDArray[np.uint32]]) -> NDArray[np.uint32]:
+    """One row of several."""
+    return rows[0] if len(rows) == 1 else np.concatenate([id_array([]), *rows])
 
 
 class IncrementalDecoder(Protocol):
