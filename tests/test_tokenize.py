@@ -659,10 +659,14 @@ def test_several_processes_write_what_one_writes(small, sources, tmp_path):
     tokenize(sources, tmp_path / "one", **OPTIONS)
     tokenize(sources, tmp_path / "three", **OPTIONS, workers=3)
     assert content(tmp_path / "one") == content(tmp_path / "three")
+    drawn = []
     with open_documents(sources[0]) as opened:
-        encoded = encode(opened.blocks(get_tokenizer("bytes").find_cut), Encoder(get_tokenizer("bytes")), 2)
+        blocks = (drawn.append(block) or block for block in opened.blocks(get_tokenizer("bytes").find_cut))
+        encoded = encode(blocks, Encoder(get_tokenizer("bytes")), 2)
         next(encoded)
         encoded.close()  # ends the processes
+    assert not multiprocessing.active_children()
+    assert len(drawn) <= 8  # of more than 20: no more are read than are needed next
     characters = tmp_path / "characters.json"
     characters.write_text(json.dumps(list("0123456789 ")))
     with pytest.raises(DataError, match=r"line 2: the tokenizer has no character 'x'"):
@@ -688,6 +692,16 @@ def test_processes_read_every_format_and_name_what_is_wrong_in_it(tmp_path):
     result = tokenize([path], tmp_path / "out", "bytes", workers=2, skip_bad=True)
     assert (result.counts.bad, result.index.documents) == (1, 10**6)
     assert "million.jsonl, line 1000000: not JSON" in result.counts.first_bad
+
+
+@pytest.mark.exhaustive
+def test_large_blocks_and_large_results_pass_each_other(tmp_path):
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb", 1) as file:
+        for i in range(12):
+            file.write(lines_of([{"text": f"{i} to be, or not to be " * 2**17}]))
+    tokenize([tmp_path / "a.jsonl.gz"], tmp_path / "one", "bytes")
+    tokenize([tmp_path / "a.jsonl.gz"], tmp_path / "two", "bytes", workers=2)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
 
 
 @pytest.mark.exhaustive

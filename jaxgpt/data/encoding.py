@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import array
-import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
 import queue
 import signal
+import threading
 from collections import deque
-from collections.abc import Generator, Iterable
-from multiprocessing.connection import Connection
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +21,10 @@ from jaxgpt.data.tokens import id_type
 from jaxgpt.errors import DataError
 from jaxgpt.tokenizer import Tokenizer
 
+# Blocks that a process has at a time: one to encode, and one to go on with.
+_QUEUED = 2
+# Blocks per process between the first whose ids are awaited and the last that was sent.
+_AHEAD = 4
 # What a user is told whose texts are `marked`.
 MARKED = "holds end-of-text as ordinary text: --allow-special makes it the token"
 
@@ -84,24 +87,28 @@ class Encoder:
 
     def __call__(self, block: Block) -> Encoded:
         """Raises DataError if a text cannot be encoded, with its place."""
+        dtype = id_type(self.tokenizer.vocab_size)
         end_of_text = self.tokenizer.end_of_text if self.separate else None
+        end = np.array([] if end_of_text is None else [end_of_text], dtype)
         mark = None if self.allow_special else self._mark()
-        ids, counts, documents, size = array.array("I"), Counts(), 0, 0
-        for where, _, text, last, error in block.pieces(self.tokenizer.find_cut, skip_bad=self.skip_bad):
+        rows, counts, documents, size = [end[:0]], Counts(), 0, 0
+        # All are parsed before the first is encoded: in turn, each would push the other's tables out of the cache.
+        pieces = list(block.pieces(self.tokenizer.find_cut, skip_bad=self.skip_bad))
+        for where, _, text, last, error in pieces:
             if not text:
                 counts.add(Counts(bad=1, first_bad=error) if error else Counts(empty=1))
                 continue
             try:
-                new = self.tokenizer.encode(text, allow_special=self.allow_special)
+                ids_T = self.tokenizer.encode_array(text, allow_special=self.allow_special)
             except DataError as reason:
                 raise DataError(f"{where}: {reason}") from None
-            if last and end_of_text is not None and new[-1:] != [end_of_text]:
-                new.append(end_of_text)
-            ids.fromlist(new)
+            rows.append(ids_T)
+            if last and not (len(ids_T) and ids_T[-1] == end_of_text):
+                rows.append(end)
             documents += last
             size += len(text) if text.isascii() else len(text.encode(errors="replace"))
             counts.marked += mark is not None and mark in text
-        ids_N = np.frombuffer(ids, np.uint32).astype(id_type(self.tokenizer.vocab_size))
+        ids_N = np.concatenate(rows, dtype=dtype, casting="unsafe")
         return Encoded(block.end, ids_N, documents, size, counts)
 
     def _mark(self) -> str | None:
@@ -121,75 +128,106 @@ def encode(blocks: Iterable[Block], encoder: Encoder, workers: int = 1) -> Gener
     Raises:
         DataError: if a text cannot be encoded, with its place; if a process is killed.
     """
-    with _Workers(encoder, workers) as pool:
-        waiting: deque[concurrent.futures.Future[Encoded]] = deque()
-        for block in blocks:
-            waiting.append(pool.submit(block))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    if workers == 1:
+        yield from map(encoder, blocks)
+        return
+    with _workers(encoder, workers) as connections:
+        for result in _exchange(iter(blocks), connections):
+            if isinstance(result, Exception):
+                raise result
+            yield result
 
 
-class _Workers:
-    """Processes that encode, each with a thread here that sends it a block and waits for the ids.
+def _exchange(blocks: Iterator[Block], connections: Sequence[Connection]) -> Iterator[Encoded | Exception]:
+    """Sends each block to the process that is the first to have room for it, and yields what becomes of it, in order.
+
+    Results that arrive before that of an earlier block wait here. There are at most `_AHEAD` per process of these and
+    of the blocks that are sent, so that one long block does not fill the memory with what comes after it.
+    """
+    sent: dict[Connection, deque[int]] = {connection: deque() for connection in connections}
+    results: dict[int, Encoded | Exception] = {}
+    count = done = 0
+    while True:
+        while count - done < _AHEAD * len(connections):
+            connection = min(connections, key=lambda connection: len(sent[connection]))
+            if len(sent[connection]) == _QUEUED or (block := next(blocks, None)) is None:
+                break
+            with _noticing_death():
+                connection.send(block)
+            sent[connection].append(count)
+            count += 1
+        if done == count:
+            return
+        ready = wait(connections, timeout=0 if done in results else None)
+        for connection in connections:
+            if connection in ready:
+                with _noticing_death():
+                    result = connection.recv()
+                results[sent[connection].popleft()] = result
+        if done in results:
+            yield results.pop(done)
+            done += 1
+
+
+@contextlib.contextmanager
+def _noticing_death() -> Iterator[None]:
+    """Raises what happens to a pipe whose other end is gone as a DataError."""
+    try:
+        yield
+    except (EOFError, OSError):
+        raise DataError(
+            "a process that encodes was killed, perhaps for lack of memory: fewer --workers need less"
+        ) from None
+
+
+@contextlib.contextmanager
+def _workers(encoder: Encoder, count: int) -> Iterator[list[Connection]]:
+    """Processes that encode, each at the other end of a pipe.
 
     The processes are spawned, because forking a process that runs JAX's threads may lock it up. Each ends when its pipe
     does, so none is left behind if this process is killed.
     """
-
-    def __init__(self, encoder: Encoder, workers: int):
-        self._encoder, self._count = encoder, workers
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, "encode")
-        self._processes: list[Any] = []
-        self._free: queue.SimpleQueue[Connection] = queue.SimpleQueue()
-
-    def __enter__(self) -> _Workers:
-        context = multiprocessing.get_context("spawn")
-        for _ in range(self._count if self._count > 1 else 0):
+    context = multiprocessing.get_context("spawn")
+    connections, processes = [], []
+    try:
+        for _ in range(count):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, self._encoder), daemon=True)
+            connections.append(ours)
+            process = context.Process(target=_work, args=(theirs, encoder), daemon=True)
             process.start()
+            processes.append(process)
             theirs.close()
-            self._processes.append(process)
-            self._free.put(ours)
-        return self
-
-    def submit(self, block: Block) -> concurrent.futures.Future[Encoded]:
-        return self._threads.submit(self._send if self._processes else self._encoder, block)
-
-    def _send(self, block: Block) -> Encoded:
-        connection = self._free.get()
-        try:
-            connection.send(block)
-            result = connection.recv()
-        except (EOFError, OSError):
-            raise DataError(
-                "a process that encodes was killed, perhaps for lack of memory: fewer --workers need less"
-            ) from None
-        finally:
-            self._free.put(connection)
-        if isinstance(result, BaseException):
-            raise result
-        return result
-
-    def __exit__(self, *_: object) -> None:
-        for process in self._processes:
+        yield connections
+    finally:
+        for process in processes:
             process.terminate()
-        self._threads.shutdown(cancel_futures=True)
-        for process in self._processes:
+        for process in processes:
             process.join()
             process.close()
+        for connection in connections:
+            connection.close()
 
 
 def _work(connection: Connection, encoder: Encoder) -> None:
     """The life of a process that encodes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that feeds this one
-    with contextlib.suppress(EOFError, OSError):
-        while True:
-            block = connection.recv()
+    blocks: queue.SimpleQueue[Block | None] = queue.SimpleQueue()
+    threading.Thread(target=_receive, args=(connection, blocks), daemon=True).start()
+    with contextlib.suppress(OSError):
+        while (block := blocks.get()) is not None:
             try:
                 result: Encoded | Exception = encoder(block)
             except Exception as error:
                 result = error
             connection.send(result)
+
+
+def _receive(connection: Connection, blocks: queue.SimpleQueue[Block | None]) -> None:
+    """Takes in blocks while another is encoded or its ids are sent: otherwise both ends of the pipe might wait for the
+    other to read."""
+    try:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                blocks.put(connection.recv())
+    finally:  # whatever it was: a process that gets no more blocks ends
+        blocks.put(None)
