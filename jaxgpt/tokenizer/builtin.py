@@ -65,8 +65,8 @@ def gpt2_encoder(ranks: dict[bytes, int]) -> EncodeText:
     """Returns tiktoken's encoder of ordinary text: GPT-2's pattern, then merges in order of rank."""
     import tiktoken  # here, because "bytes" does not need it
 
-    # encode_to_numpy makes no list of Python's ints, which takes a tenth of the time. It looks for special tokens, all
-    # of which are allowed to be ordinary text here; but it must have one to look for.
+    # encode_to_numpy makes no list of Python's ints on the way to the array. It also looks for special tokens, which
+    # are ordinary text here; but it must have one to look for, or it finds the empty text, everywhere.
     special = {END_OF_TEXT: len(ranks)}
     encoding = tiktoken.Encoding("gpt2", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
