@@ -27,7 +27,7 @@ def index_of(file: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` could be a hub name, with or without a revision: "gpt2", "openai-community/gpt2-xl@main"."""
+    """Whether `name` could be a hub name, with or without a revision: `"gpt2"`, `"openai-community/gpt2-xl@main"`."""
     repository, at, revision = name.partition("@")
     parts = repository.split("/")
     if at and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision):

@@ -118,7 +118,9 @@ class TrainConfig:
         6e-4, low=0, help="Peak learning rate of Muon, in units of AdamW's: updates are scaled to an RMS of 0.2."
     )
     warmup_steps: int = setting(
-        100, low=0, help="Steps of linear warm-up from 0. If the run has no more steps than that, a tenth of them."
+        100,
+        low=0,
+        help="Steps of linear warm-up, from peak / (warmup_steps + 1). If the run has no more steps, a tenth of them.",
     )
     final_learning_rate: float = setting(
         0.1, low=0, high=1, help="Fraction of the peak that a cosine decays to at the last step."
