@@ -194,7 +194,8 @@ class TrainConfig:
             raise ConfigError(f"grad_accumulation must divide batch_size: {self.batch_size} / {self.grad_accumulation}")
         if self.seq_len > self.model.context_length:
             raise ConfigError(
-                f"seq_len {short_repr(self.seq_len)} is beyond model.context_length {self.model.context_length}"
+                f"seq_len {short_repr(self.seq_len)} is beyond model.context_length {self.model.context_length}: "
+                "seq_len=0 takes all of it"
             )
         # Adapters are float32 whatever the model's type is, which is frozen.
         if self.compute.param_dtype not in ("float32", *["bfloat16"] * bool(self.lora.rank)):
