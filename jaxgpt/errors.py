@@ -48,7 +48,7 @@ class TrainingError(RuntimeError):
 
 
 class OutOfMemoryError(MemoryError):
-    """What was asked needs more memory than there is. The message says how much, and what would need less."""
+    """What was asked for needs more memory than there is. The message says how much, and what would need less."""
 
 
 class KernelError(RuntimeError):

@@ -27,7 +27,7 @@ def index_of(file: str) -> str:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` could be a hub name, with or without a revision: "gpt2", "openai-community/gpt2-xl@main"."""
+    """Whether `name` could be a hub name, with or without a revision: `"gpt2"`, `"openai-community/gpt2-xl@main"`."""
     repository, at, revision = name.partition("@")
     parts = repository.split("/")
     if at and not re.fullmatch(r"(?!.*\.\.)\w[\w./-]*", revision):
@@ -56,8 +56,8 @@ def download(name: str, *, with_tensors: bool) -> Path:
     weights: list[str] = []
     try:
         if with_tensors:
-            try:
-                files = hub.list_repo_files(repository, revision=revision)
+            try:  # not list_repo_files, which retries for 23 seconds where there is no network
+                files = [file.rfilename for file in hub.model_info(repository, revision=revision).siblings]
             except Exception:  # no network, perhaps: an earlier download may have left in the cache what is needed
                 config = hub.try_to_load_from_cache(repository, "config.json", revision=revision)
                 if isinstance(config, str) and _weights(os.listdir(os.path.dirname(config))):

@@ -197,6 +197,13 @@ def test_api_pages_have_every_module_command_and_public_name(monkeypatch):
         assert public.__doc__, name
 
 
+def test_readme_has_at_most_200_lines_and_the_model_fewer_as_it_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    (says, file), *_ = re.findall(r"\[under (\d+) lines\]\((.+?)\)", readme)
+    assert len((ROOT / file).read_text(encoding="utf-8").splitlines()) < int(says)
+
+
 def test_readme_commands_are_the_two():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert '    pip install -e . && python scripts/generate.py --prompt "To be, or not to be"\n' in readme

@@ -17,6 +17,7 @@ import sys
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import pytest
 from helpers import exhaustive
@@ -78,6 +79,26 @@ def test_no_page_is_wider_than_the_window_and_no_code_is_cut(tmp_path):
     assert {page["page"]: page["cut"] for page in pages if page["cut"]} == {}
     # Search results and indices hold no code.
     assert sum(page["blocks"] for page in pages) == sum(page["buttons"] for page in pages) > 100
+
+
+@pytest.mark.exhaustive
+@pytest.mark.skipif(not (BUILT / "index.html").exists(), reason=f"no pages in {BUILT}: build them with sphinx-build")
+def test_links_in_the_pages_lead_somewhere():
+    """Those to other pages and headings; and nothing, such as NAME@REVISION, is taken for an address of mail."""
+    pages = {path: path.read_text(encoding="utf-8") for path in BUILT.rglob("*.html") if "_modules" not in path.parts}
+    headings = {path: set(re.findall(r'\bid="([^"]+)"', text)) for path, text in pages.items()}
+    count = 0
+    for page, text in pages.items():
+        for link in map(html.unescape, re.findall(r'<(?:a|img)\b[^>]*?(?:href|src)="([^"]+)"', text)):
+            assert not link.startswith("mailto:"), f"{page.name}: {link}"
+            if re.match("https?:|data:", link):
+                continue
+            target, _, heading = map(unquote, link.partition("#"))
+            to = Path(os.path.normpath(page.parent / target)) if target else page
+            assert to.exists(), f"{page.name}: {link}"
+            assert not heading or to not in headings or heading in headings[to], f"{page.name}: {link}"
+            count += 1
+    assert count > 1000
 
 
 PAGES = {"Models": "models", "Text": "text", "Checkpoints": "checkpoints", "Training": "training", "Errors": "errors"}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -1027,18 +1028,18 @@ class FakeHub:
         self.library = pytest.importorskip("huggingface_hub")
         self.repository, self.directory, self.revisions = repository, directory, []
         monkeypatch.chdir(directory.parent)
-        for name in ("list_repo_files", "snapshot_download"):
+        for name in ("model_info", "snapshot_download"):
             monkeypatch.setattr(self.library, name, getattr(self, name))
 
-    def list_repo_files(self, name, revision):
+    def model_info(self, name, revision):
         self.revisions.append((name, revision))
-        return sorted(path.name for path in self.repository.iterdir())
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=path.name) for path in self.repository.iterdir()])
 
     def snapshot_download(self, name, revision, allow_patterns):
         self.revisions.append((name, revision))
         shutil.rmtree(self.directory, ignore_errors=True)
         self.directory.mkdir()
-        files = self.list_repo_files(name, revision)
+        files = sorted(file.rfilename for file in self.model_info(name, revision).siblings)
         for file in self.library.utils.filter_repo_objects(files, allow_patterns=allow_patterns):
             shutil.copy(self.repository / file, self.directory / file)
         return str(self.directory)
@@ -1142,6 +1143,8 @@ def test_what_the_hubs_cache_has_is_read_without_the_network(tiny, repository, t
 def test_hub_without_network_says_which_file_to_put_where(tmp_path, monkeypatch):
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    retries = "where there is no network, this one retries for 23 seconds"
+    monkeypatch.setattr("huggingface_hub.list_repo_files", lambda *_, **__: pytest.fail(retries))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError) as caught:

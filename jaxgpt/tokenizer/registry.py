@@ -24,7 +24,7 @@ _KNOWN = {**{name: builtin.content(name) for name in BUILTIN}, NONE: Content(NON
 
 
 def get_tokenizer(name_or_path: str | Path) -> Tokenizer:
-    """Returns a tokenizer by name or from files; of one content there is one per process.
+    """Returns a tokenizer by name or from files; equal files give the same object within a process.
 
     Args:
         name_or_path: one of

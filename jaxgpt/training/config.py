@@ -118,7 +118,9 @@ class TrainConfig:
         6e-4, low=0, help="Peak learning rate of Muon, in units of AdamW's: updates are scaled to an RMS of 0.2."
     )
     warmup_steps: int = setting(
-        100, low=0, help="Steps of linear warm-up from 0. If the run has no more steps than that, a tenth of them."
+        100,
+        low=0,
+        help="Steps of linear warm-up, from peak / (warmup_steps + 1). If the run has no more steps, a tenth of them.",
     )
     final_learning_rate: float = setting(
         0.1, low=0, high=1, help="Fraction of the peak that a cosine decays to at the last step."
@@ -192,7 +194,8 @@ class TrainConfig:
             raise ConfigError(f"grad_accumulation must divide batch_size: {self.batch_size} / {self.grad_accumulation}")
         if self.seq_len > self.model.context_length:
             raise ConfigError(
-                f"seq_len {short_repr(self.seq_len)} is beyond model.context_length {self.model.context_length}"
+                f"seq_len {short_repr(self.seq_len)} is beyond model.context_length {self.model.context_length}: "
+                "seq_len=0 takes all of it"
             )
         # Adapters are float32 whatever the model's type is, which is frozen.
         if self.compute.param_dtype not in ("float32", *["bfloat16"] * bool(self.lora.rank)):

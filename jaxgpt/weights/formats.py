@@ -75,7 +75,7 @@ def load(
         path_or_name: a file or directory, or the name of a bundled model or of a GPT-2 on the Hugging Face hub. A
             bundled name takes precedence over a path (write "./shakespeare" for the path), and a path over the hub.
             `jaxgpt.load` also takes the directory of a training run, whose model is that of its best checkpoint.
-        revision: the branch, tag or commit of a model on the hub. "NAME@REVISION" as a name means the same, in the
+        revision: the branch, tag or commit of a model on the hub. `"NAME@REVISION"` as a name means the same, in the
             commands too.
         compute: how to run the model. By default this project's directories keep what they were saved with, and
             everything else gets `ComputeConfig()`: parameters become float32, whatever they are in the file. For a
