@@ -148,7 +148,7 @@ def test_splash_keeps_documents_apart(T):
     context, dtype, atol = BACKENDS["splash"]
 
     def gradients(context):
-        y, pull_back = jax.vjp(lambda q, k, v: context(q, Seen(k, v, 0, start_BxT, dtype), window=40), q, k, v)
+        y, pull_back = jax.vjp(lambda q, k, v: context(q, Seen(k, v, 0, None, dtype, start_BxT), window=40), q, k, v)
         return y, *pull_back(g)
 
     for mine, theirs in zip(gradients(context), gradients(blocked), strict=True):

@@ -88,7 +88,7 @@ def test_documents_are_kept_apart(used):
     start_BxT = jnp.asarray(np.stack([np.where(first_T < 70, 0, 70), first_T // 50 * 50]), jnp.int32)
 
     def gradients(context):
-        y, pull_back = jax.vjp(lambda q, k, v: context(q, Seen(k, v, 0, start_BxT, "float32"), window=40), q, k, v)
+        y, pull_back = jax.vjp(lambda q, k, v: context(q, Seen(k, v, 0, None, "float32", start_BxT), window=40), q, k, v)
         return y, *pull_back(g)
 
     for mine, theirs in zip(gradients(mkl), gradients(blocked), strict=True):
