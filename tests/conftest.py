@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from helpers import TINY, make_model
 from hypothesis import HealthCheck, settings
 
-from jaxgpt.cpu import kernel
+from jaxgpt.cpu import kernel, sequences
 
 # A kernel that the developer has built must not affect the tests. Those that use one build it themselves: `built`.
 os.environ["JAXGPT_KERNEL"] = "0"
@@ -87,6 +88,19 @@ def kernel_cache(tmp_path_factory):
         kernel.build_once()
         assert kernel.failure() is None
     return home
+
+
+@pytest.fixture
+def with_mkl(built, monkeypatch):
+    """MKL is there, and used whatever the processor."""
+    try:
+        importlib.metadata.distribution("mkl")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("MKL is not installed")
+    assert sequences.missing() == ""
+    monkeypatch.setattr(sequences, "_processor_flags", lambda: {"GenuineIntel", "avx2", "amx_bf16"})
+    monkeypatch.setattr(sequences, "LEAST_OPERATIONS", 0)
+    monkeypatch.setattr(sequences, "LEAST_ROWS", 1)
 
 
 @pytest.fixture

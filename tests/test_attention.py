@@ -25,8 +25,8 @@ def attention_inputs(T, S):
     return normal(0, 2, 3, T, 4), normal(1, 2, 3, S, 4), normal(2, 2, 3, S, 4)
 
 
-def attention(q, k, v, dtype, query_slot=0, start_B=None, **options):
-    return blocked(q, Seen(k, v, query_slot, start_B, dtype), **options)
+def attention(q, k, v, dtype, query_slot=0, start_B=None, start_BxT=None, **options):
+    return blocked(q, Seen(k, v, query_slot, start_B, dtype, start_BxT), **options)
 
 
 @grid(1, window=[None, 1, 4, 9], query_block=[2, 128])
@@ -85,7 +85,7 @@ def test_attention_and_its_gradient_rule_equal_the_formula(drop_rate, group_scor
         drop_rate=drop_rate,
         dropout_key=jax.random.key(0) if drop_rate else None,
         group_scores=group_scores,
-        start_B=None if start is None else jnp.array(start, jnp.int32),
+        start_BxT=None if start is None else jnp.array(start, jnp.int32),
     )
     # The same mask as it acts on the weights: zero scores and identity values expose it.
     zeros, values = jnp.zeros((2, 3, T, T)), jnp.broadcast_to(jnp.eye(T), (2, 3, T, T))
@@ -122,7 +122,9 @@ def test_attention_in_query_blocks_equals_one_block_in_value_and_gradient(
     used = jnp.broadcast_to((query_slot + jnp.arange(T))[None] >= start_BxT, (2, T))
 
     def weighted(block, scores, q, k, v):
-        options = {"query_slot": query_slot, "start_B": start, "query_block": block, "group_scores": scores}
+        options = {"query_slot": query_slot, "query_block": block, "group_scores": scores}
+        if start is not None:
+            options["start_B" if start.ndim == 1 else "start_BxT"] = start
         y = attention(q, k, v, dtype="float32", window=window, **options)
         y = jnp.where(used[:, None, :, None], y, 0)
         return jnp.sum(jnp.sin(y)), y

@@ -290,6 +290,8 @@ def test_gpt3_files_hold_the_published_training(name, published):
     step = config.batch_size * 2048
     assert config.steps * step == pytest.approx(300e9, abs=step / 2)
     assert config.warmup_steps * step == pytest.approx(375e6, abs=step / 2)
+    narrow = {"dtype": "bfloat16", "activation_dtype": "bfloat16"}
+    assert config.compute == ComputeConfig(**narrow, scan_layers=True, remat="block")  # as docs/scaling.md plans it
     same = {"beta1": 0.9, "beta2": 0.95, "clip_norm": 1.0, "weight_decay": 0.1, "final_learning_rate": 0.1}
     assert {field: getattr(config, field) for field in same} == same
     assert config.optimizer == "adamw"

@@ -121,6 +121,38 @@ def test_a_process_that_fails_alone_ends_the_others(failing):
     assert f"jaxgpt: error: process {failing} failed, and its own message says why: what now\n" in other
 
 
+STRAGGLER = """
+import sys, time
+from jaxgpt.parallel import distributed
+distributed.initialize(sys.argv[1], 2, int(sys.argv[2]), timeout=60, stall_timeout=5)
+distributed.highest(0)
+if sys.argv[2] == "0":
+    distributed.alive()
+else:
+    time.sleep(600)  # a step that takes too long, in a process that is not lost
+distributed.highest(1)
+print("together")
+"""
+
+
+@pytest.mark.exhaustive
+def test_a_process_that_waits_for_a_straggler_ends_after_the_stall_timeout():
+    command = [sys.executable, "-c", STRAGGLER, f"127.0.0.1:{free_port()}"]
+    waiting, straggler = (
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for i in range(2)
+    )
+    try:
+        out, err = waiting.communicate(timeout=300)
+    finally:
+        for process in (waiting, straggler):
+            process.kill()
+            process.communicate()
+    assert (waiting.returncode, "together" in out) == (1, False), err
+    assert "Timeout (0:00:05)!" in err
+    assert "in highest" in err  # the stack says what it waits for
+
+
 class Store(dict):
     """Stands for the keys and values that processes share."""
 

@@ -151,7 +151,7 @@ def anchors(text: str) -> set[str]:
     return set(slugs)
 
 
-@pytest.mark.parametrize(("page", "commands"), [("README.md", 2), ("docs/devices.md", 2), ("docs/scaling.md", 12)])
+@pytest.mark.parametrize(("page", "commands"), [("README.md", 2), ("docs/devices.md", 2), ("docs/scaling.md", 13)])
 def test_meshes_on_the_page_divide_the_models_and_their_batches(page, commands):
     found = MESH_COMMAND.findall((ROOT / page).read_text(encoding="utf-8"))
     assert len(found) == commands
@@ -160,7 +160,8 @@ def test_meshes_on_the_page_divide_the_models_and_their_batches(page, commands):
         (plan if "--topology" in command else train).add_arguments(parser)
         args = parser.parse_args(shlex.split(command))
         if "--topology" in command:
-            planner.resolve(args.config, planner.Topology.parse(args.topology), args.mesh, args.set, args.batch)
+            source = str(ROOT / args.config) if args.config.startswith("configs/") else args.config
+            planner.resolve(source, planner.Topology.parse(args.topology), args.mesh, args.set, args.batch)
         else:
             run = TrainConfig.from_file(ROOT / args.config, args.set)
             planner.check(dataclasses.replace(run, mesh=MeshConfig.parse(args.mesh)))

@@ -1,4 +1,5 @@
-"""Products and attention over whole sequences by the kernel and MKL, against float64; when they are used, and when not.
+"""Products and attention over whole sequences by the kernel and MKL; when they are used, and when not. What all
+backends of attention have in common is in test_attention_backends.py.
 
 Without MKL (extra [mkl]) there is only the last part. With it, every processor runs these tests, also one on which
 XLA is the faster and the package would not use MKL.
@@ -7,7 +8,6 @@ XLA is the faster and the package would not use MKL.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 
 import jax
@@ -15,87 +15,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import TINY, exhaustive, make_model, needs_compiler, random_ids
-from test_attention_backends import exact, inputs
+from test_attention_backends import inputs
 
 from jaxgpt import generate, prepare, scan_generate
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel, sequences
 from jaxgpt.errors import ConfigError
 from jaxgpt.model import backend_of, dot
-from jaxgpt.model.attention import blocked, choose, mkl, native
+from jaxgpt.model.attention import choose, mkl, native
 from jaxgpt.model.cache import Seen
 from jaxgpt.training import TrainConfig, init_state, make_step, train
 
 pytestmark = [needs_compiler, pytest.mark.usefixtures("compiled_quickly_by_default")]
-ATOL = {"float32": 5e-6, "bfloat16": 0.06}
 
 
-@pytest.fixture
-def used(built, monkeypatch):
-    """MKL is there, and used whatever the processor."""
-    try:
-        importlib.metadata.distribution("mkl")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("MKL is not installed")
-    assert sequences.missing() == ""
-    monkeypatch.setattr(sequences, "_processor_flags", lambda: {"GenuineIntel", "avx2", "amx_bf16"})
-    monkeypatch.setattr(sequences, "LEAST_OPERATIONS", 0)
-    monkeypatch.setattr(sequences, "LEAST_ROWS", 1)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    ("T", "window", "starts"),
-    [
-        (37, None, [0, 9]),
-        (150, 5, None),
-        (300, None, [0, 150]),
-        exhaustive(300, 100, [70, 0]),
-        exhaustive(1, None, None),
-    ],
-)
-def test_values_and_gradients_equal_those_of_float64(dtype, T, window, starts, used):
-    q, k, v, g = inputs(T, H=3)
-    start_B = None if starts is None else jnp.asarray(starts, jnp.int32)
-    counts = (jnp.arange(T)[None] >= jnp.asarray(starts or [0, 0])[:, None])[:, None, :, None]
-
-    def run(q, k, v):
-        return jnp.where(counts, mkl(q, Seen(k, v, 0, start_B, dtype), window=window), 0.0)
-
-    y, pull_back = jax.vjp(jax.jit(run), q, k, v)
-    assert y.dtype == jnp.float32
-    want = exact(q, k, v, g, window, starts or [0, 0])
-    for mine, theirs in zip((y, *pull_back(g)), want, strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=ATOL[dtype] * max(1, np.abs(theirs).max()))
-
-
-def test_no_gradient_reaches_a_later_position_or_one_before_the_band(used):
-    T, at, window = 300, 177, 50
-    q, k, v, g = inputs(T)
-
-    def run(q, k, v):
-        return jnp.sum((mkl(q, Seen(k, v, 0, None, "float32"), window=window) * g)[:, :, at])
-
-    for gradient, first in zip(jax.grad(run, (0, 1, 2))(q, k, v), (at, at + 1 - window, at + 1 - window), strict=True):
-        moved = np.flatnonzero(np.abs(gradient).max((0, 1, 3)))
-        assert (moved[0], moved[-1]) == (first, at)
-
-
-def test_documents_are_kept_apart(used):
-    T = 140
-    q, k, v, g = inputs(T)
-    first_T = np.arange(T)
-    start_BxT = jnp.asarray(np.stack([np.where(first_T < 70, 0, 70), first_T // 50 * 50]), jnp.int32)
-
-    def gradients(context):
-        y, pull_back = jax.vjp(lambda q, k, v: context(q, Seen(k, v, 0, start_BxT, "float32"), window=40), q, k, v)
-        return y, *pull_back(g)
-
-    for mine, theirs in zip(gradients(mkl), gradients(blocked), strict=True):
-        np.testing.assert_allclose(mine, theirs, atol=5e-6 * max(1, np.abs(theirs).max()))
-
-
-def test_dropped_weights_reach_neither_the_result_nor_a_gradient(used):
+def test_dropped_weights_reach_neither_the_result_nor_a_gradient(with_mkl):
     T, block, factor = 150, 64, 1.25
     q, k, v, g = inputs(T, H=2)
     ends = [64, 128, 150]
@@ -118,7 +52,7 @@ def test_dropped_weights_reach_neither_the_result_nor_a_gradient(used):
         np.testing.assert_allclose(mine, theirs, atol=1e-5 * max(1, np.abs(theirs).max()))
 
 
-def test_dropout_drops_its_share_of_the_weights_and_keeps_their_mean(used):
+def test_dropout_drops_its_share_of_the_weights_and_keeps_their_mean(with_mkl):
     q = k = jnp.zeros((4, 2, 256, 8))
     v = jnp.ones((4, 2, 256, 8))
     y = mkl(q, Seen(k, v, 0, None, "float32"), drop_rate=0.25, dropout_key=jax.random.key(0))[:, :, 128:]
@@ -127,7 +61,7 @@ def test_dropout_drops_its_share_of_the_weights_and_keeps_their_mean(used):
     assert 0.8 < float(y.std() / np.sqrt((1 / 3) / 192)) < 1.2
 
 
-def test_what_is_not_a_number_reaches_the_result(used):
+def test_what_is_not_a_number_reaches_the_result(with_mkl):
     q, k, v, _ = inputs(300)
     for dtype in ("float32", "bfloat16"):
         for broken in range(3):
@@ -154,7 +88,7 @@ def test_what_is_not_a_number_reaches_the_result(used):
         exhaustive("BO,OD->BD", (300, 5000), (5000, 260)),
     ],
 )
-def test_products_equal_those_of_float64(subscripts, x_shape, y_shape, dtype, used):
+def test_products_equal_those_of_float64(subscripts, x_shape, y_shape, dtype, with_mkl):
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x_shape, y_shape))
     call = sequences.product(subscripts, x, y)
@@ -172,7 +106,7 @@ def test_products_equal_those_of_float64(subscripts, x_shape, y_shape, dtype, us
         ("BD,OD->BO", (80, 8), (80, 8), "float16"),
     ],
 )
-def test_what_is_not_one_product_of_matrices_is_left_to_xla(subscripts, x_shape, y_shape, dtype, used):
+def test_what_is_not_one_product_of_matrices_is_left_to_xla(subscripts, x_shape, y_shape, dtype, with_mkl):
     x, y = jnp.ones(x_shape, dtype), jnp.ones(y_shape, dtype)
     assert sequences.product(subscripts, x, y) is None
     assert dot(subscripts, x, y, "float32", mkl=True).shape == jnp.einsum(subscripts, x, y).shape
@@ -190,7 +124,7 @@ def calls_mkl(function, *arguments):
     return "jaxgpt_product" in jax.jit(function).lower(*arguments).as_text()
 
 
-def test_dot_uses_them_forward_and_backward_and_never_where_a_derivative_is_jaxs_own(used):
+def test_dot_uses_them_forward_and_backward_and_never_where_a_derivative_is_jaxs_own(with_mkl):
     x, y = jnp.ones((80, 70)), jnp.ones((90, 70))
 
     def loss(x, y, custom=True):
@@ -205,7 +139,7 @@ def test_dot_uses_them_forward_and_backward_and_never_where_a_derivative_is_jaxs
 
 @pytest.mark.parametrize("drop_rate", [0.0, pytest.param(0.1, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("compute", [{}, {"remat": "block"}, {"remat": "dots"}, {"scan_layers": True}], ids=str)
-def test_a_training_step_is_that_of_xla(compute, drop_rate, used):
+def test_a_training_step_is_that_of_xla(compute, drop_rate, with_mkl):
     model = TINY.replace(drop_rate=0.0, drop_rate_shortcut=drop_rate)
     ids = np.asarray(random_ids(model, 2, 17), np.int32)
     results = []
@@ -224,7 +158,7 @@ def test_a_training_step_is_that_of_xla(compute, drop_rate, used):
         np.testing.assert_allclose(mine, theirs, atol=2e-5)  # AdamW's first step is the gradient's sign
 
 
-def test_a_step_has_the_same_bits_each_time(used):
+def test_a_step_has_the_same_bits_each_time(with_mkl):
     config = TrainConfig(
         model=TINY.replace(context_length=128), compute=ComputeConfig(mkl=True), batch_size=2, seq_len=100, steps=4
     )
@@ -234,7 +168,7 @@ def test_a_step_has_the_same_bits_each_time(used):
         np.testing.assert_array_equal(one, other)
 
 
-def test_auto_takes_it_for_whole_sequences_only(used, monkeypatch):
+def test_auto_takes_it_for_whole_sequences_only(with_mkl, monkeypatch):
     compute = ComputeConfig(mkl=True)
     assert backend_of(TINY, compute, 2, 16) == backend_of(TINY, compute, 2, 16, dropout=True) == "mkl"
     assert backend_of(TINY, compute.replace(dtype="bfloat16"), 2, 16, documents=True) == "mkl"
@@ -247,7 +181,7 @@ def test_auto_takes_it_for_whole_sequences_only(used, monkeypatch):
         dot("BD,OD->BO", jnp.ones((80, 70)), jnp.ones((90, 70)), "float32", mkl=True)
 
 
-def test_prepare_turns_it_on_and_generation_is_that_of_xla(used):
+def test_prepare_turns_it_on_and_generation_is_that_of_xla(with_mkl):
     plain, params = make_model(TINY)
     prompts = [random_ids(TINY, 1, n)[0].tolist() for n in (9, 14)]  # rows that start at different slots
     model, prepared = prepare(plain, params)
@@ -262,7 +196,7 @@ def test_prepare_turns_it_on_and_generation_is_that_of_xla(used):
     jax.export.export(jax.jit(lambda ids: scan_generate(model, prepared, ids, 3)))(ids)  # must run elsewhere too
 
 
-def test_a_run_keeps_to_what_it_began_with(used, tmp_path, monkeypatch, capsys):
+def test_a_run_keeps_to_what_it_began_with(with_mkl, tmp_path, monkeypatch, capsys):
     text = tmp_path / "text.txt"
     text.write_text("To be, or not to be. " * 60)
     model = TINY.replace(vocab_size=256, tokenizer="bytes")

@@ -128,10 +128,11 @@ class Seen(NamedTuple):
         k_BxHxSxK: keys; those of an int8 cache are `Quantised`.
         v_BxHxSxK: values, likewise.
         query_slot: slot of the first query; a Python int where it is known at trace time.
-        start_B: first slot of each row, int32; None if it is 0 for all. Where a row holds several documents, each of
-            which sees only itself, [B, T]: first slot of each query's document. (Two tokens are of one document if and
-            only if their documents start at the same slot, so a kernel may take these as segment ids.)
+        start_B: first slot of each row, int32; None if it is 0 for all.
         dtype: dtype of the operands of attention's matrix products.
+        start_BxT: where rows hold several documents, each of which sees only itself, first slot of each query's
+            document, int32, in place of `start_B`. (Two tokens are of one document if and only if their documents start
+            at the same slot, so a kernel may take these as segment ids.)
     """
 
     k_BxHxSxK: Any
@@ -139,6 +140,13 @@ class Seen(NamedTuple):
     query_slot: int | Array
     start_B: Array | None
     dtype: str
+    start_BxT: Array | None = None
+
+    def first_BxQ(self) -> Array:
+        """The first slot that queries may see: one per query of a row, or one for all, Q is T or 1."""
+        if self.start_BxT is not None:
+            return self.start_BxT
+        return jnp.zeros((self.k_BxHxSxK.shape[0], 1), jnp.int32) if self.start_B is None else self.start_B[:, None]
 
     def floats(self) -> Seen:
         """The same with keys and values that every backend can read."""
@@ -173,7 +181,7 @@ def remember(
         ValueError: for a `start_BxT` with a cache.
     """
     if cache is None:
-        return Seen(k_BxHxTxK, v_BxHxTxK, 0, start_BxT, dtype), layer
+        return Seen(k_BxHxTxK, v_BxHxTxK, 0, None, dtype, start_BxT), layer
     if start_BxT is not None:
         raise ValueError("start_BxT is for whole rows, not for a cache, whose rows are one document each: leave it out")
     layer = tuple(_put(old, new, cache.length) for old, new in zip(layer, (k_BxHxTxK, v_BxHxTxK), strict=True))

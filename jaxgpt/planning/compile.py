@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -107,9 +108,16 @@ def _cost(
     places = [device.coords for device in mesh.devices.flat]
     for kind, wire_bytes, group in traffic.collectives.values():
         spanned = [len(set(along)) for along in zip(*(places[i][: len(topology.axes)] for i in group), strict=True)]
-        sent[kind] = sent.get(kind, 0) + wire_bytes / runs
+        name = f"{kind} ({', '.join(axes_of(group, mesh))})"
+        sent[name] = sent.get(name, 0) + wire_bytes / runs
         seconds += wire_bytes / runs / topology.bandwidth(spanned)
     return Cost(memory, flops, traffic.hbm_bytes / runs + in_kernels, sent, seconds)
+
+
+def axes_of(group: tuple[int, ...], mesh: Mesh) -> list[str]:
+    """The axes of a mesh along which the devices of a group, numbered in the mesh's order, differ."""
+    places = zip(mesh.axis_names, np.unravel_index(group, mesh.devices.shape), strict=True)
+    return [str(name) for name, along in places if len(set(along.tolist())) > 1]
 
 
 def _shard_bytes(leaf: Any) -> int:

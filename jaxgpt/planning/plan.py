@@ -40,7 +40,8 @@ class Cost:
         memory: bytes by what they hold.
         flops: operations of the matrix products.
         hbm_bytes: bytes read from and written to HBM.
-        wire_bytes: bytes sent to other chips, by type of collective.
+        wire_bytes: bytes sent to other chips, by type of collective and the axes of the mesh that it spans, such as
+            "all-gather (fsdp)".
         wire_seconds: time that sending takes, one collective after another.
         does_not_fit: the compiler's reason, if the program does not fit in memory.
     """
@@ -215,12 +216,14 @@ def analytic_training(config: TrainConfig, topology: Topology) -> Cost:
         "activations": L * kept + tokens * (act * (3 * D + products) + item * products) + 2 * layer + 4 * scores,
         "embedding and logits": logits + 2 * (f > 1) * V * D / t * 4,
     }
-    exchanges = 11 if compute.remat == "block" else 8
+    recomputes = compute.remat == "block"
+    positions = micro * L * (t - 1) / t * tokens * D * act
     sent = {
-        "all-gather": (2 * micro * (f - 1) / f * P / t * item, "fsdp"),
-        "reduce-scatter": (micro * (f - 1) / f * P / t * 4, "fsdp"),
-        "all-reduce": (2 * (d - 1) / d * 4 * shard, "data"),
-        "gather and scatter (tensor)": (micro * exchanges * L * (t - 1) / t * tokens * D * act, "tensor"),
+        ("all-gather", "fsdp"): 2 * micro * (f - 1) / f * P / t * item,
+        ("reduce-scatter", "fsdp"): micro * (f - 1) / f * P / t * 4,
+        ("all-reduce", "data"): 2 * (d - 1) / d * 4 * shard,
+        ("all-gather", "tensor"): (4 + 2 * recomputes) * positions,
+        ("reduce-scatter", "tensor"): (4 + recomputes) * positions,
     }
     linear = accounting.training_flops(model, config.batch_size, T, compute.remat).linear
     forwards = 1 if compute.remat == "none" else 2
@@ -309,18 +312,18 @@ def analytic_decoding(config: TrainConfig, topology: Topology, rows: int) -> Cos
     linear = accounting.forward_flops(model, rows, 1).linear
     attention = accounting.forward_flops(model, rows, C).attention / C
     sent = {
-        "all-gather": ((f - 1) / f * weights, "fsdp"),
-        "all-reduce (tensor)": (model.n_layers * 4 * (t - 1) / t * rows / (d * f) * model.emb_dim * 4, "tensor"),
+        ("all-gather", "fsdp"): (f - 1) / f * weights,
+        ("all-reduce", "tensor"): model.n_layers * 4 * (t - 1) / t * rows / (d * f) * model.emb_dim * 4,
     }
     memory = {"parameters": weights / f, "cache": cache}
     return _analytic(config, topology, memory, (linear + attention) / (d * f * t), weights + cache, sent)
 
 
 def _analytic(config, topology, memory, flops, hbm, sent) -> Cost:
-    """The cost of what is `sent`: bytes, and the mesh axis, by kind."""
+    """The cost of what is `sent`: bytes, by kind and mesh axis."""
     bandwidth = topology.mesh_bandwidth(config.mesh.resolve(0))
-    seconds = sum(size / bandwidth[axis] for size, axis in sent.values())
-    return Cost(memory, flops, hbm, {kind: size for kind, (size, _) in sent.items() if size}, seconds)
+    seconds = sum(size / bandwidth[axis] for (_, axis), size in sent.items())
+    return Cost(memory, flops, hbm, {f"{kind} ({axis})": size for (kind, axis), size in sent.items() if size}, seconds)
 
 
 def roofline(cost: Cost, topology: Topology, tokens: int, useful_flops: float) -> dict[str, Any]:

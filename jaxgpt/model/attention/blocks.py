@@ -77,11 +77,11 @@ def blocked(
         custom_derivatives: whether the backward pass recomputes the weights; if not, JAX's own derivatives are used,
             which also support forward mode.
     """
-    k_BxHxSxK, v_BxHxSxK, query_slot, start_B, dtype = seen
+    k_BxHxSxK, v_BxHxSxK, query_slot, _, dtype, _ = seen
+    first_BxQ = seen.first_BxQ()
     B, H, T, K = q_BxHxTxK.shape
     S = k_BxHxSxK.shape[2]
     q_BxHxTxK = scaled(q_BxHxTxK, scale)
-    start_B = jnp.zeros(B, jnp.int32) if start_B is None else start_B
     if window is not None and window >= S:
         window = None  # everything is in the band
     if not isinstance(query_slot, int):
@@ -89,9 +89,9 @@ def blocked(
         if window is not None and (width := window + T - 1) < S:
             first = jnp.maximum(query_slot + 1 - window, 0)
             k_BxHxSxK, v_BxHxSxK = (lax.dynamic_slice_in_dim(x, first, width, 2) for x in (k_BxHxSxK, v_BxHxSxK))
-            query_slot, start_B = query_slot - first, start_B - first
+            query_slot, first_BxQ = query_slot - first, first_BxQ - first
         plan = _Plan(dtype, drop_rate, query_slot, T, window, custom_derivatives)
-        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, start_B, dropout_key))[0]
+        return _forward(plan, (q_BxHxTxK, k_BxHxSxK, v_BxHxSxK, first_BxQ, dropout_key))[0]
     query_block = min(T, query_block or block_length(T))
     widest = S if window is None else min(S, window + query_block - 1)
     if group_scores is None:
@@ -110,10 +110,10 @@ def blocked(
 
     plan = _Plan(dtype, drop_rate, query_slot, query_block, window, custom_derivatives)
     groups = (B // rows) * (H // heads)
-    start_GxR = jnp.repeat(start_B.reshape(-1, rows, *start_B.shape[1:]), H // heads, axis=0)
+    first_GxBxQ = jnp.repeat(first_BxQ.reshape(-1, rows, first_BxQ.shape[1]), H // heads, axis=0)
     keys_G = None if dropout_key is None else jax.random.split(dropout_key, groups)
     attend_groups = _attend if custom_derivatives else _attend_plain
-    context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), start_GxR, keys_G)
+    context = attend_groups(plan, split(q_BxHxTxK), split(k_BxHxSxK), split(v_BxHxSxK), first_GxBxQ, keys_G)
     return context.reshape(B // rows, H // heads, rows, heads, T, K).swapaxes(1, 2).reshape(B, H, T, K)
 
 
@@ -139,8 +139,8 @@ def _over_groups(function: Callable[[Any], Any], arrays: Any) -> Any:
 
 # G groups of B rows by H heads each, one after another; T is split into blocks.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G):
-    return _attend_plain(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, start_GxB, keys_G)
+def _attend(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, first_GxBxQ, keys_G):
+    return _attend_plain(plan, q_GxBxHxTxK, k_GxBxHxSxK, v_GxBxHxSxK, first_GxBxQ, keys_G)
 
 
 def _attend_plain(plan, *arrays):
@@ -162,11 +162,11 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
     """(out, (highest, total, masks)): per query the highest score and the sum of exp(score - highest), [B, H, T, 1];
     per block the dropout mask."""
-    q, k, v, start_B, key = arrays
+    q, k, v, first_BxQ, key = arrays
     T, S = q.shape[2], k.shape[2]
     outs, highests, totals, masks = [], [], [], []
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
-        visible = visible_slots(plan.query_slot, block, keys, start_B, plan.window)
+        visible = visible_slots(plan.query_slot, block, keys, first_BxQ, plan.window)
         scores = masked_scores(q[:, :, block], k[:, :, keys], visible, plan.dtype, plan.custom_derivatives)
         # The result does not depend on this value, so no derivative passes through it.
         highest = lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
@@ -182,13 +182,13 @@ def _forward(plan: _Plan, arrays: Any) -> tuple[Array, Any]:
 
 
 def _backward(plan: _Plan, arrays: Any) -> tuple[Array, Array, Array]:
-    q, k, v, start_B, out, highest, total, masks, g = arrays
+    q, k, v, first_BxQ, out, highest, total, masks, g = arrays
     T, S = q.shape[2], k.shape[2]
     # Equals sum_S weights * d_weights, without a pass over them.
     inner_BxHxTx1 = jnp.sum(g * out, axis=-1, keepdims=True)
     dqs, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
     for i, (block, keys) in enumerate(plan.blocks(T, S)):
-        visible = visible_slots(plan.query_slot, block, keys, start_B, plan.window)
+        visible = visible_slots(plan.query_slot, block, keys, first_BxQ, plan.window)
         # Not exp(scores - logsumexp): in a row that sees nothing, float32 loses the logarithm next to MASKED_SCORE.
         scores = masked_scores(q[:, :, block], k[:, :, keys], visible, plan.dtype)
         weights = jnp.exp(scores - highest[:, :, block]) / total[:, :, block]

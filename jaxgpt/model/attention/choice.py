@@ -67,8 +67,8 @@ def attend(
 ) -> tuple[Array, Array | None]:
     """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
 
-    Query t is at slot `seen.query_slot` + t and sees the key slots from `seen.start_B` up to and including its own;
-    with a `window`, only the last `window` of them.
+    Query t is at slot `seen.query_slot` + t and sees the key slots from its row's start, or its document's, up to and
+    including its own; with a `window`, only the last `window` of them.
 
     Args:
         q_BxHxTxK: queries.
@@ -159,7 +159,7 @@ def backend_of(
 
     def call(q_BxHxTxK: Array) -> Array:
         start_BxT = jnp.zeros((rows, length), jnp.int32) if documents else None
-        seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, start_BxT, compute.dtype)
+        seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, None, compute.dtype, start_BxT)
         key = jax.random.key(0) if dropout else None
         options = {"dropout_key": key, "custom_derivatives": compute.custom_derivatives}
         chosen.append(choose(compute.attention, q_BxHxTxK, seen, compute.mkl, **options))

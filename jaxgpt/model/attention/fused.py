@@ -62,7 +62,7 @@ def cudnn_refusal(q_BxHxTxK: Array, seen: Seen, **options: Any) -> str | None:
     T, K = q_BxHxTxK.shape[2:]
     if T > 1 and not from_start(q_BxHxTxK, seen):
         return f"it continues a sequence in a cache by one query per row, and these are {T}"
-    if seen.start_B is not None and seen.start_B.ndim == 2:
+    if seen.start_BxT is not None:
         return "it does not keep the documents of a sequence apart (separate_documents)"
     if not _gpu_is_here():  # a plan for GPUs elsewhere, of which JAX would only say that there is no cuDNN
         return f"its head_dim is a multiple of 8 up to 128, and this is {K}" if K % 8 or K > 128 else None
@@ -117,17 +117,18 @@ def _fused(kernel: Callable[..., Array], q_BxHxTxK: Array, seen: Seen, scale: An
     """Runs a kernel that maps q, k and v of the compute type, and where each document starts, if there are several in a
     row, to the causal context, on every device."""
 
-    def run(q_BxHxTxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, *start_B: Array) -> Array:
+    def run(q_BxHxTxK: Array, k_BxHxTxK: Array, v_BxHxTxK: Array, *starts: Array) -> Array:
         operands = (x.astype(seen.dtype) for x in (scaled(q_BxHxTxK, scale), k_BxHxTxK, v_BxHxTxK))
-        if not start_B or start_B[0].ndim == 2:
-            return kernel(*operands, *start_B).astype(jnp.float32)
+        if seen.start_B is None:
+            return kernel(*operands, *starts).astype(jnp.float32)
         # A row's padding goes to its end, where no query of the row sees it, and back.
+        (start_B,) = starts
         roll = jax.vmap(functools.partial(jnp.roll, axis=1))
-        return roll(kernel(*(roll(x, -start_B[0]) for x in operands)).astype(jnp.float32), start_B[0])
+        return roll(kernel(*(roll(x, -start_B) for x in operands)).astype(jnp.float32), start_B)
 
-    start_B = () if seen.start_B is None else (seen.start_B,)
-    starts = "BT"[: start_B[0].ndim] if start_B else ""
-    return per_device(run, ("BHTK", "BHTK", "BHTK", starts), q_BxHxTxK, seen.k_BxHxSxK, seen.v_BxHxSxK, *start_B)
+    starts = [start for start in (seen.start_B, seen.start_BxT) if start is not None]
+    letters = ("BHTK", "BHTK", "BHTK", *("BT"[: start.ndim] for start in starts))
+    return per_device(run, letters, q_BxHxTxK, seen.k_BxHxSxK, seen.v_BxHxSxK, *starts)
 
 
 def _cudnn_kernel(window: int | None, *operands: Array) -> Array:
@@ -160,8 +161,7 @@ def _cudnn_decode(q_BxHx1xK: Array, seen: Seen, window: int | None, scale: Any) 
         )
         return context.reshape(q_BxHx1xK.shape).astype(jnp.float32)
 
-    start_B = jnp.zeros(q_BxHx1xK.shape[0], jnp.int32) if seen.start_B is None else seen.start_B
-    visible = visible_slots(seen.query_slot, slice(0, 1), slice(0, slots), start_B, window)
+    visible = visible_slots(seen.query_slot, slice(0, 1), slice(0, slots), seen.first_BxQ(), window)
     length = jnp.asarray(seen.query_slot + 1, jnp.int32)
     operands = scaled(q_BxHx1xK, scale), seen.k_BxHxSxK, seen.v_BxHxSxK, visible, length
     return per_device(run, ("BHTK", "BHSK", "BHSK", "BTTS", ""), *operands)

@@ -34,9 +34,7 @@ def mkl(
 ) -> Array:
     """Attention by the C++ kernel and MKL. The arguments are those of `blocked`, which draws other dropout masks."""
     B, H, T, _K = q_BxHxTxK.shape
-    first_BxT = jnp.zeros((B, T), jnp.int32)
-    if seen.start_B is not None:
-        first_BxT += seen.start_B.reshape(B, -1)  # [B, 1], or [B, T] where documents are kept apart
+    first_BxT = jnp.broadcast_to(seen.first_BxQ(), (B, T))
     if window is not None:
         first_BxT = jnp.maximum(first_BxT, jnp.arange(T, dtype=jnp.int32)[None] + 1 - window)
     block, factor = block_length(T), 1.0

@@ -40,9 +40,8 @@ def attention_weights(
     q_BxHxTxK: Array, seen: Seen, window: int | None, scale: float | Array | None, custom_derivatives: bool = True
 ) -> Array:
     """All weights, softmax(q k^T scale): [B, H, T, S]."""
-    B, _, T, _ = q_BxHxTxK.shape
-    start_B = jnp.zeros(B, jnp.int32) if seen.start_B is None else seen.start_B
-    visible = visible_slots(seen.query_slot, slice(0, T), slice(0, seen.k_BxHxSxK.shape[2]), start_B, window)
+    T, S = q_BxHxTxK.shape[2], seen.k_BxHxSxK.shape[2]
+    visible = visible_slots(seen.query_slot, slice(0, T), slice(0, S), seen.first_BxQ(), window)
     return jax.nn.softmax(
         masked_scores(scaled(q_BxHxTxK, scale), seen.k_BxHxSxK, visible, seen.dtype, custom_derivatives)
     )
@@ -53,14 +52,14 @@ def scaled(q_BxHxTxK: Array, scale: float | Array | None) -> Array:
     return q_BxHxTxK.astype(jnp.float32) * (q_BxHxTxK.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def visible_slots(query_slot: int | Array, queries: slice, keys: slice, start_B: Array, window: int | None) -> Array:
-    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]. `start_B` is that of
-    `Seen`, of all queries."""
+def visible_slots(query_slot: int | Array, queries: slice, keys: slice, first_BxQ: Array, window: int | None) -> Array:
+    """Which slots of `keys` each of `queries` (counted from `query_slot`) may see: [B, 1, T, S]. `first_BxQ` is
+    `Seen`'s, of all queries."""
     slot_S = jnp.arange(keys.start, keys.stop)
     query_slot_Tx1 = (query_slot + jnp.arange(queries.start, queries.stop))[:, None]
     causal_TxS = slot_S[None] <= query_slot_Tx1
-    start_Bx1xTx1 = start_B[:, None, None, None] if start_B.ndim == 1 else start_B[:, None, queries, None]
-    started_Bx1xTxS = slot_S[None, None, None] >= start_Bx1xTx1
+    first_BxQ = first_BxQ if first_BxQ.shape[1] == 1 else first_BxQ[:, queries]
+    started_Bx1xTxS = slot_S[None, None, None] >= first_BxQ[:, None, :, None]
     visible_Bx1xTxS = causal_TxS[None, None] & started_Bx1xTxS
     if window is None:
         return visible_Bx1xTxS
