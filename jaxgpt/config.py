@@ -16,7 +16,7 @@ from jaxgpt.tokenizer import BUILTIN, NAME_FORM, is_name
 
 DTYPES = ("float32", "bfloat16")
 PARAM_DTYPES = (*DTYPES, "int8")
-ATTENTION = ("auto", "reference", "blocked", "mkl", "cudnn", "splash")
+ATTENTION = ("auto", "reference", "blocked", "native", "cudnn", "splash")
 
 _BRANCH_RATES = ("drop_rate_emb", "drop_rate_attn", "drop_rate_shortcut")
 
@@ -241,16 +241,17 @@ class ComputeConfig:
         "auto",
         choices=ATTENTION,
         help="What computes attention: plain XLA (reference), XLA in blocks of queries (blocked), or one kernel, "
-        "with MKL on CPUs (mkl), cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name "
+        "ours on CPUs (native), cuDNN's on NVIDIA GPUs (cudnn) or Splash on TPUs (splash). What is asked for by name "
         "raises where it cannot compute what is needed: cuDNN and Splash have no float32 and no dropout of the "
-        "attention weights, and mkl and Splash no decoding with a cache. The default, auto, takes the platform's "
+        "attention weights, and native and Splash no decoding with a cache. The default, auto, takes the platform's "
         "kernel for whole sequences wherever that can, and else blocked.",
     )
-    mkl: bool = setting(
+    native_sequences: bool = setting(
         False,
-        help="Whether a CPU multiplies large matrices, and computes attention over whole sequences, with Intel's MKL "
-        "and the C++ kernel. jaxgpt.prepare turns it on where that is faster than XLA, and so does the trainer for a "
-        "new run, which keeps to it; it has no second derivatives, and is never saved with a model.",
+        help="Whether a CPU multiplies large matrices, and computes attention over whole sequences, with the C++ "
+        "kernel: in bfloat16 by the tile units of AMX, in float32 by Intel's MKL. jaxgpt.prepare turns it on where "
+        "that is faster than XLA, and so does the trainer for a new run, which keeps to it. It has no second "
+        'derivatives, remat="dots" computes its products again, and it is never saved with a model.',
     )
     native_kernel: bool = setting(
         False,
@@ -279,8 +280,8 @@ class ComputeConfig:
         return type(self).from_dict({**self.to_dict(), **changes})
 
     def portable(self) -> ComputeConfig:
-        """Returns a copy without what other machines may lack: MKL, the native kernel, and attention by name."""
-        return self.replace(mkl=False, native_kernel=False, attention="auto")
+        """Returns a copy without what other machines may lack: the native kernel, and attention by name."""
+        return self.replace(native_sequences=False, native_kernel=False, attention="auto")
 
 
 def _sizes(n_layers: int, emb_dim: int, n_heads: int, **more: Any) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from jax import Array
 from jaxgpt.accounting import LINEAR_LAYERS, select_matrices
 from jaxgpt.checks import short_repr
 from jaxgpt.config import ComputeConfig
-from jaxgpt.model import Linear, dot, leaves
+from jaxgpt.model import Linear, activation, dot, leaves
 
 Tree = Mapping[str, Any]
 
@@ -95,8 +95,14 @@ def attached(params: Tree, adapters: Tree, alpha: float | None = None) -> Iterat
     tables = {name: child for name, child in adapters.items() if name not in inside}
 
     def beside(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        y, linear = call(*args, **kwargs), context.module
-        if not isinstance(linear, Linear) or context.method_name != "__call__" or not linear.has_variable("params", A):
+        linear, method = context.module, context.method_name
+        if not isinstance(linear, Linear) or not linear.has_variable("params", A):
+            return call(*args, **kwargs)
+        if method == "activated":
+            x_BxTxD, name = args
+            return activation(name)(linear(x_BxTxD))
+        y = call(*args, **kwargs)
+        if method != "__call__":
             return y
         a: Array = linear.get_variable("params", A)
         b: Array = linear.get_variable("params", B)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 
 import jax
@@ -91,13 +90,13 @@ def kernel_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def with_mkl(built, monkeypatch):
-    """MKL is there, and used whatever the processor."""
-    try:
-        importlib.metadata.distribution("mkl")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("MKL is not installed")
-    assert sequences.missing() == ""
+def natively(built, monkeypatch, request):
+    """The kernel computes whole sequences whatever the processor, in the dtype of the test's parameters, or float32.
+    Without MKL, or in bfloat16 without AMX, the test is skipped."""
+    parameters = getattr(request.node, "callspec", None)
+    rounds = parameters is not None and any("bfloat16" in str(value) for value in parameters.params.values())
+    if reason := sequences.missing("bfloat16" if rounds else "float32"):
+        pytest.skip(reason)
     monkeypatch.setattr(sequences, "_processor_flags", lambda: {"GenuineIntel", "avx2", "amx_bf16"})
     monkeypatch.setattr(sequences, "LEAST_OPERATIONS", 0)
     monkeypatch.setattr(sequences, "LEAST_ROWS", 1)

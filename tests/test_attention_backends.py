@@ -1,7 +1,8 @@
 """Every backend of attention against float64, what each refuses, and how one is chosen.
 
 cuDNN's kernel needs an NVIDIA GPU. Elsewhere the reference stands in for it, which tests everything around the kernel.
-Splash is interpreted; test_planner.py compiles it for TPUs. MKL's is skipped where MKL is not installed.
+Splash is interpreted; test_planner.py compiles it for TPUs. The native one is skipped in float32 without MKL, and
+in bfloat16 without AMX.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from jaxgpt.config import ATTENTION, ComputeConfig
 from jaxgpt.errors import ConfigError
 from jaxgpt.generation import generate
 from jaxgpt.model import backend_of, reference
-from jaxgpt.model.attention import attend, blocked, choice, choose, cudnn, fused, mkl, splash
+from jaxgpt.model.attention import attend, blocked, choice, choose, cudnn, fused, native_attention, splash
 from jaxgpt.model.attention import reference as reference_attention
 from jaxgpt.model.cache import Cache, Seen
 from jaxgpt.parallel import MeshConfig, make_mesh, shard
@@ -35,8 +36,8 @@ BACKENDS = {
     "blocked": (blocked, "float32", 5e-6),
     "cudnn": (cudnn, "bfloat16", 0.06),
     "splash": (functools.partial(splash, interpret=True), "bfloat16", 0.06),
-    "mkl": (mkl, "float32", 5e-6),
-    "mkl, bfloat16": (mkl, "bfloat16", 0.06),
+    "native": (native_attention, "float32", 5e-6),
+    "native, bfloat16": (native_attention, "bfloat16", 0.06),
 }
 
 
@@ -44,10 +45,10 @@ BACKENDS = {
 def context(backend, request):
     """What computes attention by the backend of a test."""
     calls = request.getfixturevalue("calls") if backend == "cudnn" else None
-    if backend.startswith("mkl"):
+    if backend.startswith("native"):
         if not any(map(shutil.which, ("c++", "g++", "clang++"))):
             pytest.skip("no C++ compiler")
-        request.getfixturevalue("with_mkl")
+        request.getfixturevalue("natively")
     yield BACKENDS[backend][0]
     assert calls is None or calls
 
@@ -119,12 +120,12 @@ def exact(q, k, v, g, window, start_B):
         # Padded to 128, and to 256.
         ("splash", 100, None, [0, 9]),
         exhaustive("splash", 200, 40, None),
-        ("mkl", 37, None, [0, 9]),
-        ("mkl", 150, 5, None),
-        exhaustive("mkl", 300, 100, [70, 0]),
-        exhaustive("mkl", 1, None, None),
-        ("mkl, bfloat16", 300, None, [0, 150]),
-        exhaustive("mkl, bfloat16", 150, 5, None),
+        ("native", 37, None, [0, 9]),
+        ("native", 150, 5, None),
+        exhaustive("native", 300, 100, [70, 0]),
+        exhaustive("native", 1, None, None),
+        ("native, bfloat16", 300, None, [0, 150]),
+        exhaustive("native, bfloat16", 150, 5, None),
     ],
 )
 def test_values_and_gradients_equal_those_of_float64(backend, T, window, starts, context):
@@ -145,7 +146,7 @@ def test_values_and_gradients_equal_those_of_float64(backend, T, window, starts,
         np.testing.assert_allclose(mine, theirs, atol=atol * np.abs(theirs).max())
 
 
-@pytest.mark.parametrize("backend", ["reference", "blocked", "cudnn", exhaustive("splash"), "mkl"])
+@pytest.mark.parametrize("backend", ["reference", "blocked", "cudnn", exhaustive("splash"), "native"])
 def test_no_gradient_reaches_a_later_position_or_one_before_the_band(backend, context):
     dtype = BACKENDS[backend][1]
     T, at, window = 256, 177, 50
@@ -162,7 +163,7 @@ def test_no_gradient_reaches_a_later_position_or_one_before_the_band(backend, co
 
 @pytest.mark.parametrize(
     ("backend", "T"),
-    [exhaustive("splash", 128), exhaustive("splash", 120), ("mkl", 140), ("reference", 140), ("blocked", 140)],
+    [exhaustive("splash", 128), exhaustive("splash", 120), ("native", 140), ("reference", 140), ("blocked", 140)],
 )
 def test_documents_are_kept_apart(backend, T, context):
     q, k, v, g = inputs(T)

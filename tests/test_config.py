@@ -57,7 +57,7 @@ RATE_FIELDS = ("drop_rate", "drop_rate_emb", "drop_rate_attn", "drop_rate_shortc
 BOOL_FIELDS = ("qkv_bias", "tie_embeddings", "bias", "scale_attn_weights", "scale_attn_by_inverse_layer_idx")
 CHOICE_FIELDS = ("activation", "attention_pattern")
 # Of `ComputeConfig`.
-COMPUTE_BOOLS = ("scan_layers", "custom_derivatives", "mkl", "native_kernel")
+COMPUTE_BOOLS = ("scan_layers", "custom_derivatives", "native_sequences", "native_kernel")
 COMPUTE_CHOICES = {declared.name: declared.choices for declared in settings(ComputeConfig) if declared.choices}
 
 
@@ -518,7 +518,7 @@ def test_every_config_comes_back_from_a_dict_from_json_and_from_toml(config, tmp
 def test_every_compute_config_comes_back_from_a_dict_and_from_json(compute):
     assert ComputeConfig.from_dict(json.loads(json.dumps(compute.to_dict()))) == compute
     assert compute.replace() == compute
-    assert compute.portable() == compute.replace(mkl=False, native_kernel=False, attention="auto")
+    assert compute.portable() == compute.replace(native_sequences=False, native_kernel=False, attention="auto")
 
 
 @given(config=st.one_of(train_configs, adapter_configs))

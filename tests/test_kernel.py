@@ -8,6 +8,7 @@ import dataclasses
 import fcntl
 import functools
 import os
+import platform
 import re
 import stat
 import subprocess
@@ -353,12 +354,23 @@ def test_nothing_is_built_where_others_can_write(no_cache):
 
 @needs_compiler
 @pytest.mark.exhaustive
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the names of processors are Intel's and AMD's")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell", "skylake-avx512"])
+def test_it_compiles_for_processors_that_have_less_than_this_one(processor):
+    flags = [flag for flag in kernel.FLAGS if not flag.startswith("-march")]
+    command = [kernel._compiler(), *flags, f"-march={processor}", "-fsyntax-only", "-I", jax.ffi.include_dir()]
+    subprocess.run([*command, *map(str, kernel.SOURCES)], check=True)
+
+
+@needs_compiler
+@pytest.mark.exhaustive
 def test_a_kernel_that_computes_something_else_is_not_kept(no_cache, tmp_path, monkeypatch):
     kernel_cc, sequences_cc = kernel.SOURCES
     source = kernel_cc.read_text()
     assert source.count("Fma(ws[r], xs, sums[b][r])") == 1
     wrong = tmp_path / "kernel.cc"
-    (tmp_path / kernel.HEADER.name).write_text(kernel.HEADER.read_text())
+    for header in kernel.HEADERS:
+        (tmp_path / header.name).write_text(header.read_text())
     wrong.write_text(source.replace("Fma(ws[r], xs, sums[b][r])", "Fma(-ws[r], xs, sums[b][r])"))
     monkeypatch.setattr(kernel, "SOURCES", (wrong, sequences_cc))
     with pytest.raises(KernelError, match=r"(?s)the kernel is wrong .*rows by .*off by"):

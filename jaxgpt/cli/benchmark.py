@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         "matmul_flops_per_s": flops,
         "launch_seconds": launch,
         "native_kernel": kernel.available(),
-        "mkl": any(map(sequences.preferred, ("float32", "bfloat16"))),
+        "native_sequences": any(map(sequences.preferred, ("float32", "bfloat16"))),
         "missing_peers": {},
         "rows": [],
     }
@@ -166,8 +166,8 @@ def _table(report: dict[str, Any]) -> str:
     )
     with console.capture() as capture:
         kernel = "in use" if report["native_kernel"] else "not in use (jaxgpt build-kernel)"
-        if report["mkl"]:
-            kernel += ", with MKL for whole sequences"
+        if report["native_sequences"]:
+            kernel += ", for whole sequences too"
         console.print(
             f"{report['preset']} on {report['device']}. "
             f"Limits: reading {report['read_bytes_per_s'] / 1e9:,.1f} GB/s; matrix product {matmul}; starting a "

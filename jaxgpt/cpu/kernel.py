@@ -35,7 +35,7 @@ from jaxgpt import startup
 from jaxgpt.errors import KernelError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernel.cc", "sequences.cc"))
-HEADER = Path(__file__).with_name("vectors.h")
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "tiles.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-w")
 MOST_ROWS = 32
 # Set to 0 to disable a kernel that was built.
@@ -47,6 +47,7 @@ FUNCTIONS = {
     "jaxgpt_attention": "JaxgptAttention",
     "jaxgpt_layer_norm": "JaxgptLayerNorm",
     "jaxgpt_product": "JaxgptProduct",
+    "jaxgpt_gelu_of_product": "JaxgptGeluOfProduct",
     "jaxgpt_sequence_attention": "JaxgptSequenceAttention",
     "jaxgpt_sequence_attention_gradients": "JaxgptSequenceAttentionGradients",
 }
@@ -244,7 +245,7 @@ def _run(command: list[str], failure: str) -> None:
 
 def path() -> Path:
     """Where the kernel is or will be. Its name depends on the source, jaxlib and the flags."""
-    return startup.cache_directory(DIRECTORY) / f"{_digest((*SOURCES, HEADER))}.so"
+    return startup.cache_directory(DIRECTORY) / f"{_digest((*SOURCES, *HEADERS))}.so"
 
 
 @functools.cache  # every product that is traced may ask

@@ -32,8 +32,8 @@ def check(file: Path) -> None:
         _check_attention(rng, K, dtype, window)
     for size in (7, 768):
         _check_layer_norm(rng, size)
-    if not sequences.connect(file):
-        for dtype in ("float32", "bfloat16"):
+    for dtype, lacks in (("float32", sequences.connect), ("bfloat16", sequences.lacks_tiles)):
+        if not lacks(file):
             _check_sequences(rng, dtype)
 
 
@@ -98,11 +98,18 @@ def _check_sequences(rng: np.random.Generator, dtype: str) -> None:
     wide_x, wide_y = np.asarray(x, float), np.asarray(y, float)
     _compare(f"a large product in {dtype}", sequences.matrix_product(x, y, False, True), wide_x @ wide_y.T)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 2, 90, 40)) / 4).astype(dtype) for _ in range(3))
-    got, _ = sequences.attention(64, 1.0, q, k, v, jnp.zeros((2, 90), jnp.int32), ())
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (a.swapaxes(1, 2) for a in (q, k, v))
+    start_BxT = jnp.zeros((2, 90), jnp.int32)
+    y_BxTxHxK, _ = sequences.attention(64, 1.0, q_BxTxHxK, k_BxTxHxK, v_BxTxHxK, start_BxT, ())
     wide_q, wide_k, wide_v = (np.asarray(a, float) for a in (q, k, v))
     want = attention_in_float64(wide_q, wide_k, wide_v, 0, np.zeros(2, int), None)
     rounded = 1e-5 if dtype == "float32" else 1e-2  # weights are rounded too
-    _compare(f"attention over whole sequences in {dtype}", got, want, rounded)
+    _compare(f"attention over whole sequences in {dtype}", y_BxTxHxK.swapaxes(1, 2), want, rounded)
+    if dtype == "bfloat16":
+        bias = jnp.asarray(rng.normal(size=610), jnp.float32)
+        u = wide_x @ wide_y.T / 8 + np.asarray(bias)
+        want = u / 2 * (1 + np.tanh((2 / np.pi) ** 0.5 * (u + 0.044715 * u**3)))
+        _compare("gelu of a product", sequences.gelu_of_product(x / 8, y, bias).astype(jnp.float32), want, 0.005)
 
 
 def _compare(what: str, got: Any, want: np.ndarray, tolerance: float = 1e-5) -> None:

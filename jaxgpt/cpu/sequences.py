@@ -1,9 +1,9 @@
-"""Products and attention over whole sequences on a CPU, `sequences.cc`: Intel's MKL multiplies, and what stands between
-two products is computed while it is in a core's cache.
+"""Products and attention over whole sequences on a CPU, `sequences.cc`. In bfloat16 the tile units of a processor with
+AMX multiply, in float32 Intel's MKL; what stands between two products is computed while it is in a core's cache.
 
-`ComputeConfig.mkl` asks for it. `jaxgpt.prepare` and the trainer turn that on where it pays: where MKL (extra [mkl]) is
-installed and the kernel is built, on Intel's processors; in bfloat16, on those with AMX. On others XLA is the faster
-one. JAXGPT_KERNEL=0 keeps it off.
+`ComputeConfig.native_sequences` asks for it. `jaxgpt.prepare` and the trainer turn that on where it pays, if the kernel
+is built: in bfloat16 on Intel's processors with AMX, in float32 on Intel's processors with MKL installed (extra [mkl]).
+On others XLA is the faster one. JAXGPT_KERNEL=0 keeps it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
@@ -27,34 +27,32 @@ from jaxgpt.errors import ConfigError
 
 # Operations from which a product is worth a call, and rows from which it does not wait for memory.
 LEAST_OPERATIONS, LEAST_ROWS = 2**24, 64
-_ENTRY_POINTS = (
-    "cblas_sgemm",
-    "cblas_gemm_bf16bf16f32",
-    *(f"cblas_gemm_bf16bf16f32_{part}" for part in ("pack_get_size", "pack", "compute")),
-)
+MOST_SUMMED = 4096
+# What the number of queries in a block of attention is a multiple of: blocks then see no key of a later one.
+BLOCKS = 32
 
 
-def missing() -> str:
-    """What these functions lack here; '' if they can be called."""
+def missing(dtype: str) -> str:
+    """What the functions lack here for operands of this type; '' if they can be called."""
     if not kernel.available():
         return "the kernel is not built or not used (jaxgpt build-kernel)"
-    return connect(kernel.path())
+    return connect(kernel.path()) if dtype == "float32" else lacks_tiles(kernel.path())
 
 
 def preferred(dtype: str) -> bool:
     """Whether this is there, and faster than XLA for products with operands of this type."""
-    return _suits(dtype) and not missing()
+    return _suits(dtype) and not missing(dtype)
 
 
 def preferred_or_built(dtype: str) -> bool:
     """`preferred`, for what runs long: builds the kernel first, if it can be built and is all that is missing."""
-    if _suits(dtype) and _mkl() is not None and kernel.can_build():
+    if _suits(dtype) and (dtype != "float32" or _mkl() is not None) and kernel.can_build():
         kernel.build_once()
     return preferred(dtype)
 
 
 def _suits(dtype: str) -> bool:
-    """Whether MKL is faster than XLA on this processor."""
+    """Whether it is faster than XLA on this processor."""
     units = {"float32": "avx2", "bfloat16": "amx_bf16"}
     return {"GenuineIntel", units.get(dtype)} <= _processor_flags()
 
@@ -87,27 +85,36 @@ def connect(file: Path) -> str:
         return "MKL is not installed (pip install 'jaxgpt[mkl]')"
     try:
         mkl, ours = ctypes.CDLL(library), ctypes.CDLL(str(file))
-        functions = [ctypes.cast(getattr(mkl, name), ctypes.c_void_p) for name in _ENTRY_POINTS]
+        function = ctypes.cast(mkl.cblas_sgemm, ctypes.c_void_p)
     except (OSError, AttributeError) as error:
         return f"MKL cannot be used ({error})"
     sequential, int32 = 1, 0
     if mkl.MKL_Set_Threading_Layer(sequential) != sequential or mkl.MKL_Set_Interface_Layer(int32) != int32:
         return "MKL is already in use in this process, with threads of its own or 64-bit sizes"
-    ours.JaxgptUseLibrary((ctypes.c_void_p * len(functions))(*functions))
+    ours.JaxgptUseLibrary(function)
     return ""
+
+
+@functools.cache
+def lacks_tiles(file: Path) -> str:
+    """What the kernel in a file lacks for operands in bfloat16; '' if nothing."""
+    if ctypes.CDLL(str(file)).JaxgptHasTiles():
+        return ""
+    return "in bfloat16 it needs Linux, on a processor whose AMX it lets processes use, and a compiler that knows AMX"
 
 
 def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Array] | None:
     """A function that computes an einsum of two arrays like these, in float32; None if it is not a single large matrix
-    product of float32 or bfloat16.
+    product of float32 or bfloat16. If one is in bfloat16, the other is rounded to it.
 
     Raises:
-        ConfigError: if MKL or the kernel is missing.
+        ConfigError: if the kernel, or what it multiplies with, is missing.
     """
-    if reason := missing():
-        raise ConfigError(f"mkl=True cannot be had: {reason}; jaxgpt.prepare turns it on where it can")
-    if x.dtype != y.dtype or x.dtype not in (jnp.float32, jnp.bfloat16):
+    types = {x.dtype.name, y.dtype.name}
+    if not types <= {"float32", "bfloat16"}:
         return None
+    if reason := missing(min(types)):
+        raise ConfigError(f"native_sequences=True cannot be had: {reason}; jaxgpt.prepare turns it on where it can")
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")
     summed = "".join(i for i in x_indices if i not in out)
@@ -135,12 +142,35 @@ def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Arr
 
 
 def matrix_product(x: Array, y: Array, x_flipped: bool, y_flipped: bool) -> Array:
-    """x y in float32, [M, N], for matrices x [M, K] and y [K, N], both float32 or both bfloat16. One that is flipped is
-    given as its transpose."""
+    """x y in float32, [M, N], for matrices x [M, K] and y [K, N], each in float32 or bfloat16; a float32 one beside one
+    in bfloat16 is rounded to it. One that is flipped is given as its transpose."""
     shape = x.shape[1 if x_flipped else 0], y.shape[0 if y_flipped else 1]
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
     call = jax.ffi.ffi_call("jaxgpt_product", result, vmap_method="sequential")
     return call(x, y, x_flipped=x_flipped, y_flipped=y_flipped)
+
+
+def gelu(x_BxTxD: Array, weight_OxD: Array, dtype: str) -> Callable[[Array, Array, Array | None], Array] | None:
+    """A function of arrays like these and a bias, float32 [O] or None, that computes gelu(x W^T + bias), [B, T, O], for
+    the config's "gelu_tanh", with operands and results rounded to bfloat16; it has no derivative. None if `dtype` is
+    another, or if the product is small or W is in integers."""
+    B, T, D = x_BxTxD.shape
+    few = 2 * B * T * weight_OxD.size < LEAST_OPERATIONS or min(B * T, *weight_OxD.shape) < LEAST_ROWS
+    if dtype != "bfloat16" or weight_OxD.dtype == jnp.int8 or few or D > MOST_SUMMED or missing(dtype):
+        return None
+
+    def call(x_BxTxD: Array, weight_OxD: Array, bias_O: Array | None) -> Array:
+        x_RxD, weight_OxD = x_BxTxD.reshape(-1, D).astype(jnp.bfloat16), weight_OxD.astype(jnp.bfloat16)
+        bias_O = jnp.zeros(len(weight_OxD), jnp.float32) if bias_O is None else bias_O
+        return gelu_of_product(x_RxD, weight_OxD, bias_O).reshape(B, T, -1)
+
+    return call
+
+
+def gelu_of_product(x_RxD: Array, weight_OxD: Array, bias_O: Array) -> Array:
+    """gelu(x W^T + bias), bfloat16 [R, O], for x and W in bfloat16 and a float32 bias; D is at most `MOST_SUMMED`."""
+    result = jax.ShapeDtypeStruct((len(x_RxD), len(weight_OxD)), jnp.bfloat16)
+    return jax.ffi.ffi_call("jaxgpt_gelu_of_product", result, vmap_method="sequential")(x_RxD, weight_OxD, bias_O)
 
 
 def attention(
@@ -149,17 +179,18 @@ def attention(
     """softmax(q k^T) v, where query t sees the keys from `first_BxT` to t.
 
     Args:
-        block: queries per block, at most 512.
+        block: queries per block, a multiple of `BLOCKS`, at most 512.
         factor: what the weights that dropout keeps are multiplied by.
-        q, k, v: [B, H, T, K], all float32 or all bfloat16.
+        q, k, v: [B, T, H, K], all float32 or all bfloat16.
         first_BxT: int32.
         masks: per block, which weights dropout keeps, bool [B, H, its queries, keys up to its last query]; or nothing.
 
     Returns:
-        (y, stats): y [B, H, T, K], and per query the highest score and the sum of exp(score - highest), [B, H, T, 2];
+        (y, stats): y [B, T, H, K], and per query the highest score and the sum of exp(score - highest), [B, H, T, 2];
             both float32.
     """
-    out = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((*q.shape[:3], 2), jnp.float32)
+    B, T, H, _K = q.shape
+    out = jax.ShapeDtypeStruct(q.shape, jnp.float32), jax.ShapeDtypeStruct((B, H, T, 2), jnp.float32)
     call = jax.ffi.ffi_call("jaxgpt_sequence_attention", out, vmap_method="sequential")
     y, stats = call(q, k, v, first_BxT, *masks, block=np.int64(block), factor=np.float32(factor))
     return y, stats
@@ -177,7 +208,7 @@ def attention_gradients(
     stats: Array,
     g: Array,
 ) -> tuple[Array, Array, Array]:
-    """The gradients of q, k and v, float32 [B, H, T, K].
+    """The gradients of q, k and v, float32 [B, T, H, K].
 
     Args:
         block, factor, q, k, v, first_BxT, masks, stats: the arguments and the result of `attention`.

@@ -149,4 +149,13 @@ inline void Put(BF16* p, Floats x) {
   std::memcpy(p, &rounded, sizeof rounded);
 }
 
+// Stores the first n of a vector's elements.
+template <typename T>
+inline void Put(T* p, Floats x, int64_t n) {
+  if (n >= kLanes) return Put(p, x);
+  T few[kLanes];
+  Put(few, x);
+  std::memcpy(p, few, n * sizeof(T));
+}
+
 }  // namespace

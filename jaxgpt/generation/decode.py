@@ -193,7 +193,7 @@ def scan_generate(
     sampler = check_sampler(sampler, model.config.vocab_size)
     ids_BxT = jnp.asarray(ids_BxT)
     check_batch(ids_BxT, ids_BxT.shape[-1])
-    model = GPT(model.config, model.compute.replace(native_kernel=False, mkl=False))
+    model = GPT(model.config, model.compute.replace(native_kernel=False, native_sequences=False))
     C = model.config.context_length
     B, T = ids_BxT.shape
     history = None

@@ -22,9 +22,9 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
 
     Layers are unstacked (`scan_layers=False`), because a scan copies the stacked cache for every token. Matrices are
     already [out, in], the order in which one token's products read them. If the C++ kernel is built, decoding uses it
-    (`native_kernel=True`), and what is not decoding may use MKL (`mkl=True`, see `jaxgpt.cpu.sequences`). If it is not,
-    and parameters are too large for a processor's cache, a separate process builds it for later ones, where there is a
-    compiler (`jaxgpt.cpu.kernel`). What is already in that form is returned unchanged.
+    (`native_kernel=True`), and so may what is not decoding (`native_sequences=True`, see `jaxgpt.cpu.sequences`). If it
+    is not, and parameters are too large for a processor's cache, a separate process builds it for later ones, where
+    there is a compiler (`jaxgpt.cpu.kernel`). What is already in that form is returned unchanged.
 
     Args:
         model: the model.
@@ -52,5 +52,6 @@ def prepare(model: GPT, params: Any, dtype: str | None = None) -> tuple[GPT, Any
     parameter_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
     if one_cpu and not native_kernel and parameter_bytes >= LARGE:
         kernel.build_in_background()
-    mkl = native_kernel and sequences.preferred(compute.dtype)
-    return GPT(model.config, compute.replace(scan_layers=False, native_kernel=native_kernel, mkl=mkl)), params
+    native_sequences = native_kernel and sequences.preferred(compute.dtype)
+    compute = compute.replace(scan_layers=False, native_kernel=native_kernel, native_sequences=native_sequences)
+    return GPT(model.config, compute), params

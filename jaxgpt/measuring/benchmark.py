@@ -345,7 +345,7 @@ def _forward(work: Workload) -> Callable[[], Any]:
     import jax
     import numpy as np
 
-    model, params = model_and_params(work.config(), ComputeConfig(dtype=work.dtype), None)
+    model, params = model_and_params(work.config(), ComputeConfig(), work.dtype)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (work.batch, work.length))
     forward = jax.jit(lambda params, ids: model.apply({"params": params}, ids))
     return lambda: forward(params, ids).block_until_ready()
@@ -457,7 +457,7 @@ def _compute(work: Workload) -> ComputeConfig:
     """How a workload over whole sequences is run: as `prepare` and the trainer would."""
     from jaxgpt.cpu import sequences
 
-    return ComputeConfig(dtype=work.dtype, mkl=work.platform == "cpu" and sequences.preferred(work.dtype))
+    return ComputeConfig(dtype=work.dtype, native_sequences=work.platform == "cpu" and sequences.preferred(work.dtype))
 
 
 def attention(work: Workload) -> str | None:

@@ -14,6 +14,7 @@ from .gpt import MultiHeadAttention as MultiHeadAttention
 from .gpt import TransformerBlock as TransformerBlock
 from .layers import LayerNorm as LayerNorm
 from .layers import Linear as Linear
+from .ops import activation as activation
 from .ops import dot as dot
 from .ops import widen as widen
 from .params import cast_params as cast_params

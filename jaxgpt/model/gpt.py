@@ -36,8 +36,8 @@ class FeedForward(ConfiguredModule):
     @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
         cfg = self.config
-        h_BxTxF = Linear((cfg.ffn_dim,), cfg.bias, self.compute, name="fc_in")(x_BxTxD)
-        h_BxTxF = lay(ops.activation(cfg.activation)(h_BxTxF), "BTF")
+        fc_in = Linear((cfg.ffn_dim,), cfg.bias, self.compute, name="fc_in")
+        h_BxTxF = lay(fc_in.activated(x_BxTxD, cfg.activation), "BTF")
         return Linear((cfg.emb_dim,), cfg.bias, self.compute, residual_std(cfg), name="fc_out")(h_BxTxF)
 
 
@@ -79,7 +79,7 @@ class MultiHeadAttention(ConfiguredModule):
             return_weights=self.is_mutable_collection("intermediates"),
             custom_derivatives=self.compute.custom_derivatives,
             native_kernel=self.compute.native_kernel,
-            mkl=self.compute.mkl,
+            native=self.compute.native_sequences,
         )
         self.sow("intermediates", "weights", weights_BxHxTxS)
         context_BxTxD = lay(context_BxHxTxK, "BHTK").swapaxes(1, 2).reshape(B, T, D).astype(qkv_BxTx3xD.dtype)

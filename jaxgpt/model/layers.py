@@ -59,14 +59,22 @@ class Linear(nn.Module):
     compute: ComputeConfig = ComputeConfig()
     std: float = WEIGHT_STD
 
-    @nn.compact
     def __call__(self, x_BxTxD: Array) -> Array:
-        matrix = _matrix(self, (*self.out, x_BxTxD.shape[-1]), self.std)
-        y = ops.product(x_BxTxD, matrix, self.compute, self.compute.activation_dtype)
+        return ops.linear(x_BxTxD, *self._parameters(x_BxTxD.shape[-1]), self.compute)
+
+    def activated(self, x_BxTxD: Array, activation: str) -> Array:
+        """A function of y, by its name in the config, as the next product reads it: it may be rounded for that."""
+        y = None
+        if self.compute.native_sequences:
+            y = ops.activated_linear(x_BxTxD, *self._parameters(x_BxTxD.shape[-1]), self.compute, activation)
+        return ops.activation(activation)(self(x_BxTxD)) if y is None else y
+
+    @nn.compact
+    def _parameters(self, D: int) -> tuple[ops.Matrix, Array | None]:
+        matrix, bias = _matrix(self, (*self.out, D), self.std), None
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.compute))
-            y = (y.astype(jnp.float32) + ops.widen(bias.astype(jnp.float32), y)).astype(y.dtype)
-        return y
+            bias = self.param("bias", nn.initializers.zeros, self.out, vector_dtype(self.compute)).astype(jnp.float32)
+        return matrix, bias
 
 
 class Embedding(nn.Module):

@@ -30,7 +30,7 @@ def dot(
     *,
     result: str = "float32",
     stored: PartitionSpec | None = None,
-    mkl: bool = False,
+    native: bool = False,
 ) -> Array:
     """`jnp.einsum(subscripts, x, y)` with operands in `dtype` and a float32 result, forward and backward.
 
@@ -49,49 +49,59 @@ def dot(
         stored: the layout of y, if it is a weight: y is then `gathered` in `dtype` before the product, forward and
             again backward, and its gradient is `scattered` in float32 after the product. Left to itself, XLA passes the
             parts of a small weight round a ring of devices, and writes and reads a whole result for each of them.
-        mkl: whether one CPU multiplies large matrices with MKL (`jaxgpt.cpu.sequences`), forward and backward. Only
-            the custom derivative can, and it has then none of its own.
+        native: whether one CPU multiplies large matrices with `jaxgpt.cpu.sequences`, forward and backward. Only the
+            custom derivative can, and it has then none of its own.
     """
     if custom_derivatives:
-        return _dot(subscripts, x, y, dtype, result, stored, mkl)
+        return _dot(subscripts, x, y, dtype, result, stored, native)
     return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4, 5, 6))
 def _dot(
-    subscripts: str, x: Array, y: Array, dtype: str, result: str, stored: PartitionSpec | None, mkl: bool
+    subscripts: str, x: Array, y: Array, dtype: str, result: str, stored: PartitionSpec | None, native: bool
 ) -> Array:
-    return _einsum(subscripts, x.astype(dtype), gathered(y.astype(dtype), stored), result, mkl)
+    return _einsum(subscripts, x.astype(dtype), gathered(_operand(y, dtype, native), stored), result, native)
 
 
-def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32", mkl: bool = False) -> Array:
+def _operand(y: Array, dtype: str, native: bool) -> Array:
+    """y in `dtype`, or a float32 y for `_einsum` to round where that takes no copy: a weight, and its copy in bfloat16
+    would be made in every step."""
+    return y if native and y.dtype == jnp.float32 and not is_distributed(y) else y.astype(dtype)
+
+
+def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32", native: bool = False) -> Array:
     # HIGHEST keeps float32 from being rounded to TF32 or bfloat16 on accelerators.
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else lax.Precision.DEFAULT
     # Devices exchange a product's sums in the type that the product itself returns.
     summed = result if is_distributed(x) else "float32"
     einsum = functools.partial(jnp.einsum, subscripts, precision=precision, preferred_element_type=jnp.dtype(summed))
     distributed = is_distributed(x) or is_distributed(y)
-    on_cpu = sequences.product(subscripts, x, y) if mkl and not distributed else None
-    product = einsum(x, y) if on_cpu is None else lax.platform_dependent(x, y, cpu=on_cpu, default=einsum)
+    on_cpu = sequences.product(subscripts, x, y) if native and not distributed else None
+
+    def default(x: Array, y: Array) -> Array:
+        return einsum(x, y.astype(x.dtype))
+
+    product = default(x, y) if on_cpu is None else lax.platform_dependent(x, y, cpu=on_cpu, default=default)
     return product.astype(result)
 
 
-def _dot_forward(subscripts, x, y, dtype, result, stored, mkl):
+def _dot_forward(subscripts, x, y, dtype, result, stored, native):
     # Dtypes are passed as empty arrays, because residuals must be arrays.
     types = jnp.empty(0, x.dtype), jnp.empty(0, y.dtype)
-    x, y = x.astype(dtype), y.astype(dtype)
+    x, y = x.astype(dtype), _operand(y, dtype, native)
     # The einsum itself and not `dot`, inside which a rematerialisation policy would not see the product. What is kept
     # is the part of y, not all of it.
-    return _einsum(subscripts, x, gathered(y, stored), result, mkl), (x, y, *types)
+    return _einsum(subscripts, x, gathered(y, stored), result, native), (x, y, *types)
 
 
-def _dot_backward(subscripts, dtype, result, stored, mkl, residuals, g):
+def _dot_backward(subscripts, dtype, result, stored, native, residuals, g):
     x, y, x_type, y_type = residuals
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")
     g = g.astype(dtype)
     x_result = "bfloat16" if x_type.dtype == jnp.bfloat16 else "float32"
-    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype, result=x_result, stored=stored, mkl=mkl)
+    dx = dot(f"{out},{y_indices}->{x_indices}", g, y, dtype, result=x_result, stored=stored, native=native)
     summed = "".join(i for i in out if i in x_indices and i not in y_indices)
     # Several axes to sum over become one ("BTO,BTD->OD" becomes "BO,BD->OD"): XLA on a CPU then transposes g inside the
     # product, instead of making a transposed copy. On several devices, merging axes would gather the arrays.
@@ -101,13 +111,13 @@ def _dot_backward(subscripts, dtype, result, stored, mkl, residuals, g):
     transposed = "".join(i for i in out if i not in summed) + summed
 
     def dy_on_cpu(g: Array, x: Array) -> Array:
-        # XLA wants the operands of a bfloat16 product in one layout; MKL takes any.
-        if dtype == "bfloat16" and not (mkl and sequences.product(f"{out},{x_indices}->{y_indices}", g, x)):
+        # XLA wants the operands of a bfloat16 product in one layout; the kernel takes any.
+        if dtype == "bfloat16" and not (native and sequences.product(f"{out},{x_indices}->{y_indices}", g, x)):
             return dot(f"{transposed},{x_indices}->{y_indices}", products.laid_out(g, out, transposed), x, dtype)
         return dy_elsewhere(products.computed_once(g), x)
 
     def dy_elsewhere(g: Array, x: Array) -> Array:
-        return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype, mkl=mkl)
+        return dot(f"{out},{x_indices}->{y_indices}", g, x, dtype, native=native)
 
     # On several devices a layout constraint would gather the array.
     cpu = dy_elsewhere if is_distributed(g) else dy_on_cpu
@@ -125,6 +135,37 @@ class Matrix(NamedTuple):
     weight: Array
     scale: Array | None
     stored: PartitionSpec | None = None
+
+
+def linear(x_BxTxD: Array, matrix: Matrix, bias: Array | None, compute: ComputeConfig) -> Array:
+    """x W^T + bias, `[B, T, *out]`, in the activations' type, for a float32 bias `[*out]` or none."""
+    y = product(x_BxTxD, matrix, compute, compute.activation_dtype)
+    return y if bias is None else (y.astype(jnp.float32) + widen(bias, y)).astype(y.dtype)
+
+
+def activated_linear(
+    x_BxTxD: Array, matrix: Matrix, bias: Array | None, compute: ComputeConfig, name: str
+) -> Array | None:
+    """The `activation` of that name of what `linear` returns, in one call of the C++ kernel that rounds it as the next
+    product reads it, to `compute.dtype`; None if there is no such call. Differentiated, it is the plain form, whose
+    values the backward pass needs."""
+    if name != "gelu_tanh" or not compute.native_sequences or not compute.custom_derivatives:
+        return None
+    if is_distributed(matrix.weight) or is_distributed(x_BxTxD):
+        return None
+    native = sequences.gelu(x_BxTxD, matrix.weight, compute.dtype)
+    if native is None:
+        return None
+
+    def on_cpu(x_BxTxD: Array, weight: Array, bias: Array | None) -> Array:
+        return native(x_BxTxD, weight, bias).astype(compute.activation_dtype)
+
+    def plain(x_BxTxD: Array, weight: Array, bias: Array | None) -> Array:
+        return activation(name)(linear(x_BxTxD, matrix._replace(weight=weight), bias, compute))
+
+    either = jax.custom_vjp(functools.partial(lax.platform_dependent, cpu=on_cpu, default=plain))
+    either.defvjp(functools.partial(jax.vjp, plain), lambda pull_back, g: pull_back(g))
+    return either(x_BxTxD, matrix.weight, bias)
 
 
 def product(x_BxTxD: Array, matrix: Matrix, compute: ComputeConfig, result: str = "float32") -> Array:
@@ -151,9 +192,9 @@ def _flat_product(
     x_BxTxD: Array, weight_OxD: Array, compute: ComputeConfig, result: str, stored: PartitionSpec | None
 ) -> Array:
     def plain(x_BxTxD: Array, weight_OxD: Array) -> Array:
-        custom = compute.custom_derivatives
+        custom, native = compute.custom_derivatives, compute.native_sequences
         return dot(
-            "BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, custom, result=result, stored=stored, mkl=compute.mkl
+            "BTD,OD->BTO", x_BxTxD, weight_OxD, compute.dtype, custom, result=result, stored=stored, native=native
         )
 
     rows = math.prod(x_BxTxD.shape[:2])

@@ -34,7 +34,7 @@ from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.evaluation import Evaluation, evaluate
 from jaxgpt.training.models import base_params, initial_params
-from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point, with_mkl
+from jaxgpt.training.preparation import absolute, first_line, notes, prepare, starting_point, with_native_sequences
 from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run
 from jaxgpt.training.speed import Clock
@@ -158,7 +158,7 @@ def train(
                 allow_special=allow_special,
                 skip_bad=skip_bad,
             )
-            config = with_mkl(config, mesh, began)
+            config = with_native_sequences(config, mesh, began)
             part = jax.process_index(), jax.process_count()
             verification = Verification(corpus, config.model.vocab_size, at_once=verify, part=part)
             import_orbax()

@@ -146,8 +146,9 @@ def model_loss(
 
 
 def _chunk_loss(x_BxCxD, head_VxD, labels_BxC, compute):
-    logits_BxCxV = dot("BCD,VD->BCV", x_BxCxD, head_VxD, compute.dtype, compute.custom_derivatives, mkl=compute.mkl)
-    return cross_entropy(lay(logits_BxCxV, "BCV"), labels_BxC, compute.custom_derivatives)
+    custom, native = compute.custom_derivatives, compute.native_sequences
+    logits_BxCxV = dot("BCD,VD->BCV", x_BxCxD, head_VxD, compute.dtype, custom, native=native)
+    return cross_entropy(lay(logits_BxCxV, "BCV"), labels_BxC, custom)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -64,15 +64,15 @@ def prepare(
     return config, mesh, corpus, train_data, val_N
 
 
-def with_mkl(config: TrainConfig, mesh: Mesh | None, began: TrainConfig | None) -> TrainConfig:
-    """The config with MKL or without: for a new run with it, where that is faster; for one that is resumed as it
-    `began`, whatever would be faster by now, because MKL rounds differently, and dropout then draws other masks."""
+def with_native_sequences(config: TrainConfig, mesh: Mesh | None, began: TrainConfig | None) -> TrainConfig:
+    """The config with native sequences or without: for a new run with them, where that is faster; for one that is
+    resumed as it `began`, whatever would be faster by now: they round differently, and dropout draws other masks."""
     if began is not None:
-        mkl = began.compute.mkl and not sequences.missing()
+        native = began.compute.native_sequences and not sequences.missing(began.compute.dtype)
     else:
         one_cpu = mesh is None and jax.default_backend() == "cpu"
-        mkl = config.compute.mkl or (one_cpu and sequences.preferred_or_built(config.compute.dtype))
-    return dataclasses.replace(config, compute=config.compute.replace(mkl=mkl))
+        native = config.compute.native_sequences or (one_cpu and sequences.preferred_or_built(config.compute.dtype))
+    return dataclasses.replace(config, compute=config.compute.replace(native_sequences=native))
 
 
 def starting_point(config: TrainConfig | None, init_from: str | None) -> str | None:
@@ -188,8 +188,9 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
             f"steps: {began.steps:,} before, {config.steps:,} now; from here on, the learning rate follows the "
             "schedule of the latter"
         )
-    if began is not None and began.compute.mkl and not config.compute.mkl:
-        yield f"the run began with MKL, and goes on without: {sequences.missing()}. Its steps round differently now"
+    if began is not None and began.compute.native_sequences and not config.compute.native_sequences:
+        reason = sequences.missing(config.compute.dtype)
+        yield f"the run began with native_sequences, and goes on without: {reason}. Its steps round differently now"
     if config.warmup != config.warmup_steps:
         yield (
             f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "

@@ -62,7 +62,7 @@ def dry_run(
         skip_bad=skip_bad,
     )
     yield _toml(config)
-    config = preparation.with_mkl(config, mesh, None)
+    config = preparation.with_native_sequences(config, mesh, None)
     yield preparation.first_line(config, mesh, train_data, len(val_N), init_from, 0)
     yield from preparation.notes(config, None, corpus)
     what, per_step, size = "tokens", config.batch_size * config.T, len(train_data)

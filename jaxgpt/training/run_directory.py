@@ -34,9 +34,17 @@ from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.storage import storage
 from jaxgpt.training.trackers import TRACKERS, Tracker
 
-# These do not change what a step computes, so they may differ when a run resumes; so may the mesh. (`with_mkl` sees to
-# `mkl`.)
-_FREE_FIELDS = ("log_interval", "checkpoint_interval", "keep", "patience", "sample_tokens", "sample_prompt", "mkl")
+# These do not change what a step computes, so they may differ when a run resumes; so may the mesh.
+# (`with_native_sequences` sees to the last.)
+_FREE_FIELDS = (
+    "log_interval",
+    "checkpoint_interval",
+    "keep",
+    "patience",
+    "sample_tokens",
+    "sample_prompt",
+    "native_sequences",
+)
 
 
 class Run:

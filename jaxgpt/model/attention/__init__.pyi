@@ -6,6 +6,6 @@ from .fused import cudnn as cudnn
 from .fused import cudnn_refusal as cudnn_refusal
 from .fused import splash as splash
 from .fused import splash_refusal as splash_refusal
-from .native import mkl as mkl
-from .native import mkl_refusal as mkl_refusal
+from .native import native_attention as native_attention
+from .native import native_refusal as native_refusal
 from .plain import reference as reference

@@ -46,7 +46,7 @@ def _nothing(*_: Any, **__: Any) -> None:
 BACKENDS = {
     "cudnn": Backend(cudnn, cudnn_refusal),
     "splash": Backend(splash, splash_refusal),
-    "mkl": Backend(native.mkl, native.mkl_refusal),
+    "native": Backend(native.native_attention, native.native_refusal),
     "blocked": Backend(blocked, _nothing),
     "reference": Backend(reference, _nothing),
 }
@@ -62,7 +62,7 @@ def attend(
     scale: float | Array | None = None,
     return_weights: bool = False,
     native_kernel: bool = False,
-    mkl: bool = False,
+    native: bool = False,
     **options: Any,
 ) -> tuple[Array, Array | None]:
     """softmax(q k^T scale) v with causal masking, in float32; by default, scale is 1 / sqrt(K).
@@ -79,7 +79,7 @@ def attend(
         scale: what the scores are multiplied by; an array where it differs between the layers of a scan.
         return_weights: whether to also return all weights, at the cost of their memory.
         native_kernel: whether "auto" uses `jaxgpt.cpu.kernel` while decoding on a CPU.
-        mkl: whether "auto" uses "mkl" for whole sequences.
+        native: whether "auto" uses "native" for whole sequences.
         options: passed on to the backend: dropout, derivatives, and for `blocked` the sizes of its blocks.
 
     Returns:
@@ -88,7 +88,7 @@ def attend(
     Raises:
         ConfigError: if a backend is asked for by name that cannot compute this; says why.
     """
-    chosen = choose(backend, q_BxHxTxK, seen.floats(), mkl, return_weights=return_weights, **options)
+    chosen = choose(backend, q_BxHxTxK, seen.floats(), native, return_weights=return_weights, **options)
 
     decoding = not isinstance(seen.query_slot, int) and q_BxHxTxK.shape[2] <= kernel.MOST_ROWS
     undropped = options.get("dropout_key") is None
@@ -113,8 +113,8 @@ def attend(
     return lax.cond(banded, lambda: form(window), lambda: form(None))
 
 
-def choose(backend: str, q_BxHxTxK: Array, seen: Seen, mkl: bool = False, **options: Any) -> str:
-    """The name of the backend that computes a call; "auto" may be "mkl" only if the argument `mkl` says so.
+def choose(backend: str, q_BxHxTxK: Array, seen: Seen, native: bool = False, **options: Any) -> str:
+    """The name of the backend that computes a call; "auto" may be "native" only if the argument `native` says so.
 
     Raises:
         ConfigError: as `attend`.
@@ -122,7 +122,7 @@ def choose(backend: str, q_BxHxTxK: Array, seen: Seen, mkl: bool = False, **opti
     if backend == "auto" and not from_start(q_BxHxTxK, seen):
         return "blocked"
     if backend == "auto":
-        names = (name for name in BACKENDS if mkl or name != "mkl")
+        names = (name for name in BACKENDS if native or name != "native")
         return next(name for name in names if BACKENDS[name].refusal(q_BxHxTxK, seen, **options) is None)
     if reason := BACKENDS[backend].refusal(q_BxHxTxK, seen, **options):
         raise ConfigError(f"attention={backend!r} cannot compute this: {reason}; attention='auto' takes what can")
@@ -162,7 +162,7 @@ def backend_of(
         seen = Seen(q_BxHxTxK, q_BxHxTxK, 0, None, compute.dtype, start_BxT)
         key = jax.random.key(0) if dropout else None
         options = {"dropout_key": key, "custom_derivatives": compute.custom_derivatives}
-        chosen.append(choose(compute.attention, q_BxHxTxK, seen, compute.mkl, **options))
+        chosen.append(choose(compute.attention, q_BxHxTxK, seen, compute.native_sequences, **options))
         return q_BxHxTxK
 
     jax.eval_shape(call, q)

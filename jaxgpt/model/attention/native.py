@@ -7,6 +7,7 @@ Source: Dao et al. 2022 (FlashAttention), section 3. Sizes: B batch, H heads, T 
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from jaxgpt.model.ops import dropout_mask, keep_factor
 from jaxgpt.parallel import is_distributed, platform
 
 
-def mkl(
+def native_attention(
     q_BxHxTxK: Array,
     seen: Seen,
     *,
@@ -32,12 +33,12 @@ def mkl(
     dropout_key: Array | None = None,
     **_: Any,
 ) -> Array:
-    """Attention by the C++ kernel and MKL. The arguments are those of `blocked`, which draws other dropout masks."""
+    """Attention by the C++ kernel. The arguments are those of `blocked`, which draws other dropout masks."""
     B, H, T, _K = q_BxHxTxK.shape
     first_BxT = jnp.broadcast_to(seen.first_BxQ(), (B, T))
     if window is not None:
         first_BxT = jnp.maximum(first_BxT, jnp.arange(T, dtype=jnp.int32)[None] + 1 - window)
-    block, factor = block_length(T), 1.0
+    block, factor = sequences.BLOCKS * math.ceil(block_length(T) / sequences.BLOCKS), 1.0
     masks: tuple[Array, ...] = ()
     if dropout_key is not None and drop_rate > 0:
         ends = range(block, T + block, block)
@@ -45,11 +46,12 @@ def mkl(
         keys = jax.random.split(dropout_key, len(sizes))
         masks = tuple(dropout_mask(key, drop_rate, size) for key, size in zip(keys, sizes, strict=True))
         factor = keep_factor(drop_rate)
-    q_BxHxTxK = scaled(q_BxHxTxK, scale)
-    return _attend(block, factor, seen.dtype, q_BxHxTxK, seen.k_BxHxSxK, seen.v_BxHxSxK, first_BxT, masks)
+    q, k, v = scaled(q_BxHxTxK, scale), seen.k_BxHxSxK, seen.v_BxHxSxK
+    y_BxTxHxK = _attend(block, factor, seen.dtype, *(x.swapaxes(1, 2) for x in (q, k, v)), first_BxT, masks)
+    return y_BxTxHxK.swapaxes(1, 2)
 
 
-def mkl_refusal(
+def native_refusal(
     q_BxHxTxK: Array,
     seen: Seen,
     *,
@@ -67,7 +69,7 @@ def mkl_refusal(
         "it does not return the attention weights": return_weights,
         "it has no forward-mode derivatives, which custom_derivatives=False asks for": not custom_derivatives,
     }
-    return next((reason for reason, holds in reasons.items() if holds), sequences.missing() or None)
+    return next((reason for reason, holds in reasons.items() if holds), sequences.missing(seen.dtype) or None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -85,7 +87,7 @@ def _attend_forward(block, factor, dtype, q, k, v, first_BxT, masks):
 
 def _attend_backward(block, factor, dtype, residuals, g):
     q, k, v, first_BxT, masks, y, stats, types = residuals
-    inner_BxHxT, g = jnp.sum(g * y, axis=-1), g.astype(dtype)
+    inner_BxHxT, g = jnp.sum(g * y, axis=-1).swapaxes(1, 2), g.astype(dtype)
     gradients = sequences.attention_gradients(block, factor, q, k, v, first_BxT, masks, inner_BxHxT, stats, g)
     return *(gradient.astype(x.dtype) for gradient, x in zip(gradients, types, strict=True)), None, None
 
