@@ -1009,6 +1009,15 @@ def test_a_shorter_context_leaves_out_the_later_positions(stored, tiny, tmp_path
             read(tmp_path / "model", context_length=17)
 
 
+@pytest.mark.parametrize("param_dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("has", [True, False], ids=["all parameters", "the fewest"])
+def test_the_abstract_leaves_are_those_of_the_model(has, param_dtype):
+    config = TINY.replace(tie_embeddings=not has, bias=has, qkv_bias=has)
+    model = GPT(config, ComputeConfig(param_dtype=param_dtype, scan_layers=True))
+    built = leaves(jax.eval_shape(model.init, jax.random.key(0), random_ids(TINY, 1, 1))["params"])
+    assert list(layout.abstract_leaves(config, param_dtype).items()) == list(built.items())
+
+
 @pytest.mark.parametrize("rows", [huggingface.ROWS, book.ROWS], ids=["huggingface", "book"])
 def test_tables_name_every_parameter_once(rows):
     full = TINY.replace(tie_embeddings=False, bias=True, qkv_bias=True)
