@@ -41,6 +41,7 @@ pytestmark = pytest.mark.usefixtures("compiled_quickly")
 BYTES = TINY.replace(vocab_size=257, tokenizer="bytes", context_length=160)
 PROMPT = 'To be, $5 < "né"\n'
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 
 
 def inside64(params, config, ids) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -461,6 +462,30 @@ def test_the_next_tokens_and_the_lens_say_what_was_seen(read):
     np.testing.assert_array_equal(figure.axes[0].images[0].get_array(), seen.top_probabilities_NxTxK[..., 0])
     assert {style.drawable(place[t][0]) for place in tops for t in range(len(labels))} <= set(texts(figure))
     assert {"embeddings", "block 0", "block 1: the model"} <= set(texts(figure))
+
+
+def luminance(colour: str) -> float:
+    """Of "#rrggbb", relative: WCAG 2.2."""
+    parts = np.array([*bytes.fromhex(colour.removeprefix("#"))]) / 255
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+@pytest.mark.parametrize("picture", sorted(PICTURES.glob("*.svg")), ids=lambda path: path.stem)
+def test_pictures_of_the_pages_are_readable_on_white_and_on_black(picture):
+    svg = "{http://www.w3.org/2000/svg}"
+    root = ElementTree.parse(picture).getroot()
+    # Matplotlib draws the paper of the figure and of its axes as the first path within each.
+    for group in root.iter(f"{svg}g"):
+        if re.fullmatch(r"(figure|axes)_\d+", group.get("id", "")):
+            paper = group.find(f"{svg}g/{svg}path")
+            assert paper is None or "fill: none" in paper.get("style", ""), group.get("id")
+    # What is written and ruled; what is drawn as data, or on it, need not contrast with the page.
+    inks = {style.GREY, *style.COLOURS[:2]}
+    assert all(1.05 / (luminance(ink) + 0.05) > 3.5 and (luminance(ink) + 0.05) / 0.05 > 3.5 for ink in inks)
+    text = picture.read_text(encoding="utf-8").lower()
+    assert not re.search(f"{style.INK}|{style.MUTED}|{style.PAPER}", text)
+    assert style.GREY in text
 
 
 @pytest.mark.exhaustive

@@ -18,6 +18,10 @@ from jaxgpt.files import local, replacing_file
 INK, MUTED, PAPER = "#1a1c1f", "#6e7379", "#fefefe"
 # On the page these colours follow the reader's light or dark scheme.
 _THEME = {INK: "currentColor", MUTED: "var(--muted)", PAPER: "var(--paper)"}
+# In an .svg, which documentation shows on white and on black without telling it which: no paper, and a grey with a
+# contrast of at least 4 with both.
+GREY = "#7b7b7b"
+_EITHER = {INK: GREY, MUTED: GREY, PAPER: "none"}
 # Okabe and Ito 2008: distinguishable with every common form of colour blindness. Its yellow is too pale for lines.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 OUTLINE = "#0a84ff"  # visible on both ends of SCALE
@@ -64,12 +68,15 @@ styled = matplotlib.rc_context(_SETTINGS)  # type: ignore[arg-type]
 
 @styled
 def save(figure: Figure, path: str | Path) -> None:
-    """Writes a figure in the format of the path's suffix: .png, .svg or .pdf. Its layout is fixed from then on."""
+    """Writes a figure in the format of the path's suffix: .png, .svg or .pdf. Its layout is fixed from then on. An .svg
+    has no background, and is readable on a light page and on a dark one."""
     dates = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
     path = local(path)
     suffix = path.suffix.lower()
     with replacing_file(path) as partial:
         figure.savefig(partial, format=suffix[1:], dpi=PNG_DPI, metadata=dates.get(suffix))
+        if suffix == ".svg":
+            partial.write_text(_recoloured(partial.read_text(encoding="utf-8"), _EITHER), encoding="utf-8")
     figure.set_layout_engine("none")
 
 
@@ -82,8 +89,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     root, _, content = file.getvalue().partition("<svg ")[2].partition(">")
     content = re.sub(r"<metadata>.*?</metadata>", "", content, flags=re.DOTALL)
     content = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", content)
-    for colour, value in _THEME.items():
-        content = content.replace(colour, value)
+    content = _recoloured(content, _THEME)
     found = re.search(r'viewBox="0 0 ([\d.]+) [\d.]+"', root)
     assert found is not None
     width = float(found[1]) * 96 / 72  # points to CSS pixels
@@ -92,6 +98,12 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
         f'data-name="{name}" {found[0]} xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f"{content}"
     )
+
+
+def _recoloured(svg: str, colours: dict[str, str]) -> str:
+    for colour, value in colours.items():
+        svg = svg.replace(colour, value)
+    return svg
 
 
 def escape(text: str) -> str:
