@@ -636,7 +636,7 @@ def test_ctrl_c_tells_how_to_go_on(sources, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("jaxgpt.data.tokenization.encode", interrupt)
     assert main(["tokenize", str(sources[0]), "--out", str(tmp_path / "out")]) == 130
-    assert "interrupted: the same command again goes on with" in capsys.readouterr().err
+    assert "interrupted: run the same command again to continue" in capsys.readouterr().err
 
 
 def test_progress_is_a_line_now_and_then_or_a_bar(monkeypatch):

@@ -85,8 +85,9 @@ def _render(report: dict[str, Any], topology: Any) -> str:
         elif not report["compiled"]:
             console.print(MISSING.format(**report["analytic_error"]), markup=False, soft_wrap=True)
         chosen = ", ".join(f"{key} = {value}" for key, value in report["chosen"].items())
+        chips = f"{report['chips']:,} chip{'s' if report['chips'] > 1 else ''}"
         console.print(
-            f"{report['model']} on {report['topology']}, {report['chips']:,} chips: mesh {report['mesh']}, "
+            f"{report['model']} on {report['topology']}, {chips}: mesh {report['mesh']}, "
             f"{report['batch']:,} x {report['length']:,} tokens per step"
             + (f"; chosen because the config does not say: {chosen}" if chosen else ""),
             soft_wrap=True,

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="the directory to write; where an interrupted command has written, the same again goes on",
+        help="the directory to write; if the command is interrupted, running it again continues there",
     )
     add_force(parser, "replace the token files in DIR")
     parser.add_argument(
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
                 report=progress.update,
             )
     except KeyboardInterrupt:
-        print(f"interrupted: the same command again goes on with {args.out}", file=sys.stderr)
+        print(f"interrupted: run the same command again to continue {args.out}", file=sys.stderr)
         raise
     index, counts = result.index, result.counts
     shards = f"{len(index.shards):,} file{'s' * (len(index.shards) > 1)}"
