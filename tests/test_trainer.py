@@ -826,6 +826,7 @@ def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tm
     Path("printed.toml").write_text(text, encoding="utf-8")
     config = TrainConfig.from_file("printed.toml")
     assert (config.lora.rank, config.steps, config.model.emb_dim) == (4, 6, 24)
+    assert config.init_from == str(two_layers)
     corpus = Tokens.from_text(TEXT, "bytes")
     train_N, val_N = corpus.split(0.1)
     row = trainer.batch(train_N, config, 0)[0]

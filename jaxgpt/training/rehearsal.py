@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
@@ -61,7 +62,7 @@ def dry_run(
         allow_special=allow_special,
         skip_bad=skip_bad,
     )
-    yield _toml(config)
+    yield _toml(dataclasses.replace(config, init_from=init_from or ""))
     config = preparation.with_native_sequences(config, mesh, None)
     yield preparation.first_line(config, mesh, train_data, len(val_N), init_from, 0)
     yield from preparation.notes(config, None, corpus)
