@@ -571,6 +571,8 @@ def test_the_command_without_the_compiler_says_so_first(monkeypatch, capsys):
     assert report["training"]["analytic"]["fits"]
     assert not report["compiled"]
     assert report["analytic_error"] == error
+    assert main(["plan", "gpt2", "--topology", "v5e:1x1"]) == 0
+    assert "gpt2 on v5e:1x1, 1 chip: mesh" in capsys.readouterr().out
 
 
 def test_the_command_tells_what_does_not_fit(monkeypatch, capsys):
