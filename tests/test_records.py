@@ -226,6 +226,13 @@ def test_a_bad_record_is_named_with_its_line_or_left_out_and_counted(template, b
     assert "a.jsonl, line 3: " in note
 
 
+def test_a_first_record_without_a_response_does_not_make_the_others_texts(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"prompt": "a"}, *RECORDS])
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: no key 'response' .*--skip-bad leaves such records out"):
+        open_corpus(path, MODEL, longest=99)
+    assert open_corpus(path, MODEL, longest=99, skip_bad=True).sources[0].tokens.ids_N.count == len(RECORDS)
+
+
 def test_the_line_of_invalid_json_is_named_however_far_down_it_is(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" * (10**6 - 1) + b"{bad\n")

@@ -191,7 +191,7 @@ def recognise(keys: Collection[str]) -> str:
         return ""
     if TURNS in keys:
         return CHAT
-    return PROMPT_AND_RESPONSE if "prompt" in keys and any(key in keys for key in RESPONSES) else ""
+    return PROMPT_AND_RESPONSE if "prompt" in keys else ""  # without a response it is a bad record, but one of these
 
 
 def _fields(paragraph: str, template: str) -> list[str]:
