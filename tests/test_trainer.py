@@ -427,7 +427,7 @@ def test_a_signal_that_comes_twice_at_once_counts_once(monkeypatch):
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
         assert received == [signal.SIGTERM]
-    monkeypatch.setattr(signals, "_ECHO", 0.0)
+    monkeypatch.setattr(signals, "_ECHO", -1.0)
     with signals.collected():
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):

@@ -98,8 +98,11 @@ def connect(file: Path) -> str:
 @functools.cache
 def lacks_tiles(file: Path) -> str:
     """What the kernel in a file lacks for operands in bfloat16; '' if nothing."""
-    if ctypes.CDLL(str(file)).JaxgptHasTiles():
-        return ""
+    try:
+        if ctypes.CDLL(str(file)).JaxgptHasTiles():
+            return ""
+    except (OSError, AttributeError) as error:
+        return f"the kernel cannot be used ({error})"
     return "in bfloat16 it needs Linux, on a processor whose AMX it lets processes use, and a compiler that knows AMX"
 
 
