@@ -96,13 +96,12 @@ def attached(params: Tree, adapters: Tree, alpha: float | None = None) -> Iterat
 
     def beside(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
         linear, method = context.module, context.method_name
-        if not isinstance(linear, Linear) or not linear.has_variable("params", A):
-            return call(*args, **kwargs)
-        if method == "activated":
+        adapted = isinstance(linear, Linear) and linear.has_variable("params", A)
+        if adapted and method == "activated":  # of the sum, not of the first part of it
             x_BxTxD, name = args
             return activation(name)(linear(x_BxTxD))
         y = call(*args, **kwargs)
-        if method != "__call__":
+        if not adapted or method != "__call__":
             return y
         a: Array = linear.get_variable("params", A)
         b: Array = linear.get_variable("params", B)

@@ -411,7 +411,9 @@ void Backward(const Shape& s, int64_t b, const T* q, const T* keys, const T* val
     float* d_weights = rooms[1].of<float>(s.block * stride);
     T* weights = rooms[2].of<T>(s.block * stride);
     T* d_scores = rooms[3].of<T>(s.block * stride);
-    T* placed = rooms[9].of<T>(Padded(s.block) * stride);  // d_scores, for the sums of keys
+    // d_scores as the sum of keys reads them, which in float32 is how they lie anyway.
+    constexpr bool kElsewhere = std::is_same_v<T, BF16>;
+    T* placed = kElsewhere ? rooms[9].of<T>(Padded(s.block) * stride) : d_scores;
     const Matrix<T> qs{q + t0 * apart, apart}, gs{g + t0 * apart, apart};
     k.Scores(qs, t1 - t0, start, n, scores, stride);
     v.Scores(gs, t1 - t0, start, n, d_weights, stride);
@@ -432,11 +434,11 @@ void Backward(const Shape& s, int64_t b, const T* q, const T* keys, const T* val
         Put(weights + at + j, dropped);
         const Floats d_score = Only(w * (d - within), j, from, to, 0);
         Put(d_scores + at + j, d_score);
-        Put(placed + Rows<T>::Place(t - t0, j, n), d_score);
+        if (kElsewhere) Put(placed + Rows<T>::Place(t - t0, j, n), d_score);
       }
       for (; j < Padded(n); j += kLanes) {
         Put(weights + at + j, Floats{}), Put(d_scores + at + j, Floats{});
-        Put(placed + Rows<T>::Place(t - t0, j, n), Floats{});
+        if (kElsewhere) Put(placed + Rows<T>::Place(t - t0, j, n), Floats{});
       }
     }
     const Matrix<T> ws{weights, stride}, ds{d_scores, stride};

@@ -27,6 +27,7 @@ from jaxgpt.errors import ConfigError
 
 # Operations from which a product is worth a call, and rows from which it does not wait for memory.
 LEAST_OPERATIONS, LEAST_ROWS = 2**24, 64
+# Longest sums that the kernel completes before anything follows, its `kMostSummed`.
 MOST_SUMMED = 4096
 # What the number of queries in a block of attention is a multiple of: blocks then see no key of a later one.
 BLOCKS = 32

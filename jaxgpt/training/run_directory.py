@@ -34,8 +34,8 @@ from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.storage import storage
 from jaxgpt.training.trackers import TRACKERS, Tracker
 
-# These do not change what a step computes, so they may differ when a run resumes; so may the mesh.
-# (`with_native_sequences` sees to the last.)
+# These do not change what a step computes, so they may differ when a run resumes; so may the mesh. (A run keeps to its
+# `native_sequences`: `with_native_sequences`.)
 _FREE_FIELDS = (
     "log_interval",
     "checkpoint_interval",
