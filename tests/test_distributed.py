@@ -280,37 +280,48 @@ PARTS = """
 import sys
 import jax, numpy as np, tensorstore
 from pathlib import Path
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec as P
 from jaxgpt.parallel import MeshConfig, distributed, make_mesh
 from jaxgpt.training.checkpoints import Checkpoints
 
-address, process, directory = sys.argv[1:]
+address, process, directory, saved = sys.argv[1:]
+jax.config.update("jax_num_cpu_devices", 2)
 distributed.initialize(address, 2, int(process), timeout=60)
-layout = NamedSharding(make_mesh(MeshConfig(fsdp=2)), PartitionSpec("fsdp"))
-values = np.random.default_rng(0).random((512, 1024), np.float32)  # 2 MiB that do not compress
-state = {"x": jax.make_array_from_callback(values.shape, layout, values.__getitem__)}
-checkpoints = Checkpoints(Path(directory))
-checkpoints.save(1, state)
-checkpoints.finish()
+layouts = {
+    "rows": (MeshConfig(fsdp=4), P("fsdp")),
+    "columns": (MeshConfig(fsdp=4), P(None, "fsdp")),
+    "both": (MeshConfig(fsdp=2, tensor=2), P("fsdp", "tensor")),
+    "replicas": (MeshConfig(data=4), P()),
+}
+layouts = {name: NamedSharding(make_mesh(mesh), spec) for name, (mesh, spec) in layouts.items()}
+values = np.random.default_rng(0).random((1024, 2048), np.float32)  # 8 MiB that hardly compress
 
 def moved(what):
     found = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/" + what)
     return sum(value["value"] for metric in found for value in metric["values"])
 
-before = moved("bytes_read")
-restored = checkpoints.restore(1, {"x": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=layout)})["x"]
-print(moved("bytes_written") / values.nbytes, (moved("bytes_read") - before) / values.nbytes)
-for shard in restored.addressable_shards:
-    np.testing.assert_array_equal(shard.data, values[shard.index])
+checkpoints = Checkpoints(Path(directory))
+checkpoints.save(1, {"x": jax.make_array_from_callback(values.shape, layouts[saved], values.__getitem__)})
+checkpoints.finish()
+print("written", moved("bytes_written") / values.nbytes)
+for name, layout in layouts.items():
+    before = moved("bytes_read")
+    restored = checkpoints.restore(1, {"x": jax.ShapeDtypeStruct(values.shape, values.dtype, sharding=layout)})["x"]
+    print(name, (moved("bytes_read") - before) / values.nbytes)
+    assert restored.sharding == layout
+    for shard in restored.addressable_shards:
+        np.testing.assert_array_equal(shard.data, values[shard.index])
 """
 
 
 @pytest.mark.exhaustive
-def test_each_process_writes_and_reads_only_its_part_of_a_checkpoint(tmp_path):
+@pytest.mark.parametrize("saved", ["rows", "columns", "both", "replicas"])
+def test_each_process_writes_and_reads_only_its_part_of_a_checkpoint(tmp_path, saved):
+    """Half of the array each, whatever axes the two meshes cut."""
     address = f"127.0.0.1:{free_port()}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", PARTS, address, str(i), str(tmp_path / "checkpoints")],
+            [sys.executable, "-c", PARTS, address, str(i), str(tmp_path / "checkpoints"), saved],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -320,9 +331,9 @@ def test_each_process_writes_and_reads_only_its_part_of_a_checkpoint(tmp_path):
     for process in processes:
         out, err = process.communicate(timeout=180)
         assert process.returncode == 0, err[-2000:]
-        written, read = map(float, out.splitlines()[-1].split())
-        assert 0.4 < written < 0.6
-        assert 0.4 < read < 0.6
+        moved = dict(line.split() for line in out.splitlines() if len(line.split()) == 2)
+        assert set(moved) == {"written", "rows", "columns", "both", "replicas"}
+        assert all(0.4 < float(part) < 0.5 for part in moved.values()), moved
 
 
 SUPERVISED = """

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jaxgpt.checks import first_line
 from jaxgpt.errors import CheckpointError, require
 from jaxgpt.model import leaves
-from jaxgpt.parallel import distributed, sharding
+from jaxgpt.parallel import distributed, pieces, sharding
 
 
 def import_orbax() -> Any:
@@ -94,8 +94,9 @@ class Checkpoints:
         self.finish()
         if loss is not None and math.isfinite(loss):
             self._losses[step] = loss
+        cut = jax.tree.map(lambda leaf: self._ocp.SaveArgs(chunk_byte_size=pieces.piece_bytes(leaf)), state)
         args = self._ocp.args.Composite(
-            state=self._ocp.args.StandardSave(state), manifest=self._ocp.args.JsonSave(_manifest(state))
+            state=self._ocp.args.StandardSave(state, save_args=cut), manifest=self._ocp.args.JsonSave(_manifest(state))
         )
         with self._errors_of(step):
             if step in self._stale:
@@ -159,6 +160,7 @@ class Checkpoints:
         directory = self._directory / str(step)
         with distributed.fail_together(CheckpointError(directory, "another process could not read it")):
             state, manifest = self._read(directory, abstract_state)
+        state = jax.tree.map(pieces.laid_out, state, abstract_state)
         found = _manifest(state)
         with distributed.fail_together(CheckpointError(directory, "another process found it damaged")):
             if damaged := [name for name, entry in found.items() if entry != manifest[name]]:
@@ -166,9 +168,11 @@ class Checkpoints:
         return state
 
     def _read(self, directory: Path, abstract_state: Any) -> tuple[Any, dict[str, list]]:
-        """(state, manifest), not yet compared with each other."""
+        """(state, manifest), not yet compared with each other; some arrays may be laid out as `pieces.to_read` says."""
         # With the handlers, because the manager would make processes wait for one that has failed.
-        manifest = self._item(self._ocp.JsonCheckpointHandler, directory / "manifest", self._ocp.args.JsonRestore())
+        with _reading(directory):
+            handler = self._ocp.JsonCheckpointHandler()
+            manifest = handler.restore(directory / "manifest", args=self._ocp.args.JsonRestore())
         if not isinstance(manifest, dict):
             raise CheckpointError(directory, "damaged: its manifest is not an object")
         expected = {name: [*leaf.shape, str(leaf.dtype)] for name, leaf in leaves(abstract_state).items()}
@@ -178,18 +182,18 @@ class Checkpoints:
                 f"does not fit this run: {differing[0]} and {len(differing) - 1} more are missing or of another shape"
             )
             raise CheckpointError(directory, reason)
-        args = self._ocp.args.StandardRestore(jax.tree.map(_on_device, abstract_state))
-        return self._item(self._ocp.StandardCheckpointHandler, directory / "state", args), manifest
+        with _reading(directory):
+            return self._read_state(directory / "state", jax.tree.map(_on_device, abstract_state)), manifest
 
-    def _item(self, handler: Callable[[], Any], directory: Path, args: Any) -> Any:
-        try:
-            with _without_aftermath():
-                return handler().restore(directory, args=args)
-        except Exception as error:  # orbax and its storage raise errors of any type for damaged files
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-                raise  # says nothing about the files
-            reason = _reason(error.__cause__ or error)  # orbax's own message is pages long
-            raise CheckpointError(directory.parent, f"cannot be restored: {reason}") from error
+    def _read_state(self, directory: Path, abstract_state: Any) -> Any:
+        handler = self._ocp.StandardCheckpointHandler()
+        if any(map(pieces.is_shared, jax.tree.leaves(abstract_state))):
+            stored = leaves(handler.metadata(directory).tree)
+            cut = [
+                pieces.to_read(leaf, stored[name].storage.chunk_shape) for name, leaf in leaves(abstract_state).items()
+            ]
+            abstract_state = jax.tree.unflatten(jax.tree.structure(abstract_state), cut)
+        return handler.restore(directory, args=self._ocp.args.StandardRestore(abstract_state))
 
     def restore_latest(self, abstract_state: Any, warn: Callable[[str], None]) -> tuple[int, Any]:
         """(step, state) of the latest intact checkpoint. Calls `warn` for each one that had to be skipped; those are
@@ -222,6 +226,19 @@ class Checkpoints:
             self.finish()
         finally:
             self._manager.close()
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """Turns what is raised while a checkpoint is read into a CheckpointError."""
+    try:
+        with _without_aftermath():
+            yield
+    except Exception as error:  # orbax and its storage raise errors of any type for damaged files
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # says nothing about the files
+        reason = _reason(error.__cause__ or error)  # orbax's own message is pages long
+        raise CheckpointError(directory, f"cannot be restored: {reason}") from error
 
 
 def _reason(error: BaseException) -> str:
