@@ -9,8 +9,6 @@ import sys
 import time
 from typing import Any
 
-from jaxgpt.files import local
-
 # Exit codes of a process that failed, or was killed, for other reasons than bad input or the user's wish: another
 # attempt may succeed.
 _LOST = (1, *(128 + number for number in (signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS)))
@@ -42,15 +40,13 @@ def supervise(args: argparse.Namespace) -> int | None:
 
 
 def _began(out: str) -> bool:
-    """Whether a run was described in this directory. A bucket is asked in a child, because its clients start threads,
-    which do not survive a fork."""
-    from jaxgpt.training import storage
-
-    if storage.bucket_url(out) is None:
-        return (local(out) / "run.json").is_file()
+    """Whether a run was described in this directory. A child asks, because a bucket's clients start threads, which do
+    not survive a fork."""
     child = os.fork()
     if child == 0:
         try:
+            from jaxgpt.training import storage
+
             os._exit(0 if (storage.storage(out).path / "run.json").exists() else 1)
         finally:
             os._exit(1)

@@ -157,8 +157,6 @@ def run(args: argparse.Namespace) -> int:
 
     for path in filter(None, (args.config, *(args.data or ()), *(args.val_data or ()))):
         local(path)
-    for path in filter(None, (args.out, args.resume)):
-        _ = storage.bucket_url(path) or local(path)
     if args.restarts < 0:
         raise ConfigError(f"--restarts must be 0 or more, not {args.restarts}")
     if args.restarts and not args.dry_run and (code := supervise(args)) is not None:

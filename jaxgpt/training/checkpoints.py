@@ -58,7 +58,8 @@ class Checkpoints:
         self._writing: int | None = None  # the step that is being written
         self._written = False  # whether one has been since the stale ones were found
         self._quiet = contextlib.ExitStack()  # while it is
-        self._directory = directory.absolute() if isinstance(directory, Path) else directory  # one in a bucket
+        self._on_disk = isinstance(directory, Path)  # or in a bucket
+        self._directory = directory.absolute() if self._on_disk else directory
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_LatestAndBest(keep, self.best_of, self._stale),
             cleanup_tmp_directories=not read_only,  # left by a killed save
@@ -135,9 +136,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if isinstance(self._directory, Path) and not isinstance(error, (OSError, ValueError)):
+            if self._on_disk and not isinstance(error, (OSError, ValueError)):
                 raise  # a full disk raises either of these, a bucket anything
-            with contextlib.nullcontext() if isinstance(self._directory, Path) else contextlib.suppress(Exception):
+            with contextlib.nullcontext() if self._on_disk else contextlib.suppress(Exception):
                 self._manager.reload()  # it has already forgotten the checkpoints that this one would have replaced
             traceback.clear_frames(error.__traceback__)  # frees what was abandoned now, and not when the program ends
             reason = f"step {step} could not be written, earlier checkpoints are untouched: {_reason(error)}"

@@ -14,10 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, StrMethodFormatter
 
 from jaxgpt.errors import ConfigError, DataError
-from jaxgpt.files import local
 from jaxgpt.pictures import style
 from jaxgpt.training.run_directory import Run
-from jaxgpt.training.storage import bucket_url
 
 AXES = ("tokens", "steps")
 # Per panel: its axis label, and the metrics of metrics.jsonl that it draws.
@@ -94,10 +92,8 @@ def read_runs(paths: Sequence[str | Path]) -> list[Curves]:
 
 
 def _run(path: str | Path) -> Run:
-    if url := bucket_url(path):
-        return Run(url.removesuffix("/metrics.jsonl"), writes=False)
-    path = local(path)
-    return Run(path.parent if path.name == "metrics.jsonl" else path, writes=False)
+    run = Run(path, writes=False)
+    return Run(run.directory.parent, writes=False) if run.directory.name == run.metrics.name else run
 
 
 def smoothed(values: Mapping[int, float], half_life: float) -> dict[int, float]:

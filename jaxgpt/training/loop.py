@@ -24,7 +24,6 @@ from jaxgpt.checks import brief, short_repr
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.data import Ids, Mixture, Records, Source, Tokens, Verification
 from jaxgpt.errors import MissingExtraError, TrainingError
-from jaxgpt.files import new_directory
 from jaxgpt.generation import Temperature, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
@@ -48,7 +47,6 @@ from jaxgpt.training.step import (
     saved_state,
     stream_key,
 )
-from jaxgpt.training.storage import bucket_url
 
 
 @brief
@@ -133,12 +131,11 @@ def train(
         raise TypeError(
             f"train takes a path or tokens, not {short_repr(data)}: Tokens.from_ids(ids, tokenizer) makes tokens"
         )
-    out = out if bucket_url(out) else new_directory(out, force=True)
     run = Run(out, writes=distributed.is_primary())
     alone = TrainingError("another process failed before the first step; its own message says why")
     with contextlib.ExitStack() as held:
         with distributed.fail_together(alone):
-            run.storage.check()
+            run.storage.check_writable()
             began = run.config() if resume else None
             init_from = starting_point(config, init_from) if began is None else absolute(init_from)
             if began is not None:

@@ -15,13 +15,12 @@ from jax.sharding import Mesh
 from jaxgpt import weights
 from jaxgpt.config import GPTConfig
 from jaxgpt.errors import CheckpointError
-from jaxgpt.files import local
 from jaxgpt.model import GPT, cast_params, leaves, unstack_layers
 from jaxgpt.parallel import sharding
 from jaxgpt.training.checkpoints import fingerprint
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.run_directory import Run
-from jaxgpt.training.storage import bucket_url
+from jaxgpt.training.storage import storage
 
 
 @functools.wraps(weights.load)
@@ -100,13 +99,10 @@ def _opened(path_or_name: Any) -> Any:
     """A run's directory as an open checkpoint; anything else as it is."""
     if not isinstance(path_or_name, (str, os.PathLike)) or path_or_name in weights.BUNDLED:
         return path_or_name
-    if url := bucket_url(path_or_name):
-        return _checkpoint(Run(url), "best")
+    found = False
     with contextlib.suppress(OSError):  # a name that no file can have
-        path = local(path_or_name)
-        if (path / "run.json").is_file() and not (path / "config.json").exists():
-            return _checkpoint(Run(path), "best")
-    return path_or_name
+        found = storage(path_or_name).holds_run()
+    return _checkpoint(Run(path_or_name), "best") if found else path_or_name
 
 
 def _checkpoint(run: Run, step: int | str) -> weights.Checkpoint:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ from jaxgpt.cpu import sequences
 from jaxgpt.data import MARKED, Corpus, Ids, Mixture, Records, open_corpus
 from jaxgpt.errors import ConfigError
 from jaxgpt.fields import to_table
-from jaxgpt.files import local
 from jaxgpt.generation import encode_prompt
 from jaxgpt.parallel import sharding
 from jaxgpt.tokenizer import NONE
@@ -28,7 +26,7 @@ from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.models import OWN_FIELDS, load_config
 from jaxgpt.training.packing import separator_id
 from jaxgpt.training.step import attention_backend
-from jaxgpt.training.storage import bucket_url
+from jaxgpt.training.storage import storage
 from jaxgpt.weights import BUNDLED
 
 
@@ -82,9 +80,7 @@ def starting_point(config: TrainConfig | None, init_from: str | None) -> str | N
 
 def absolute(source: str | None) -> str | None:
     """The model to start from, as a run that is resumed in another working directory finds it."""
-    if source is None or source in BUNDLED or bucket_url(source) or not os.path.exists(local(source)):
-        return source
-    return os.path.abspath(local(source))
+    return source if source is None or source in BUNDLED else storage(source).absolute() or source
 
 
 def _fine_tuned(config: TrainConfig, source: str) -> TrainConfig:

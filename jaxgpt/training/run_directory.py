@@ -22,7 +22,6 @@ import platform
 import secrets
 import shlex
 from collections.abc import Iterator, Sequence, Set
-from pathlib import Path
 from typing import Any
 
 from jaxgpt.checks import short_repr
@@ -53,7 +52,7 @@ class Run:
     Of several processes that train together, one `writes`; in the others, the methods that write do nothing.
     """
 
-    def __init__(self, directory: str | Path, writes: bool = True):
+    def __init__(self, directory: str | os.PathLike[str], writes: bool = True):
         self.storage, self.writes = storage(directory), writes
         self.directory = self.storage.path
         self.checkpoints = self.directory / "checkpoints"
@@ -126,7 +125,7 @@ class Run:
     @property
     def name(self) -> str:
         """The directory's own name."""
-        return self.directory.resolve().name if isinstance(self.directory, Path) else self.directory.name
+        return self.storage.name
 
     @property
     def resume_command(self) -> str:

@@ -1,7 +1,8 @@
 """Where a run's directory lies: on a disk, or in a bucket of Google Cloud Storage, "gs://bucket/name".
 
-`Disk` and `Bucket` do the same for `run_directory.Run`. Objects in a bucket are replaced whole and never appended to,
-no directory can be renamed, and no lock ends with the process that holds it. So
+`storage` decides which, from the name alone, and nothing else asks: `Disk` and `Bucket` do the same. Objects in a
+bucket are replaced whole and never appended to, no directory can be renamed, and no lock ends with the process that
+holds it. So
 
 | | on a disk | in a bucket |
 |---|---|---|
@@ -27,6 +28,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
+import os
 import re
 import secrets
 import sys
@@ -39,7 +41,7 @@ from typing import Any
 
 from jaxgpt.checks import first_line
 from jaxgpt.errors import CheckpointError, ConfigError, require
-from jaxgpt.files import local, replacing_directory, unsupported, write_text
+from jaxgpt.files import local, new_directory, replacing_directory, unsupported, write_text
 from jaxgpt.textfile import parse_json, read_json
 
 # Seconds.
@@ -92,8 +94,25 @@ class Disk:
     def __init__(self, path: Path):
         self.path: Any = path
 
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.path.resolve().name
+
+    def absolute(self) -> str | None:
+        """The directory as another working directory names it; None if it does not exist."""
+        return os.path.abspath(self.path) if os.path.exists(self.path) else None
+
+    def holds_run(self) -> bool:
+        """Whether this is a run's directory, and not a model's."""
+        return (self.path / "run.json").is_file() and not (self.path / "config.json").exists()
+
     def check(self) -> None:
-        """Nothing that the first write would not say too."""
+        """Nothing that the first read or write would not say too."""
+
+    def check_writable(self) -> None:
+        """Raises as `files.new_directory` does."""
+        new_directory(self.path, force=True)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -179,10 +198,25 @@ class Bucket:
         self._logs: dict[Any, list[str]] = {}  # by path, the whole text, in pieces
         self._flushed = time.monotonic()
 
+    @property
+    def name(self) -> str:
+        """The directory's own name."""
+        return self.path.name
+
+    def absolute(self) -> str:
+        """The URL."""
+        return str(self.path)
+
+    def holds_run(self) -> bool:
+        """True, unasked: nothing but runs is read from buckets."""
+        return True
+
     def check(self) -> None:
         """Raises a CheckpointError that says what to do if the bucket does not exist, cannot be reached, or may not be
         used."""
         self._open()
+
+    check_writable = check
 
     def _open(self) -> Any:
         """The client's bucket."""
@@ -256,7 +290,8 @@ class Bucket:
             self.flush()
 
     def flush(self) -> None:
-        """Writes what was appended.
+        """Writes what was appended: each text whole, so that a write whose answer was lost can be tried again. (A text
+        that a server adds to would then hold lines twice. A million lines of metrics are 150 MB.)
 
         Raises:
             CheckpointError: if it cannot be written, or if another trainer has taken over.
