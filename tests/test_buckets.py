@@ -291,6 +291,11 @@ def test_credentials_that_are_missing_or_do_not_suffice_are_told_before_the_firs
             train(CONFIG, tokens, OUT)
 
 
+def test_a_directory_in_a_bucket_is_named_by_its_url(files):
+    for place in (storage.storage("GS://b/runs/one/"), Run("gs://b/runs/one", writes=False).storage):
+        assert (place.holds_run(), place.absolute(), place.name) == (True, "gs://b/runs/one", "one")
+
+
 def test_a_run_that_is_not_there_is_told(files, capsys):
     assert main(["generate", "--model", OUT, "--prompt", "a"]) == 2
     assert f"{OUT}: holds no run (no run.json)" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from jaxgpt.files import decode_text, local, not_text
 from jaxgpt.textfile import read_json, read_toml
 from jaxgpt.training import TrainConfig, load_run
 from jaxgpt.training.run_directory import Run
-from jaxgpt.training.storage import bucket_url
+from jaxgpt.training.storage import bucket_url, storage
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -141,6 +141,17 @@ def test_a_run_in_a_bucket_is_known_by_its_url():
         assert bucket_url(given) == "gs://b/runs/a"
     for given in ("b/runs/a", "./gs:/b", "/gs/b", "https://b/a", "hdfs://b/a", ""):
         assert bucket_url(given) is None
+
+
+def test_a_directory_on_the_disk_knows_its_name_and_whether_it_holds_a_run(here):
+    place = storage("runs/one")
+    assert (place.holds_run(), place.absolute(), place.name) == (False, None, "one")
+    place.make(place.path)
+    (place.path / "run.json").touch()
+    assert (place.holds_run(), place.absolute()) == (True, str(here / "runs" / "one"))
+    (place.path / "config.json").touch()  # an exported model, into the run's own directory
+    assert not place.holds_run()
+    assert storage(".").name == here.name
 
 
 def test_a_file_url_is_told_the_path():
