@@ -3,6 +3,7 @@ bytes that processes read."""
 
 import contextlib
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ from helpers import exhaustive
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxgpt.errors import CheckpointError
 from jaxgpt.parallel import MeshConfig, make_mesh, pieces
 from jaxgpt.training.checkpoints import Checkpoints
 
@@ -131,3 +133,26 @@ def test_what_was_exchanged_is_freed():
     assert array.is_deleted()
     array = jax.device_put(np.ones((64, 64), np.float32), leaf.sharding)
     assert pieces.laid_out(array, leaf) is array
+
+
+@pytest.mark.filterwarnings("ignore")  # from orbax's threads, about files that they cannot read
+@pytest.mark.parametrize("damage", ["the pieces", "their description", "a piece that another has replaced"])
+def test_damage_to_what_is_exchanged_is_found(tmp_path, damage):
+    values = np.random.default_rng(0).random((512, 1024), np.float32)
+    saved(tmp_path, values, layout(*ROWS))
+    state = tmp_path / "1" / "state"
+    if damage == "the pieces":
+        (data,) = (path for path in state.glob("ocdbt.process_0/d/*") if path.stat().st_size > values.nbytes / 2)
+        raw = np.fromfile(data, np.uint8)
+        raw[::1000] ^= 0x55
+        raw.tofile(data)
+    elif damage == "their description":
+        (state / "_METADATA").write_text("{}")
+    else:
+        saved(
+            tmp_path / "other", np.roll(values, 64, axis=0), layout(*ROWS)
+        )  # each device's part at the next one's place
+        shutil.rmtree(state)
+        shutil.move(tmp_path / "other" / "1" / "state", state)
+    with pytest.raises(CheckpointError, match=r"damaged: x" if "replaced" in damage else "cannot be restored"):
+        restored(tmp_path, values, layout(*COLUMNS))
