@@ -16,7 +16,7 @@ import jaxgpt
 from jaxgpt import lora
 from jaxgpt.accounting import count_adapters
 from jaxgpt.cli import main
-from jaxgpt.config import GPTConfig
+from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError
 from jaxgpt.model import cast_params, leaves
@@ -441,3 +441,13 @@ def test_muon_trains_what_is_not_frozen(tmp_path, tokens, base):
     before = leaves(jaxgpt.load(base)[1])
     same = {path for path, leaf in leaves(result.params).items() if np.array_equal(leaf, before[path])}
     assert same == {path for path in before if "/att/" in path or path.startswith("tok_emb")}
+
+
+def test_frozen_weights_are_not_kept_in_two_types_while_several_steps_run(compiled_fully):
+    model = TINY.replace(vocab_size=1000, emb_dim=128, n_heads=2)
+    config = TrainConfig(model=model, compute=ComputeConfig(dtype="bfloat16"), seq_len=16, lora=LoraConfig(rank=2))
+    state, ids = train_step.abstract_state(config), jax.ShapeDtypeStruct((config.batch_size, 17), jnp.int32)
+    one = train_step.jit_step(config).lower(state, ids)
+    several = train_step.jit_steps(config).lower(state, jax.ShapeDtypeStruct((8, *ids.shape), jnp.int32), 1)
+    one, several = (lowered.compile().memory_analysis().temp_size_in_bytes for lowered in (one, several))
+    assert several < 1.1 * one

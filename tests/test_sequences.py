@@ -1,8 +1,8 @@
 """Products and attention over whole sequences by the kernel; when they are used, and when not. What all backends of
 attention have in common is in test_attention_backends.py.
 
-Those in float32 need MKL (extra [mkl]), and run on every processor, also where XLA is the faster; those in bfloat16
-need AMX. The last part needs neither.
+Those in float32 need AVX-512, or an Intel processor with MKL (extra [mkl]), which then multiplies; they run also where
+XLA is the faster. Those in bfloat16 need AVX512_BF16. The last part needs nothing.
 """
 
 from __future__ import annotations
@@ -100,8 +100,7 @@ def test_what_is_not_a_number_reaches_the_result_but_not_that_of_earlier_blocks(
 def test_products_equal_those_of_float64(subscripts, x_shape, y_shape, dtype, natively):
     rng = np.random.default_rng(0)
     x, y = (jnp.asarray(rng.normal(size=shape), dtype) for shape in (x_shape, y_shape))
-    call = sequences.product(subscripts, x, y)
-    got = jax.jit(call)(x, y)
+    got = jax.jit(sequences.product(subscripts, x, y))(x, y)
     want = np.einsum(subscripts, np.asarray(x, np.float64), np.asarray(y, np.float64))
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
@@ -173,10 +172,18 @@ def test_what_is_not_one_product_of_matrices_is_left_to_xla(subscripts, x_shape,
 
 def test_a_product_that_is_small_or_has_few_rows_is_left_to_xla(monkeypatch):
     monkeypatch.setattr(sequences, "missing", lambda dtype: "")
-    x = jnp.ones((256, 256))
+    x = jnp.ones((256, 256), jnp.bfloat16)
     assert sequences.product("BD,OD->BO", x, x) is not None
     assert sequences.product("BD,OD->BO", x[:, :100], x[:, :100]) is None
-    assert sequences.product("BD,OD->BO", x[:60], jnp.ones((2048, 256))) is None
+    assert sequences.product("BD,OD->BO", x[:60], jnp.ones((2048, 256), jnp.bfloat16)) is None
+
+
+@pytest.mark.parametrize("lacking", ["", "that is not installed"])
+def test_products_in_float32_are_left_to_xla_where_there_is_no_mkl(lacking, monkeypatch):
+    monkeypatch.setattr(sequences, "missing", lambda dtype: "")
+    monkeypatch.setattr(sequences, "lacks_mkl", lambda file: lacking)
+    x = jnp.ones((256, 256))
+    assert (sequences.product("BD,OD->BO", x, x) is None) == bool(lacking)
 
 
 def calls_native(function, *arguments):
@@ -291,19 +298,23 @@ def test_a_run_keeps_to_what_it_began_with(natively, tmp_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("flags", "dtypes"),
     [
-        ({"AuthenticAMD", "avx2", "avx512f", "avx512_bf16"}, []),
+        ({"AuthenticAMD", "avx2", "avx512f", "avx512_bf16"}, ["float32", "bfloat16"]),
+        ({"AuthenticAMD", "avx2"}, []),
+        ({"GenuineIntel", "avx2"}, ["float32"]),
         ({"GenuineIntel", "avx2", "avx512f"}, ["float32"]),
-        ({"GenuineIntel", "avx2", "amx_bf16"}, ["float32", "bfloat16"]),
         ({"GenuineIntel"}, []),
         (set(), []),
     ],
-    ids=["AMD", "Intel", "AMX", "old", "unknown"],
+    ids=["AMD", "older AMD", "Intel", "Intel with AVX-512", "old", "unknown"],
 )
 def test_which_processors_use_them(flags, dtypes, monkeypatch):
     monkeypatch.setattr(sequences, "_processor_flags", lambda: flags)
+    monkeypatch.setattr(sequences, "_mkl", lambda: "libmkl_rt.so")
     monkeypatch.setattr(sequences, "missing", lambda dtype: "")
     assert [dtype for dtype in ("float32", "bfloat16", "int8") if sequences.preferred(dtype)] == dtypes
-    monkeypatch.setattr(sequences, "missing", lambda dtype: "no MKL")
+    monkeypatch.setattr(sequences, "_mkl", lambda: None)
+    assert sequences.preferred("float32") == ("avx512f" in flags)
+    monkeypatch.setattr(sequences, "missing", lambda dtype: "no kernel")
     assert not sequences.preferred("float32")
 
 

@@ -172,6 +172,47 @@ def test_a_run_that_is_stopped_and_resumed_equals_the_undisturbed_one(
     assert_same_run(tmp_path, undisturbed[0])
 
 
+@pytest.mark.parametrize("grad_accumulation", [1, 2])
+def test_steps_of_one_program_are_those_of_several_to_the_last_bit(grad_accumulation):
+    config = dataclasses.replace(CONFIG, grad_accumulation=grad_accumulation)
+    ids = np.random.default_rng(0).integers(0, 257, (train_step.MOST_AT_ONCE, 4, 17)).astype(np.int32)
+    steps = train_step.jit_steps(config)
+    state, losses = train_step.init_state(config), []
+    for i in range(5):
+        state, metrics = steps(state, np.roll(ids, -i, axis=0), 1)
+        losses.append(metrics["loss"][0])
+    at_once, metrics = steps(train_step.init_state(config), ids, 5)
+    assert at_once["step"] == 5
+    jax.tree.map(np.testing.assert_array_equal, at_once, state)
+    np.testing.assert_array_equal(metrics["loss"], [*losses, 0, 0, 0])
+    one = train_step.jit_step(config)(train_step.init_state(config), ids[0])
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), one[1]["loss"], losses[0])
+
+
+def test_a_run_that_does_several_steps_at_once_is_the_same(tmp_path, tokens, monkeypatch):
+    config = dataclasses.replace(CONFIG, steps=24, log_interval=4, eval_interval=10, checkpoint_interval=24)
+    monkeypatch.setattr(trainer, "steps_at_once", lambda seconds: 8)
+    at_once, done = [], trainer._Loop.batches
+    monkeypatch.setattr(trainer._Loop, "batches", lambda loop, steps: at_once.append(len(steps)) or done(loop, steps))
+    train(config, tokens, tmp_path / "several")
+    # One by one until it is known how long the first took that are logged; then up to whatever is due.
+    assert at_once == [1, 1, 1, 1, 1, 3, 2, 2, 4, 4, 4]
+    monkeypatch.setattr(trainer, "steps_at_once", lambda seconds: 1)
+    train(config, tokens, tmp_path / "single")
+    assert at_once[11:] == [1] * 24
+    assert_same_run(tmp_path / "several", tmp_path / "single", config)
+    monkeypatch.setattr(trainer, "steps_at_once", lambda seconds: 8)
+    with stopping_after(monkeypatch, 6):
+        stopped = train(config, tokens, tmp_path / "stopped")
+    assert (stopped.step, stopped.stopped_by) == (8, signal.SIGTERM)  # at the end of the program that did step 6
+    train(config, tokens, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "stopped", tmp_path / "several", config)
+
+
+def test_slow_steps_are_done_one_by_one():
+    assert [train_step.steps_at_once(seconds) for seconds in (0.01, 1.5, 2.5, 3.5, 60.0)] == [8, 4, 2, 1, 1]
+
+
 def test_resume_steps_over_a_damaged_checkpoint_and_says_so(tmp_path, tokens, undisturbed, monkeypatch, capsys):
     with stopping_after(monkeypatch, 5):
         train(CONFIG, tokens, tmp_path)

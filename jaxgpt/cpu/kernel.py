@@ -35,7 +35,7 @@ from jaxgpt import startup
 from jaxgpt.errors import KernelError
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("kernel.cc", "sequences.cc"))
-HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "tiles.h"))
+HEADERS = tuple(Path(__file__).with_name(name) for name in ("vectors.h", "tiles.h", "products.h"))
 FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-shared", "-fPIC", "-w")
 MOST_ROWS = 32
 # Set to 0 to disable a kernel that was built.

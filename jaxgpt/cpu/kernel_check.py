@@ -32,8 +32,9 @@ def check(file: Path) -> None:
         _check_attention(rng, K, dtype, window)
     for size in (7, 768):
         _check_layer_norm(rng, size)
-    for dtype, lacks in (("float32", sequences.connect), ("bfloat16", sequences.lacks_tiles)):
-        if not lacks(file):
+    sequences.lacks_mkl(file)  # if it is there, it is checked too
+    for dtype in ("float32", "bfloat16"):
+        if not sequences.lacks(file, dtype):
             _check_sequences(rng, dtype)
 
 

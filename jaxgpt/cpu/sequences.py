@@ -1,9 +1,11 @@
-"""Products and attention over whole sequences on a CPU, `sequences.cc`. In bfloat16 the tile units of a processor with
-AMX multiply, in float32 Intel's MKL; what stands between two products is computed while it is in a core's cache.
+"""Products and attention over whole sequences on a CPU, `sequences.cc`; what stands between two products is computed
+while it is in a core's cache.
 
-`ComputeConfig.native_sequences` asks for it. `jaxgpt.prepare` and the trainer turn that on where it pays, if the kernel
-is built: in bfloat16 on Intel's processors with AMX, in float32 on Intel's processors with MKL installed (extra [mkl]).
-On others XLA is the faster one. JAXGPT_KERNEL=0 keeps it off.
+In bfloat16, what multiplies are the tile units of a processor with AMX, or else the vectors of one with AVX512_BF16. In
+float32 it is MKL on Intel's processors, if that is installed (extra [mkl]); or else the vectors of one with AVX-512 in
+attention, and XLA everywhere else, which is the faster one there. `ComputeConfig.native_sequences` asks for all this.
+`jaxgpt.prepare` and the trainer turn it on where one of these is there and the kernel is built. JAXGPT_KERNEL=0 keeps
+it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
@@ -37,25 +39,29 @@ def missing(dtype: str) -> str:
     """What the functions lack here for operands of this type; '' if they can be called."""
     if not kernel.available():
         return "the kernel is not built or not used (jaxgpt build-kernel)"
-    return connect(kernel.path()) if dtype == "float32" else lacks_tiles(kernel.path())
+    if dtype == "float32":
+        lacks_mkl(kernel.path())  # from here on it is used, if it is there
+    return lacks(kernel.path(), dtype)
 
 
 def preferred(dtype: str) -> bool:
-    """Whether this is there, and faster than XLA for products with operands of this type."""
+    """Whether this is there, and faster than XLA for sequences in this type."""
     return _suits(dtype) and not missing(dtype)
 
 
 def preferred_or_built(dtype: str) -> bool:
     """`preferred`, for what runs long: builds the kernel first, if it can be built and is all that is missing."""
-    if _suits(dtype) and (dtype != "float32" or _mkl() is not None) and kernel.can_build():
+    if _suits(dtype) and kernel.can_build():
         kernel.build_once()
     return preferred(dtype)
 
 
 def _suits(dtype: str) -> bool:
     """Whether it is faster than XLA on this processor."""
-    units = {"float32": "avx2", "bfloat16": "amx_bf16"}
-    return {"GenuineIntel", units.get(dtype)} <= _processor_flags()
+    flags, units = _processor_flags(), {"float32": "avx512f", "bfloat16": "avx512_bf16"}
+    return units.get(dtype) in flags or (
+        dtype == "float32" and {"GenuineIntel", "avx2"} <= flags and _mkl() is not None
+    )
 
 
 @functools.cache
@@ -79,37 +85,42 @@ def _mkl() -> str | None:
 
 
 @functools.cache
-def connect(file: Path) -> str:
+def lacks(file: Path, dtype: str) -> str:
+    """What the kernel in a file lacks for operands of this type; '' if nothing."""
+    try:
+        if ctypes.CDLL(str(file)).JaxgptHasTiles(dtype == "float32"):
+            return ""
+    except (OSError, AttributeError) as error:
+        return f"the kernel cannot be used ({error})"
+    if dtype == "float32":
+        mkl = lacks_mkl(file)
+        return mkl and f"in float32 it needs a processor with AVX-512, and a compiler that knows it, or MKL, and {mkl}"
+    return "in bfloat16 it needs a processor with AVX512_BF16, and a compiler that knows it"
+
+
+@functools.cache
+def lacks_mkl(file: Path) -> str:
     """Gives the kernel in a file MKL's functions, and MKL no threads of its own, in all of this process. Returns what
     is lacking, or ''."""
+    if not {"GenuineIntel", "avx2"} <= _processor_flags():
+        return "that is slow on this processor"
     if (library := _mkl()) is None:
-        return "MKL is not installed (pip install 'jaxgpt[mkl]')"
+        return "that is not installed (pip install 'jaxgpt[mkl]')"
     try:
         mkl, ours = ctypes.CDLL(library), ctypes.CDLL(str(file))
         function = ctypes.cast(mkl.cblas_sgemm, ctypes.c_void_p)
     except (OSError, AttributeError) as error:
-        return f"MKL cannot be used ({error})"
+        return f"that cannot be used ({error})"
     sequential, int32 = 1, 0
     if mkl.MKL_Set_Threading_Layer(sequential) != sequential or mkl.MKL_Set_Interface_Layer(int32) != int32:
-        return "MKL is already in use in this process, with threads of its own or 64-bit sizes"
+        return "that is already in use in this process, with threads of its own or 64-bit sizes"
     ours.JaxgptUseLibrary(function)
     return ""
 
 
-@functools.cache
-def lacks_tiles(file: Path) -> str:
-    """What the kernel in a file lacks for operands in bfloat16; '' if nothing."""
-    try:
-        if ctypes.CDLL(str(file)).JaxgptHasTiles():
-            return ""
-    except (OSError, AttributeError) as error:
-        return f"the kernel cannot be used ({error})"
-    return "in bfloat16 it needs Linux, on a processor whose AMX it lets processes use, and a compiler that knows AMX"
-
-
 def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Array] | None:
     """A function that computes an einsum of two arrays like these, in float32; None if it is not a single large matrix
-    product of float32 or bfloat16. If one is in bfloat16, the other is rounded to it.
+    product of float32 or bfloat16, or if XLA computes it as fast. If one is in bfloat16, the other is rounded to it.
 
     Raises:
         ConfigError: if the kernel, or what it multiplies with, is missing.
@@ -119,6 +130,8 @@ def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Arr
         return None
     if reason := missing(min(types)):
         raise ConfigError(f"native_sequences=True cannot be had: {reason}; jaxgpt.prepare turns it on where it can")
+    if types == {"float32"} and lacks_mkl(kernel.path()):
+        return None
     operands, out = subscripts.split("->")
     x_indices, y_indices = operands.split(",")
     summed = "".join(i for i in x_indices if i not in out)

@@ -1,8 +1,9 @@
-// Matrix products in bfloat16 by the tile units of a processor with AMX, whose sums are float32.
+// Matrix products of packed tiles, whose sums are float32: by the vectors of a processor with AVX-512, or, in bfloat16, by
+// the tile units of one with AMX.
 //
-// A tile has 16 rows of 64 bytes. One instruction adds to a tile of 16 x 16 sums the product of a tile with 16 rows of
-// the left operand and one with 16 columns of the right operand, both 32 long. Source: Intel's Architecture
-// Instruction Set Extensions Programming Reference, chapter 3.
+// A tile has 16 rows of 64 bytes. One of the left operand holds its rows. One of the right operand holds 16 columns; a
+// row of it has of each column a number, or in bfloat16 two that follow each other in a sum, which one instruction
+// multiplies. Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
 
 #pragma once
 
@@ -25,48 +26,29 @@ struct Matrix {
 
 }  // namespace
 
-#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define JAXGPT_TILES
-
+#if defined(__AVX512BF16__)
+#define JAXGPT_BF16_TILES
+#if defined(__AMX_BF16__) && defined(__linux__)
+#define JAXGPT_TILE_UNITS
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
+#endif
 
 namespace {
 
-constexpr int64_t kSide = 16;            // rows of a tile
-constexpr int64_t kBlock = 2 * kSide;    // rows and columns of a block of sums, which is 2 x 2 tiles
-constexpr int64_t kStep = 32;            // length of the sums that one instruction adds
-constexpr int64_t kTile = kSide * kStep;  // elements of an operand's tile
+constexpr int64_t kSide = 16;          // rows of a tile
+constexpr int64_t kBlock = 2 * kSide;  // rows and columns of a block of sums, which is 2 x 2 tiles
+template <typename T>
+constexpr int64_t kStep = kLine / sizeof(T);  // length of the sums that two tiles add
+template <typename T>
+constexpr int64_t kTile = kSide * kStep<T>;  // elements of an operand's tile
 
-constexpr int64_t kAhead = 512;          // bytes of a row that are fetched ahead of their use
+constexpr int64_t kAhead = 512;  // bytes of a row that are fetched ahead of their use
 
-using Words = Vector<uint32_t>;  // each is two neighbours of a sum
-
-// Whether the system lets this process use the tile units, which it must be asked for.
-inline bool TilesGranted() {
-  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
-  return granted;
-}
-
-// Sets this thread's tile units up, for as long as this lives.
-class TileUnits {
- public:
-  TileUnits() {
-    struct alignas(kLine) {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {kLine, kLine, kLine, kLine, kLine, kLine, kLine, kLine};
-      uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
-    } shape;
-    asm volatile("" ::"r"(&shape) : "memory");  // the compiler believes that this reads 8 bytes of it
-    _tile_loadconfig(&shape);
-  }
-  ~TileUnits() { _tile_release(); }
-};
-
-inline Words Interleave(__m256i even, __m256i odd) {
-  return (Words)_mm512_cvtepu16_epi32(even) | (Words)_mm512_cvtepu16_epi32(odd) << 16;
-}
+using Words = Vector<uint32_t>;  // each is a number, or two neighbours of a sum
 
 inline void Transpose(Words (&rows)[kSide]) {
   const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -86,43 +68,75 @@ inline void Transpose(Words (&rows)[kSide]) {
 
 enum class Side { kLeft, kRight };
 
-inline int64_t Steps(int64_t K) { return Quotient(K, kStep); }
-// Elements of a packed operand of n rows.
-inline int64_t PackedSize(int64_t n, int64_t K) { return Quotient(n, kBlock) * Steps(K) * 2 * kTile; }
-
-// The first of 32 or of 16 numbers, in bfloat16, then zeros.
-inline Words Line(const BF16* p, __mmask32 some) { return (Words)_mm512_maskz_loadu_epi16(some, p); }
-inline Words Line(const float* p, __mmask32 some) {
-  return (Words)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(some >> kSide, p + kSide), _mm512_maskz_loadu_ps(some, p));
-}
-inline __m256i Half(const BF16* p, __mmask16 some) { return _mm256_maskz_loadu_epi16(some, p); }
-inline __m256i Half(const float* p, __mmask16 some) {
-  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(some, p));
-}
-
-// Packs x [n, K], the left operand of a product or the transpose of the right one, rounded to bfloat16: block by block
-// of rows, step by step of K, two tiles each, filled up with zeros. The tiles of a left operand have its rows; those of
-// a right operand have pairs of numbers that follow each other in a sum, in one row for all its columns.
 template <typename T>
-void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, BF16* to) {
-  const auto mask = [](int64_t left, int64_t width) {
-    return left >= width ? ~uint32_t{0} : (uint32_t{1} << std::max<int64_t>(left, 0)) - 1;
-  };
+constexpr int64_t Steps(int64_t K) {
+  return Quotient(K, kStep<T>);
+}
+// Elements of a packed operand of n rows.
+template <typename T>
+constexpr int64_t PackedSize(int64_t n, int64_t K) {
+  return Quotient(n, kBlock) * Steps<T>(K) * 2 * kTile<T>;
+}
+
+// A mask of the first n lanes.
+inline uint32_t Few(int64_t n) { return n >= 32 ? ~uint32_t{0} : (uint32_t{1} << std::max<int64_t>(n, 0)) - 1; }
+
+// How numbers are packed: `Row` takes the first n of those that follow each other, up to a whole row of a tile, and
+// zeros for the rest; `Across` one or two rows of an array, which hold columns, of which n belong to the tile. `left` is
+// how many rows there are.
+template <typename T>
+struct Packing {};
+
+template <>
+struct Packing<float> {
+  static Words Row(const float* p, int64_t n) { return (Words)_mm512_maskz_loadu_ps(Few(n), p); }
+  static Words Across(const float* p, int64_t, int64_t left, int64_t n) { return left > 0 ? Row(p, n) : Words{}; }
+};
+
+#ifdef JAXGPT_BF16_TILES
+template <>
+struct Packing<BF16> {
+  static Words Row(const BF16* p, int64_t n) { return (Words)_mm512_maskz_loadu_epi16(Few(n), p); }
+  static Words Row(const float* p, int64_t n) {
+    const __m512 upper = _mm512_maskz_loadu_ps(Few(n - kSide), p + kSide);
+    return (Words)_mm512_cvtne2ps_pbh(upper, _mm512_maskz_loadu_ps(Few(n), p));
+  }
+  template <typename T>
+  static Words Across(const T* p, int64_t stride, int64_t left, int64_t n) {
+    const Words even = left > 0 ? Half(p, n) : Words{}, odd = left > 1 ? Half(p + stride, n) : Words{};
+    return even | odd << 16;
+  }
+
+ private:
+  static Words Half(const BF16* p, int64_t n) {
+    return (Words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Few(n), p));
+  }
+  static Words Half(const float* p, int64_t n) {
+    return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(Few(n), p)));
+  }
+};
+#endif
+
+// Packs x [n, K], the left operand of a product or the transpose of the right one, as numbers of a type: block by block
+// of rows, step by step of K, two tiles each, filled up with zeros.
+template <typename P, typename T>
+void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, P* to) {
+  constexpr int64_t kPerWord = kStep<P> / kSide;
   for (int64_t row = 0; row < n; row += kBlock)
-    for (int64_t k = 0; k < K; k += kStep)
-      for (int64_t i = row; i < row + kBlock; i += kSide, to += kTile) {
+    for (int64_t k = 0; k < K; k += kStep<P>)
+      for (int64_t i = row; i < row + kBlock; i += kSide, to += kTile<P>) {
         Words lines[kSide];
         if (x.flipped) {
-          const __mmask16 some = mask(n - i, kSide);
-          const auto line = [&](int64_t k) { return k < K ? Half(x.data + k * x.stride + i, some) : __m256i{}; };
 #pragma GCC unroll 16
-          for (int64_t r = 0; r < kSide; ++r) lines[r] = Interleave(line(k + 2 * r), line(k + 2 * r + 1));
+          for (int64_t r = 0; r < kSide; ++r) {
+            const int64_t at = k + r * kPerWord;
+            lines[r] = Packing<P>::Across(x.data + at * x.stride + i, x.stride, K - at, n - i);
+          }
         } else {
-          const __mmask32 some = mask(K - k, kStep);
 #pragma GCC unroll 16
           for (int64_t r = 0; r < kSide; ++r) {
             const T* line = x.data + (i + r) * x.stride + k;
-            lines[r] = i + r < n ? Line(line, some) : Words{};
+            lines[r] = i + r < n ? Packing<P>::Row(line, K - k) : Words{};
             _mm_prefetch(reinterpret_cast<const char*>(line) + kAhead, _MM_HINT_T0);
           }
         }
@@ -131,9 +145,79 @@ void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, BF16* to) {
       }
 }
 
+// c + a b, for one word of a left tile and a row of a right one.
+inline Floats Added(Floats c, const float* a, const float* b) { return Fma(Floats{} + *a, Load(b), c); }
+#ifdef JAXGPT_BF16_TILES
+inline Floats Added(Floats c, const BF16* a, const BF16* b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(Read<int>(a)), Read<__m512bh>(b));
+}
+#endif
+
 // c [32, 32], in rows that are `stride` apart, from as many steps of a packed block of rows and one of columns; added to
 // what c holds if `add`.
+template <typename T>
+void MultiplyBlock(const T* a, const T* b, int64_t steps, float* c, int64_t stride, bool add) {
+  constexpr int64_t kRows = 8;  // whose sums, and a row of both right tiles, fit into the registers
+  for (int64_t row = 0; row < kBlock; row += kRows, c += kRows * stride) {
+    Floats sums[kRows][2] = {};
+    const T *left = a + row / kSide * kTile<T> + row % kSide * kStep<T>, *right = b;
+    for (int64_t s = 0; s < steps; ++s, left += 2 * kTile<T>, right += 2 * kTile<T>)
+#pragma GCC unroll 16
+      for (int64_t k = 0; k < kSide; ++k)
+#pragma GCC unroll 8
+        for (int64_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+          for (int64_t half = 0; half < 2; ++half)
+            sums[r][half] = Added(sums[r][half], left + r * kStep<T> + k * (kStep<T> / kSide),
+                                  right + half * kTile<T> + k * kStep<T>);
+    // What c holds comes last: it may be the larger part.
+#pragma GCC unroll 8
+    for (int64_t r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+      for (int64_t half = 0; half < 2; ++half) {
+        float* to = c + r * stride + half * kSide;
+        Put(to, add ? sums[r][half] + Load(to) : sums[r][half]);
+      }
+  }
+}
+
+// What a thread sets up for products of numbers of a type, and whether that is the processor's tile units.
+template <typename T>
+struct Units {};
+template <typename T>
+constexpr bool kHasUnits = false;
+
+#ifdef JAXGPT_TILE_UNITS
+template <>
+constexpr bool kHasUnits<BF16> = true;
+
+// Whether the system lets this process use the tile units, which it must be asked for.
+inline bool Granted() {
+  constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+  return granted;
+}
+
+// Sets this thread's tile units up, for as long as this lives.
+template <>
+class Units<BF16> {
+ public:
+  Units() {
+    struct alignas(kLine) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {kLine, kLine, kLine, kLine, kLine, kLine, kLine, kLine};
+      uint8_t rows[16] = {kSide, kSide, kSide, kSide, kSide, kSide, kSide, kSide};
+    } shape;
+    asm volatile("" ::"r"(&shape) : "memory");  // the compiler believes that this reads 8 bytes of it
+    if (Granted()) _tile_loadconfig(&shape);
+  }
+  ~Units() {
+    if (Granted()) _tile_release();
+  }
+};
+
 inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c, int64_t stride, bool add) {
+  if (!Granted()) return MultiplyBlock<BF16>(a, b, steps, c, stride, add);
   const int64_t bytes = stride * sizeof(float);
   float* lower = c + kSide * stride;
   asm volatile("" ::: "memory");  // what was stored, is: the compiler does not know that tiles read memory
@@ -148,13 +232,14 @@ inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c,
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t s = 0; s < steps; ++s, a += 2 * kTile, b += 2 * kTile) {
+  constexpr int64_t kSize = kTile<BF16>;
+  for (int64_t s = 0; s < steps; ++s, a += 2 * kSize, b += 2 * kSize) {
     _tile_loadd(6, b, kLine);
-    _tile_loadd(7, b + kTile, kLine);
+    _tile_loadd(7, b + kSize, kLine);
     _tile_stream_loadd(4, a, kLine);  // the columns stay in the first cache, and the rows pass through
     _tile_dpbf16ps(0, 4, 6);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_stream_loadd(5, a + kTile, kLine);
+    _tile_stream_loadd(5, a + kSize, kLine);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -163,15 +248,7 @@ inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c,
   _tile_stored(2, lower, bytes);
   _tile_stored(3, lower + kSide, bytes);
 }
-
-// x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel 2016.
-inline Floats Gelu(Floats x) {
-  const Floats zero = {}, twice_u = x * Fma(x * x, zero + 0.0713548163f, zero + 1.59576912f);
-  const Floats e = Exp(twice_u < 0 ? twice_u : -twice_u), sum = 1 + e;
-  Floats inverse = (Floats)_mm512_rcp14_ps((__m512)sum);
-  inverse *= 2 - sum * inverse;  // one step of Newton's method
-  return x * inverse * (twice_u < 0 ? e : zero + 1);
-}
+#endif
 
 }  // namespace
 

@@ -196,9 +196,8 @@ def _kernel() -> str:
         kernel.check_apart(file)
     except (KernelError, OSError) as error:
         raise Wrong(str(error), f"run jaxgpt build-kernel, or set {kernel.VARIABLE}=0 to do without") from None
-    units = {"float32": "MKL", "bfloat16": "AMX"}
-    whole = [unit for dtype, unit in units.items() if not sequences.missing(dtype)]
-    return f"{file}: equals float64{', also for whole sequences by ' + ' and '.join(whole) if whole else ''}"
+    whole = [dtype for dtype in ("float32", "bfloat16") if not sequences.missing(dtype)]
+    return f"{file}: equals float64{', also for whole sequences in ' + ' and '.join(whole) if whole else ''}"
 
 
 def _tokenizer() -> str:

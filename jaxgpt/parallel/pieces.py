@@ -17,8 +17,8 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# Bytes. A piece is at most PIECE: smaller ones suit more meshes, but are more to look up. An array of at most SMALL is
-# read by every process.
+# Bytes. A piece of an array that is cut holds at most PIECE: smaller ones can be read by more devices than wrote them,
+# but are more to look up. An array of at most SMALL is read by every process.
 PIECE = 2**22
 SMALL = 2**20
 
@@ -57,13 +57,13 @@ def laid_out(array: Array, leaf: jax.ShapeDtypeStruct) -> Array:
     if leaf.sharding is None or array.sharding.is_equivalent_to(leaf.sharding, array.ndim):
         return array
     result = jax.device_put(array, leaf.sharding)
-    array.delete()  # now, and not once all the others are laid out too
+    array.delete()  # before the next one is laid out
     return result
 
 
 @functools.lru_cache
 def _best(shape: tuple[int, ...], own: NamedSharding, piece: tuple[int, ...]) -> NamedSharding:
-    return min((own, *_equal_parts(shape, own)), key=lambda layout: _read(layout.shard_shape(shape), piece))
+    return min((own, *_equal_parts(shape, own)), key=lambda layout: _numbers_read(layout.shard_shape(shape), piece))
 
 
 def _equal_parts(shape: tuple[int, ...], own: NamedSharding) -> Iterator[NamedSharding]:
@@ -84,9 +84,8 @@ def _factorizations(number: int, factors: int) -> Iterator[tuple[int, ...]]:
             yield from ((first, *rest) for rest in _factorizations(number // first, factors - 1))
 
 
-def _read(part: tuple[int, ...], piece: tuple[int, ...]) -> int:
-    """How many numbers the pieces hold that have some of a part. (At most: of parts that neither divide nor are
-    divided, it depends on where they begin.)"""
+def _numbers_read(part: tuple[int, ...], piece: tuple[int, ...]) -> int:
+    """How many numbers the pieces hold that have some of a part; an upper bound where neither divides the other."""
 
     def along(part: int, piece: int) -> int:
         return part if part % piece == 0 else piece * (1 if piece % part == 0 else part // piece + 2)

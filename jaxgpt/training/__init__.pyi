@@ -20,9 +20,12 @@ from .models import load_config as load_config
 from .models import load_run as load_run
 from .rehearsal import dry_run as dry_run
 from .run_directory import Run as Run
+from .step import MOST_AT_ONCE as MOST_AT_ONCE
 from .step import abstract_state as abstract_state
 from .step import attention_backend as attention_backend
 from .step import init_state as init_state
 from .step import jit_step as jit_step
+from .step import jit_steps as jit_steps
 from .step import make_step as make_step
+from .step import steps_at_once as steps_at_once
 from .trackers import TRACKERS as TRACKERS

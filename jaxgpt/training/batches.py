@@ -81,16 +81,17 @@ class ReadAhead:
     Args:
         read: returns the rows of a step.
         steps: the run's; none is read beyond.
+        ahead: batches read before they are needed.
     """
 
-    def __init__(self, read: Callable[[int, slice], NDArray[np.int32]], steps: int):
-        self._read, self._steps = read, steps
+    def __init__(self, read: Callable[[int, slice], NDArray[np.int32]], steps: int, ahead: int = 2):
+        self._read, self._steps, self._ahead = read, steps, ahead
         self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "read-ahead")
         self._waiting: dict[tuple[int, int | None, int | None], concurrent.futures.Future] = {}
 
     def __call__(self, step: int, rows: slice = slice(None)) -> NDArray[np.int32]:
         """Returns the rows of a step, and has those of the next steps read."""
-        for ahead in range(step, min(step + 1 + _AHEAD, self._steps)):
+        for ahead in range(step, min(step + 1 + self._ahead, self._steps)):
             if (wanted := (ahead, rows.start, rows.stop)) not in self._waiting:
                 self._waiting[wanted] = self._pool.submit(self._read, ahead, rows)
         return self._waiting.pop((step, rows.start, rows.stop)).result()
@@ -100,8 +101,7 @@ class ReadAhead:
         self._pool.shutdown(cancel_futures=True)
 
 
-# Batches read before they are needed, and the threads that do it. A read waits for the disk more than it computes.
-_AHEAD = 2
+# A read waits for the disk more than it computes.
 _THREADS = 4
 
 

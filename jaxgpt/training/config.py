@@ -141,7 +141,12 @@ class TrainConfig:
         low=0,
         help="Positions per chunk of the loss, so that the logits [B, T, V] never exist as a whole; 0 means one chunk.",
     )
-    log_interval: int = setting(10, low=1, high=10**9, help="Steps from one logged step to the next.")
+    log_interval: int = setting(
+        10,
+        low=1,
+        high=10**9,
+        help="Steps from one logged step to the next. On one CPU, also the most that one program does.",
+    )
     eval_interval: int = setting(
         250, low=1, high=10**9, help="Steps from one evaluation to the next; the last step is always evaluated."
     )

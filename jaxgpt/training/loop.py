@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -38,13 +39,16 @@ from jaxgpt.training.progress import TrainProgress
 from jaxgpt.training.run_directory import Run
 from jaxgpt.training.speed import Clock
 from jaxgpt.training.step import (
+    MOST_AT_ONCE,
     SAMPLE,
     TrainState,
     abstract_state,
     eval_params,
     init_state,
     jit_step,
+    jit_steps,
     saved_state,
+    steps_at_once,
     stream_key,
 )
 
@@ -183,6 +187,9 @@ def train(
                 params = initial_params(config, init_from, mesh)
             if config.lora.rank:
                 base = fingerprint(params)
+        # From here on, processes exchange arrays.
+        held.enter_context(distributed.end_together(f"this one ends too; {run.resume_command} continues"))
+        held.enter_context(memory_errors(LESS_MEMORY))
         if continued:
             expected = saved_state(config, abstract_state(config, mesh))
             start, state = checkpoints.restore_latest(expected, progress.say)
@@ -204,8 +211,6 @@ def train(
             progress.say(first_line(config, mesh, train_data, len(val_N), init_from, start))
             for note in notes(config, began, corpus):
                 progress.say(note)
-        held.enter_context(distributed.end_together(f"this one ends too; {run.resume_command} continues"))
-        held.enter_context(memory_errors(LESS_MEMORY))
         held.enter_context(verification.running())
         loop = _Loop(config, mesh, train_data, val_N, run, checkpoints, progress, verification)
         held.callback(loop.read.close)
@@ -230,29 +235,31 @@ class _Loop:
         self.config, self.mesh, self.val_N = config, mesh, val_N
         self.run, self.checkpoints, self.progress, self.verification = run, checkpoints, progress, verification
         self.train_data = train_data
-        self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps)
+        ahead = {"ahead": MOST_AT_ONCE} if several_at_once(mesh) else {}
+        self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps, **ahead)
         # A sample is decoded, which not every backend of attention can do.
         self.model = GPT(config.model, config.compute.replace(remat="none", attention="auto"))
         self.clock = Clock(config, mesh)
+        self.step_seconds: float | None = None
         self.val_losses, self.evaluated = run.val_losses(), run.evaluated()
         self.exhausted = self.out_of_patience()
 
     def train(self, start: int, state: TrainState) -> TrainResult:
-        config, done = self.config, start
-        step_fn, stop = jit_step(config, self.mesh), None
-        if self.mesh is None and start < config.steps:
-            # From the batch's shape alone: the batch itself may be too large to make.
-            ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32)
-            step_fn = step_fn.lower(state, ids_BxT1).compile()
+        config, done, stop = self.config, start, None
+        if self.mesh is not None:
+            step_fn = jit_step(config, self.mesh)
+        elif start < config.steps:
+            step_fn = compiled_step(config, state)
             check_memory(step_fn, LESS_MEMORY)
-        running: collections.deque = collections.deque()  # (step, metrics) still on the device
+        running: collections.deque = collections.deque()  # (steps, metrics) still on the device
         self.clock.start(start)
         with signals.collected() as received:
             while done < config.steps and not self.exhausted and not (stop := self.stop(received, done)):
-                state, metrics = step_fn(state, self.global_batch(done))
-                done += 1
-                running.append((done, metrics))
-                if len(running) > 1:
+                steps = range(done + 1, done + 1 + self.at_once(done))
+                state, metrics = step_fn(state, *self.batches(steps))
+                done += len(steps)
+                running.append((steps, metrics))
+                while len(running) > (1 if len(steps) == 1 else 0):
                     self.record(*running.popleft())
                 if self.due(config.eval_interval, done) or self.due(config.checkpoint_interval, done):
                     while running:
@@ -301,11 +308,30 @@ class _Loop:
             f"--prompt {shlex.quote(prompt)}"
         )
 
+    def at_once(self, done: int) -> int:
+        """How many steps come next in one program: on one CPU several, up to the next one that ends in more than its
+        metrics, once it is known how long a step takes."""
+        config = self.config
+        if not several_at_once(self.mesh) or self.step_seconds is None:
+            return 1
+        intervals = config.log_interval, config.eval_interval, config.checkpoint_interval
+        until_due = min(interval - done % interval for interval in intervals)
+        return min(steps_at_once(self.step_seconds), until_due, config.steps - done)
+
+    def batches(self, steps: range) -> tuple[Any, ...]:
+        """What the step function takes besides the state."""
+        if not several_at_once(self.mesh):
+            return (self.global_batch(steps[0] - 1),)
+        ids_SxBxT1 = np.zeros((MOST_AT_ONCE, self.config.batch_size, self.config.T + 1), np.int32)
+        for i, step in enumerate(steps):
+            ids_SxBxT1[i] = self.global_batch(step - 1)
+        return ids_SxBxT1, np.int32(len(steps))
+
     def global_batch(self, step: int) -> Any:
         """The ids [B, T + 1] of a step; with a mesh, each process reads the rows that its devices hold."""
         config, mesh = self.config, self.mesh
         if mesh is None:
-            return jax.device_put(self.read(step))
+            return self.read(step)
         layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
         shape = (config.batch_size, config.T + 1)
 
@@ -329,10 +355,14 @@ class _Loop:
     def due(self, interval: int, step: int) -> bool:
         return step % interval == 0 or step == self.config.steps
 
-    def record(self, step: int, metrics: dict[str, Array]) -> None:
-        """Waits for a step to end and logs it; stops the run after too many bad steps."""
+    def record(self, steps: range, metrics: dict[str, Array]) -> None:
+        """Waits for steps to end and logs them; stops the run after too many bad ones."""
         metrics = jax.device_get(metrics)
         distributed.alive()
+        for i, step in enumerate(steps):
+            self.record_step(step, {name: np.ravel(metric)[i] for name, metric in metrics.items()})
+
+    def record_step(self, step: int, metrics: dict[str, Any]) -> None:
         loss, grad_norm, rate, bad = (float(metrics[k]) for k in ("loss", "grad_norm", "learning_rate", "bad"))
         if bad:
             self.progress.say(f"step {step}: loss {loss}, gradient norm {grad_norm}; the step was skipped")
@@ -346,6 +376,7 @@ class _Loop:
         self.verification.check()
         self.checkpoints.check()
         speed = self.clock.look(step)
+        self.step_seconds = speed.seconds
         tokens = step * self.config.batch_size * self.config.T
         line = {"step": step, "loss": loss, "grad_norm": grad_norm, "learning_rate": rate, "tokens": tokens}
         shares = {} if speed.share is None else {"mfu": round(speed.share, 4)}
@@ -411,6 +442,21 @@ class _Loop:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
         prompt, length = config.sample_prompt, config.sample_tokens
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
+
+
+def several_at_once(mesh: Mesh | None) -> bool:
+    """Whether a run's program may do several steps."""
+    return mesh is None and jax.default_backend() == "cpu"
+
+
+def compiled_step(config: TrainConfig, state: TrainState) -> Any:
+    """The compiled function that does a run's steps on one device, from `jit_steps` or `jit_step`, for a state or its
+    shapes. No batch is made, which may be too large."""
+    ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32)
+    if not several_at_once(None):
+        return jit_step(config).lower(state, ids_BxT1).compile()
+    ids_SxBxT1 = jax.ShapeDtypeStruct((MOST_AT_ONCE, *ids_BxT1.shape), jnp.int32)
+    return jit_steps(config).lower(state, ids_SxBxT1, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 LESS_MEMORY = (

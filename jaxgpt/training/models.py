@@ -99,10 +99,7 @@ def _opened(path_or_name: Any) -> Any:
     """A run's directory as an open checkpoint; anything else as it is."""
     if not isinstance(path_or_name, (str, os.PathLike)) or path_or_name in weights.BUNDLED:
         return path_or_name
-    found = False
-    with contextlib.suppress(OSError):  # a name that no file can have
-        found = storage(path_or_name).holds_run()
-    return _checkpoint(Run(path_or_name), "best") if found else path_or_name
+    return _checkpoint(Run(path_or_name), "best") if storage(path_or_name).holds_run() else path_or_name
 
 
 def _checkpoint(run: Run, step: int | str) -> weights.Checkpoint:

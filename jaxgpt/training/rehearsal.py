@@ -78,10 +78,13 @@ def dry_run(
     state = abstract_state(config, mesh)
     sizes = {name: sum(_bytes(leaf) for leaf in jax.tree.leaves(state.get(name, ()))) for name in _PARTS}
     parts = ", ".join(f"{_PARTS[name]} {format_bytes(size)}" for name, size in sizes.items() if size)
-    layout = None if mesh is None else NamedSharding(mesh, PartitionSpec(BATCH, None))
-    ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32, sharding=layout)
     began = time.perf_counter()
-    step = jit_step(config, mesh).lower(state, ids_BxT1).compile()
+    if mesh is None:
+        step = loop.compiled_step(config, state)
+    else:
+        layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
+        ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32, sharding=layout)
+        step = jit_step(config, mesh).lower(state, ids_BxT1).compile()
     seconds, size = time.perf_counter() - began, step.memory_analysis()
     per_device = "" if mesh is None else " per device"
     needed = "" if size is None else f"; a step adds {format_bytes(size.temp_size_in_bytes)}"

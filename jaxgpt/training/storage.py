@@ -1,6 +1,6 @@
 """Where a run's directory lies: on a disk, or in a bucket of Google Cloud Storage, "gs://bucket/name".
 
-`storage` decides which, from the name alone, and nothing else asks: `Disk` and `Bucket` do the same. Objects in a
+`storage` decides which, from the name alone. `Disk` and `Bucket` do the same. Objects in a
 bucket are replaced whole and never appended to, no directory can be renamed, and no lock ends with the process that
 holds it. So
 
@@ -105,7 +105,9 @@ class Disk:
 
     def holds_run(self) -> bool:
         """Whether this is a run's directory, and not a model's."""
-        return (self.path / "run.json").is_file() and not (self.path / "config.json").exists()
+        with contextlib.suppress(OSError):  # a name that no file can have
+            return (self.path / "run.json").is_file() and not (self.path / "config.json").exists()
+        return False
 
     def check(self) -> None:
         """Nothing that the first read or write would not say too."""
