@@ -413,3 +413,10 @@ def test_on_a_mesh_each_device_runs_the_kernel_on_its_rows_and_heads(monkeypatch
     assert backend_of(config, compute, 3, 16, mesh=mesh) == "blocked"
     with pytest.raises(ConfigError, match="the mesh divides no batch of 3 rows and 4 heads"):
         backend_of(config, compute.replace(attention="cudnn"), 3, 16, mesh=mesh)
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no NVIDIA GPU: the reference has stood in for cuDNN's kernel")
+def test_cudnns_kernel_is_what_runs():
+    q = k = v = jnp.ones((2, 4, 64, 64))
+    program = jax.jit(lambda q: cudnn(q, Seen(k, v, 0, None, "bfloat16"))).lower(q).compile().as_text()
+    assert "cudnn" in program

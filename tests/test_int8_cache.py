@@ -4,14 +4,16 @@ lookup and searches carry its scales along. (tests/test_kernel.py has the kernel
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, needs_compiler, random_ids
 
-from jaxgpt import beam_search, generate, prepare
+from jaxgpt import beam_search, generate, load, prepare
 from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.generation import beams, decode
 from jaxgpt.model import GPT, Cache, Quantised, Seen, attend
@@ -116,3 +118,31 @@ def test_a_search_with_an_int8_cache_finds_what_one_without_finds(tiny):
     want, got = (beam_search(*tiny, [[1, 2, 3], [4]], 8, num_beams=3, cache_dtype=dtype) for dtype in (None, "int8"))
     np.testing.assert_allclose(got.scores, want.scores, atol=0.02)
     assert not np.array_equal(got.scores, want.scores)
+
+
+@pytest.mark.exhaustive
+def test_the_bundled_models_loss_is_that_of_a_float32_cache():
+    model, params = load("shakespeare")
+    T, B, read = model.config.context_length, 16, 16
+    text = (Path(__file__).parents[1] / "docs" / "sonnets.txt").read_bytes()
+    starts = np.linspace(0, len(text) - T - 1, B).astype(int)
+    ids = np.stack([np.frombuffer(text[start : start + T + 1], np.uint8) for start in starts]).astype(np.int32)
+
+    def mean_loss(dtype):
+        def step(cache, pieces):
+            ids_BxT, labels_BxT = (x.reshape(B, -1) for x in pieces)
+            x, cache = model.apply({"params": params}, ids_BxT, cache=cache, method=GPT.features)
+            logits = model.apply({"params": params}, x, method=GPT.logits)
+            return cache, optax.softmax_cross_entropy_with_integer_labels(logits, labels_BxT).mean()
+
+        @jax.jit
+        def losses(ids):
+            # What the first tokens predict does not depend on the cache.
+            cache = Cache.empty(model.config, model.compute, jnp.zeros(B, jnp.int32), T, dtype)
+            cache, _ = step(cache, (ids[:, :read], ids[:, 1 : read + 1]))
+            return jax.lax.scan(step, cache, (ids[:, read:T].T, ids[:, read + 1 :].T))[1]
+
+        return float(losses(ids).mean())
+
+    exact, rounded = mean_loss("float32"), mean_loss("int8")
+    assert 0 < abs(rounded / exact - 1) < 1e-4
