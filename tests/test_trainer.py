@@ -546,6 +546,8 @@ def test_what_is_given_to_a_resumed_run_and_differs_is_named(
         (["--out", "run"], "a new run needs CONFIG and --data FILE"),
         (["config.toml", "--out", "run"], "a new run needs CONFIG and --data FILE"),
         (["--resume", "run"], "holds no run"),
+        (["--resume", ""], "a path is empty"),
+        (["config.toml", "--data", "text.txt", "--out", ""], "a path is empty"),
     ],
 )
 def test_arguments_that_neither_start_a_run_nor_continue_one(arguments, told, tmp_path, monkeypatch, capsys):

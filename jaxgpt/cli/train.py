@@ -161,7 +161,8 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--restarts must be 0 or more, not {args.restarts}")
     if args.restarts and not args.dry_run and (code := supervise(args)) is not None:
         return code
-    storage.storage(args.out or args.resume)  # what it needs must be there before other processes are waited for
+    directory = args.resume if args.out is None else args.out
+    storage.storage(directory)  # what it needs must be there before other processes are waited for
     config = configure(args)
     if args.mesh is not None:
         config = dataclasses.replace(config, mesh=MeshConfig.parse(args.mesh))
@@ -200,7 +201,7 @@ def run(args: argparse.Namespace) -> int:
     result = train(
         config,
         args.data,
-        args.out or args.resume,
+        directory,
         val_data=args.val_data,
         tokenizer=args.tokenizer,
         text_key=args.text_key,
