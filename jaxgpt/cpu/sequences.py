@@ -58,10 +58,13 @@ def preferred_or_built(dtype: str) -> bool:
 
 def _suits(dtype: str) -> bool:
     """Whether it is faster than XLA on this processor."""
-    flags, units = _processor_flags(), {"float32": "avx512f", "bfloat16": "avx512_bf16"}
-    return units.get(dtype) in flags or (
-        dtype == "float32" and {"GenuineIntel", "avx2"} <= flags and _mkl() is not None
-    )
+    units = {"float32": "avx512f", "bfloat16": "avx512_bf16"}
+    return units.get(dtype) in _processor_flags() or (dtype == "float32" and _suits_mkl() and _mkl() is not None)
+
+
+def _suits_mkl() -> bool:
+    """Whether MKL is fast on this processor."""
+    return {"GenuineIntel", "avx2"} <= _processor_flags()
 
 
 @functools.cache
@@ -102,7 +105,7 @@ def lacks(file: Path, dtype: str) -> str:
 def lacks_mkl(file: Path) -> str:
     """Gives the kernel in a file MKL's functions, and MKL no threads of its own, in all of this process. Returns what
     is lacking, or ''."""
-    if not {"GenuineIntel", "avx2"} <= _processor_flags():
+    if not _suits_mkl():
         return "that is slow on this processor"
     if (library := _mkl()) is None:
         return "that is not installed (pip install 'jaxgpt[mkl]')"

@@ -250,6 +250,15 @@ inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c,
 }
 #endif
 
+// x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel 2016.
+inline Floats Gelu(Floats x) {
+  const Floats zero = {}, twice_u = x * Fma(x * x, zero + 0.0713548163f, zero + 1.59576912f);
+  const Floats e = Exp(twice_u < 0 ? twice_u : -twice_u), sum = 1 + e;
+  Floats inverse = (Floats)_mm512_rcp14_ps((__m512)sum);
+  inverse *= 2 - sum * inverse;  // one step of Newton's method
+  return x * inverse * (twice_u < 0 ? e : zero + 1);
+}
+
 }  // namespace
 
 #endif

@@ -136,23 +136,6 @@ inline Floats Exp(Floats x) {
   return y * (Floats)(((Vector<int32_t>)shifted << 23) + 0x3f800000);
 }
 
-// 1 / x, to 1e-7 of its value.
-inline Floats Reciprocal(Floats x) {
-#ifdef __AVX512F__
-  const Floats y = (Floats)_mm512_rcp14_ps((__m512)x);
-  return y * (2 - x * y);  // one step of Newton's method
-#else
-  return 1 / x;
-#endif
-}
-
-// x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel 2016.
-inline Floats Gelu(Floats x) {
-  const Floats zero = {}, twice_u = x * Fma(x * x, zero + 0.0713548163f, zero + 1.59576912f);
-  const Floats e = Exp(twice_u < 0 ? twice_u : -twice_u);
-  return x * Reciprocal(1 + e) * (twice_u < 0 ? e : zero + 1);
-}
-
 // Stores a whole vector, in float32 or rounded to bfloat16.
 inline void Put(float* p, Floats x) { std::memcpy(p, &x, sizeof x); }
 inline void Put(BF16* p, Floats x) {

@@ -11,6 +11,7 @@ import atexit
 import collections
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import platform
@@ -394,20 +395,17 @@ def _train(work: Workload) -> Callable[[], Any] | Repeated:
     shape = MOST_AT_ONCE, work.batch, work.length + 1
     ids = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
     state = init_state(config)
-    step, steps = jit_step(config), jit_steps(config)
 
-    def run(count: int = 1) -> None:
+    def run(step: Callable[..., Any], *batches: Any) -> None:
         nonlocal state
-        if work.platform == "cpu":
-            state, metrics = steps(state, ids, count)
-        else:
-            state, metrics = step(state, ids[0])
+        state, metrics = step(state, *batches)
         jax.block_until_ready(metrics)
 
     if work.platform != "cpu":
-        return run
-    count = steps_at_once(timed(run, repeats=1, warm_up=1))  # as the trainer does
-    return Repeated(lambda: run(count), count)
+        return functools.partial(run, jit_step(config), ids[0])
+    several = functools.partial(run, jit_steps(config), ids)
+    count = steps_at_once(timed(lambda: several(1), repeats=1, warm_up=1))  # as the trainer does
+    return Repeated(lambda: several(count), count)
 
 
 def _feed(work: Workload) -> Callable[[], Any]:

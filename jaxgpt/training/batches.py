@@ -75,6 +75,12 @@ def batch(
     return ids_BxT1
 
 
+# Batches read before they are needed, unless a caller says how many, and the threads that do it. A read waits for the
+# disk more than it computes.
+AHEAD = 2
+_THREADS = 4
+
+
 class ReadAhead:
     """Batches of consecutive steps, of which the next ones are read by threads while the device works on the last.
 
@@ -84,7 +90,7 @@ class ReadAhead:
         ahead: batches read before they are needed.
     """
 
-    def __init__(self, read: Callable[[int, slice], NDArray[np.int32]], steps: int, ahead: int = 2):
+    def __init__(self, read: Callable[[int, slice], NDArray[np.int32]], steps: int, ahead: int = AHEAD):
         self._read, self._steps, self._ahead = read, steps, ahead
         self._pool = concurrent.futures.ThreadPoolExecutor(_THREADS, "read-ahead")
         self._waiting: dict[tuple[int, int | None, int | None], concurrent.futures.Future] = {}
@@ -99,10 +105,6 @@ class ReadAhead:
     def close(self) -> None:
         """Ends the threads."""
         self._pool.shutdown(cancel_futures=True)
-
-
-# A read waits for the disk more than it computes.
-_THREADS = 4
 
 
 def _turns(

@@ -145,7 +145,7 @@ class TrainConfig:
         10,
         low=1,
         high=10**9,
-        help="Steps from one logged step to the next. On one CPU, also the most that one program does.",
+        help="Steps from one logged step to the next. On one CPU, also the most steps that one program does.",
     )
     eval_interval: int = setting(
         250, low=1, high=10**9, help="Steps from one evaluation to the next; the last step is always evaluated."

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -29,7 +28,7 @@ from jaxgpt.generation import Temperature, generate_text
 from jaxgpt.model import GPT
 from jaxgpt.parallel import BATCH, check_memory, distributed, memory_errors, sharding
 from jaxgpt.training import signals, trackers
-from jaxgpt.training.batches import ReadAhead, batch
+from jaxgpt.training.batches import AHEAD, ReadAhead, batch
 from jaxgpt.training.checkpoints import Checkpoints, fingerprint, import_orbax
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.evaluation import Evaluation, evaluate
@@ -43,11 +42,12 @@ from jaxgpt.training.step import (
     SAMPLE,
     TrainState,
     abstract_state,
+    compiled_step,
     eval_params,
     init_state,
     jit_step,
-    jit_steps,
     saved_state,
+    several_at_once,
     steps_at_once,
     stream_key,
 )
@@ -235,8 +235,8 @@ class _Loop:
         self.config, self.mesh, self.val_N = config, mesh, val_N
         self.run, self.checkpoints, self.progress, self.verification = run, checkpoints, progress, verification
         self.train_data = train_data
-        ahead = {"ahead": MOST_AT_ONCE} if several_at_once(mesh) else {}
-        self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps, **ahead)
+        ahead = MOST_AT_ONCE if several_at_once(mesh) else AHEAD
+        self.read = ReadAhead(lambda step, rows: batch(train_data, config, step, rows), config.steps, ahead)
         # A sample is decoded, which not every backend of attention can do.
         self.model = GPT(config.model, config.compute.replace(remat="none", attention="auto"))
         self.clock = Clock(config, mesh)
@@ -249,7 +249,7 @@ class _Loop:
         if self.mesh is not None:
             step_fn = jit_step(config, self.mesh)
         elif start < config.steps:
-            step_fn = compiled_step(config, state)
+            step_fn = compiled_step(config, self.mesh, state)
             check_memory(step_fn, LESS_MEMORY)
         running: collections.deque = collections.deque()  # (steps, metrics) still on the device
         self.clock.start(start)
@@ -442,21 +442,6 @@ class _Loop:
         config, key = self.config, jax.random.fold_in(stream_key(self.config, SAMPLE), step)
         prompt, length = config.sample_prompt, config.sample_tokens
         return generate_text(self.model, params, prompt, length, sampler=Temperature(0.8), key=key)[0]
-
-
-def several_at_once(mesh: Mesh | None) -> bool:
-    """Whether a run's program may do several steps."""
-    return mesh is None and jax.default_backend() == "cpu"
-
-
-def compiled_step(config: TrainConfig, state: TrainState) -> Any:
-    """The compiled function that does a run's steps on one device, from `jit_steps` or `jit_step`, for a state or its
-    shapes. No batch is made, which may be too large."""
-    ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32)
-    if not several_at_once(None):
-        return jit_step(config).lower(state, ids_BxT1).compile()
-    ids_SxBxT1 = jax.ShapeDtypeStruct((MOST_AT_ONCE, *ids_BxT1.shape), jnp.int32)
-    return jit_steps(config).lower(state, ids_SxBxT1, jax.ShapeDtypeStruct((), jnp.int32)).compile()
 
 
 LESS_MEMORY = (

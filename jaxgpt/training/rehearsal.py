@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from numpy.typing import NDArray
 
 from jaxgpt.accounting import format_bytes
 from jaxgpt.data import Records
-from jaxgpt.parallel import BATCH, capacity, check_memory
+from jaxgpt.parallel import capacity, check_memory
 from jaxgpt.parallel.sharding import default_device
 from jaxgpt.tokenizer import NONE, get_tokenizer
 from jaxgpt.training import loop, preparation
 from jaxgpt.training.batches import batch
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.step import abstract_state, jit_step
+from jaxgpt.training.step import abstract_state, compiled_step
 
 # Of the first batch: rows, and characters of each.
 _ROWS, _CHARACTERS = 2, 1000
@@ -79,12 +77,7 @@ def dry_run(
     sizes = {name: sum(_bytes(leaf) for leaf in jax.tree.leaves(state.get(name, ()))) for name in _PARTS}
     parts = ", ".join(f"{_PARTS[name]} {format_bytes(size)}" for name, size in sizes.items() if size)
     began = time.perf_counter()
-    if mesh is None:
-        step = loop.compiled_step(config, state)
-    else:
-        layout = NamedSharding(mesh, PartitionSpec(BATCH, None))
-        ids_BxT1 = jax.ShapeDtypeStruct((config.batch_size, config.T + 1), jnp.int32, sharding=layout)
-        step = jit_step(config, mesh).lower(state, ids_BxT1).compile()
+    step = compiled_step(config, mesh, state)
     seconds, size = time.perf_counter() - began, step.memory_analysis()
     per_device = "" if mesh is None else " per device"
     needed = "" if size is None else f"; a step adds {format_bytes(size.temp_size_in_bytes)}"

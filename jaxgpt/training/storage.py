@@ -1,8 +1,7 @@
 """Where a run's directory lies: on a disk, or in a bucket of Google Cloud Storage, "gs://bucket/name".
 
-`storage` decides which, from the name alone. `Disk` and `Bucket` do the same. Objects in a
-bucket are replaced whole and never appended to, no directory can be renamed, and no lock ends with the process that
-holds it. So
+`storage` decides which, from the name alone. `Disk` and `Bucket` do the same. Objects in a bucket are replaced whole
+and never appended to, no directory can be renamed, and no lock ends with the process that holds it. So
 
 | | on a disk | in a bucket |
 |---|---|---|
