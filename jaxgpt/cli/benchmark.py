@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from typing import Any
 
 from jaxgpt.config import PRESETS
@@ -64,9 +65,16 @@ def run(args: argparse.Namespace) -> int:
     if not kernel.available():  # which lookup needs
         chosen = [work for work in chosen if work.kind not in ("copy", "mislead")]
 
-    def measured(module: str, name: str, *arguments: str) -> dict[str, Any]:
-        print(f"{name} {' '.join(arguments)}".strip(), file=sys.stderr)
-        return benchmark.run_in_process(module, name, args.preset, *arguments)
+    def measured(module: str, name: str, *arguments: str, most: float = 1800) -> dict[str, Any]:
+        # Each result is told at once: all of them may take an hour, and this may be stopped before.
+        print(f"{name} {' '.join(arguments)}".strip(), end="", file=sys.stderr, flush=True)
+        try:
+            result = benchmark.run_in_process(module, name, args.preset, *arguments, timeout=most)
+        except RuntimeError:
+            print(": failed", file=sys.stderr)
+            raise
+        print(f": {1000 * result['seconds']:,.1f} ms", file=sys.stderr)
+        return result
 
     took = {
         work.name: measured("jaxgpt.measuring.benchmark", work.name)["seconds"]
@@ -94,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         for peer in benchmark_peers.available(work) if args.peers else []:
             runs[peer] = []
         failures: dict[str, str] = {}
+        patience = 1800.0
         for _ in range(args.rounds):  # alternating, so that a busy moment affects all of them
             for program, results in runs.items():
                 module, extra = "jaxgpt.measuring.peers", [program]
@@ -104,8 +113,12 @@ def run(args: argparse.Namespace) -> int:
                         "jaxgpt.measuring.benchmark",
                         [str(profile / work.name)] if profile else [],
                     )
+                began = time.perf_counter()
                 try:
-                    results.append(measured(module, work.name, *extra))
+                    results.append(measured(module, work.name, *extra, most=patience))
+                    if program == "jaxgpt":
+                        # PyTorch's bfloat16 takes hours on a processor without units for it.
+                        patience = max(300.0, 10 * (time.perf_counter() - began))
                 except RuntimeError as error:  # the other rows still count
                     failures[program] = str(error)
         best = {program: min(runs[program], key=lambda run: run["seconds"]) for program in runs if runs[program]}
