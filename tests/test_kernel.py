@@ -25,6 +25,7 @@ from jaxgpt import cli, generate, load, prepare, save, scan_generate
 from jaxgpt.cli.options import load_model
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel
+from jaxgpt.cpu import kernel_check
 from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import decode, preparation, sampling
@@ -87,6 +88,37 @@ def test_a_row_has_the_same_bits_whatever_comes_with_it(built, inner, kind):
     for y in each:
         np.testing.assert_array_equal(y, each[-1][-len(y) :])
     np.testing.assert_array_equal(some, each[-1][:, 7:30])
+
+
+@needs_compiler
+def test_int8_products_round_x_to_16_bits_and_are_exact_then(built):
+    assert kernel.available()
+    rng = np.random.default_rng(2)
+    x = (rng.normal(size=(5, 9000)) * 10.0 ** rng.integers(-6, 2, size=(5, 9000))).astype(np.float32)
+    x[1], x[2], x[3] = 7, 0, 1e-42  # the largest sums that there can be; nothing; what has no inverse
+    weight = rng.integers(-128, 128, size=(40, 9000), dtype=np.int8)
+    weight[0] = -128
+    y = np.asarray(kernel.few_rows(x, weight))
+    read = kernel_check.rounded_to_16_bits(x[[0, 1, 4]])
+    assert np.abs(read - x[[0, 1, 4]]).max() <= np.abs(x).max() / 65533
+    expected = read @ weight.astype(float).T
+    np.testing.assert_allclose(y[[0, 1, 4]], expected, rtol=0, atol=3e-7 * np.abs(expected).max())
+    assert y[1, 0] == pytest.approx(-128 * 7 * 9000, rel=1e-6)
+    assert not y[2].any()
+    np.testing.assert_allclose(y[3], 0, atol=1e-35)
+
+
+@needs_compiler
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_products_of_a_row_that_is_not_finite_are_not(built, bad):
+    assert kernel.available()
+    x = np.random.default_rng(3).normal(size=(3, 50)).astype(np.float32)
+    weight = np.random.default_rng(4).integers(-127, 128, size=(11, 50), dtype=np.int8)
+    good = np.asarray(kernel.few_rows(x, weight))
+    x[1, 49] = bad
+    y = np.asarray(kernel.few_rows(x, weight))
+    assert not np.isfinite(y[1]).any()
+    np.testing.assert_array_equal(y[[0, 2]], good[[0, 2]])
 
 
 @needs_compiler

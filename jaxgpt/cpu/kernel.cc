@@ -2,12 +2,12 @@
 //
 // A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors
 // and, with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the
-// type it is stored in, and the rows that come next are prefetched. XLA runs attention's products on one thread; here
+// type it is stored in, and the rows that come next are prefetched. Integers are multiplied as such. XLA runs attention's products on one thread; here
 // the threads share the heads. kernel.py builds and loads this file.
 //
 // A row's result has the same bits whatever rows come with it, however many threads there are, and at whatever slot of
 // the cache it starts: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py
-// forbids the compiler to make any itself).
+// forbids the compiler to make any itself), or a sum of integers.
 
 #include "vectors.h"
 
@@ -23,34 +23,92 @@ constexpr int Divisor(int n, int most) {  // of n, the largest up to `most`
   return most;
 }
 
-// y[b, o] for B rows of x and R rows of W: the same bits for any B and R.
-template <int B, int R, typename W>
-void Tile(const float* x, const W* w, float* y, int64_t D, int64_t O) {
-  constexpr int64_t kPerLine = kLine / sizeof(W);
-  Floats sums[B][R] = {};
-  const auto step = [&](int64_t d, const auto& load) {
-    Floats ws[R];
-    for (int r = 0; r < R; ++r) ws[r] = load(w + r * D + d);
-    for (int b = 0; b < B; ++b) {
-      const Floats xs = load(x + b * D + d);
-      for (int r = 0; r < R; ++r) sums[b][r] = Fma(ws[r], xs, sums[b][r]);
-    }
-  };
-  const auto whole = [](const auto* p) { return Load(p); };
-  int64_t d = 0;
-  for (; d + kPerLine <= D; d += kPerLine) {
-    for (int r = 0; r < R; ++r) __builtin_prefetch(w + (R + r) * D + d);  // the next R rows
-    for (int64_t v = 0; v < kPerLine; v += kLanes) step(d + v, whole);
+// How rows of x of a type are multiplied: `Load` reads `kWidth` numbers of x or W, and `kMost` is the longest sum.
+template <typename X>
+struct As;
+
+template <>
+struct As<float> {
+  using Sums = Floats;
+  static constexpr int64_t kWidth = kLanes, kMost = INT64_MAX;
+  template <typename T>
+  static Floats Load(const T* p) { return ::Load(p); }
+  static Floats Add(Floats w, Floats x, Floats sums) { return Fma(w, x, sums); }
+};
+
+// Sums of integers are exact, and the processor multiplies more of them at a time.
+template <>
+struct As<int16_t> {
+  using Sums = Ints;
+  static constexpr int64_t kWidth = 2 * kLanes, kMost = 256 * kWidth;  // 256 * 2 * 128 * 32767 < 2^31
+  template <typename T>
+  static Shorts Load(const T* p) { return LoadShorts(p); }
+  static Ints Add(Shorts w, Shorts x, Ints sums) { return MultiplyAdd(w, x, sums); }
+};
+
+// Rounds a row of x to integers q of 16 bits. Returns their step: x is about step q. If x holds a NaN or an infinity,
+// step q is NaN.
+float ToIntegers(const float* x, int64_t D, int16_t* q) {
+  const Floats zero = {}, magic = zero + 0x1.8p23f;  // adding `magic` rounds to an integer, in the lower bits
+  Floats highest = zero;
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const Floats value = Load(x + d, D - d), size = value < 0 ? -value : value;
+    highest = size > highest || size != size ? size : highest;
   }
-  for (; d + kLanes <= D; d += kLanes) step(d, whole);
-  if (d < D) step(d, [n = D - d](const auto* p) { return LoadFew(p, n); });
-  for (int b = 0; b < B; ++b)
-    for (int r = 0; r < R; ++r) y[b * O + r] = Sum(sums[b][r]);
+  float most = 0;
+  for (int64_t l = 0; l < kLanes; ++l) most = highest[l] > most || highest[l] != highest[l] ? highest[l] : most;
+  const float per_step = most > 0 ? 32767 / most : 0;
+  for (int64_t d = 0; d < D; d += kLanes) {
+    const auto rounded = __builtin_convertvector((Ints)Fma(Load(x + d, D - d), zero + per_step, magic), Vector<int16_t>);
+    std::memcpy(q + d, &rounded, std::min(D - d, kLanes) * sizeof(int16_t));
+  }
+  return most / 32767;
+}
+
+// y[b, o] for B rows of x and R rows of W: the same bits for any B and R.
+template <int B, int R, typename X, typename W>
+void Tile(const X* x, const W* w, float* y, int64_t D, int64_t O) {
+  constexpr int64_t kPerLine = kLine / sizeof(W), kWidth = As<X>::kWidth;
+  const char* next = reinterpret_cast<const char*>(w + R * D);
+  for (int64_t d = 0; d < D;) {
+    const int64_t start = d, end = d + std::min(D - d, As<X>::kMost);
+    typename As<X>::Sums sums[B][R] = {};
+    const auto step = [&](int64_t d, const auto& load) {
+      decltype(load(w)) ws[R];
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) ws[r] = load(w + r * D + d);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; ++b) {
+        const auto xs = load(x + b * D + d);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[b][r] = As<X>::Add(ws[r], xs, sums[b][r]);
+      }
+    };
+    const auto whole = [](const auto* p) { return As<X>::Load(p); };
+    for (; d + kPerLine <= end; d += kPerLine) {
+      // The R rows that come next, in the order in which they lie: memory is read faster so.
+      for (int r = 0; r < R; ++r, next += kLine) __builtin_prefetch(next);
+      for (int64_t v = 0; v < kPerLine; v += kWidth) step(d + v, whole);
+    }
+    for (; d + kWidth <= end; d += kWidth) step(d, whole);
+    if (d < end)
+      step(d, [n = end - d](const auto* p) {
+        std::decay_t<decltype(*p)> few[kWidth] = {};
+        std::memcpy(few, p, n * sizeof *p);
+        return As<X>::Load(few);
+      });
+    d = end;
+#pragma GCC unroll 8
+    for (int b = 0; b < B; ++b)
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r)
+        y[b * O + r] = (start > 0 ? y[b * O + r] : 0) + Sum(__builtin_convertvector(sums[b][r], Floats));
+  }
 }
 
 // Rows [first, last) of W, for 1 to B rows of x.
-template <int B = kTile, typename W>
-void Rows(int64_t rows, const float* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
+template <int B = kTile, typename X, typename W>
+void Rows(int64_t rows, const X* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
   if constexpr (B > 1)
     if (rows < B) return Rows<B - 1>(rows, x, w, y, D, O, first, last);
   // As many rows of W at a time as their vectors, the sums and a vector of x find registers.
@@ -61,21 +119,41 @@ void Rows(int64_t rows, const float* x, const W* w, float* y, int64_t D, int64_t
 }
 
 // A group of rows of W at a time, which comes from memory for the first rows of x and from cache for the others.
-template <typename W>
-void Block(int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
+template <typename X, typename W>
+void Block(int64_t B, const X* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
   for (int64_t o = first; o < last; o += kGroup)
     for (int64_t b = 0; b < B; b += kTile)
       Rows(std::min<int64_t>(kTile, B - b), x + b * D, w, y + b * O, D, O, o, std::min(last, o + kGroup));
 }
 
-template <typename W>
-void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
+// Calls finish(first, last) when y has what belongs to these rows of W.
+template <typename X, typename W, typename Finish>
+void Product(ffi::ThreadPool& pool, int64_t B, const X* x, const W* w, float* y, int64_t D, int64_t O,
+             const Finish& finish) {
   // Longer stretches are read faster, but every thread should get as much as the others.
   const int64_t threads = Threads(pool);
   const int64_t pieces = threads * Quotient(O * D * int64_t{sizeof(W)}, threads * kBlock);
   const int64_t rows = kGroup * Quotient(O, pieces * kGroup);
-  Share(pool, Quotient(O, rows),
-        [&](int64_t i) { Block(B, x, w, y, D, O, i * rows, std::min(O, (i + 1) * rows)); });
+  Share(pool, Quotient(O, rows), [&](int64_t i) {
+    const int64_t first = i * rows, last = std::min(O, first + rows);
+    Block(B, x, w, y, D, O, first, last);
+    finish(first, last);
+  });
+}
+
+template <typename W>
+void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const W* w, float* y, int64_t D, int64_t O) {
+  Product(pool, B, x, w, y, D, O, [](int64_t, int64_t) {});
+}
+
+void Product(ffi::ThreadPool& pool, int64_t B, const float* x, const int8_t* w, float* y, int64_t D, int64_t O) {
+  std::vector<int16_t> integers(B * D);
+  std::vector<float> steps(B);
+  for (int64_t b = 0; b < B; ++b) steps[b] = ToIntegers(x + b * D, D, &integers[b * D]);
+  Product(pool, B, integers.data(), w, y, D, O, [&](int64_t first, int64_t last) {
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t o = first; o < last; ++o) y[b * O + o] *= steps[b];
+  });
 }
 
 // Turns n scores into the weights exp(score - the highest score). Returns their sum.

@@ -57,7 +57,8 @@ DIRECTORY = "kernel"  # in the user's cache
 def few_rows(x_RxD: Array, weight_OxD: Array) -> Array:
     """x W^T in float32, [R, O], for a float32 x of 1 to `MOST_ROWS` rows and W in float32, bfloat16 or int8.
 
-    Sums are float32. Like the others, this works only on a CPU and if `available()`, and has no gradient.
+    Sums are float32. Beside a W in int8, each row of x is rounded to 16 bits, and sums are those of integers. Like the
+    others, this works only on a CPU and if `available()`, and has no gradient.
     """
     result = jax.ShapeDtypeStruct((x_RxD.shape[0], weight_OxD.shape[0]), jnp.float32)
     return jax.ffi.ffi_call(TARGET, result, vmap_method="sequential")(x_RxD, weight_OxD)

@@ -26,7 +26,7 @@ def check(file: Path) -> None:
     if not kernel.load(file):
         raise KernelError(f"{file} does not load")
     rng = np.random.default_rng(0)
-    for sizes, dtype in itertools.product([(7, 1), (100, 33), (768, 50), (3072, 700)], ("float32", "bfloat16", "int8")):
+    for sizes, dtype in itertools.product([(7, 1), (100, 33), (3072, 700), (9000, 3)], ("float32", "bfloat16", "int8")):
         _check_products(rng, *sizes, dtype)
     for K, dtype, window in [(5, "float32", None), (80, "bfloat16", 7), (64, "float32", 3), (80, "int8", 7)]:
         _check_attention(rng, K, dtype, window)
@@ -51,11 +51,19 @@ def attention_in_float64(
     return weights / weights.sum(-1, keepdims=True) @ v_BxHxSxK.astype(float)
 
 
+def rounded_to_16_bits(x_RxD: np.ndarray) -> np.ndarray:
+    """x as `kernel.few_rows` reads it beside weights in int8: multiples of its row's largest value / 32767, float64."""
+    most_Rx1 = np.abs(x_RxD).max(-1, keepdims=True)
+    integers = np.rint(x_RxD.astype(np.float64) * (np.float32(32767) / most_Rx1))
+    return integers * (most_Rx1 / np.float32(32767))
+
+
 def _check_products(rng: np.random.Generator, inner: int, outer: int, dtype: str) -> None:
     x = rng.normal(size=(kernel.MOST_ROWS, inner)).astype(np.float32)
     weight = np.asarray(jnp.asarray(30 * rng.normal(size=(outer, inner))).astype(dtype))
     *fewer, whole = jax.device_get(_products(x, weight))
-    _compare(f"rows by [{outer}, {inner}] {dtype}", whole, x.astype(np.float64) @ weight.astype(np.float64).T)
+    read = rounded_to_16_bits(x) if dtype == "int8" else x.astype(np.float64)
+    _compare(f"rows by [{outer}, {inner}] {dtype}", whole, read @ weight.astype(np.float64).T)
     for y in fewer:
         if not np.array_equal(y, whole[: len(y)]):
             raise KernelError(f"{len(y)} rows by [{outer}, {inner}] {dtype}: not those of {len(whole)} rows")

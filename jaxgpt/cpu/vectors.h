@@ -32,6 +32,8 @@ constexpr int64_t kLine = 64;  // bytes per cache line
 template <typename T, int64_t N = kLanes>
 using Vector [[gnu::vector_size(sizeof(T) * N)]] = T;
 using Floats = Vector<float>;
+using Ints = Vector<int32_t>;
+using Shorts = Vector<int16_t, 2 * kLanes>;
 
 struct BF16 {
   uint16_t bits;  // the upper half of a float32
@@ -77,6 +79,36 @@ inline Floats Fma(Floats a, Floats b, Floats c) {
 #endif
 }
 #endif
+
+inline Shorts LoadShorts(const int16_t* p) { return Read<Shorts>(p); }
+inline Shorts LoadShorts(const int8_t* p) {
+#if defined(__AVX512BW__)
+  return (Shorts)_mm512_cvtepi8_epi16(Read<__m256i>(p));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  return (Shorts)_mm256_cvtepi8_epi16(Read<__m128i>(p));
+#else
+  return __builtin_convertvector(Read<Vector<int8_t, 2 * kLanes>>(p), Shorts);
+#endif
+}
+
+// c and, added to each of its elements, the products of two neighbours; exact while that is below 2^31.
+inline Ints MultiplyAdd(Shorts a, Shorts b, Ints c) {
+#if defined(__AVX512VNNI__)
+  return (Ints)_mm512_dpwssd_epi32((__m512i)c, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  c += (Ints)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+  asm("" : "+v"(c));  // GCC would add in another order, for which there are too few registers
+  return c;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  c += (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+  asm("" : "+x"(c));
+  return c;
+#else
+  const auto upper = [](Shorts x) { return (Ints)x >> 16; };
+  const auto lower = [](Shorts x) { return (Ints)((Vector<uint32_t>)x << 16) >> 16; };
+  return c + upper(a) * upper(b) + lower(a) * lower(b);
+#endif
+}
 
 // The first n of a vector's elements, then zeros.
 template <typename T>
