@@ -24,8 +24,7 @@ from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, needs_compi
 from jaxgpt import cli, generate, load, prepare, save, scan_generate
 from jaxgpt.cli.options import load_model
 from jaxgpt.config import ComputeConfig
-from jaxgpt.cpu import kernel
-from jaxgpt.cpu import kernel_check
+from jaxgpt.cpu import kernel, kernel_check
 from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import decode, preparation, sampling
