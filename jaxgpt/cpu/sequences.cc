@@ -118,9 +118,7 @@ struct Mask {
 };
 
 inline Floats Keep(Floats x, const uint8_t* kept, int64_t n) {
-  Floats factor = {};
-  for (int64_t l = 0; l < std::min(n, kLanes); ++l) factor[l] = kept[l];
-  return x * factor;
+  return x * Load(reinterpret_cast<const int8_t*>(kept), n);
 }
 
 template <typename By, typename T = typename By::Number>
