@@ -3,9 +3,9 @@ while it is in a core's cache.
 
 In bfloat16, what multiplies are the tile units of a processor with AMX, or else the vectors of one with AVX512_BF16. In
 float32 it is MKL on Intel's processors, if that is installed (extra [mkl]); or else the vectors of one with AVX2 or
-AVX-512 in attention, and XLA everywhere else, which is the faster one there. `ComputeConfig.native_sequences` asks for all this.
-`jaxgpt.prepare` and the trainer turn it on where one of these is there and the kernel is built. JAXGPT_KERNEL=0 keeps
-it off.
+AVX-512 in attention, and XLA everywhere else, which is the faster one there. `ComputeConfig.native_sequences` asks for
+all this. `jaxgpt.prepare` and the trainer turn it on where one of these is there and the kernel is built.
+JAXGPT_KERNEL=0 keeps it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
