@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import jax
@@ -91,14 +92,19 @@ def kernel_cache(tmp_path_factory):
 
 @pytest.fixture
 def natively(built, monkeypatch, request):
-    """The kernel computes whole sequences in the dtype of the test's parameters, or in float32, then by MKL if that is
-    installed, whatever the processor. Where the processor cannot, the test is skipped."""
+    """The kernel computes whole sequences in the dtype of the test's parameters, or in float32, whatever the processor;
+    by MKL if they name it. Where the processor cannot, or MKL is not installed, the test is skipped."""
     parameters = getattr(request.node, "callspec", None)
-    rounds = parameters is not None and any("bfloat16" in str(value) for value in parameters.params.values())
-    monkeypatch.setattr(sequences, "_processor_flags", lambda: {"GenuineIntel", "avx2", "avx512f", "avx512_bf16"})
+    named = "" if parameters is None else str(parameters.params)
+    flags = {"GenuineIntel", "avx2", "fma", "avx512f", "avx512_bf16"}
+    monkeypatch.setattr(sequences, "_processor_flags", lambda: flags)
+    if "MKL" not in named:
+        monkeypatch.setattr(sequences, "_mkl", lambda: None)
+        ctypes.CDLL(str(kernel.path())).JaxgptUseLibrary(None)  # an earlier test's
     for cached in (sequences.lacks, sequences.lacks_mkl):
         cached.cache_clear()
-    if reason := sequences.missing("bfloat16" if rounds else "float32"):
+    reason = sequences.missing("bfloat16" if "bfloat16" in named else "float32")
+    if reason := reason or ("MKL" in named and sequences.lacks_mkl(kernel.path())):
         pytest.skip(reason)
     monkeypatch.setattr(sequences, "lacks_mkl", lambda file: "")  # products in float32 are the kernel's without it too
     monkeypatch.setattr(sequences, "LEAST_OPERATIONS", 0)

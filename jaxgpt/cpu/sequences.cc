@@ -9,7 +9,7 @@
 namespace {
 
 ffi::Error NoTiles() {
-  return ffi::Error::InvalidArgument("operands in float32 take AVX-512 or MKL, those in bfloat16 AVX512_BF16; others are not multiplied");
+  return ffi::Error::InvalidArgument("operands in float32 take AVX2 or MKL, those in bfloat16 AVX512_BF16; others are not multiplied");
 }
 
 // Calls use(way) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`.
@@ -118,9 +118,7 @@ struct Mask {
 };
 
 inline Floats Keep(Floats x, const uint8_t* kept, int64_t n) {
-  Floats factor = {};
-  for (int64_t l = 0; l < std::min(n, kLanes); ++l) factor[l] = kept[l];
-  return x * factor;
+  return x * Load(reinterpret_cast<const int8_t*>(kept), n);
 }
 
 template <typename By, typename T = typename By::Number>

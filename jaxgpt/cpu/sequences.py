@@ -2,10 +2,10 @@
 while it is in a core's cache.
 
 In bfloat16, what multiplies are the tile units of a processor with AMX, or else the vectors of one with AVX512_BF16. In
-float32 it is MKL on Intel's processors, if that is installed (extra [mkl]); or else the vectors of one with AVX-512 in
-attention, and XLA everywhere else, which is the faster one there. `ComputeConfig.native_sequences` asks for all this.
-`jaxgpt.prepare` and the trainer turn it on where one of these is there and the kernel is built. JAXGPT_KERNEL=0 keeps
-it off.
+float32 it is MKL on Intel's processors, if that is installed (extra [mkl]); or else the vectors of one with AVX2 or
+AVX-512 in attention, and XLA everywhere else, which is the faster one there. `ComputeConfig.native_sequences` asks for
+all this. `jaxgpt.prepare` and the trainer turn it on where one of these is there and the kernel is built.
+JAXGPT_KERNEL=0 keeps it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
@@ -58,8 +58,8 @@ def preferred_or_built(dtype: str) -> bool:
 
 def _suits(dtype: str) -> bool:
     """Whether it is faster than XLA on this processor."""
-    units = {"float32": "avx512f", "bfloat16": "avx512_bf16"}
-    return units.get(dtype) in _processor_flags() or (dtype == "float32" and _suits_mkl() and _mkl() is not None)
+    needed = {"float32": {"avx2", "fma"}, "bfloat16": {"avx512_bf16"}}
+    return dtype in needed and needed[dtype] <= _processor_flags()
 
 
 def _suits_mkl() -> bool:
@@ -95,10 +95,8 @@ def lacks(file: Path, dtype: str) -> str:
             return ""
     except (OSError, AttributeError) as error:
         return f"the kernel cannot be used ({error})"
-    if dtype == "float32":
-        mkl = lacks_mkl(file)
-        return mkl and f"in float32 it needs a processor with AVX-512, and a compiler that knows it, or MKL, and {mkl}"
-    return "in bfloat16 it needs a processor with AVX512_BF16, and a compiler that knows it"
+    units = "AVX2 and FMA" if dtype == "float32" else "AVX512_BF16"
+    return f"in {dtype} it needs a processor and a compiler with {units}"
 
 
 @functools.cache

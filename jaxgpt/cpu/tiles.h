@@ -1,9 +1,10 @@
-// Matrix products of packed tiles, whose sums are float32: by the vectors of a processor with AVX-512, or, in bfloat16, by
-// the tile units of one with AMX.
+// Matrix products of packed tiles, whose sums are float32: in float32 by the vectors of a processor with AVX2 or AVX-512,
+// in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX.
 //
-// A tile has 16 rows of 64 bytes. One of the left operand holds its rows. One of the right operand holds 16 columns; a
-// row of it has of each column a number, or in bfloat16 two that follow each other in a sum, which one instruction
-// multiplies. Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
+// A tile has as many rows as a vector has floats, of one vector each: with AVX-512, 16 of 64 bytes, which is also what a
+// tile unit holds. One of the left operand holds its rows. One of the right operand holds as many columns; a row of it
+// has of each column a number, or in bfloat16 two that follow each other in a sum, which one instruction multiplies.
+// Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
 
 #pragma once
 
@@ -26,9 +27,9 @@ struct Matrix {
 
 }  // namespace
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
 #define JAXGPT_TILES
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 #define JAXGPT_BF16_TILES
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define JAXGPT_TILE_UNITS
@@ -39,10 +40,10 @@ struct Matrix {
 
 namespace {
 
-constexpr int64_t kSide = 16;          // rows of a tile
+constexpr int64_t kSide = kLanes;      // rows of a tile
 constexpr int64_t kBlock = 2 * kSide;  // rows and columns of a block of sums, which is 2 x 2 tiles
 template <typename T>
-constexpr int64_t kStep = kLine / sizeof(T);  // length of the sums that two tiles add
+constexpr int64_t kStep = sizeof(Floats) / sizeof(T);  // length of the sums that two tiles add
 template <typename T>
 constexpr int64_t kTile = kSide * kStep<T>;  // elements of an operand's tile
 
@@ -50,20 +51,33 @@ constexpr int64_t kAhead = 512;  // bytes of a row that are fetched ahead of the
 
 using Words = Vector<uint32_t>;  // each is a number, or two neighbours of a sum
 
-inline void Transpose(Words (&rows)[kSide]) {
+// Of every 2 d words, exchanges the upper d of `a` and the lower d of `b`.
+inline void Exchange(Words& a, Words& b, uint32_t d) {
+#ifdef __AVX512F__
   const Words lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const Words upper = (Words)((lane & d) != 0), first = (upper & (16 - d + lane)) | (~upper & lane);
+  const Words second = (upper & (16 + lane)) | (~upper & (lane + d));
+  const auto x = (__m512i)a, y = (__m512i)b;
+  a = (Words)_mm512_permutex2var_epi32(x, (__m512i)first, y);
+  b = (Words)_mm512_permutex2var_epi32(x, (__m512i)second, y);
+#else
+  const auto x = (__m256i)a, y = (__m256i)b;
+  if (d == 4)
+    a = (Words)_mm256_permute2x128_si256(x, y, 0x20), b = (Words)_mm256_permute2x128_si256(x, y, 0x31);
+  else if (d == 2)
+    a = (Words)_mm256_unpacklo_epi64(x, y), b = (Words)_mm256_unpackhi_epi64(x, y);
+  else
+    a = (Words)_mm256_blend_epi32(x, _mm256_slli_epi64(y, 32), 0xaa),
+    b = (Words)_mm256_blend_epi32(_mm256_srli_epi64(x, 32), y, 0xaa);
+#endif
+}
+
+inline void Transpose(Words (&rows)[kSide]) {
 #pragma GCC unroll 4
-  for (uint32_t d = 8; d > 0; d /= 2) {
-    const Words upper = (Words)((lane & d) != 0), first = (upper & (16 - d + lane)) | (~upper & lane);
-    const Words second = (upper & (16 + lane)) | (~upper & (lane + d));
+  for (uint32_t d = kSide / 2; d > 0; d /= 2)
 #pragma GCC unroll 16
     for (uint32_t i = 0; i < kSide; ++i)
-      if ((i & d) == 0) {
-        const Words a = rows[i], b = rows[i + d];
-        rows[i] = (Words)_mm512_permutex2var_epi32((__m512i)a, (__m512i)first, (__m512i)b);
-        rows[i + d] = (Words)_mm512_permutex2var_epi32((__m512i)a, (__m512i)second, (__m512i)b);
-      }
-  }
+      if ((i & d) == 0) Exchange(rows[i], rows[i + d], d);
 }
 
 enum class Side { kLeft, kRight };
@@ -79,7 +93,13 @@ constexpr int64_t PackedSize(int64_t n, int64_t K) {
 }
 
 // A mask of the first n lanes.
+#ifdef __AVX512F__
 inline uint32_t Few(int64_t n) { return n >= 32 ? ~uint32_t{0} : (uint32_t{1} << std::max<int64_t>(n, 0)) - 1; }
+#else
+inline __m256i Few(int64_t n) {
+  return (__m256i)(Vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(std::min(n, kLanes)));
+}
+#endif
 
 // How numbers are packed: `Row` takes the first n of those that follow each other, up to a whole row of a tile, and
 // zeros for the rest; `Across` one or two rows of an array, which hold columns, of which n belong to the tile. `left` is
@@ -89,7 +109,13 @@ struct Packing {};
 
 template <>
 struct Packing<float> {
-  static Words Row(const float* p, int64_t n) { return (Words)_mm512_maskz_loadu_ps(Few(n), p); }
+  static Words Row(const float* p, int64_t n) {
+#ifdef __AVX512F__
+    return (Words)_mm512_maskz_loadu_ps(Few(n), p);
+#else
+    return (Words)_mm256_maskload_ps(p, Few(n));
+#endif
+  }
   static Words Across(const float* p, int64_t, int64_t left, int64_t n) { return left > 0 ? Row(p, n) : Words{}; }
 };
 
@@ -141,35 +167,39 @@ void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, P* to) {
           }
         }
         if (x.flipped != (side == Side::kRight)) Transpose(lines);
-        std::memcpy(to, lines, sizeof lines);
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < kSide; ++r) std::memcpy(to + r * kStep<P>, &lines[r], sizeof lines[r]);
       }
 }
 
-// c + a b, for one word of a left tile and a row of a right one.
-inline Floats Added(Floats c, const float* a, const float* b) { return Fma(Floats{} + *a, Load(b), c); }
+// c + a b, for one word of a left tile and a row of a right one. (Nothing is subtracted from the number: that, unlike
+// adding to zeros, the compiler can leave out.)
+inline Floats Added(Floats c, const float* a, Words b) { return Fma(*a - Floats{}, (Floats)b, c); }
 #ifdef JAXGPT_BF16_TILES
-inline Floats Added(Floats c, const BF16* a, const BF16* b) {
-  return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(Read<int>(a)), Read<__m512bh>(b));
+inline Floats Added(Floats c, const BF16* a, Words b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(Read<int>(a)), (__m512bh)b);
 }
 #endif
 
-// c [32, 32], in rows that are `stride` apart, from as many steps of a packed block of rows and one of columns; added to
-// what c holds if `add`.
+// c, a block of sums in rows that are `stride` apart, from as many steps of a packed block of rows and one of columns;
+// added to what c holds if `add`.
 template <typename T>
 void MultiplyBlock(const T* a, const T* b, int64_t steps, float* c, int64_t stride, bool add) {
-  constexpr int64_t kRows = 8;  // whose sums, and a row of both right tiles, fit into the registers
+  constexpr int64_t kRows = kRegisters / 4;  // whose sums, and a row of both right tiles, fit into the registers
   for (int64_t row = 0; row < kBlock; row += kRows, c += kRows * stride) {
     Floats sums[kRows][2] = {};
     const T *left = a + row / kSide * kTile<T> + row % kSide * kStep<T>, *right = b;
     for (int64_t s = 0; s < steps; ++s, left += 2 * kTile<T>, right += 2 * kTile<T>)
 #pragma GCC unroll 16
-      for (int64_t k = 0; k < kSide; ++k)
+      for (int64_t k = 0; k < kSide; ++k) {
+        Words columns[] = {Read<Words>(right + k * kStep<T>), Read<Words>(right + kTile<T> + k * kStep<T>)};
+        asm("" : "+v"(columns[0]), "+v"(columns[1]));  // they stay in registers: GCC would read them for each row again
 #pragma GCC unroll 8
         for (int64_t r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
           for (int64_t half = 0; half < 2; ++half)
-            sums[r][half] = Added(sums[r][half], left + r * kStep<T> + k * (kStep<T> / kSide),
-                                  right + half * kTile<T> + k * kStep<T>);
+            sums[r][half] = Added(sums[r][half], left + r * kStep<T> + k * (kStep<T> / kSide), columns[half]);
+      }
     // What c holds comes last: it may be the larger part.
 #pragma GCC unroll 8
     for (int64_t r = 0; r < kRows; ++r)
@@ -250,6 +280,7 @@ inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c,
 }
 #endif
 
+#ifdef JAXGPT_BF16_TILES
 // x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel 2016.
 inline Floats Gelu(Floats x) {
   const Floats zero = {}, twice_u = x * Fma(x * x, zero + 0.0713548163f, zero + 1.59576912f);
@@ -258,6 +289,7 @@ inline Floats Gelu(Floats x) {
   inverse *= 2 - sum * inverse;  // one step of Newton's method
   return x * inverse * (twice_u < 0 ? e : zero + 1);
 }
+#endif
 
 }  // namespace
 
