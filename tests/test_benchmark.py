@@ -385,6 +385,24 @@ def test_a_program_that_fails_costs_its_own_figure_only(canned, capsys, monkeypa
     assert "decode-1-int8, jaxgpt failed: decode-1-int8: no memory [left]" in table
 
 
+def test_results_are_told_as_they_come_and_a_slow_peer_is_given_up(canned, capsys, monkeypatch):
+    run, waits = benchmark.run_in_process, []
+
+    def wait(module, name, preset, *arguments, timeout=0):
+        waits.append(timeout)
+        if "llama.cpp" in arguments:
+            raise RuntimeError(f"{name}: no result within {timeout:.0f} s")
+        return run(module, name, preset, *arguments)
+
+    monkeypatch.setattr(benchmark, "run_in_process", wait)
+    assert main(["benchmark", "--peers", "--only", "decode-8-bfloat16"]) == 0
+    assert waits[-3:] == [1800, 300, 300]
+    out, err = capsys.readouterr()
+    assert "decode-8-bfloat16: 2,000.0 ms\ndecode-8-bfloat16 torch: " in err
+    assert err.endswith("decode-8-bfloat16 llama.cpp: failed\n")
+    assert "decode-8-bfloat16, llama.cpp failed: decode-8-bfloat16: no result within 300 s" in out
+
+
 def test_a_process_that_hangs_is_a_failure(monkeypatch):
     with pytest.raises(RuntimeError, match=r"read: no result within 0 s"):
         benchmark.run_in_process("jaxgpt.measuring.benchmark", "read", "gpt2", timeout=0.01)
