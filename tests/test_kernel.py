@@ -13,11 +13,13 @@ import re
 import stat
 import subprocess
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from helpers import ALTERNATING, TINY, exhaustive, grid, make_model, needs_compiler, random_ids
 
@@ -28,7 +30,7 @@ from jaxgpt.cpu import kernel, kernel_check
 from jaxgpt.cpu.kernel_check import attention_in_float64
 from jaxgpt.errors import KernelError
 from jaxgpt.generation import decode, preparation, sampling
-from jaxgpt.model import Cache, Quantised, ops
+from jaxgpt.model import GPT, Cache, Quantised, cast_params, ops
 from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import MeshConfig
 
@@ -105,6 +107,27 @@ def test_int8_products_round_x_to_16_bits_and_are_exact_then(built):
     assert y[1, 0] == pytest.approx(-128 * 7 * 9000, rel=1e-6)
     assert not y[2].any()
     np.testing.assert_allclose(y[3], 0, atol=1e-35)
+
+
+@needs_compiler
+@pytest.mark.exhaustive
+def test_rounding_to_16_bits_costs_no_loss(built):
+    """The bundled model's, by the kernel and by float32 products of the same weights."""
+    model, int8 = prepare(*load("shakespeare"), "int8")
+    text = np.frombuffer((Path(__file__).parents[1] / "docs" / "sonnets.txt").read_bytes(), np.uint8)
+    T1 = kernel.MOST_ROWS + 1
+    ids_NxT1 = text[: len(text) // T1 * T1].reshape(-1, T1).astype(np.int32)
+
+    def mean_loss(model, params):
+        @jax.jit
+        def loss(ids):
+            logits = model.apply({"params": params}, ids[None, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, ids[None, 1:]).mean()
+
+        return np.mean([loss(ids) for ids in ids_NxT1], dtype=float)
+
+    assert model.compute.native_kernel
+    assert 0 < abs(mean_loss(model, int8) / mean_loss(GPT(model.config), cast_params(int8, "float32")) - 1) < 5e-6
 
 
 @needs_compiler
