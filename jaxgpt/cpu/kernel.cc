@@ -93,7 +93,7 @@ void Tile(const X* x, const W* w, float* y, int64_t D, int64_t O) {
     for (; d + kWidth <= end; d += kWidth) step(d, whole);
     if (d < end)
       step(d, [n = end - d](const auto* p) {
-        std::decay_t<decltype(*p)> few[kWidth] = {};
+        std::decay_t<decltype(*p)> few[As<X>::kWidth] = {};
         std::memcpy(few, p, n * sizeof *p);
         return As<X>::Load(few);
       });
