@@ -248,9 +248,9 @@ class ComputeConfig:
     )
     native_sequences: bool = setting(
         False,
-        help="Whether a CPU multiplies large matrices, and computes attention over whole sequences, with the C++ "
-        "kernel, by AVX2, AVX-512, AMX or Intel's MKL. jaxgpt.prepare turns it on where that is faster than XLA, and "
-        "so does the trainer for a new run, which keeps to it. It has no second derivatives, "
+        help="Whether a CPU computes attention over whole sequences, and multiplies large matrices, with the C++ "
+        "kernel, as far as AVX2, AVX-512, AMX or Intel's MKL make that faster than XLA. jaxgpt.prepare turns it on "
+        "there, and so does the trainer for a new run, which keeps to it. It has no second derivatives, "
         'remat="dots" computes its products again, and it is never saved with a model.',
     )
     native_kernel: bool = setting(

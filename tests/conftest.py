@@ -109,6 +109,10 @@ def natively(built, monkeypatch, request):
     monkeypatch.setattr(sequences, "lacks_mkl", lambda file: "")  # products in float32 are the kernel's without it too
     monkeypatch.setattr(sequences, "LEAST_OPERATIONS", 0)
     monkeypatch.setattr(sequences, "LEAST_ROWS", 1)
+    yield
+    monkeypatch.undo()
+    for cached in (sequences.lacks, sequences.lacks_mkl):
+        cached.cache_clear()
 
 
 @pytest.fixture

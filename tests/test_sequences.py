@@ -30,8 +30,8 @@ from jaxgpt.training import TrainConfig, init_state, make_step, train
 pytestmark = [needs_compiler, pytest.mark.usefixtures("compiled_quickly_by_default")]
 
 
-@pytest.mark.parametrize("K", [8, 21, 70])
-def test_dropped_weights_reach_neither_the_result_nor_a_gradient(K, natively):
+@pytest.mark.parametrize(("K", "by"), [(8, "tiles"), (21, "tiles"), (70, "tiles"), (21, "MKL")])
+def test_dropped_weights_reach_neither_the_result_nor_a_gradient(K, by, natively):
     T, block, factor = 150, 64, 1.25
     q, k, v, g = inputs(T, H=2, K=K)
     q /= K**0.5
@@ -66,12 +66,13 @@ def test_dropout_drops_its_share_of_the_weights_and_keeps_their_mean(natively):
     assert 0.8 < float(y.std() / np.sqrt((1 / 3) / 192)) < 1.2
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_what_is_not_a_number_reaches_the_result_but_not_that_of_earlier_blocks(dtype, natively):
+@pytest.mark.parametrize("operands", ["float32", "float32, MKL", "bfloat16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_reaches_the_result_but_not_that_of_earlier_blocks(operands, bad, natively):
     q, k, v, _ = inputs(300, H=12)
-    block, broken = 96, 155
+    block, broken, dtype = 96, 155, operands.split(",")[0]
     for i in range(3):
-        operands = [x.at[0, 0, broken, 3].set(jnp.nan) if i == j else x for j, x in enumerate((q, k, v))]
+        operands = [x.at[0, 0, broken, 3].set(bad) if i == j else x for j, x in enumerate((q, k, v))]
         y, pull_back = jax.vjp(lambda q, k, v: native_attention(q, Seen(k, v, 0, None, dtype)), *operands)
         dq, _, _ = pull_back(jnp.ones_like(y))
         assert not np.isfinite(y[0, 0, broken]).all()

@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
     if not kernel.available():  # which lookup needs
         chosen = [work for work in chosen if work.kind not in ("copy", "mislead")]
 
-    def measured(module: str, name: str, *arguments: str, most: float = 1800) -> dict[str, Any]:
+    def measured(module: str, name: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
         # Each result is told at once: all of them may take an hour, and this may be stopped before.
         print(f"{name} {' '.join(arguments)}".strip(), end="", file=sys.stderr, flush=True)
         try:
-            result = benchmark.run_in_process(module, name, args.preset, *arguments, timeout=most)
+            result = benchmark.run_in_process(module, name, args.preset, *arguments, timeout=timeout)
         except RuntimeError:
             print(": failed", file=sys.stderr)
             raise
@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
         patience = 1800.0
         for _ in range(args.rounds):  # alternating, so that a busy moment affects all of them
             for program, results in runs.items():
+                if program in failures:
+                    continue
                 module, extra = "jaxgpt.measuring.peers", [program]
                 if work.platform != "cpu":
                     extra.append(work.platform)
@@ -115,9 +117,9 @@ def run(args: argparse.Namespace) -> int:
                     )
                 began = time.perf_counter()
                 try:
-                    results.append(measured(module, work.name, *extra, most=patience))
+                    results.append(measured(module, work.name, *extra, timeout=patience))
                     if program == "jaxgpt":
-                        # PyTorch's bfloat16 takes hours on a processor without units for it.
+                        # PyTorch takes many minutes in bfloat16 on a processor without units for it.
                         patience = max(300.0, 10 * (time.perf_counter() - began))
                 except RuntimeError as error:  # the other rows still count
                     failures[program] = str(error)

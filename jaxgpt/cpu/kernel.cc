@@ -2,8 +2,9 @@
 //
 // A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors
 // and, with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the
-// type it is stored in, and the rows that come next are prefetched. Integers are multiplied as such. XLA runs attention's products on one thread; here
-// the threads share the heads. kernel.py builds and loads this file.
+// type it is stored in, and the rows that come next are prefetched. W in int8 is multiplied as integers, by x rounded to
+// 16 bits. XLA runs attention's products on one thread; here the threads share the heads. kernel.py builds and loads this
+// file.
 //
 // A row's result has the same bits whatever rows come with it, however many threads there are, and at whatever slot of
 // the cache it starts: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py
@@ -47,7 +48,7 @@ struct As<int16_t> {
 };
 
 // Rounds a row of x to integers q of 16 bits. Returns their step: x is about step q. If x holds a NaN or an infinity,
-// step q is NaN.
+// the step is such that step q is NaN. Where all of x is below 1e-34, q is 0.
 float ToIntegers(const float* x, int64_t D, int16_t* q) {
   const Floats zero = {}, magic = zero + 0x1.8p23f;  // adding `magic` rounds to an integer, in the lower bits
   Floats highest = zero;
@@ -59,7 +60,8 @@ float ToIntegers(const float* x, int64_t D, int16_t* q) {
   for (int64_t l = 0; l < kLanes; ++l) most = highest[l] > most || highest[l] != highest[l] ? highest[l] : most;
   const float per_step = most > 0 ? 32767 / most : 0;
   for (int64_t d = 0; d < D; d += kLanes) {
-    const auto rounded = __builtin_convertvector((Ints)Fma(Load(x + d, D - d), zero + per_step, magic), Vector<int16_t>);
+    const auto shifted = (Ints)Fma(Load(x + d, D - d), zero + per_step, magic);
+    const auto rounded = __builtin_convertvector(shifted, Vector<int16_t>);
     std::memcpy(q + d, &rounded, std::min(D - d, kLanes) * sizeof(int16_t));
   }
   return most / 32767;

@@ -28,7 +28,8 @@ def few_rows_product(rows: int, weight_OxD: Array, dtype: str, native_kernel: bo
     cost; None if there are more.
 
     All forms read W once, in the dtype it is stored in. With `native_kernel` the form is that of `jaxgpt.cpu.kernel`,
-    which has no gradient and does not round W, so it is not used for a float32 W that `dtype` would round. The others
+    which has no gradient and does not round W, so it is not used for a float32 W that `dtype` would round; beside an
+    int8 W it rounds x to 16 bits. The others
     run in XLA; with an int8 W, 2 to `FEW_ROWS` rows of x are rounded to 15 bits and have no gradient.
     """
     exact = weight_OxD.dtype != jnp.float32 or dtype == "float32"

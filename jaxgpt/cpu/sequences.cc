@@ -9,7 +9,7 @@
 namespace {
 
 ffi::Error NoTiles() {
-  return ffi::Error::InvalidArgument("operands in float32 take AVX2 or MKL, those in bfloat16 AVX512_BF16; others are not multiplied");
+  return ffi::Error::InvalidArgument("operands in float32 take AVX2 and FMA, those in bfloat16 AVX512_BF16; others are not multiplied");
 }
 
 // Calls use(way) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`.

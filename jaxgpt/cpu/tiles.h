@@ -1,8 +1,8 @@
-// Matrix products of packed tiles, whose sums are float32: in float32 by the vectors of a processor with AVX2 or AVX-512,
-// in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX.
+// Matrix products of packed tiles, whose sums are float32: in float32 by the vectors of a processor with AVX2 or
+// AVX-512, in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX.
 //
-// A tile has as many rows as a vector has floats, of one vector each: with AVX-512, 16 of 64 bytes, which is also what a
-// tile unit holds. One of the left operand holds its rows. One of the right operand holds as many columns; a row of it
+// A tile has as many rows as a vector has floats, of one vector each: with AVX-512, 16 of 64 bytes, which is also what
+// a tile unit holds. One of the left operand holds its rows. One of the right operand holds as many columns; a row of it
 // has of each column a number, or in bfloat16 two that follow each other in a sum, which one instruction multiplies.
 // Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
 
@@ -172,8 +172,8 @@ void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, P* to) {
       }
 }
 
-// c + a b, for one word of a left tile and a row of a right one. (Nothing is subtracted from the number: that, unlike
-// adding to zeros, the compiler can leave out.)
+// c + a b, for one word of a left tile and a row of a right one. `*a - Floats{}` copies *a to all lanes; with + it would
+// cost an addition, because -0 + 0 is +0.
 inline Floats Added(Floats c, const float* a, Words b) { return Fma(*a - Floats{}, (Floats)b, c); }
 #ifdef JAXGPT_BF16_TILES
 inline Floats Added(Floats c, const BF16* a, Words b) {

@@ -11,7 +11,7 @@
 #include <thread>
 #include <type_traits>
 #include <vector>
-#if defined(__AVX512F__) || defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -103,6 +103,11 @@ inline Ints MultiplyAdd(Shorts a, Shorts b, Ints c) {
   c += (Ints)_mm256_madd_epi16((__m256i)a, (__m256i)b);
   asm("" : "+x"(c));
   return c;
+#elif defined(__SSE2__) && !defined(__AVX512F__)
+  __m128i as[2], bs[2];
+  std::memcpy(as, &a, sizeof a), std::memcpy(bs, &b, sizeof b);
+  const __m128i sums[] = {_mm_madd_epi16(as[0], bs[0]), _mm_madd_epi16(as[1], bs[1])};
+  return c + Read<Ints>(sums);
 #else
   const auto upper = [](Shorts x) { return (Ints)x >> 16; };
   const auto lower = [](Shorts x) { return (Ints)((Vector<uint32_t>)x << 16) >> 16; };
