@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     if not kernel.available():  # which lookup needs
         chosen = [work for work in chosen if work.kind not in ("copy", "mislead")]
 
-    def measured(module: str, name: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
+    def measured(module: str, name: str, *arguments: str, timeout: float = benchmark.LONGEST) -> dict[str, Any]:
         # Each result is told at once: all of them may take an hour, and this may be stopped before.
         print(f"{name} {' '.join(arguments)}".strip(), end="", file=sys.stderr, flush=True)
         try:
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         for peer in benchmark_peers.available(work) if args.peers else []:
             runs[peer] = []
         failures: dict[str, str] = {}
-        patience = 1800.0
+        patience = benchmark.LONGEST
         for _ in range(args.rounds):  # alternating, so that a busy moment affects all of them
             for program, results in runs.items():
                 if program in failures:

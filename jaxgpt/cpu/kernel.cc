@@ -54,10 +54,9 @@ float ToIntegers(const float* x, int64_t D, int16_t* q) {
   Floats highest = zero;
   for (int64_t d = 0; d < D; d += kLanes) {
     const Floats value = Load(x + d, D - d), size = value < 0 ? -value : value;
-    highest = size > highest || size != size ? size : highest;
+    highest = Larger(size, highest);
   }
-  float most = 0;
-  for (int64_t l = 0; l < kLanes; ++l) most = highest[l] > most || highest[l] != highest[l] ? highest[l] : most;
+  const float most = Largest(highest);
   const float per_step = most > 0 ? 32767 / most : 0;
   for (int64_t d = 0; d < D; d += kLanes) {
     const auto shifted = (Ints)Fma(Load(x + d, D - d), zero + per_step, magic);
@@ -94,11 +93,7 @@ void Tile(const X* x, const W* w, float* y, int64_t D, int64_t O) {
     }
     for (; d + kWidth <= end; d += kWidth) step(d, whole);
     if (d < end)
-      step(d, [n = end - d](const auto* p) {
-        std::decay_t<decltype(*p)> few[As<X>::kWidth] = {};
-        std::memcpy(few, p, n * sizeof *p);
-        return As<X>::Load(few);
-      });
+      step(d, [n = end - d, whole](const auto* p) { return LoadFew<As<X>::kWidth>(p, n, whole); });
     d = end;
 #pragma GCC unroll 8
     for (int b = 0; b < B; ++b)

@@ -136,10 +136,9 @@ void Forward(const Shape& s, int64_t b, int64_t i, const T* q, const typename By
     Floats highest = Floats{} + kUnseen, sum = {};
     for (int64_t j = 0; j <= to; j += kLanes) {
       const Floats x = Only(Load(row + j), j, from, to, kUnseen);
-      highest = x > highest || x != x ? x : highest;
+      highest = Larger(x, highest);
     }
-    float most = highest[0];
-    for (int64_t l = 1; l < kLanes; ++l) most = highest[l] > most || highest[l] != highest[l] ? highest[l] : most;
+    const float most = Largest(highest);
     const auto out = [&](int64_t j) { return weights + By::Rows::Place(t - t0, j, n); };
     int64_t j = 0;
     for (; j <= to; j += kLanes) {

@@ -167,7 +167,7 @@ void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, P* to) {
           }
         }
         if (x.flipped != (side == Side::kRight)) Transpose(lines);
-#pragma GCC unroll 16
+#pragma GCC unroll 16  // copied whole, they would leave their registers first
         for (int64_t r = 0; r < kSide; ++r) std::memcpy(to + r * kStep<P>, &lines[r], sizeof lines[r]);
       }
 }

@@ -115,17 +115,17 @@ inline Ints MultiplyAdd(Shorts a, Shorts b, Ints c) {
 #endif
 }
 
-// The first n of a vector's elements, then zeros.
-template <typename T>
-inline Floats LoadFew(const T* p, int64_t n) {
-  T few[kLanes] = {};
+// What `load` makes of the first n of N elements, and zeros for the rest.
+template <int64_t N, typename T, typename L>
+inline auto LoadFew(const T* p, int64_t n, const L& load) {
+  T few[N] = {};
   std::memcpy(few, p, n * sizeof(T));
-  return Load(few);
+  return load(few);
 }
 
 template <typename T>
 inline Floats Load(const T* p, int64_t n) {
-  return n >= kLanes ? Load(p) : LoadFew(p, n);
+  return n >= kLanes ? Load(p) : LoadFew<kLanes>(p, n, [](const T* few) { return Load(few); });
 }
 
 inline void Store(float* p, Floats x, int64_t n) { std::memcpy(p, &x, std::min(n, kLanes) * sizeof(float)); }
@@ -137,6 +137,14 @@ inline float Sum(V x) {
   Vector<float, sizeof(V) / 8> halves[2];
   std::memcpy(halves, &x, sizeof x);
   return Sum(halves[0] + halves[1]);
+}
+
+// The larger of two numbers, lane by lane, and the largest of a vector's; NaN if one of them is.
+inline Floats Larger(Floats a, Floats b) { return a > b || a != a ? a : b; }
+inline float Largest(Floats x) {
+  float most = x[0];
+  for (int64_t l = 1; l < kLanes; ++l) most = x[l] > most || x[l] != x[l] ? x[l] : most;
+  return most;
 }
 
 constexpr int64_t Quotient(int64_t a, int64_t b) { return (a + b - 1) / b; }  // rounded up

@@ -31,6 +31,8 @@ PROMPT, NEW = 32, 128
 # Ids of a text to continue with lookup, and ids per reading there.
 LOOKUP_PROMPT, LOOKUP = 128, 8
 QUESTIONS = 100
+# Seconds that a process may take.
+LONGEST = 1800.0
 # Batches per repetition, and ids to draw them from.
 FED, FEED_IDS = 50, 2**25
 CHARACTER_MODEL = {
@@ -207,7 +209,7 @@ def limit(work: Workload, read_bytes_per_s: float, flops_per_s: dict[str, float]
     return None
 
 
-def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout: float = 1800) -> dict[str, Any]:
+def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout: float = LONGEST) -> dict[str, Any]:
     """Returns the JSON object that `python -m module NAME PRESET ...` prints last.
 
     Raises:
