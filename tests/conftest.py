@@ -96,7 +96,7 @@ def natively(built, monkeypatch, request):
     by MKL if they name it. Where the processor cannot, or MKL is not installed, the test is skipped."""
     parameters = getattr(request.node, "callspec", None)
     named = "" if parameters is None else str(parameters.params)
-    flags = {"GenuineIntel", "avx2", "fma", "avx512f", "avx512_bf16"}
+    flags = {"GenuineIntel", "avx2", "fma"}
     monkeypatch.setattr(sequences, "_processor_flags", lambda: flags)
     if "MKL" not in named:
         monkeypatch.setattr(sequences, "_mkl", lambda: None)

@@ -1,5 +1,5 @@
-// Matrix products with float32 sums, in two ways that have the same functions: `ByTiles`, of numbers in float32 or
-// bfloat16, and `ByLibrary`, of float32 by Intel's MKL.
+// Matrix products with float32 sums, in two ways that have the same functions: `ByTiles`, which packs numbers as float32
+// or bfloat16, and `ByLibrary`, of float32 by Intel's MKL.
 //
 // Their `Product` shares the work between the threads of XLA's pool; the rest is for one thread.
 
@@ -133,7 +133,8 @@ struct ByTiles {
   using Number = T;
   using Units = ::Units<T>;
 
-  static void Multiply(int64_t M, int64_t N, int64_t K, Matrix<T> a, Matrix<T> b, float* c, int64_t stride,
+  template <typename A, typename B>
+  static void Multiply(int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<B> b, float* c, int64_t stride,
                        bool add = false) {
     T *left = rooms[4].of<T>(PackedSize<T>(M, K)), *right = rooms[5].of<T>(PackedSize<T>(N, K));
     Pack(Side::kLeft, a, M, K, left);
@@ -184,7 +185,6 @@ struct ByTiles {
     }
   }
 
-  // A float32 operand beside one in bfloat16 is rounded while it is packed.
   template <typename A, typename B>
   static void Product(ffi::ThreadPool& pool, int64_t M, int64_t N, int64_t K, Matrix<A> a, Matrix<B> b, float* c) {
     // Tile units store a block in 32 pages of c, which costs them more than to copy whole rows.
@@ -203,9 +203,11 @@ struct ByTiles {
   // They are packed once, for as many of the functions as have a room.
   class Rows {
    public:
-    Rows(Matrix<T> x, int64_t length, int64_t K, Room* scores, Room* sums)
+    template <typename In>
+    Rows(Matrix<In> x, int64_t length, int64_t K, Room* scores, Room* sums)
         : for_scores(Packed(scores, x, length, K)), for_sums(Packed(sums, x.transpose(), K, length)), length(length), K(K) {}
-    void Scores(Matrix<T> q, int64_t m, int64_t start, int64_t n, float* c, int64_t stride) const {
+    template <typename In>
+    void Scores(Matrix<In> q, int64_t m, int64_t start, int64_t n, float* c, int64_t stride) const {
       T* left = rooms[4].of<T>(PackedSize<T>(m, K));
       Pack(Side::kLeft, q, m, K, left);
       const int64_t apart = PackedSize<T>(kBlock, K);
@@ -221,7 +223,8 @@ struct ByTiles {
     }
 
    private:
-    static const T* Packed(Room* room, Matrix<T> x, int64_t n, int64_t K) {
+    template <typename In>
+    static const T* Packed(Room* room, Matrix<In> x, int64_t n, int64_t K) {
       if (room == nullptr) return nullptr;
       T* to = room->of<T>(PackedSize<T>(n, K));
       Pack(Side::kRight, x, n, K, to);

@@ -9,18 +9,16 @@
 namespace {
 
 ffi::Error NoTiles() {
-  return ffi::Error::InvalidArgument("operands in float32 take AVX2 and FMA, those in bfloat16 AVX512_BF16; others are not multiplied");
+  return ffi::Error::InvalidArgument("operands must be float32 or bfloat16, and the processor must have AVX2 and FMA");
 }
 
-// Calls use(way) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`.
+// Calls use(way, number) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`, and a number of it.
 template <typename Use>
 ffi::Error ForType(ffi::DataType type, const Use& use) {
-  if (type == ffi::F32 && library != nullptr) return use(ByLibrary{}), ffi::Error::Success();
+  if (type == ffi::F32 && library != nullptr) return use(ByLibrary{}, float{}), ffi::Error::Success();
 #ifdef JAXGPT_TILES
-  if (type == ffi::F32) return use(ByTiles<float>{}), ffi::Error::Success();
-#endif
-#ifdef JAXGPT_BF16_TILES
-  if (type == ffi::BF16) return use(ByTiles<BF16>{}), ffi::Error::Success();
+  if (type == ffi::F32) return use(ByTiles<float>{}, float{}), ffi::Error::Success();
+  if (type == ffi::BF16) return use(ByTiles<FromBF16>{}, BF16{}), ffi::Error::Success();
 #endif
   return NoTiles();
 }
@@ -43,16 +41,18 @@ ffi::Error ProductOf(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, b
     if (type != ffi::F32 && type != ffi::BF16) return NoTiles();
   // Where one of them is in bfloat16, the other is rounded to it.
   const bool rounded = x.element_type() == ffi::BF16 || y.element_type() == ffi::BF16;
-  return ForType(rounded ? ffi::BF16 : ffi::F32, [&](auto by) {
+  return ForType(rounded ? ffi::BF16 : ffi::F32, [&](auto by, auto number) {
     using By = decltype(by);
+    using T = decltype(number);
     const auto with = [&](auto left, auto right) {
       By::Product(pool, M, N, K, left(x, xs, x_flipped), right(y, ys, y_flipped), result->typed_data());
     };
-    using T = typename By::Number;
+#ifdef JAXGPT_TILES
     if constexpr (std::is_same_v<T, BF16>) {
-      if (x.element_type() == ffi::F32) return with(MatrixOf<float>, MatrixOf<BF16>);
-      if (y.element_type() == ffi::F32) return with(MatrixOf<BF16>, MatrixOf<float>);
+      if (x.element_type() == ffi::F32) return with(MatrixOf<Rounded>, MatrixOf<T>);
+      if (y.element_type() == ffi::F32) return with(MatrixOf<T>, MatrixOf<Rounded>);
     }
+#endif
     with(MatrixOf<T>, MatrixOf<T>);
   });
 }
@@ -64,14 +64,14 @@ ffi::Error GeluOfProduct(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Bu
   if (xs.size() != 2 || ys.size() != 2 || sizes.size() != 2 || xs[1] != ys[1] || sizes[0] != xs[0] ||
       sizes[1] != ys[0] || int64_t(bias.element_count()) != ys[0] || xs[1] > kMostSummed)
     return ffi::Error::InvalidArgument("x must be [M, K], y [N, K], bias [N], the result [M, N], and K at most 4096");
-#ifdef JAXGPT_BF16_TILES
+#ifdef JAXGPT_TILES
   const int64_t N = ys[0], K = xs[1];
   const float* shift = bias.typed_data();
   BF16* out = reinterpret_cast<BF16*>(result->typed_data());
   const auto operand = [K](ffi::Buffer<ffi::BF16>& x) {
     return Matrix<BF16>{reinterpret_cast<const BF16*>(x.typed_data()), K};
   };
-  ByTiles<BF16>::Parts(pool, xs[0], N, K, operand(x), operand(y).transpose(), nullptr,
+  ByTiles<FromBF16>::Parts(pool, xs[0], N, K, operand(x), operand(y).transpose(), nullptr,
                        [=](const float* sums, int64_t stride, int64_t row, int64_t column, int64_t m, int64_t n, bool) {
                          for (int64_t r = 0; r < m; ++r, sums += stride)
                            for (int64_t i = 0; i < n; i += kLanes)
@@ -121,14 +121,14 @@ inline Floats Keep(Floats x, const uint8_t* kept, int64_t n) {
   return x * Load(reinterpret_cast<const int8_t*>(kept), n);
 }
 
-template <typename By, typename T = typename By::Number>
-void Forward(const Shape& s, int64_t b, int64_t i, const T* q, const typename By::Rows& k, const typename By::Rows& v,
+template <typename By, typename In, typename T = typename By::Number>
+void Forward(const Shape& s, int64_t b, int64_t i, const In* q, const typename By::Rows& k, const typename By::Rows& v,
              Mask mask, float* y, float* stats) {
   const int64_t K = s.K, apart = s.H * K, t0 = i * s.block, t1 = s.end(i), start = s.start(b, i), n = t1 - start;
   const int64_t stride = Apart(n);
   float* scores = rooms[0].of<float>(s.block * stride);
   T* weights = rooms[1].of<T>(Padded(s.block) * stride);
-  k.Scores({q + t0 * apart, apart}, t1 - t0, start, n, scores, stride);
+  k.Scores(Matrix<In>{q + t0 * apart, apart}, t1 - t0, start, n, scores, stride);
   float totals[kMostQueries];
   for (int64_t t = t0; t < t1; ++t) {
     float* row = scores + (t - t0) * stride;
@@ -159,11 +159,12 @@ void Forward(const Shape& s, int64_t b, int64_t i, const T* q, const typename By
   }
 }
 
-template <typename By, typename T = typename By::Number>
-void Backward(const Shape& s, int64_t b, const T* q, const T* keys, const T* values, const T* g, const float* inner,
+template <typename By, typename In, typename T = typename By::Number>
+void Backward(const Shape& s, int64_t b, const In* q, const In* keys, const In* values, const In* g, const float* inner,
               const float* stats, const std::vector<Mask>& masks, float* dq, float* dk, float* dv) {
   const int64_t K = s.K, apart = s.H * K;
-  const typename By::Rows k({keys, apart}, s.T, K, &rooms[6], &rooms[7]), v({values, apart}, s.T, K, &rooms[8], nullptr);
+  const typename By::Rows k(Matrix<In>{keys, apart}, s.T, K, &rooms[6], &rooms[7]);
+  const typename By::Rows v(Matrix<In>{values, apart}, s.T, K, &rooms[8], nullptr);
   // Those of keys and values are summed close together, [2, T, K].
   float *dk_sums = rooms[10].of<float>(2 * s.T * K), *dv_sums = dk_sums + s.T * K;
   std::memset(dk_sums, 0, 2 * s.T * K * sizeof(float));
@@ -176,7 +177,7 @@ void Backward(const Shape& s, int64_t b, const T* q, const T* keys, const T* val
     T* d_scores = rooms[3].of<T>(s.block * stride);
     // d_scores as the sum of keys reads them, which may be how they lie anyway.
     T* placed = By::kPlaced ? rooms[9].of<T>(Padded(s.block) * stride) : d_scores;
-    const Matrix<T> qs{q + t0 * apart, apart}, gs{g + t0 * apart, apart};
+    const Matrix<In> qs{q + t0 * apart, apart}, gs{g + t0 * apart, apart};
     k.Scores(qs, t1 - t0, start, n, scores, stride);
     v.Scores(gs, t1 - t0, start, n, d_weights, stride);
     const Mask mask = masks[i];
@@ -255,18 +256,18 @@ ffi::Error SequenceAttention(ffi::ThreadPool pool, ffi::AnyBuffer q, ffi::AnyBuf
   const Shape s = *shape;
   const auto masks = Masks(s, dropout, factor);
   if (masks.has_error()) return masks.error();
-  return ForType(q.element_type(), [&](auto by) {
+  return ForType(q.element_type(), [&](auto by, auto number) {
     using By = decltype(by);
-    using T = typename By::Number;
-    const auto in = [](ffi::AnyBuffer& x) { return static_cast<const T*>(x.untyped_data()); };
+    using In = decltype(number);
+    const auto in = [](ffi::AnyBuffer& x) { return static_cast<const In*>(x.untyped_data()); };
     // As many groups of blocks as keep all threads busy. The last blocks have most to do, so they come first.
     const int64_t heads = s.B * s.H, groups = std::min(s.blocks(), Quotient(4 * Threads(pool), heads));
     Share(pool, heads * groups, [&](int64_t n) {
       const typename By::Units units;
       const int64_t bh = n % heads, group = groups - 1 - n / heads, at = s.at(bh), apart = s.H * s.K;
       const int64_t blocks = s.blocks() * (group + 1) / groups, end = s.end(blocks - 1);
-      const typename By::Rows keys({in(k) + at, apart}, end, s.K, &rooms[2], nullptr);
-      const typename By::Rows values({in(v) + at, apart}, end, s.K, nullptr, &rooms[3]);
+      const typename By::Rows keys(Matrix<In>{in(k) + at, apart}, end, s.K, &rooms[2], nullptr);
+      const typename By::Rows values(Matrix<In>{in(v) + at, apart}, end, s.K, nullptr, &rooms[3]);
       for (int64_t i = s.blocks() * group / groups; i < blocks; ++i)
         Forward<By>(s, bh / s.H, i, in(q) + at, keys, values, MaskOf(s, (*masks)[i], bh, i), y->typed_data() + at,
                 stats->typed_data() + bh * s.T * 2);
@@ -286,10 +287,10 @@ ffi::Error SequenceAttentionGradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ff
     return ffi::Error::InvalidArgument("inner must be [B, H, T], and stats [B, H, T, 2]");
   const auto masks = Masks(s, dropout, factor);
   if (masks.has_error()) return masks.error();
-  return ForType(q.element_type(), [&](auto by) {
+  return ForType(q.element_type(), [&](auto by, auto number) {
     using By = decltype(by);
-    using T = typename By::Number;
-    const auto in = [](ffi::AnyBuffer& x) { return static_cast<const T*>(x.untyped_data()); };
+    using In = decltype(number);
+    const auto in = [](ffi::AnyBuffer& x) { return static_cast<const In*>(x.untyped_data()); };
     Share(pool, s.B * s.H, [&](int64_t bh) {
       const typename By::Units units;
       std::vector<Mask> own(s.blocks());
@@ -307,13 +308,10 @@ ffi::Error SequenceAttentionGradients(ffi::ThreadPool pool, ffi::AnyBuffer q, ff
 // MKL's cblas_sgemm.
 extern "C" void JaxgptUseLibrary(void* function) { library = reinterpret_cast<Gemm>(function); }
 
-// Whether numbers are multiplied here without a library: those in float32 if the argument is 1, those in bfloat16 if it is
-// 0.
-extern "C" int JaxgptHasTiles(int float32) {
-#if defined(JAXGPT_BF16_TILES)
+// Whether numbers are multiplied here without a library.
+extern "C" int JaxgptHasTiles() {
+#ifdef JAXGPT_TILES
   return 1;
-#elif defined(JAXGPT_TILES)
-  return float32;
 #else
   return 0;
 #endif

@@ -1,11 +1,11 @@
 """Products and attention over whole sequences on a CPU, `sequences.cc`; what stands between two products is computed
 while it is in a core's cache.
 
-In bfloat16, what multiplies are the tile units of a processor with AMX, or else the vectors of one with AVX512_BF16. In
-float32 it is MKL on Intel's processors, if that is installed (extra [mkl]); or else the vectors of one with AVX2 or
-AVX-512 in attention, and XLA everywhere else, which is the faster one there. `ComputeConfig.native_sequences` asks for
-all this. `jaxgpt.prepare` and the trainer turn it on where one of these is there and the kernel is built.
-JAXGPT_KERNEL=0 keeps it off.
+In bfloat16, what multiplies are the tile units of a processor with AMX, or else the vectors of one with AVX512_BF16; on
+others with AVX2 or AVX-512 those of float32, as which the operands are then read. In float32 it is MKL on Intel's
+processors, if that is installed (extra [mkl]); or else these vectors in attention, and XLA everywhere else, which is as
+fast. `ComputeConfig.native_sequences` asks for all this. `jaxgpt.prepare` and the trainer turn it on where the kernel is
+built. JAXGPT_KERNEL=0 keeps it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
@@ -41,7 +41,7 @@ def missing(dtype: str) -> str:
         return "the kernel is not built or not used (jaxgpt build-kernel)"
     if dtype == "float32":
         lacks_mkl(kernel.path())  # from here on it is used, if it is there
-    return lacks(kernel.path(), dtype)
+    return lacks(kernel.path())
 
 
 def preferred(dtype: str) -> bool:
@@ -58,8 +58,7 @@ def preferred_or_built(dtype: str) -> bool:
 
 def _suits(dtype: str) -> bool:
     """Whether it is faster than XLA on this processor."""
-    needed = {"float32": {"avx2", "fma"}, "bfloat16": {"avx512_bf16"}}
-    return dtype in needed and needed[dtype] <= _processor_flags()
+    return dtype in ("float32", "bfloat16") and {"avx2", "fma"} <= _processor_flags()
 
 
 def _suits_mkl() -> bool:
@@ -88,15 +87,13 @@ def _mkl() -> str | None:
 
 
 @functools.cache
-def lacks(file: Path, dtype: str) -> str:
-    """What the kernel in a file lacks for operands of this type; '' if nothing."""
+def lacks(file: Path) -> str:
+    """What the kernel in a file lacks; '' if nothing."""
     try:
-        if ctypes.CDLL(str(file)).JaxgptHasTiles(dtype == "float32"):
-            return ""
+        there = ctypes.CDLL(str(file)).JaxgptHasTiles()
     except (OSError, AttributeError) as error:
         return f"the kernel cannot be used ({error})"
-    units = "AVX2 and FMA" if dtype == "float32" else "AVX512_BF16"
-    return f"in {dtype} it needs a processor and a compiler with {units}"
+    return "" if there else "it needs a processor and a compiler with AVX2 and FMA"
 
 
 @functools.cache

@@ -1,5 +1,6 @@
 // Matrix products of packed tiles, whose sums are float32: in float32 by the vectors of a processor with AVX2 or
-// AVX-512, in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX.
+// AVX-512, in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX. Without these, numbers in
+// bfloat16 become float32 as they are packed.
 //
 // A tile has as many rows as a vector has floats, of one vector each: with AVX-512, 16 of 64 bytes, which is also what
 // a tile unit holds. One of the left operand holds its rows. One of the right operand holds as many columns; a row of it
@@ -92,13 +93,22 @@ constexpr int64_t PackedSize(int64_t n, int64_t K) {
   return Quotient(n, kBlock) * Steps<T>(K) * 2 * kTile<T>;
 }
 
-// A mask of the first n lanes.
-#ifdef __AVX512F__
-inline uint32_t Few(int64_t n) { return n >= 32 ? ~uint32_t{0} : (uint32_t{1} << std::max<int64_t>(n, 0)) - 1; }
-#else
-inline __m256i Few(int64_t n) {
-  return (__m256i)(Vector<int32_t>{0, 1, 2, 3, 4, 5, 6, 7} < int32_t(std::min(n, kLanes)));
+// A number in float32 that is read as the nearest one in bfloat16.
+struct Rounded {
+  float number;
+};
+
+inline Floats Load(const Rounded* p) {
+  BF16 rounded[kLanes];
+  Put(rounded, Read<Floats>(p));
+  return Load(rounded);
 }
+
+// What numbers in bfloat16 are packed as.
+#ifdef JAXGPT_BF16_TILES
+using FromBF16 = BF16;
+#else
+using FromBF16 = float;
 #endif
 
 // How numbers are packed: `Row` takes the first n of those that follow each other, up to a whole row of a tile, and
@@ -109,21 +119,17 @@ struct Packing {};
 
 template <>
 struct Packing<float> {
-  static Words Row(const float* p, int64_t n) {
-#ifdef __AVX512F__
-    return (Words)_mm512_maskz_loadu_ps(Few(n), p);
-#else
-    return (Words)_mm256_maskload_ps(p, Few(n));
-#endif
-  }
-  static Words Across(const float* p, int64_t, int64_t left, int64_t n) { return left > 0 ? Row(p, n) : Words{}; }
+  template <typename T>
+  static Words Row(const T* p, int64_t n) { return n > 0 ? (Words)Load(p, n) : Words{}; }
+  template <typename T>
+  static Words Across(const T* p, int64_t, int64_t left, int64_t n) { return left > 0 ? Row(p, n) : Words{}; }
 };
 
 #ifdef JAXGPT_BF16_TILES
 template <>
 struct Packing<BF16> {
   static Words Row(const BF16* p, int64_t n) { return (Words)_mm512_maskz_loadu_epi16(Few(n), p); }
-  static Words Row(const float* p, int64_t n) {
+  static Words Row(const Rounded* p, int64_t n) {
     const __m512 upper = _mm512_maskz_loadu_ps(Few(n - kSide), p + kSide);
     return (Words)_mm512_cvtne2ps_pbh(upper, _mm512_maskz_loadu_ps(Few(n), p));
   }
@@ -134,10 +140,11 @@ struct Packing<BF16> {
   }
 
  private:
+  static uint32_t Few(int64_t n) { return n >= 32 ? ~uint32_t{0} : (uint32_t{1} << std::max<int64_t>(n, 0)) - 1; }
   static Words Half(const BF16* p, int64_t n) {
     return (Words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Few(n), p));
   }
-  static Words Half(const float* p, int64_t n) {
+  static Words Half(const Rounded* p, int64_t n) {
     return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(Few(n), p)));
   }
 };
@@ -280,16 +287,18 @@ inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c,
 }
 #endif
 
-#ifdef JAXGPT_BF16_TILES
 // x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel 2016.
 inline Floats Gelu(Floats x) {
   const Floats zero = {}, twice_u = x * Fma(x * x, zero + 0.0713548163f, zero + 1.59576912f);
   const Floats e = Exp(twice_u < 0 ? twice_u : -twice_u), sum = 1 + e;
+#ifdef __AVX512F__
   Floats inverse = (Floats)_mm512_rcp14_ps((__m512)sum);
   inverse *= 2 - sum * inverse;  // one step of Newton's method
+#else
+  const Floats inverse = 1 / sum;
+#endif
   return x * inverse * (twice_u < 0 ? e : zero + 1);
 }
-#endif
 
 }  // namespace
 
