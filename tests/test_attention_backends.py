@@ -1,8 +1,8 @@
 """Every backend of attention against float64, what each refuses, and how one is chosen.
 
 cuDNN's kernel needs an NVIDIA GPU. Elsewhere the reference stands in for it, which tests everything around the kernel.
-Splash is interpreted; test_planner.py compiles it for TPUs. The native one is skipped in float32 without AVX2, or
-MKL where that multiplies, and in bfloat16 without AVX512_BF16.
+Splash is interpreted; test_planner.py compiles it for TPUs. The native one is skipped without AVX2, or without MKL
+where that multiplies.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """Products and attention over whole sequences by the kernel; when they are used, and when not. What all backends of
 attention have in common is in test_attention_backends.py.
 
-They need AVX2, and where MKL multiplies that as well (extra [mkl]); they run also where XLA is the faster. The last part
-needs nothing.
+They need AVX2, and where MKL multiplies that as well (extra [mkl]); they run also where XLA is the faster. The last
+part needs nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import pytest
 from helpers import TINY, exhaustive, make_model, needs_compiler, random_ids
 from test_attention_backends import inputs
 
-from jaxgpt import generate, lora, prepare, scan_generate
+from jaxgpt import GPT, generate, lora, prepare, scan_generate
 from jaxgpt.config import ComputeConfig
 from jaxgpt.cpu import kernel, sequences
 from jaxgpt.errors import ConfigError
@@ -118,6 +119,29 @@ def test_a_float32_operand_beside_a_bfloat16_one_is_rounded_in_the_product(subsc
     got = sequences.product(subscripts, x, y)(x, y)
     np.testing.assert_array_equal(got, sequences.product(subscripts, x, y_as_well)(x, y_as_well))
     np.testing.assert_array_equal(got, sequences.product(swapped, y, x)(y, x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("subscripts", ["BD,OD->BO", "BD,DO->BO", "DB,OD->BO"])
+def test_integers_are_multiplied_as_numbers_of_the_type_beside_them(subscripts, dtype, natively):
+    rng = np.random.default_rng(0)
+    sizes = {"B": 150, "D": 77, "O": 135}
+    x_shape, y_shape = ([sizes[i] for i in operand] for operand in subscripts.partition("->")[0].split(","))
+    x, y = jnp.asarray(rng.normal(size=x_shape), dtype), jnp.asarray(rng.integers(-127, 128, y_shape), jnp.int8)
+    got, wide = sequences.product(subscripts, x, y)(x, y), y.astype(dtype)
+    np.testing.assert_array_equal(got, sequences.product(subscripts, x, wide)(x, wide))
+
+
+def test_a_prompt_reads_weights_in_int8_as_they_are(natively):
+    model, params = prepare(*make_model(TINY), dtype="int8")
+    ids = random_ids(TINY, 5, 16)  # more rows than are few
+    apply = jax.jit(lambda model, params, ids: model.apply({"params": params}, ids), static_argnums=0)
+    calls = re.findall(
+        r"@jaxgpt_product.*: \(tensor<.*xf32>, tensor<.*x(.*)>\)", apply.lower(model, params, ids).as_text()
+    )
+    assert calls == ["i8"] * (4 * TINY.n_layers + 1)
+    want = apply(GPT(model.config, model.compute.portable()), params, ids)
+    np.testing.assert_allclose(apply(model, params, ids), want, atol=2e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16"])

@@ -9,7 +9,7 @@
 namespace {
 
 ffi::Error NoTiles() {
-  return ffi::Error::InvalidArgument("operands must be float32 or bfloat16, and the processor must have AVX2 and FMA");
+  return ffi::Error::InvalidArgument("operands must be float32 or bfloat16, one of a product may be int8, and the processor must have AVX2 and FMA");
 }
 
 // Calls use(way, number) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`, and a number of it.
@@ -37,24 +37,26 @@ ffi::Error ProductOf(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, b
   const int64_t M = sizes[0], N = sizes[1], K = xs[x_flipped ? 0 : 1];
   if (xs[x_flipped ? 1 : 0] != M || ys[y_flipped ? 0 : 1] != N || ys[y_flipped ? 1 : 0] != K)
     return ffi::Error::InvalidArgument("x must be [M, K], y [K, N] and the result [M, N]");
-  for (const auto type : {x.element_type(), y.element_type()})
-    if (type != ffi::F32 && type != ffi::BF16) return NoTiles();
-  // Where one of them is in bfloat16, the other is rounded to it.
-  const bool rounded = x.element_type() == ffi::BF16 || y.element_type() == ffi::BF16;
-  return ForType(rounded ? ffi::BF16 : ffi::F32, [&](auto by, auto number) {
-    using By = decltype(by);
-    using T = decltype(number);
-    const auto with = [&](auto left, auto right) {
-      By::Product(pool, M, N, K, left(x, xs, x_flipped), right(y, ys, y_flipped), result->typed_data());
-    };
+  const auto x_type = x.element_type(), y_type = y.element_type();
+  const auto with = [&](auto by, auto left, auto right) {
+    by.Product(pool, M, N, K, left(x, xs, x_flipped), right(y, ys, y_flipped), result->typed_data());
+  };
+  if (x_type == y_type)
+    return ForType(x_type, [&](auto by, auto number) {
+      using T = decltype(number);
+      with(by, MatrixOf<T>, MatrixOf<T>);
+    });
 #ifdef JAXGPT_TILES
-    if constexpr (std::is_same_v<T, BF16>) {
-      if (x.element_type() == ffi::F32) return with(MatrixOf<Rounded>, MatrixOf<T>);
-      if (y.element_type() == ffi::F32) return with(MatrixOf<T>, MatrixOf<Rounded>);
-    }
+  // Where one of them is in bfloat16, the other is rounded to it; integers become the type that is beside them.
+  const auto are = [&](auto one, auto other) { return x_type == one && y_type == other; };
+  const ByTiles<float> floats;
+  const ByTiles<FromBF16> halves;
+  if (are(ffi::BF16, ffi::F32)) return with(halves, MatrixOf<BF16>, MatrixOf<Rounded>), ffi::Error::Success();
+  if (are(ffi::F32, ffi::BF16)) return with(halves, MatrixOf<Rounded>, MatrixOf<BF16>), ffi::Error::Success();
+  if (are(ffi::F32, ffi::S8)) return with(floats, MatrixOf<float>, MatrixOf<int8_t>), ffi::Error::Success();
+  if (are(ffi::BF16, ffi::S8)) return with(halves, MatrixOf<BF16>, MatrixOf<int8_t>), ffi::Error::Success();
 #endif
-    with(MatrixOf<T>, MatrixOf<T>);
-  });
+  return NoTiles();
 }
 
 // gelu(x y^T + bias), rounded to bfloat16, for x [M, K], y [N, K] and bias [N].

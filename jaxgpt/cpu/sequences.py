@@ -1,11 +1,11 @@
 """Products and attention over whole sequences on a CPU, `sequences.cc`; what stands between two products is computed
 while it is in a core's cache.
 
-In bfloat16, what multiplies are the tile units of a processor with AMX, or else the vectors of one with AVX512_BF16; on
-others with AVX2 or AVX-512 those of float32, as which the operands are then read. In float32 it is MKL on Intel's
-processors, if that is installed (extra [mkl]); or else these vectors in attention, and XLA everywhere else, which is as
-fast. `ComputeConfig.native_sequences` asks for all this. `jaxgpt.prepare` and the trainer turn it on where the kernel is
-built. JAXGPT_KERNEL=0 keeps it off.
+In bfloat16, what multiplies are the tile units of a processor with AMX, or the vectors of one with AVX512_BF16; where
+there is AVX2 alone, operands are read as float32. In float32 it is MKL on Intel's processors, if that is installed
+(extra [mkl]); or else vectors in attention, and XLA everywhere else, which is as fast. `ComputeConfig.native_sequences`
+asks for all this. `jaxgpt.prepare` and the trainer turn it on where the processor has AVX2 and the kernel is built.
+JAXGPT_KERNEL=0 keeps it off.
 
 Sizes: M rows, N columns, B batch, H heads, T queries and keys, K head_dim.
 """
@@ -119,12 +119,13 @@ def lacks_mkl(file: Path) -> str:
 def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Array] | None:
     """A function that computes an einsum of two arrays like these, in float32; None if it is not a single large matrix
     product of float32 or bfloat16, or if XLA computes it as fast. If one is in bfloat16, the other is rounded to it.
+    The second may be in int8, which XLA would first convert, in a pass of its own.
 
     Raises:
         ConfigError: if the kernel, or what it multiplies with, is missing.
     """
     types = {x.dtype.name, y.dtype.name}
-    if not types <= {"float32", "bfloat16"}:
+    if not types <= {"float32", "bfloat16", "int8"} or x.dtype == jnp.int8:
         return None
     if reason := missing(min(types)):
         raise ConfigError(f"native_sequences=True cannot be had: {reason}; jaxgpt.prepare turns it on where it can")
@@ -157,8 +158,8 @@ def product(subscripts: str, x: Array, y: Array) -> Callable[[Array, Array], Arr
 
 
 def matrix_product(x: Array, y: Array, x_flipped: bool, y_flipped: bool) -> Array:
-    """x y in float32, [M, N], for matrices x [M, K] and y [K, N], each in float32 or bfloat16; a float32 one beside one
-    in bfloat16 is rounded to it. One that is flipped is given as its transpose."""
+    """x y in float32, [M, N], for matrices x [M, K] and y [K, N], each in float32 or bfloat16, y also in int8; a
+    float32 one beside one in bfloat16 is rounded to it. One that is flipped is given as its transpose."""
     shape = x.shape[1 if x_flipped else 0], y.shape[0 if y_flipped else 1]
     result = jax.ShapeDtypeStruct(shape, jnp.float32)
     call = jax.ffi.ffi_call("jaxgpt_product", result, vmap_method="sequential")

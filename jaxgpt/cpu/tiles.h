@@ -129,9 +129,10 @@ struct Packing<float> {
 template <>
 struct Packing<BF16> {
   static Words Row(const BF16* p, int64_t n) { return (Words)_mm512_maskz_loadu_epi16(Few(n), p); }
-  static Words Row(const Rounded* p, int64_t n) {
-    const __m512 upper = _mm512_maskz_loadu_ps(Few(n - kSide), p + kSide);
-    return (Words)_mm512_cvtne2ps_pbh(upper, _mm512_maskz_loadu_ps(Few(n), p));
+  template <typename T>
+  static Words Row(const T* p, int64_t n) {
+    const __m512 upper = Wide(p + kSide, n - kSide);
+    return (Words)_mm512_cvtne2ps_pbh(upper, Wide(p, n));
   }
   template <typename T>
   static Words Across(const T* p, int64_t stride, int64_t left, int64_t n) {
@@ -144,9 +145,13 @@ struct Packing<BF16> {
   static Words Half(const BF16* p, int64_t n) {
     return (Words)_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(Few(n), p));
   }
-  static Words Half(const Rounded* p, int64_t n) {
-    return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(Few(n), p)));
+  template <typename T>
+  static Words Half(const T* p, int64_t n) {
+    return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(Wide(p, n)));
   }
+  // The first n of a vector of numbers, in float32, before they are rounded.
+  static __m512 Wide(const Rounded* p, int64_t n) { return _mm512_maskz_loadu_ps(Few(n), p); }
+  static __m512 Wide(const int8_t* p, int64_t n) { return n > 0 ? (__m512)Load(p, n) : __m512{}; }
 };
 #endif
 

@@ -65,9 +65,9 @@ def _dot(
 
 
 def _operand(y: Array, dtype: str, native: bool) -> Array:
-    """y in `dtype`, or a float32 y for `_einsum` to round where that takes no copy: a weight, and its copy in bfloat16
+    """y in `dtype`, or a y in float32 or int8 for `_einsum` to convert where that takes no copy: a weight, and its copy
     would be made in every step."""
-    return y if native and y.dtype == jnp.float32 and not is_distributed(y) else y.astype(dtype)
+    return y if native and y.dtype in (jnp.float32, jnp.int8) and not is_distributed(y) else y.astype(dtype)
 
 
 def _einsum(subscripts: str, x: Array, y: Array, result: str = "float32", native: bool = False) -> Array:
