@@ -27,8 +27,8 @@ import jaxgpt
 from jaxgpt.cli import main
 from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError
+from jaxgpt.training import lease, storage
 from jaxgpt.training import loop as trainer
-from jaxgpt.training import storage
 from jaxgpt.training.checkpoints import Checkpoints
 from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run
@@ -116,8 +116,8 @@ def files(emulator):
 @pytest.fixture
 def quick(monkeypatch):
     """A lock is renewed, and taken over, soon."""
-    monkeypatch.setattr(storage, "RENEWAL", 0.1)
-    monkeypatch.setattr(storage, "STALE", 1.0)
+    monkeypatch.setattr(lease, "RENEWAL", 0.1)
+    monkeypatch.setattr(lease, "STALE", 1.0)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ and never appended to, no directory can be renamed, and no lock ends with the pr
 |---|---|---|
 | a checkpoint is complete | once its directory has its name | once orbax has written its commit_success.txt |
 | a line of metrics | is appended | is in memory until the next checkpoint, at most `FLUSH` seconds |
-| one trainer at a time | a lock of the system | the object `.lock`, which its trainer renews every `RENEWAL` seconds |
+| one trainer at a time | a lock of the system | the object `.lock`, which its trainer renews (lease.py) |
 
 A killed trainer loses no line that a resumed run would not write again: the lines up to a checkpoint's step are in the
 bucket before the checkpoint is. Of several processes, each writes its own part of a checkpoint to the bucket.
@@ -29,10 +29,7 @@ import fcntl
 import logging
 import os
 import re
-import secrets
-import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,15 +39,11 @@ from jaxgpt.checks import first_line
 from jaxgpt.errors import CheckpointError, ConfigError, require
 from jaxgpt.files import local, new_directory, replacing_directory, unsupported, write_text
 from jaxgpt.textfile import parse_json, read_json
+from jaxgpt.training.lease import ANOTHER, LOCK, Lease
 
 # Seconds.
 FLUSH = 30.0  # between two writes of the metrics to a bucket, without a checkpoint
-RENEWAL = 10.0  # between two signs of life of the trainer that holds a bucket's lock
-STALE = 3 * RENEWAL  # after which a lock without one is another's to take
 REACH = 20.0  # in which a bucket must answer
-
-_LOCK = ".lock"
-_ANOTHER = "another trainer is running in this directory"
 
 
 def bucket_url(path: Any) -> str | None:
@@ -123,11 +116,11 @@ class Disk:
             CheckpointError: if another process holds it.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / _LOCK).open("a+") as lock:
+        with (self.path / LOCK).open("a+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise CheckpointError(self.path, _ANOTHER) from None
+                raise CheckpointError(self.path, ANOTHER) from None
             except OSError as error:
                 if not unsupported(error, self.path, "lock files, so a second trainer here would go unnoticed"):
                     raise
@@ -195,7 +188,7 @@ class Bucket:
         # It warns, at each access, that it may not ask in which of two ways the bucket keeps its names.
         logging.getLogger("gcsfs").setLevel(logging.ERROR)
         self.path: Any = epath.Path(url)
-        self._lease: _Lease | None = None
+        self._lease: Lease | None = None
         self._logs: dict[Any, list[str]] = {}  # by path, the whole text, in pieces
         self._flushed = time.monotonic()
 
@@ -248,15 +241,12 @@ class Bucket:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the directory for one trainer, and writes what was appended at the end.
-
-        The lock of a trainer that was killed is taken over once nobody has renewed it for `STALE` seconds, while this
-        waits. A trainer that could not renew it for so long, and lost it, ends at its next `flush`.
+        """Holds the directory for one trainer, by a `Lease`, and writes what was appended at the end.
 
         Raises:
             CheckpointError: if another process holds it; as from `check`.
         """
-        with _Lease(self.path, self._open()) as self._lease:
+        with Lease(self.path, self._open()) as self._lease:
             try:
                 yield
             except BaseException:
@@ -270,7 +260,7 @@ class Bucket:
 
     def sees(self, directory: Any) -> bool:
         """Whether this process sees the lock of the one that writes."""
-        return (self.path / _LOCK).exists()
+        return (self.path / LOCK).exists()
 
     def read_json(self, path: Any) -> Any:
         """Parses a JSON file; raises a ConfigError naming it."""
@@ -297,11 +287,8 @@ class Bucket:
         Raises:
             CheckpointError: if it cannot be written, or if another trainer has taken over.
         """
-        if self._lease is not None and self._lease.lost:
-            raise CheckpointError(
-                self.path,
-                f"{_ANOTHER}: this one gave no sign of life for {STALE:.0f} seconds, and it took over. This one ends",
-            )
+        if self._lease is not None:
+            self._lease.check()
         self._flushed = time.monotonic()
         for path, texts in self._logs.items():
             with self._errors_of(path):
@@ -343,82 +330,3 @@ class Bucket:
             yield
         except Exception as error:  # of the network, of many libraries
             raise CheckpointError(path, f"could not be written: {first_line(error)}") from error
-
-
-class _Lease:
-    """The lock of a directory in a bucket: an object that its holder writes again and again, and that only who has seen
-    its latest state can write or delete (a condition on its generation, which the server checks).
-
-    Attributes:
-        lost: whether another has it now.
-    """
-
-    def __init__(self, directory: Any, bucket: Any):
-        self._directory = directory
-        self._bucket = bucket
-        self._name = "/".join((*directory.parts[3:], _LOCK))
-        self._text = secrets.token_hex(16)
-        self._generation = 0
-        self._ended = threading.Event()
-        self._renewer = threading.Thread(target=self._renew, daemon=True, name="lock of a bucket")
-        self.lost = False
-
-    def __enter__(self) -> _Lease:
-        if not self._write(0) and not self._write(self._abandoned()):
-            raise CheckpointError(self._directory, _ANOTHER)
-        self._renewer.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._renewer.join()
-        with contextlib.suppress(Exception):  # what stays is taken over by the next
-            self._bucket.blob(self._name).delete(if_generation_match=self._generation)
-
-    def _write(self, generation: int) -> bool:
-        """Writes the object if it is still at a generation (0: if there is none); whether it is ours now."""
-        from google.api_core import exceptions
-
-        blob = self._bucket.blob(self._name)
-        try:
-            blob.upload_from_string(self._text, if_generation_match=generation)
-        except exceptions.PreconditionFailed:
-            # Of a write that succeeded, but whose answer was lost and which was therefore tried again, too.
-            blob = self._bucket.get_blob(self._name)
-            if blob is None or blob.download_as_text() != self._text:
-                return False
-        except exceptions.GoogleAPICallError as error:
-            raise CheckpointError(self._directory, f"could not be written: {first_line(error)}") from None
-        self._generation = blob.generation
-        return True
-
-    def _abandoned(self) -> int:
-        """The generation of another's object once it has not changed for `STALE` seconds; 0 once it is gone.
-
-        Raises:
-            CheckpointError: once it has changed.
-        """
-        print(
-            f"jaxgpt: {self._directory}/{_LOCK} is there: waiting {STALE:.0f} seconds to see whether its trainer lives",
-            file=sys.stderr,
-            flush=True,
-        )
-        first, end = self._seen(), time.monotonic() + STALE
-        while first and time.monotonic() < end:
-            time.sleep(RENEWAL / 10)
-            if (now := self._seen()) != first:
-                if now:
-                    raise CheckpointError(self._directory, _ANOTHER)
-                return 0
-        return first
-
-    def _seen(self) -> int:
-        blob = self._bucket.get_blob(self._name)
-        return 0 if blob is None else blob.generation
-
-    def _renew(self) -> None:
-        while not self._ended.wait(RENEWAL):
-            with contextlib.suppress(Exception):  # of the network: the next attempt may succeed
-                if not self._write(self._generation):
-                    self.lost = True
-                    return
