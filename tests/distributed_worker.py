@@ -33,9 +33,9 @@ def main() -> None:
     from test_sharding import RUN, tokens
 
     from jaxgpt.parallel.mesh import MeshConfig
-    from jaxgpt.training import batches
+    from jaxgpt.training import batches, trainer
     from jaxgpt.training import checkpoints as checkpoint
-    from jaxgpt.training import loop as trainer
+    from jaxgpt.training import loop as steps
 
     config = dataclasses.replace(RUN, steps=6, log_interval=1, mesh=MeshConfig.parse(mesh))
     deadly, read = {}, []  # step: the signal that process 1 sends itself before that step
@@ -45,14 +45,14 @@ def main() -> None:
         read.append(len(ids_BxT1))
         return ids_BxT1
 
-    def global_batch(loop, step, make=trainer._Loop.global_batch):
+    def global_batch(loop, step, make=steps.Loop.global_batch):
         if mode == "crash" and step == 3:
             loop.checkpoints.finish()  # of step 2, which would otherwise be lost with the process
         if process == "1" and step in deadly:
             os.kill(os.getpid(), deadly.pop(step))
         return make(loop, step)
 
-    trainer.batch, trainer._Loop.global_batch = batch, global_batch
+    steps.batch, steps.Loop.global_batch = batch, global_batch
 
     def train(source):
         try:

@@ -27,12 +27,11 @@ import jaxgpt
 from jaxgpt.cli import main
 from jaxgpt.data import Tokens
 from jaxgpt.errors import CheckpointError, ConfigError
-from jaxgpt.training import lease, storage
-from jaxgpt.training import loop as trainer
+from jaxgpt.training import lease, storage, trainer
 from jaxgpt.training.checkpoints import Checkpoints
-from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run
 from jaxgpt.training.run_directory import Run
+from jaxgpt.training.trainer import train
 
 REASON = "needs pip install 'jaxgpt[gs]' gcp-storage-emulator"
 server = pytest.importorskip("gcp_storage_emulator.server", reason=REASON)

@@ -20,8 +20,8 @@ from test_sharding import RUN, assert_close, tokens
 from jaxgpt.cli import main
 from jaxgpt.errors import ConfigError
 from jaxgpt.parallel import distributed
-from jaxgpt.training.loop import train
 from jaxgpt.training.run_directory import Run
+from jaxgpt.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

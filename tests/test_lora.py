@@ -24,11 +24,11 @@ from jaxgpt.parallel import MeshConfig, sharding
 from jaxgpt.training import step as train_step
 from jaxgpt.training import trainable
 from jaxgpt.training.config import LoraConfig, TrainConfig
-from jaxgpt.training.loop import train
 from jaxgpt.training.loss import model_loss
 from jaxgpt.training.models import load_run
 from jaxgpt.training.optimizer import is_matrix
 from jaxgpt.training.run_directory import Run
+from jaxgpt.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

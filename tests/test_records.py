@@ -22,16 +22,15 @@ from jaxgpt.errors import ConfigError, DataError
 from jaxgpt.model import reference
 from jaxgpt.parallel import MeshConfig, sharding
 from jaxgpt.tokenizer import get_tokenizer
-from jaxgpt.training import batches, evaluate
-from jaxgpt.training import loop as trainer
+from jaxgpt.training import batches, evaluate, loop
 from jaxgpt.training.batches import batch
 from jaxgpt.training.config import TrainConfig
-from jaxgpt.training.loop import train
 from jaxgpt.training.loss import IGNORE, inputs_and_labels
 from jaxgpt.training.preparation import prepare
 from jaxgpt.training.rehearsal import dry_run
 from jaxgpt.training.run_directory import Run
 from jaxgpt.training.step import init_state, jit_step
+from jaxgpt.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -486,7 +485,7 @@ def test_a_run_knows_its_template_and_what_it_skips(bad, tmp_path):
 @pytest.mark.exhaustive
 def test_a_run_on_records_resumes_bit_for_bit(bad, tmp_path, monkeypatch):
     whole = train(CONFIG, bad, tmp_path / "whole", skip_bad=True)
-    make_batch = trainer._Loop.global_batch
+    make_batch = loop.Loop.global_batch
 
     def stop(loop, at):
         if at == 1:
@@ -494,7 +493,7 @@ def test_a_run_on_records_resumes_bit_for_bit(bad, tmp_path, monkeypatch):
         return make_batch(loop, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Loop, "global_batch", stop)
+        patch.setattr(loop.Loop, "global_batch", stop)
         assert train(CONFIG, bad, tmp_path / "cut", skip_bad=True).step == 2
     resumed = train(None, None, tmp_path / "cut", resume=True)
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)

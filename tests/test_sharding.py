@@ -29,8 +29,8 @@ from jaxgpt.parallel import sharding
 from jaxgpt.parallel.mesh import BATCH, MeshConfig
 from jaxgpt.training.config import TrainConfig
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.loop import train
 from jaxgpt.training.step import abstract_state, init_state, jit_step, make_step
+from jaxgpt.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 

@@ -33,15 +33,14 @@ from jaxgpt.data import Corpus, Mixture, Shard, Tokens
 from jaxgpt.errors import CheckpointError, ConfigError, DataError, OutOfMemoryError, TrainingError
 from jaxgpt.model import reference
 from jaxgpt.parallel import memory
-from jaxgpt.training import evaluation, preparation, progress, signals, speed
-from jaxgpt.training import loop as trainer
+from jaxgpt.training import evaluation, loop, preparation, progress, signals, speed
 from jaxgpt.training import step as train_step
 from jaxgpt.training.checkpoints import Checkpoints, _checksum, import_orbax
 from jaxgpt.training.config import LoraConfig, TrainConfig
 from jaxgpt.training.evaluation import evaluate
-from jaxgpt.training.loop import train
 from jaxgpt.training.models import load_run
 from jaxgpt.training.run_directory import Run
+from jaxgpt.training.trainer import train
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -119,7 +118,7 @@ def assert_same_run(directory, other, config=CONFIG):
 @contextlib.contextmanager
 def stopping_after(monkeypatch, step, number=signal.SIGTERM):
     """Sends the process a signal once `step` steps have been requested."""
-    make_batch = trainer._Loop.global_batch
+    make_batch = loop.Loop.global_batch
 
     def stop(loop, at):
         if at == step - 1:
@@ -127,7 +126,7 @@ def stopping_after(monkeypatch, step, number=signal.SIGTERM):
         return make_batch(loop, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Loop, "global_batch", stop)
+        patch.setattr(loop.Loop, "global_batch", stop)
         yield
 
 
@@ -191,17 +190,17 @@ def test_steps_of_one_program_are_those_of_several_to_the_last_bit(grad_accumula
 
 def test_a_run_that_does_several_steps_at_once_is_the_same(tmp_path, tokens, monkeypatch):
     config = dataclasses.replace(CONFIG, steps=24, log_interval=4, eval_interval=10, checkpoint_interval=24)
-    monkeypatch.setattr(trainer, "steps_at_once", lambda seconds: 8)
-    at_once, done = [], trainer._Loop.batches
-    monkeypatch.setattr(trainer._Loop, "batches", lambda loop, steps: at_once.append(len(steps)) or done(loop, steps))
+    monkeypatch.setattr(loop, "steps_at_once", lambda seconds: 8)
+    at_once, done = [], loop.Loop.batches
+    monkeypatch.setattr(loop.Loop, "batches", lambda loop, steps: at_once.append(len(steps)) or done(loop, steps))
     train(config, tokens, tmp_path / "several")
     # One by one until it is known how long the first took that are logged; then up to whatever is due.
     assert at_once == [1, 1, 1, 1, 1, 3, 2, 2, 4, 4, 4]
-    monkeypatch.setattr(trainer, "steps_at_once", lambda seconds: 1)
+    monkeypatch.setattr(loop, "steps_at_once", lambda seconds: 1)
     train(config, tokens, tmp_path / "single")
     assert at_once[11:] == [1] * 24
     assert_same_run(tmp_path / "several", tmp_path / "single", config)
-    monkeypatch.setattr(trainer, "steps_at_once", lambda seconds: 8)
+    monkeypatch.setattr(loop, "steps_at_once", lambda seconds: 8)
     with stopping_after(monkeypatch, 6):
         stopped = train(config, tokens, tmp_path / "stopped")
     assert (stopped.step, stopped.stopped_by) == (8, signal.SIGTERM)  # at the end of the program that did step 6
@@ -348,7 +347,7 @@ def test_the_latest_few_and_the_best_checkpoint_stay(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, tokens, undisturbed, monkeypatch, caplog):
     """Simulates a full disk: from the fifth step on, no file may grow beyond a few kilobytes."""
-    make_batch, (soft, hard) = trainer._Loop.global_batch, resource.getrlimit(resource.RLIMIT_FSIZE)
+    make_batch, (soft, hard) = loop.Loop.global_batch, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fill(loop, at):
         if at == 4:
@@ -357,7 +356,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_ones_before(tmp_path, to
         return make_batch(loop, at)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer._Loop, "global_batch", fill)
+        patch.setattr(loop.Loop, "global_batch", fill)
         try:
             message = "step 6 could not be written, earlier checkpoints are untouched: .* File too large"
             with pytest.raises(CheckpointError, match=message):
@@ -606,13 +605,13 @@ def test_resume_without_a_run_is_refused(tmp_path, tokens):
 
 
 def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, tokens, monkeypatch):
-    make_batch = trainer.batch
+    make_batch = loop.batch
 
     def poisoned(ids, config, step, *rest):
         ids_BxT1 = make_batch(ids, config, step, *rest)
         return ids_BxT1 + 10**6 if step >= 3 else ids_BxT1
 
-    monkeypatch.setattr(trainer, "batch", poisoned)
+    monkeypatch.setattr(loop, "batch", poisoned)
     config = dataclasses.replace(CONFIG, steps=50, sample_tokens=0)
     with pytest.raises(TrainingError, match=r"3 steps in a row, up to 6.*are good"):
         train(config, tokens, tmp_path)
@@ -713,10 +712,10 @@ def test_sampling_and_evaluation_do_not_touch_the_training(tmp_path, tokens, und
 
 
 def test_the_step_after_a_pause_is_watched_for_a_stall_too(tmp_path, tokens, monkeypatch):
-    calls, pause = [], trainer._Loop.pause
+    calls, pause = [], loop.Loop.pause
     for name in ("alive", "rest"):
-        monkeypatch.setattr(trainer.distributed, name, functools.partial(calls.append, name))
-    monkeypatch.setattr(trainer._Loop, "pause", lambda *given: (calls.append("pause"), pause(*given)))
+        monkeypatch.setattr(loop.distributed, name, functools.partial(calls.append, name))
+    monkeypatch.setattr(loop.Loop, "pause", lambda *given: (calls.append("pause"), pause(*given)))
     train(dataclasses.replace(CONFIG, eval_interval=4, checkpoint_interval=4, sample_tokens=0), tokens, tmp_path)
     assert [calls[i + 1] for i, call in enumerate(calls) if call == "pause"] == ["alive", "rest"]
 
@@ -872,7 +871,7 @@ def test_a_dry_run_shows_what_the_run_would_do_and_writes_nothing(two_layers, tm
     assert config.init_from == str(two_layers)
     corpus = Tokens.from_text(TEXT, "bytes")
     train_N, val_N = corpus.split(0.1)
-    row = trainer.batch(train_N, config, 0)[0]
+    row = loop.batch(train_N, config, 0)[0]
     for part in (
         f"{len(train_N):,} tokens to train on, {len(val_N):,} to validate",
         f"tokens: 64 per step, 384 in 6 steps, which is {384 / len(train_N):.3g} times the training data",
@@ -952,7 +951,7 @@ def test_patience_counts_evaluations_since_the_best_and_those_that_are_not_finit
         loss = 1.0 if batch_size == 1 else next(losses)  # 1 asks whether the parameters are healthy
         return evaluation.Evaluation(loss, math.exp(loss), None, 10)
 
-    monkeypatch.setattr(trainer._Loop, "validate", validate)
+    monkeypatch.setattr(loop.Loop, "validate", validate)
     config = dataclasses.replace(CONFIG, eval_interval=1, patience=2, sample_tokens=0)
     assert train(config, tokens, tmp_path / "run").step == 6
     assert Run(tmp_path / "run").step("best") == 4
@@ -1112,7 +1111,7 @@ def test_a_batch_that_does_not_fit_is_never_made(tmp_path, tokens, monkeypatch):
     def batch(*_):
         raise AssertionError("made")
 
-    monkeypatch.setattr(trainer, "batch", batch)
+    monkeypatch.setattr(loop, "batch", batch)
     with pytest.raises(OutOfMemoryError, match="are needed at once"):
         train(dataclasses.replace(CONFIG, batch_size=10**6), tokens, tmp_path / "run")
 
@@ -1121,7 +1120,7 @@ def test_memory_that_runs_out_later_is_one_line_too(tmp_path, tokens, monkeypatc
     def batch(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.\nMore")
 
-    monkeypatch.setattr(trainer, "batch", batch)
+    monkeypatch.setattr(loop, "batch", batch)
     with pytest.raises(OutOfMemoryError, match=r"^RESOURCE_EXHAUSTED.*123 bytes. .there are .* GiB.: raise grad_acc"):
         train(CONFIG, tokens, tmp_path / "run")
 

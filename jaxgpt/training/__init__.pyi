@@ -10,7 +10,6 @@ from .config import recipes as recipes
 from .evaluation import Evaluation as Evaluation
 from .evaluation import evaluate as evaluate
 from .loop import TrainResult as TrainResult
-from .loop import train as train
 from .loss import cross_entropy as cross_entropy
 from .loss import head_cross_entropy as head_cross_entropy
 from .loss import model_loss as model_loss
@@ -29,3 +28,4 @@ from .step import jit_steps as jit_steps
 from .step import make_step as make_step
 from .step import steps_at_once as steps_at_once
 from .trackers import TRACKERS as TRACKERS
+from .trainer import train as train
