@@ -18,53 +18,53 @@ from jaxgpt import planning
 from jaxgpt.cli import main
 from jaxgpt.config import ComputeConfig, GPTConfig
 from jaxgpt.cpu import kernel
-from jaxgpt.measuring import benchmark, limits
+from jaxgpt.measuring import benchmark, limits, workloads
 from jaxgpt.measuring import peers as benchmark_peers
-from jaxgpt.measuring.benchmark import Workload
+from jaxgpt.measuring.workloads import Workload
 from jaxgpt.training import batches
 
 
 def test_the_limit_of_decoding_is_reading_the_weights_and_the_cache_once():
     for dtype, size in (("float32", 4), ("bfloat16", 2)):
-        rate, _ = benchmark.limit(Workload("decode", "gpt2", dtype, 8), 1e10, {})
+        rate, _ = workloads.limit(Workload("decode", "gpt2", dtype, 8), 1e10, {})
         weights = (124_439_808 - 1024 * 768) * size
         assert rate == pytest.approx(8 * 1e10 / (weights + 2 * 12 * 8 * 96 * 768 * 4))
     # int8: one byte per weight; the rest, scales and biases, is much smaller than the cache.
-    rate, _ = benchmark.limit(Workload("decode", "gpt2", "int8", 1), 1e10, {})
+    rate, _ = workloads.limit(Workload("decode", "gpt2", "int8", 1), 1e10, {})
     assert 1e10 / rate == pytest.approx(124e6 + 2 * 12 * 96 * 768 * 4, rel=0.01)
 
 
 def test_the_limit_of_the_rest_is_the_matrix_products():
     flops = {"float32": 1e11, "bfloat16": 1e12}
     linear, attention = 2 * 4096 * (12 * 12 * 768**2 + 50257 * 768), 4 * 4 * 1024 * 1025 / 2 * 768 * 12
-    rate, _ = benchmark.limit(Workload("forward", "gpt2", "float32", 4, 1024), 1.0, flops)
+    rate, _ = workloads.limit(Workload("forward", "gpt2", "float32", 4, 1024), 1.0, flops)
     assert rate == pytest.approx(4096 * 1e11 / (linear + attention))
-    rate, _ = benchmark.limit(Workload("train", "gpt2", "bfloat16", 4, 1024), 1.0, flops)
+    rate, _ = workloads.limit(Workload("train", "gpt2", "bfloat16", 4, 1024), 1.0, flops)
     assert rate == pytest.approx(4096 * 1e12 / (3 * (linear + attention)))
 
 
 def test_the_limit_of_scoring_reads_a_prompt_once():
     work = Workload("score", "gpt2", "float32", 5)
-    prompts, continuations = benchmark.questions(work)
+    prompts, continuations = workloads.questions(work)
     assert work.tokens == sum(
         4 * len(p) + sum(map(len, group)) for p, group in zip(prompts, continuations, strict=True)
     )
     scored = sum(len(ids) for group in continuations for ids in group)
     needed = 2 * (sum(map(len, prompts)) + scored) * 12 * 12 * 768**2 + 2 * scored * 50257 * 768
-    assert benchmark.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(work.tokens * 1e11 / needed)
+    assert workloads.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(work.tokens * 1e11 / needed)
 
 
 def test_the_limit_of_a_first_token_computes_one_positions_logits():
     work = Workload("prompt", "gpt2", "float32", 1, 512)
     needed = 2 * (512 * 12 * 12 * 768**2 + 50257 * 768) + 4 * 512 * 513 / 2 * 768 * 12
     assert work.tokens == 512
-    assert benchmark.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(512 * 1e11 / needed)
+    assert workloads.limit(work, 1.0, {"float32": 1e11})[0] == pytest.approx(512 * 1e11 / needed)
 
 
 def test_banded_attention_has_no_peers_and_needs_less():
     assert benchmark_peers.available(Workload("forward", "gpt3-125m")) == []
     rates = [
-        benchmark.limit(Workload("forward", preset), 1.0, {"float32": 1e11})[0] for preset in ("gpt2", "gpt3-125m")
+        workloads.limit(Workload("forward", preset), 1.0, {"float32": 1e11})[0] for preset in ("gpt2", "gpt3-125m")
     ]
     assert rates[0] < rates[1]
 
@@ -110,7 +110,7 @@ def test_the_processor_is_named(monkeypatch, text, told):
 @pytest.mark.parametrize("kind", ["read", "matmul-float32", "matmul-tf32", "matmul-bfloat16", "launch"])
 def test_a_limit_of_any_device_is_measured_by_the_same_program(kind, monkeypatch):
     monkeypatch.setattr(limits, "ACCELERATOR", limits.Sizes(2**12, 16))
-    (work,) = [work for work in benchmark.workloads("gpt2", "gpu") if work.name == kind]
+    (work,) = [work for work in workloads.workloads("gpt2", "gpu") if work.name == kind]
     measured, _ = benchmark.measure(work)
     assert measured.seconds > 0
 
@@ -137,7 +137,7 @@ def test_products_of_limits_are_what_they_are_called():
 
 def test_the_cache_of_a_gpu_is_of_the_compute_type():
     work = Workload("decode", "gpt2", "bfloat16", 64, platform="gpu")
-    rate, _ = benchmark.limit(work, 3e12, {})
+    rate, _ = workloads.limit(work, 3e12, {})
     assert rate == pytest.approx(64 * 3e12 / ((124_439_808 - 1024 * 768) * 2 + 2 * 12 * 64 * 96 * 768 * 2))
 
 
@@ -159,7 +159,7 @@ def test_on_a_gpu_the_rows_and_the_peers_are_others(canned, where, capsys, monke
     assert "gpt2 on NVIDIA H100 80GB HBM3. Limits: reading" in table
     assert "starting a program and waiting for it 3,000,000 µs.\n" in table
     assert "Native kernel" not in table
-    rows = [work.name for work in benchmark.workloads("gpt2", "gpu") if work.kind not in benchmark.LIMITS]
+    rows = [work.name for work in workloads.workloads("gpt2", "gpu") if work.kind not in workloads.LIMITS]
     assert {"decode-1-bfloat16", "decode-64-bfloat16", "forward-32x1024-bfloat16", "train-32x1024-bfloat16"} <= set(
         rows
     )
@@ -167,7 +167,7 @@ def test_on_a_gpu_the_rows_and_the_peers_are_others(canned, where, capsys, monke
     monkeypatch.setattr(benchmark_peers, "find_spec", lambda name: True)
     monkeypatch.setattr(benchmark_peers.shutil, "which", lambda name: name)
     for platform, peers in (("gpu", ["torch", "torch.compile"]), ("tpu", [])):
-        (work,) = [work for work in benchmark.workloads("gpt2", platform) if work.name == "decode-64-bfloat16"]
+        (work,) = [work for work in workloads.workloads("gpt2", platform) if work.name == "decode-64-bfloat16"]
         assert benchmark_peers.available(work) == peers
 
 
@@ -229,7 +229,7 @@ def _write_pid(work, path):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_random_parameters_are_the_models(dtype):
-    config, compute = GPTConfig(**benchmark.CHARACTER_MODEL), ComputeConfig(param_dtype=dtype)
+    config, compute = GPTConfig(**workloads.CHARACTER_MODEL), ComputeConfig(param_dtype=dtype)
     model, params = benchmark.model_and_params(config, compute, dtype)
     want = jax.eval_shape(model.init, jax.random.key(0), np.zeros((1, 1), np.int32))["params"]
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), params) == jax.tree.map(
@@ -335,8 +335,8 @@ def test_lookup_is_measured_where_the_kernel_is(canned, capsys, monkeypatch):
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(("kind", "looked_up"), [("copy", range(30, 48)), ("mislead", [0])])
 def test_lookup_guesses_a_copy_and_not_what_misleads(built, monkeypatch, kind, looked_up):
-    monkeypatch.setattr(benchmark, "LOOKUP_PROMPT", 60)
-    monkeypatch.setattr(benchmark, "NEW", 60)
+    monkeypatch.setattr(workloads, "LOOKUP_PROMPT", 60)
+    monkeypatch.setattr(workloads, "NEW", 60)
     result = benchmark._look_up(Workload(kind, "character"))()
     assert len(result.new_tokens[0]) == 60
     assert result.looked_up in looked_up
@@ -353,7 +353,8 @@ def test_what_one_host_feeds_stands_beside_what_a_pods_host_takes(canned, capsys
 
 
 def test_batches_are_fed_from_a_file(monkeypatch):
-    monkeypatch.setattr(benchmark, "FED", 3)
+    for module in (benchmark, workloads):
+        monkeypatch.setattr(module, "FED", 3)
     monkeypatch.setattr(benchmark, "FEED_IDS", 100)
     work, steps = Workload("feed", "gpt2", batch=4, length=8), []
     monkeypatch.setattr(batches, "out_of_range", lambda ids, *_: steps.append(len(ids)))

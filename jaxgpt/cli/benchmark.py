@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from jaxgpt import planning
     from jaxgpt.cpu import kernel, sequences
     from jaxgpt.errors import MissingExtraError
-    from jaxgpt.measuring import benchmark
+    from jaxgpt.measuring import benchmark, workloads
     from jaxgpt.measuring import peers as benchmark_peers
 
     # Traces have the date in their names, so they replace none that are there.
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> int:
     # Not asked here: this process must not hold a device that the others need.
     device = benchmark.run_in_process("jaxgpt.measuring.benchmark", "device", args.preset)
     platform = device["platform"]
-    everything = benchmark.workloads(args.preset, platform)
-    measurable = [work for work in everything if work.kind not in benchmark.LIMITS]
+    everything = workloads.workloads(args.preset, platform)
+    measurable = [work for work in everything if work.kind not in workloads.LIMITS]
     chosen = [work for work in measurable if not args.only or any(part in work.name for part in args.only)]
     if not chosen and args.only != ["start"]:
         names = ", ".join(work.name for work in measurable)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     took = {
         work.name: measured("jaxgpt.measuring.benchmark", work.name)["seconds"]
         for work in everything
-        if work.kind in benchmark.LIMITS
+        if work.kind in workloads.LIMITS
     }
     read, flops, launch = benchmark.limit_rates(took, platform)
     report: dict[str, Any] = {
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
                 except RuntimeError as error:  # the other rows still count
                     failures[program] = str(error)
         best = {program: min(runs[program], key=lambda run: run["seconds"]) for program in runs if runs[program]}
-        bound = benchmark.limit(work, read, flops)
+        bound = workloads.limit(work, read, flops)
         assert bound is not None
         rates = {program: work.tokens / result["seconds"] for program, result in best.items()}
         report["rows"].append(

@@ -1,4 +1,4 @@
-"""Runs the workloads of `benchmark` with what a user could use instead.
+"""Runs the same workloads with what a user could use instead.
 
 | peer | decode | prompt | forward | score | train |
 |---|---|---|---|---|---|
@@ -33,16 +33,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from jaxgpt.measuring.benchmark import (
-    Measurement,
-    Workload,
-    cores,
-    model_and_params,
-    peak_bytes,
-    questions,
-    timed,
-    workloads,
-)
+from jaxgpt.measuring.benchmark import Measurement, cores, model_and_params, peak_bytes, timed
+from jaxgpt.measuring.workloads import Workload, questions, workloads
 
 Run = Callable[[], Any]
 
