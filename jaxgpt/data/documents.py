@@ -17,19 +17,16 @@ from __future__ import annotations
 import codecs
 import contextlib
 import dataclasses
-import gzip
-import io
 import json
 import os
 import re
-import sys
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from jaxgpt.checks import first_line, short_repr
 from jaxgpt.data.contents import LIMIT, TEXT_KEY, BadRecordError, Content, UnderKey
+from jaxgpt.data.unpacking import BUFFER, readable, unpacked
 from jaxgpt.errors import DataError, require
 from jaxgpt.files import local, not_text
 
@@ -43,7 +40,7 @@ _JSON = re.compile(r".*\.json(\.\w+)?", re.IGNORECASE)
 _JSON_ARRAY = re.compile(rb'\s*\[\s*\{\s*"')
 # Bytes that a JSON array may have, because all of it is read at once.
 _ARRAY_LIMIT = 2**30
-_BUFFER, _BLOCK = 2**16, 2**20
+_BLOCK = 2**20
 _EXPECTED = "expected UTF-8 text, or a token file from `jaxgpt tokenize`"
 
 # From a text and a place in it, the first place from there on where the text may be cut, if there is one: the parts
@@ -151,17 +148,17 @@ def open_documents(path: str | Path, text_key: str = TEXT_KEY, content: Content 
         MissingExtraError: if it needs the extra [data].
     """
     with contextlib.ExitStack() as stack:
-        with _readable(path):
+        with readable(path):
             documents = _recognise(path, content or UnderKey(text_key), stack)
         yield documents
 
 
 def _recognise(path: str | Path, content: Content, stack: contextlib.ExitStack) -> Documents:
-    raw: Any = stack.enter_context(local(path).open("rb", buffering=_BUFFER))
+    raw: Any = stack.enter_context(local(path).open("rb", buffering=BUFFER))
     if raw.peek(5).startswith(b"PAR1\x15"):
         return _Table(path, raw, content)
-    file = _unpacked(path, raw, stack)
-    head = file.peek(_BUFFER)
+    file = unpacked(path, raw, stack)
+    head = file.peek(BUFFER)
     name, start = os.path.basename(path), head.removeprefix(codecs.BOM_UTF8)
     if _JSON_ARRAY.match(start):
         return _Array(path, raw, file, content)
@@ -188,8 +185,8 @@ class Documents:
     records = True
     _block: type[Block]
 
-    def __init__(self, path: str | Path, raw: BinaryIO, content: Content):
-        self.path, self._raw, self._content = path, raw, content
+    def __init__(self, path: str | Path, raw: BinaryIO, file: Any, content: Content):
+        self.path, self._raw, self._file, self._content = path, raw, file, content
 
     def keys(self) -> list[str]:
         """The keys of the first good record, or the columns of the table; none of a plain text. To be asked first."""
@@ -201,7 +198,7 @@ class Documents:
         Raises:
             DataError: if the file is damaged, or a text has more than `LIMIT` characters without a place to cut.
         """
-        with _readable(self.path):
+        with readable(self.path):
             for count, (first, raw) in enumerate(self._blocks(find_cut), 1):
                 read = self._raw.tell() if self._raw.seekable() else 0
                 yield self._block(Place(self.path, count, read), first, raw, self._content)
@@ -225,10 +222,6 @@ class _TextBlock(Block):
 class _Text(Documents):
     records = False
     _block = _TextBlock
-
-    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, content: Content):
-        super().__init__(path, raw, content)
-        self._file = file
 
     def _blocks(self, find_cut: FindCut) -> Iterator[tuple[int, Any]]:
         try:
@@ -278,11 +271,7 @@ class _LineBlock(_ElementBlock):
 
 
 class _Lines(Documents):
-    _block: type[Block] = _LineBlock
-
-    def __init__(self, path: str | Path, raw: BinaryIO, file: BinaryIO, content: Content):
-        super().__init__(path, raw, content)
-        self._file = file
+    _block = _LineBlock
 
     def keys(self) -> list[str]:
         for block in self.blocks(lambda text, start: None):
@@ -304,7 +293,7 @@ class _Lines(Documents):
                 number += 1
 
 
-class _Array(_Lines):
+class _Array(Documents):
     _block = _ElementBlock
 
     def keys(self) -> list[str]:
@@ -350,12 +339,11 @@ class _Table(Documents):
     _block = _RowBlock
 
     def __init__(self, path: str | Path, raw: BinaryIO, content: Content):
-        super().__init__(path, raw, content)
         if not raw.seekable():
             raise DataError(f"{path}: Parquet cannot be read from a pipe: give the file")
         parquet = require("pyarrow.parquet", "data", f"{path}, a Parquet file,")
         with _arrow(path):
-            self._file = parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BLOCK)
+            super().__init__(path, raw, parquet.ParquetFile(raw, pre_buffer=False, buffer_size=_BLOCK), content)
             self._names = self._file.schema_arrow.names
         if (key := content.missing(self._names)) is not None:
             raise DataError(f"{path}: no column {key!r} ({content.hint}; there are {_known(self._names)})")
@@ -419,39 +407,6 @@ def _is_json_lines(name: str, head: bytes) -> bool:
         return isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return not end and re.match(rb'\{\s*"', line) is not None  # a first record longer than what was looked at
-
-
-def _unpacked(path: str | Path, raw: Any, stack: contextlib.ExitStack) -> Any:
-    """The file, or what it unpacks to if it is compressed."""
-    head = raw.peek(4)
-    if head.startswith(b"\x1f\x8b"):
-        return stack.enter_context(gzip.GzipFile(fileobj=raw))
-    if head.startswith(b"\x28\xb5\x2f\xfd"):
-        if sys.version_info >= (3, 14):
-            from compression import zstd
-
-            return stack.enter_context(zstd.ZstdFile(raw))
-        zstandard = require("zstandard", "data", f"{path}, which is compressed with zstd,")
-        reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False)
-        return io.BufferedReader(stack.enter_context(reader), _BUFFER)
-    return raw
-
-
-@contextlib.contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    """Raises what goes wrong while a file is read or unpacked as a DataError."""
-    try:
-        yield
-    except (DataError, ImportError):
-        raise
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: damaged: gzip cannot unpack it: {first_line(error)}") from None
-    except (OSError, ValueError) as error:  # the latter for a name that no file can have
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or first_line(error)}") from None
-    except Exception as error:
-        if type(error).__name__ != "ZstdError":
-            raise
-        raise DataError(f"{path}: damaged: zstd cannot unpack it: {first_line(error)}") from None
 
 
 @contextlib.contextmanager
