@@ -29,6 +29,13 @@ def configure() -> None:
     keep_freed_memory()
 
 
+def child_environment(**settings: str) -> dict[str, str]:
+    """The environment for a child that runs a module of this package, with these settings: it finds the package even if
+    only the way this process was started made it importable."""
+    paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+    return os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+
+
 # By platform, as JAX_PLATFORMS names it: the modules of which one brings it to JAX, and how to install it. JAX also
 # takes "gpu", for whichever kind there is.
 _CUDA = ("jax_cuda12_plugin", "jax_cuda13_plugin"), "pip install 'jaxgpt[cuda]', or 'jax[cuda12]' for older drivers"

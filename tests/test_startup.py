@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -146,3 +147,33 @@ def test_advice_on_a_platform_fits_what_is_asked_and_what_is_installed(asked, in
     assert found in first
     assert advice in second
     assert ("install" in second) == (asked not in ("cdua", *installed))
+
+
+@pytest.mark.parametrize("before", [None, "elsewhere"])
+def test_a_child_finds_the_package_that_only_its_parents_path_knows(before, tmp_path, monkeypatch):
+    if before is None:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+    else:
+        monkeypatch.setenv("PYTHONPATH", before)
+    package = tmp_path / "jaxgpt"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "startup.py").write_text(Path(startup.__file__).read_text())
+    (package / "checks.py").write_text("did_you_mean = first_line = None")
+    (package / "child.py").write_text("import os; print(__file__, os.environ['SETTING'])")
+    program = (
+        "import subprocess, sys; sys.path.insert(0, sys.argv[1]); from jaxgpt import startup; "
+        "environment = startup.child_environment(SETTING='set'); print(environment['PYTHONPATH']); "
+        "subprocess.run([sys.executable, '-m', 'jaxgpt.child'], env=environment, check=True)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path.parent)
+    path, ran = sorted(done.stdout.splitlines(), key=lambda line: line.endswith(" set"))
+    assert ran == f"{package / 'child.py'} set"
+    assert path.split(os.pathsep) == [str(tmp_path), *([] if before is None else [before])]
+
+
+def test_whatever_starts_a_module_of_the_package_gives_it_this_environment():
+    for source in Path(startup.__file__).parent.rglob("*.py"):
+        text = source.read_text(encoding="utf-8")
+        assert ("sys.executable" in text) == ("startup.child_environment(" in text), source

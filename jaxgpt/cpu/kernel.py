@@ -174,9 +174,14 @@ def build_in_background() -> None:
     """Starts a process that builds the kernel, for later ones, if it `can_build`."""
     global _builder
     if _builder is None and can_build():
-        nowhere = subprocess.DEVNULL
-        command = [sys.executable, "-m", "jaxgpt.cpu.kernel"]
-        _builder = subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
+        _builder = subprocess.Popen(
+            [sys.executable, "-m", "jaxgpt.cpu.kernel"],
+            env=startup.child_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
 
 def builds_in_background() -> bool:
@@ -237,7 +242,7 @@ def _chosen() -> list[str]:
 
 
 def _run(command: list[str], failure: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=startup.child_environment(), capture_output=True, text=True)
     if done.returncode:
         raise KernelError(
             f"{failure} ({shlex.join(command)}): {done.stderr.strip()[-500:] or f'exit {done.returncode}'}"

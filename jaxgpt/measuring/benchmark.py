@@ -52,7 +52,8 @@ def run_in_process(module: str, name: str, preset: str, *arguments: str, timeout
     """
     command = [sys.executable, "-m", module, name, preset, *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        environment = startup.child_environment()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:
         raise RuntimeError(f"{name}: no result within {timeout:.0f} s") from None
     if done.returncode:
@@ -311,7 +312,8 @@ def attention(work: Workload) -> str | None:
 def _start_up() -> float:
     """Seconds that a whole `jaxgpt generate` process takes."""
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "jaxgpt", *START_UP], check=True, capture_output=True)
+    command = [sys.executable, "-m", "jaxgpt", *START_UP]
+    subprocess.run(command, env=startup.child_environment(), check=True, capture_output=True)
     return time.perf_counter() - started
 
 

@@ -17,10 +17,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxgpt import accounting
+from jaxgpt import accounting, startup
 from jaxgpt.checks import did_you_mean
 from jaxgpt.config import PRESETS
 from jaxgpt.errors import ConfigError
@@ -408,18 +407,13 @@ def _compiled(config: TrainConfig, topology: Topology, rows: int, quick: bool, t
     """Runs `jaxgpt.planning.compile` in a separate process, because it sets up other devices and libtpu is noisy."""
     # No TPU is touched: do not look for one in the cloud's metadata, and do not lock it against other processes.
     quiet = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    environment = os.environ | quiet
-    # The child must find the package even if only the way this process was started made it importable.
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])
-    )
     task = {"config": config.to_dict(), "topology": topology.name, "decode_batch": rows, "quick": quick, "train": train}
     done = subprocess.run(
         [sys.executable, "-m", "jaxgpt.planning.compile"],
         input=json.dumps(task),
         capture_output=True,
         text=True,
-        env=environment,
+        env=startup.child_environment(**quiet),
     )
     if done.returncode:
         raise RuntimeError(f"the TPU compiler failed: {done.stderr.strip()[-2000:]}")
