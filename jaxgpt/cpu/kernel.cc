@@ -1,10 +1,10 @@
 // The operations of a decode step: products with few rows, attention over the key/value cache, and LayerNorm.
 //
 // A product y = x W^T of few rows of x takes as long as reading W. XLA's code for it converts W in narrower vectors
-// and, with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in the
-// type it is stored in, and the rows that come next are prefetched. W in int8 is multiplied as integers, by x rounded to
-// 16 bits. XLA runs attention's products on one thread; here the threads share the heads. kernel.py builds and loads this
-// file.
+// and, with several rows of x, runs as a general matrix product; here all of XLA's threads together read W once, in
+// the type it is stored in, and the rows that come next are prefetched. W in int8 is multiplied as integers, by x
+// rounded to 16 bits. XLA runs attention's products on one thread; here the threads share the heads. kernel.py builds
+// and loads this file.
 //
 // A row's result has the same bits whatever rows come with it, however many threads there are, and at whatever slot of
 // the cache it starts: each element is one sum in one order, written with explicit fused multiply-adds (kernel.py

@@ -1,5 +1,5 @@
-// Matrix products with float32 sums, in two ways that have the same functions: `ByTiles`, which packs numbers as float32
-// or bfloat16, and `ByLibrary`, of float32 by Intel's MKL.
+// Matrix products with float32 sums, in two ways that have the same functions: `ByTiles`, which packs numbers as
+// float32 or bfloat16, and `ByLibrary`, of float32 by Intel's MKL.
 //
 // Their `Product` shares the work between the threads of XLA's pool; the rest is for one thread.
 
@@ -160,7 +160,8 @@ struct ByTiles {
         Share(pool, down, [&](int64_t i) {
           Pack(Side::kLeft, a.from(top + i * kBlock, k), std::min(kBlock, rows - i * kBlock), depth, left + i * apart);
         });
-        // As many groups of rows as keep all threads busy. Longer sums are worth more rows, whose columns are read again.
+        // As many groups of rows as keep all threads busy. Longer sums are worth more rows, whose columns are read
+        // again.
         const int64_t groups = std::min(down, Quotient(2 * Threads(pool), across));
         const int64_t height = steps > kChunk ? 2 * kRows : kRows;
         Share(pool, across * groups, [&](int64_t task) {
@@ -176,8 +177,8 @@ struct ByTiles {
             float* sums = c ? c + (top + row) * N + column : rooms[1].of<float>(height * columns);
             for (int64_t step = 0; step < steps; step += kChunk)
               MultiplyPacked(c ? m : whole_m, c ? n : whole_n, std::min(kChunk, steps - step),
-                             left + row / kBlock * apart + step * 2 * kTile<T>, apart, right + step * 2 * kTile<T>, apart,
-                             sums, c ? N : columns, step > 0 || (c && k > 0));
+                             left + row / kBlock * apart + step * 2 * kTile<T>, apart,
+                             right + step * 2 * kTile<T>, apart, sums, c ? N : columns, step > 0 || (c && k > 0));
             if (!c) finish(sums, columns, top + row, column, m, n, k > 0);
           }
         });
@@ -205,7 +206,10 @@ struct ByTiles {
    public:
     template <typename In>
     Rows(Matrix<In> x, int64_t length, int64_t K, Room* scores, Room* sums)
-        : for_scores(Packed(scores, x, length, K)), for_sums(Packed(sums, x.transpose(), K, length)), length(length), K(K) {}
+        : for_scores(Packed(scores, x, length, K)),
+          for_sums(Packed(sums, x.transpose(), K, length)),
+          length(length),
+          K(K) {}
     template <typename In>
     void Scores(Matrix<In> q, int64_t m, int64_t start, int64_t n, float* c, int64_t stride) const {
       T* left = rooms[4].of<T>(PackedSize<T>(m, K));

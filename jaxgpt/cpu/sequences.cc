@@ -1,18 +1,20 @@
-// Products and attention over whole sequences, forward and backward: the matrix products of products.h, and between them
-// what one thread does while the numbers are in its cache.
+// Products and attention over whole sequences, forward and backward: the matrix products of products.h, and between
+// them what one thread does while the numbers are in its cache.
 //
-// Each thread of XLA's pool takes pieces of its own. Attention never holds more than one block of scores per thread (Dao
-// et al. 2022, FlashAttention). sequences.py calls this file.
+// Each thread of XLA's pool takes pieces of its own. Attention never holds more than one block of scores per thread
+// (Dao et al. 2022, FlashAttention). sequences.py calls this file.
 
 #include "products.h"
 
 namespace {
 
 ffi::Error NoTiles() {
-  return ffi::Error::InvalidArgument("operands must be float32 or bfloat16, one of a product may be int8, and the processor must have AVX2 and FMA");
+  return ffi::Error::InvalidArgument(
+      "operands must be float32 or bfloat16, or the second of a product int8, on a processor with AVX2 and FMA");
 }
 
-// Calls use(way, number) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`, and a number of it.
+// Calls use(way, number) with the way to multiply that there is for a type, `ByTiles` or `ByLibrary`, and a number of
+// it.
 template <typename Use>
 ffi::Error ForType(ffi::DataType type, const Use& use) {
   if (type == ffi::F32 && library != nullptr) return use(ByLibrary{}, float{}), ffi::Error::Success();
@@ -226,7 +228,8 @@ ffi::ErrorOr<Shape> Sizes(const ffi::AnyBuffer& q, std::initializer_list<ffi::An
       return ffi::Unexpected(ffi::Error::InvalidArgument("q, k, v and the gradient must have one shape and type"));
   if (qs.size() != 4 || first.element_count() != size_t(qs[0] * qs[1]) || block < kStart ||
       block > kMostQueries || block % kStart != 0)
-    return ffi::Unexpected(ffi::Error::InvalidArgument("q must be [B, T, H, K], first [B, T], and block a multiple of 32 up to 512"));
+    return ffi::Unexpected(
+        ffi::Error::InvalidArgument("q must be [B, T, H, K], first [B, T], and block a multiple of 32 up to 512"));
   return Shape{qs[0], qs[2], qs[1], qs[3], block, first.typed_data()};
 }
 

@@ -1,10 +1,10 @@
 // Matrix products of packed tiles, whose sums are float32: in float32 by the vectors of a processor with AVX2 or
-// AVX-512, in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX. Without these, numbers in
-// bfloat16 become float32 as they are packed.
+// AVX-512, in bfloat16 by those of one with AVX512_BF16, or by the tile units of one with AMX. Without these, numbers
+// in bfloat16 become float32 as they are packed.
 //
 // A tile has as many rows as a vector has floats, of one vector each: with AVX-512, 16 of 64 bytes, which is also what
-// a tile unit holds. One of the left operand holds its rows. One of the right operand holds as many columns; a row of it
-// has of each column a number, or in bfloat16 two that follow each other in a sum, which one instruction multiplies.
+// a tile unit holds. One of the left operand holds its rows. One of the right operand holds as many columns; a row of
+// it has of each column a number, or in bfloat16 two that follow each other in a sum, which one instruction multiplies.
 // Source: Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3.
 
 #pragma once
@@ -112,8 +112,8 @@ using FromBF16 = float;
 #endif
 
 // How numbers are packed: `Row` takes the first n of those that follow each other, up to a whole row of a tile, and
-// zeros for the rest; `Across` one or two rows of an array, which hold columns, of which n belong to the tile. `left` is
-// how many rows there are.
+// zeros for the rest; `Across` one or two rows of an array, which hold columns, of which n belong to the tile. `left`
+// is how many rows there are.
 template <typename T>
 struct Packing {};
 
@@ -184,8 +184,8 @@ void Pack(Side side, Matrix<T> x, int64_t n, int64_t K, P* to) {
       }
 }
 
-// c + a b, for one word of a left tile and a row of a right one. `*a - Floats{}` copies *a to all lanes; with + it would
-// cost an addition, because -0 + 0 is +0.
+// c + a b, for one word of a left tile and a row of a right one. `*a - Floats{}` copies *a to all lanes; with + it
+// would cost an addition, because -0 + 0 is +0.
 inline Floats Added(Floats c, const float* a, Words b) { return Fma(*a - Floats{}, (Floats)b, c); }
 #ifdef JAXGPT_BF16_TILES
 inline Floats Added(Floats c, const BF16* a, Words b) {
@@ -292,7 +292,8 @@ inline void MultiplyBlock(const BF16* a, const BF16* b, int64_t steps, float* c,
 }
 #endif
 
-// x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel 2016.
+// x / 2 (1 + tanh(u)), u = sqrt(2 / pi) (x + 0.044715 x^3), which is x / (1 + exp(-2 u)). Source: Hendrycks & Gimpel
+// 2016.
 inline Floats Gelu(Floats x) {
   const Floats zero = {}, twice_u = x * Fma(x * x, zero + 0.0713548163f, zero + 1.59576912f);
   const Floats e = Exp(twice_u < 0 ? twice_u : -twice_u), sum = 1 + e;
