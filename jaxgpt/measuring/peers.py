@@ -311,8 +311,16 @@ def _openvino(work: Workload, directory: Path) -> Run:
     import openvino_genai
 
     precision = "bf16" if work.dtype == "bfloat16" else "f32"
+    # As by default, but it must not remember the prompt from one repetition to the next.
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False
+    scheduler.max_num_batched_tokens = sys.maxsize
     pipeline = openvino_genai.LLMPipeline(
-        str(directory / "converted"), "CPU", INFERENCE_PRECISION_HINT=precision, INFERENCE_NUM_THREADS=cores()
+        str(directory / "converted"),
+        "CPU",
+        scheduler_config=scheduler,
+        INFERENCE_PRECISION_HINT=precision,
+        INFERENCE_NUM_THREADS=cores(),
     )
     shape = work.batch, work.prompt_length
     ids = np.random.default_rng(0).integers(0, work.config().vocab_size, shape, np.int64)
