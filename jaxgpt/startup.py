@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import platform
+import site
 import stat
 import sys
 import warnings
@@ -32,8 +33,10 @@ def configure() -> None:
 def child_environment(**settings: str) -> dict[str, str]:
     """The environment for a child that runs a module of this package, with these settings: it finds the package even if
     only the way this process was started made it importable."""
-    paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
-    return os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    root, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
+    if root in (*site.getsitepackages(), site.getusersitepackages()):  # where it is found, after the standard library
+        return os.environ | settings
+    return os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, (root, before)))}
 
 
 # By platform, as JAX_PLATFORMS names it: the modules of which one brings it to JAX, and how to install it. JAX also

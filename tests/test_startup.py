@@ -176,4 +176,11 @@ def test_a_child_finds_the_package_that_only_its_parents_path_knows(before, tmp_
 def test_whatever_starts_a_module_of_the_package_gives_it_this_environment():
     for source in Path(startup.__file__).parent.rglob("*.py"):
         text = source.read_text(encoding="utf-8")
-        assert ("sys.executable" in text) == ("startup.child_environment(" in text), source
+        assert text.count("[sys.executable") == text.count("startup.child_environment("), source
+
+
+def test_a_child_of_an_installed_package_is_given_no_path(monkeypatch):
+    root = str(Path(startup.__file__).parents[1])
+    monkeypatch.setattr(startup.site, "getsitepackages", lambda: [root])
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert startup.child_environment()["PYTHONPATH"] == "elsewhere"

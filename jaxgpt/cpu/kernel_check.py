@@ -106,6 +106,10 @@ def _check_sequences(rng: np.random.Generator, dtype: str) -> None:
     x, y = (jnp.asarray(rng.normal(size=size)).astype(dtype) for size in ((520, 70), (610, 70)))
     wide_x, wide_y = np.asarray(x, float), np.asarray(y, float)
     _compare(f"a large product in {dtype}", sequences.matrix_product(x, y, False, True), wide_x @ wide_y.T)
+    for other in ("int8",) if dtype == "float32" else ("float32", "int8"):
+        beside = jnp.asarray(30 * rng.normal(size=(610, 70))).astype(other)
+        read = np.asarray(beside.astype(dtype), float)  # as the product reads it
+        _compare(f"{dtype} by {other}", sequences.matrix_product(x, beside, False, True), wide_x @ read.T)
     q, k, v = (jnp.asarray(rng.normal(size=(2, 2, 90, 40)) / 4).astype(dtype) for _ in range(3))
     q_BxTxHxK, k_BxTxHxK, v_BxTxHxK = (a.swapaxes(1, 2) for a in (q, k, v))
     start_BxT = jnp.zeros((2, 90), jnp.int32)
