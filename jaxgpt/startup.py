@@ -33,10 +33,11 @@ def configure() -> None:
 def child_environment(**settings: str) -> dict[str, str]:
     """The environment for a child that runs a module of this package, with these settings: it finds the package even if
     only the way this process was started made it importable."""
-    root, before = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")
-    if root in (*site.getsitepackages(), site.getusersitepackages()):  # where it is found, after the standard library
-        return os.environ | settings
-    return os.environ | settings | {"PYTHONPATH": os.pathsep.join(filter(None, (root, before)))}
+    environment, root = os.environ | settings, str(Path(__file__).parents[1])
+    # Where packages are installed it is found anyway, and PYTHONPATH would come before the standard library.
+    if root not in (*site.getsitepackages(), site.getusersitepackages()):
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    return environment
 
 
 # By platform, as JAX_PLATFORMS names it: the modules of which one brings it to JAX, and how to install it. JAX also

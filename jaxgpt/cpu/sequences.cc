@@ -42,6 +42,7 @@ ffi::Error ProductOf(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, b
   const auto x_type = x.element_type(), y_type = y.element_type();
   const auto with = [&](auto by, auto left, auto right) {
     by.Product(pool, M, N, K, left(x, xs, x_flipped), right(y, ys, y_flipped), result->typed_data());
+    return ffi::Error::Success();
   };
   if (x_type == y_type)
     return ForType(x_type, [&](auto by, auto number) {
@@ -53,10 +54,10 @@ ffi::Error ProductOf(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer y, b
   const auto are = [&](auto one, auto other) { return x_type == one && y_type == other; };
   const ByTiles<float> floats;
   const ByTiles<FromBF16> halves;
-  if (are(ffi::BF16, ffi::F32)) return with(halves, MatrixOf<BF16>, MatrixOf<Rounded>), ffi::Error::Success();
-  if (are(ffi::F32, ffi::BF16)) return with(halves, MatrixOf<Rounded>, MatrixOf<BF16>), ffi::Error::Success();
-  if (are(ffi::F32, ffi::S8)) return with(floats, MatrixOf<float>, MatrixOf<int8_t>), ffi::Error::Success();
-  if (are(ffi::BF16, ffi::S8)) return with(halves, MatrixOf<BF16>, MatrixOf<int8_t>), ffi::Error::Success();
+  if (are(ffi::BF16, ffi::F32)) return with(halves, MatrixOf<BF16>, MatrixOf<Rounded>);
+  if (are(ffi::F32, ffi::BF16)) return with(halves, MatrixOf<Rounded>, MatrixOf<BF16>);
+  if (are(ffi::F32, ffi::S8)) return with(floats, MatrixOf<float>, MatrixOf<int8_t>);
+  if (are(ffi::BF16, ffi::S8)) return with(halves, MatrixOf<BF16>, MatrixOf<int8_t>);
 #endif
   return NoTiles();
 }

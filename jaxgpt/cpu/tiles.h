@@ -151,7 +151,7 @@ struct Packing<BF16> {
   }
   // The first n of a vector of numbers, in float32, before they are rounded.
   static __m512 Wide(const Rounded* p, int64_t n) { return _mm512_maskz_loadu_ps(Few(n), p); }
-  static __m512 Wide(const int8_t* p, int64_t n) { return n > 0 ? (__m512)Load(p, n) : __m512{}; }
+  static __m512 Wide(const int8_t* p, int64_t n) { return (__m512)Packing<float>::Row(p, n); }
 };
 #endif
 

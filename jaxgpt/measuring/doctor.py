@@ -196,8 +196,8 @@ def _kernel() -> str:
         kernel.check_apart(file)
     except (KernelError, OSError) as error:
         raise Wrong(str(error), f"run jaxgpt build-kernel, or set {kernel.VARIABLE}=0 to do without") from None
-    whole = [dtype for dtype in ("float32", "bfloat16") if not sequences.missing(dtype)]
-    return f"{file}: equals float64{', also for whole sequences in ' + ' and '.join(whole) if whole else ''}"
+    whole = "" if sequences.missing("float32") else ", also for whole sequences in float32 and bfloat16"
+    return f"{file}: equals float64{whole}"
 
 
 def _tokenizer() -> str:
