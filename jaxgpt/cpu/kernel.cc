@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t kBlock = 2 << 20;      // most bytes of W that a thread takes at a time
 constexpr int kMostRows = 32;            // of x
 constexpr int kTile = kRegisters / 4;    // most rows of x at a time
-constexpr int kGroup = 24;               // rows of W that stay in cache for all rows of x
+constexpr int kPiece = 24;               // a thread takes a multiple of so many rows of W
 
 constexpr int Divisor(int n, int most) {  // of n, the largest up to `most`
   while (n % most != 0) --most;
@@ -66,11 +66,12 @@ float ToIntegers(const float* x, int64_t D, int16_t* q) {
   return most / 32767;
 }
 
-// y[b, o] for B rows of x and R rows of W: the same bits for any B and R.
+// y[b, o] for B rows of x and R rows of W: the same bits for any B and R. This is one of `tiles` for these rows of W,
+// each of which fetches a part of the rows that come `next`. Returns the part of the tile that follows.
 template <int B, int R, typename X, typename W>
-void Tile(const X* x, const W* w, float* y, int64_t D, int64_t O) {
+const char* Tile(const X* x, const W* w, float* y, int64_t D, int64_t O, int64_t tiles, const char* next) {
   constexpr int64_t kPerLine = kLine / sizeof(W), kWidth = As<X>::kWidth;
-  const char* next = reinterpret_cast<const char*>(w + R * D);
+  int64_t turn = tiles;
   for (int64_t d = 0; d < D;) {
     const int64_t start = d, end = d + std::min(D - d, As<X>::kMost);
     typename As<X>::Sums sums[B][R] = {};
@@ -87,8 +88,11 @@ void Tile(const X* x, const W* w, float* y, int64_t D, int64_t O) {
     };
     const auto whole = [](const auto* p) { return As<X>::Load(p); };
     for (; d + kPerLine <= end; d += kPerLine) {
-      // The R rows that come next, in the order in which they lie: memory is read faster so.
-      for (int r = 0; r < R; ++r, next += kLine) __builtin_prefetch(next);
+      // In the order in which they lie: memory is read faster so. Fewer rows of x than kTile are alone, or the last.
+      if (B < kTile || ++turn > tiles) {
+        for (int r = 0; r < R; ++r, next += kLine) __builtin_prefetch(next);
+        turn = 1;
+      }
       for (int64_t v = 0; v < kPerLine; v += kWidth) step(d + v, whole);
     }
     for (; d + kWidth <= end; d += kWidth) step(d, whole);
@@ -101,26 +105,31 @@ void Tile(const X* x, const W* w, float* y, int64_t D, int64_t O) {
       for (int r = 0; r < R; ++r)
         y[b * O + r] = (start > 0 ? y[b * O + r] : 0) + Sum(__builtin_convertvector(sums[b][r], Floats));
   }
+  return next;
 }
 
-// Rows [first, last) of W, for 1 to B rows of x.
+// R rows of W, which come from memory for the first B rows of x and from cache for the others, B at a time and in the
+// end fewer, down to kLeast.
+template <int R, int B, int kLeast, typename X, typename W>
+void Group(int64_t rows, const X* x, const W* w, float* y, int64_t D, int64_t O, int64_t tiles, const char* next) {
+  for (; rows >= B; rows -= B, x += B * D, y += B * O) next = Tile<B, R>(x, w, y, D, O, tiles, next);
+  if constexpr (B > kLeast)
+    if (rows > 0) Group<R, B - 1, kLeast>(rows, x, w, y, D, O, tiles, next);
+}
+
+// Rows [first, last) of W.
 template <int B = kTile, typename X, typename W>
 void Rows(int64_t rows, const X* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
   if constexpr (B > 1)
     if (rows < B) return Rows<B - 1>(rows, x, w, y, D, O, first, last);
   // As many rows of W at a time as their vectors, the sums and a vector of x find registers.
-  constexpr int R = Divisor(kGroup, (kRegisters - 1) / (B + 1));
+  constexpr int R = Divisor(kPiece, (kRegisters - 1) / (B + 1));
+  constexpr int kLeast = B < kTile ? B : 1;  // more rows of x than a tile has may leave any number over
+  const auto from = [w, D](int64_t o) { return reinterpret_cast<const char*>(w + o * D); };
   int64_t o = first;
-  for (; o + R <= last; o += R) Tile<B, R>(x, w + o * D, y + o, D, O);
-  for (; o < last; ++o) Tile<B, 1>(x, w + o * D, y + o, D, O);
-}
-
-// A group of rows of W at a time, which comes from memory for the first rows of x and from cache for the others.
-template <typename X, typename W>
-void Block(int64_t B, const X* x, const W* w, float* y, int64_t D, int64_t O, int64_t first, int64_t last) {
-  for (int64_t o = first; o < last; o += kGroup)
-    for (int64_t b = 0; b < B; b += kTile)
-      Rows(std::min<int64_t>(kTile, B - b), x + b * D, w, y + b * O, D, O, o, std::min(last, o + kGroup));
+  for (; o + R <= last; o += R)
+    Group<R, B, kLeast>(rows, x, w + o * D, y + o, D, O, Quotient(rows, B), from(o + R));
+  for (; o < last; ++o) Group<1, 1, 1>(rows, x, w + o * D, y + o, D, O, rows, from(o + 1));
 }
 
 // Calls finish(first, last) when y has what belongs to these rows of W.
@@ -130,10 +139,10 @@ void Product(ffi::ThreadPool& pool, int64_t B, const X* x, const W* w, float* y,
   // Longer stretches are read faster, but every thread should get as much as the others.
   const int64_t threads = Threads(pool);
   const int64_t pieces = threads * Quotient(O * D * int64_t{sizeof(W)}, threads * kBlock);
-  const int64_t rows = kGroup * Quotient(O, pieces * kGroup);
+  const int64_t rows = kPiece * Quotient(O, pieces * kPiece);
   Share(pool, Quotient(O, rows), [&](int64_t i) {
     const int64_t first = i * rows, last = std::min(O, first + rows);
-    Block(B, x, w, y, D, O, first, last);
+    Rows(B, x, w, y, D, O, first, last);
     finish(first, last);
   });
 }
@@ -191,7 +200,7 @@ void Attend(const float* q, const W* k, const float* k_scales, const W* v, const
   const auto scale = [&](const float* scales) {
     for (int64_t j = 0; scales != nullptr && j < n; ++j) scores[j] *= scales[j];
   };
-  Rows(1, q, k, scores, K, n, 0, n);
+  Rows<1>(1, q, k, scores, K, n, 0, n);
   scale(k_scales);
   const float total = Weigh(scores, n);
   scale(v_scales);
