@@ -368,7 +368,7 @@ def test_an_epoch_has_every_record_once_and_batches_are_a_pure_function(file, tm
         np.testing.assert_array_equal(np.concatenate(parts), batch(data, config, 7))
     whole = batch(mixture, dataclasses.replace(config, batch_size=batches.BLOCK), 0)
     assert np.mean(whole[:, 0] == ~ord("m")) == 0.25
-    with pytest.raises(DataError, match="the training split has 20 records, too few for batch_size=21"):
+    with pytest.raises(DataError, match="has 20 records, too few for batch_size=21: give it more, or a smaller batch"):
         list(dry_run(dataclasses.replace(CONFIG, batch_size=21, val_fraction=0.0), file))
 
 

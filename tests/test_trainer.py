@@ -830,7 +830,7 @@ def test_the_first_line_names_a_preset_and_a_warm_up_that_does_not_fit(tmp_path,
     )
     assert list(preparation.notes(CONFIG, None, Corpus(()))) == []
     (note,) = preparation.notes(dataclasses.replace(CONFIG, warmup_steps=30), None, Corpus(()))
-    assert note == "warmup_steps 30 is too long for steps 8: the warm-up takes 0"
+    assert note == "warmup_steps 30 is too long for steps 8, and shortened to 0"
 
 
 def test_fine_tuning_takes_a_shorter_context_and_says_what_it_trains(two_layers, tmp_path, tokens, capsys):

@@ -218,6 +218,9 @@ def check_enough(data: Mixture | Ids | Records, config: TrainConfig, split: str)
                 f"{mixture.names[int(share.argmin())]} would get less than one of {BLOCK:,} sequences: leave it out, "
                 "or give the sources weights that are closer to one another"
             )
-        kind = "records" if config.template else "sliding sequences" if config.sequences == "sliding" else ""
+        kind = "record" if config.template else "sliding sequence" if config.sequences == "sliding" else ""
         if kind and total < config.batch_size:
-            raise DataError(f"the {split} split has {total} {kind}, too few for batch_size={config.batch_size}")
+            raise DataError(
+                f"the {split} split has {total} {kind}{'' if total == 1 else 's'}, too few for "
+                f"batch_size={config.batch_size}: give it more, or a smaller batch"
+            )

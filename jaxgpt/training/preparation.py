@@ -189,7 +189,7 @@ def notes(config: TrainConfig, began: TrainConfig | None, corpus: Corpus) -> Ite
         yield f"the run began with native_sequences, and goes on without: {reason}. Its steps round differently now"
     if config.warmup != config.warmup_steps:
         yield (
-            f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}: the warm-up takes "
+            f"warmup_steps {config.warmup_steps:,} is too long for steps {config.steps:,}, and shortened to "
             f"{config.warmup:,}"
         )
     if config.separate_documents:
