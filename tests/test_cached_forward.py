@@ -80,8 +80,9 @@ def test_slots_beyond_the_length_are_never_seen():
     model, params = make_model(TINY)
     ids = random_ids(TINY, 2, 6)
     small, large = (cached_logits(model, params, ids, [0, 2], (4, 1, 1), slots=slots, traced=True) for slots in (6, 16))
-    np.testing.assert_allclose(small[0], large[0], atol=ATOL)
-    np.testing.assert_allclose(small[1, 2:], large[1, 2:], atol=ATOL)
+    atol = 1e-6 if jax.__version_info__ < (0, 12) else ATOL  # whose products of other shapes round differently
+    np.testing.assert_allclose(small[0], large[0], atol=atol)
+    np.testing.assert_allclose(small[1, 2:], large[1, 2:], atol=atol)
 
 
 def test_the_last_slot_of_a_full_cache_is_right():
